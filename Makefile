@@ -1,0 +1,52 @@
+# Every target sets up what it needs in $(VENV), on a machine with python3, a C++ compiler and make. Stamp files in it
+# make the second run fast; a changed source is compiled again, a changed pyproject.toml installed again.
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV ?= .venv
+PYTEST_FLAGS ?= -q -n 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := $(shell find csrc -type f)
+CLANG_FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: test demo bench lint format build clean
+.DELETE_ON_ERROR:
+
+test: $(VENV)/.with-test
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+demo: $(VENV)/.with-demo
+	$(BIN)/python -m benchmarks.demo
+
+bench: $(VENV)/.with-bench
+	$(BIN)/python -m benchmarks
+
+lint: $(VENV)/.with-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CLANG_FORMATTED),$(BIN)/clang-format --dry-run -Werror $(CLANG_FORMATTED))
+
+format: $(VENV)/.with-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CLANG_FORMATTED),$(BIN)/clang-format -i $(CLANG_FORMATTED))
+
+build: $(VENV)/.with-test
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis cacr_kernels/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The package in editable form with the extra named by the stamp, compiled against the torch already installed.
+$(VENV)/.with-%: $(VENV)/.torch-$(TORCH) $(NATIVE) setup.py pyproject.toml cacr_kernels/_version.py
+	$(PIP) install --quiet --no-build-isolation --editable '.[$*]' 'torch==$(TORCH)'
+	touch $@
+
+$(VENV)/.torch-$(TORCH):
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet 'torch==$(TORCH)' numpy 'setuptools>=77' ninja
+	rm -f $(VENV)/.torch-* $(VENV)/.with-*
+	touch $@

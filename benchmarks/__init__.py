@@ -1,0 +1,1 @@
+"""Benchmarks of ``cacr_kernels`` and the training demo."""

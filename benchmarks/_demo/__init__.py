@@ -1,0 +1,1 @@
+"""The parts of the training demo, ``python -m benchmarks.demo``."""

@@ -1,0 +1,115 @@
+"""``python -m cacr_kernels``: what is installed, what can run on this machine, and why the rest cannot."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cacr_kernels._extension import active_isa, compiled_isas, cpu_library, isa_note
+from cacr_kernels._version import __version__
+from cacr_kernels.backends import backends
+
+
+def _cpu_model() -> str:
+    try:
+        if platform.system() == "Darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration, subprocess.SubprocessError):
+        return platform.processor() or platform.machine()
+
+
+def _triton() -> dict[str, str | None]:
+    try:
+        version = importlib.import_module("triton").__version__
+    except ImportError as error:
+        return {"version": None, "error": str(error)}
+    return {"version": version, "error": None}
+
+
+def report() -> dict[str, Any]:
+    """The environment as plain data; wherever something cannot run, ``error`` or the backend's entry says why."""
+    library = cpu_library()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cacr_kernels": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip},
+        "triton": _triton(),
+        "cpu": {"model": _cpu_model(), "logical_cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
+        "gpus": gpus,
+        "cpu_library": {
+            "path": str(library.path),
+            "error": library.error,
+            "isas": {isa: isa_note(isa) or None for isa in compiled_isas()},
+            "active_isa": active_isa(),
+        },
+        "backends": backends(),
+    }
+
+
+def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """The report as lines of a name and a text."""
+    cpu, library, triton = data["cpu"], data["cpu_library"], data["triton"]
+    gpu_build = data["torch"]["cuda"] or data["torch"]["hip"]
+    notes = {**library["isas"], library["active_isa"]: "active"}
+    isas = ", ".join(f"{isa} ({note})" if note else isa for isa, note in notes.items() if isa)
+    return [
+        ("cacr_kernels", data["cacr_kernels"]),
+        ("Python", f"{data['python']} on {data['platform']}"),
+        ("torch", f"{data['torch']['version']} ({f'GPU build {gpu_build}' if gpu_build else 'CPU build'})"),
+        ("Triton", triton["version"] or f"not available: {triton['error']}"),
+        ("CPU", f"{cpu['model']}, {cpu['logical_cores']} logical cores, torch uses {cpu['torch_threads']} threads"),
+        ("GPU", ", ".join(data["gpus"]) or "none"),
+        ("CPU library", library["error"] or library["path"]),
+        ("CPU instruction sets", isas or "none compiled"),
+        *((f'backend "{name}"', reason or "can run") for name, reason in data["backends"].items()),
+    ]
+
+
+def _print_plain(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        print(f"{name:<{width}}  {text}")
+
+
+def _print_rich(rows: list[tuple[str, str]]) -> None:
+    """As plain, with long texts wrapped in their column and colours on a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    for name, text in rows:
+        colour = ("green" if text == "can run" else "yellow") if name.startswith("backend") else ""
+        table.add_row(Text(name, style="bold", no_wrap=True), Text(text, style=colour))
+    Console().print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the report, as text or with ``--json`` as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m cacr_kernels", description="What can run here, and why not.")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    data = report()
+    if parser.parse_args(arguments).json:
+        print(json.dumps(data, indent=2))
+        return
+    try:
+        _print_rich(_rows(data))
+    except ImportError:
+        _print_plain(_rows(data))
+
+
+if __name__ == "__main__":
+    main()

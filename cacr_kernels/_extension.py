@@ -1,0 +1,71 @@
+"""Loads the compiled libraries and remembers why one could not be loaded.
+
+The libraries register implementations of ``torch.ops.cacr_kernels``; they are loaded once, when this module is
+imported. ``CACR_DISABLE_EXTENSION=1`` leaves them out, which shows what the pure Python package does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Extension:
+    """A compiled library: where it lies, and in ``error`` a sentence that says why it is not loaded (else ``None``)."""
+
+    path: Path
+    error: str | None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the operators of the library are there."""
+        return self.error is None
+
+    def text(self, symbol: str, *arguments: str) -> str:
+        """What the exported C function ``symbol`` of strings to a string returns; needs a loaded library."""
+        function = getattr(ctypes.CDLL(str(self.path)), symbol)
+        function.restype = ctypes.c_char_p
+        value: bytes = function(*(ctypes.c_char_p(argument.encode()) for argument in arguments))
+        return value.decode()
+
+
+def _load(name: str) -> Extension:
+    path = Path(__file__).with_name(f"{name}.abi3.so")
+    if os.environ.get("CACR_DISABLE_EXTENSION", "0") not in ("", "0"):
+        return Extension(path, "the compiled extension is disabled by the environment variable CACR_DISABLE_EXTENSION")
+    if not path.exists():
+        reason = "this is a pure Python installation; install again with a C++ compiler at hand"
+        return Extension(path, f"the compiled library {path.name} does not exist: {reason}")
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return Extension(path, f"the compiled library {path.name} cannot be loaded: {error.__cause__ or error}")
+    return Extension(path, None)
+
+
+_CPU = _load("_C_cpu")
+
+
+def cpu_library() -> Extension:
+    """The library with the CPU kernels."""
+    return _CPU
+
+
+def compiled_isas() -> tuple[str, ...]:
+    """Instruction sets the CPU kernels are compiled for; empty without the library."""
+    return tuple(_CPU.text("cacr_cpu_compiled_isas").split(",")) if _CPU.loaded else ()
+
+
+def active_isa() -> str | None:
+    """Instruction set the CPU kernels run with on this machine; ``None`` without the library."""
+    return _CPU.text("cacr_cpu_active_isa") if _CPU.loaded else None
+
+
+def isa_note(isa: str) -> str:
+    """Why the compiled instruction set ``isa`` is not used on this machine; empty if it is or could be."""
+    return _CPU.text("cacr_cpu_isa_note", isa) if _CPU.loaded else ""

@@ -1,0 +1,57 @@
+// What the kernels are asked to compute: plain data, known to the kernels of every backend and to their bindings.
+//
+// Symbols are those of cacr_kernels/reference.py: q, k queries and keys; c cost; a *softmax* is a set of keys (by kind)
+// with a signed temperature tau, w_ij = softmax_j(tau c_ij); value F_i = sum_j w_ij c_ij; lse_i = log sum_j exp(tau c_ij).
+#pragma once
+
+#include <cstdint>
+
+namespace cacr {
+
+// Which keys j belong to the set of query i.
+enum Kind : int32_t {
+  kAll = 0,         // every key
+  kSame = 1,        // id_j == id_i
+  kOther = 2,       // id_j != id_i
+  kSameNotSelf = 3  // id_j == id_i and j != i
+};
+
+constexpr int kMaxSoftmaxes = 2;
+
+// `pairs` problems of one shape: problem p compares queries q[q_index[p]] with keys k[k_index[p]].
+template <class T>
+struct Contrast {
+  const T* q;                      // [q_views][N][D], features contiguous
+  const T* k;                      // [k_views][M][D], features contiguous
+  int64_t q_view_stride, q_row_stride;  // in elements
+  int64_t k_view_stride, k_row_stride;
+  int64_t q_views, k_views;
+  int64_t N, M, D;
+  int64_t pairs;
+  const int64_t* q_index;          // [pairs]
+  const int64_t* k_index;          // [pairs]
+  const int32_t* q_id;             // [N] or null (all kinds are kAll)
+  const int32_t* k_id;             // [M] or null
+  int64_t period;                  // > 0: ids are row % period, so that equal ids lie on diagonals; 0: anything
+  int32_t softmaxes;               // 1 or 2
+  int32_t kind[kMaxSoftmaxes];
+  double tau[kMaxSoftmaxes];       // signed: attraction > 0, repulsion < 0
+  bool inner;                      // c = -2 q.k instead of |q - k|^2
+};
+
+// Per query and softmax, all [softmaxes][pairs][N].
+template <class T>
+struct Statistics {
+  T* value;     // F, 0 for an empty set
+  T* lse;       // natural logarithm, -inf for an empty set
+  T* variance;  // sum_j w (c - F)^2, where the gradient of tau is wanted
+};
+
+// dL/dc_ij = w_ij (a_i + b_i c_ij), summed over the softmaxes; all [softmaxes][pairs][N].
+template <class T>
+struct RowCoefficients {
+  const T* a;
+  const T* b;
+};
+
+}  // namespace cacr

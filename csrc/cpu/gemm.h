@@ -1,0 +1,124 @@
+// The three products of a block, on register tiles of up to kTileRows x one panel.
+//
+//   S  [key][query]   = K q - |k|^2/2     similarity tile: keys as rows, one panel of queries in the lanes
+//   dQ [query][D]    += H K               query gradients: H read down a panel's column
+//   dK [key][D]      += H^T Q             key gradients: H read along its rows
+//
+// Tile layout of S and H: [panel of queries][key][kPanel]. GCC 12 spills fully unrolled micro-kernels: every inner loop
+// has a hidden trip count and is unrolled by four.
+#pragma once
+
+#include "vec.h"
+
+namespace cacr::CACR_ISA {
+
+// C[r][0:kPanel] += sum_k A[r*row + k*step] * B[k][0:kPanel]
+template <class T, int R>
+CACR_INLINE void multiply_tile(idx n, const T* A, idx row, idx step, const T* B, Vec<T> (&c0)[R], Vec<T> (&c1)[R]) {
+  constexpr int W = Lanes<T>::W;
+#pragma GCC unroll 4
+  for (idx k = 0; k < n; k++) {
+    Vec<T> b0 = load(B), b1 = load(B + W);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      T a = A[r * row];
+      c0[r] += a * b0;
+      c1[r] += a * b1;
+    }
+    A += step;
+    B += 2 * W;
+  }
+}
+
+// Calls f(first, integral_constant<rows>) over n rows in tiles of nearly equal height.
+template <int R>
+struct Rows {
+  static constexpr int value = R;
+};
+template <int R, class F>
+CACR_INLINE void with_rows(int rows, idx at, F& f) {
+  if constexpr (R == 1) {
+    f(at, Rows<1>{});
+  } else {
+    if (rows == R)
+      f(at, Rows<R>{});
+    else
+      with_rows<R - 1>(rows, at, f);
+  }
+}
+template <class F>
+CACR_INLINE void for_tiles(idx n, F f) {
+  if (n <= 0) return;
+  const idx tiles = (n + kTileRows - 1) / kTileRows, low = n / tiles, extra = n - low * tiles;
+  idx at = 0;
+  for (idx t = 0; t < tiles; t++) {
+    const int rows = int(low + (t < extra));
+    with_rows<kTileRows>(rows, at, f);
+    at += rows;
+  }
+}
+
+// One panel of queries against `n` keys: S[j][:] = K[j] . q + bias[j].   K: rows `ldk` apart; q: [D][kPanel]
+template <class T, idx kFixedD>
+CACR_NOINLINE void similarity_panel(idx n, idx D, const T* K, idx ldk, const T* q, const T* bias, T* S) {
+  constexpr int W = Lanes<T>::W;
+  if (kFixedD) D = ldk = kFixedD;
+  for_tiles(n, [&](idx j, auto rows) __attribute__((always_inline)) {
+    constexpr int R = decltype(rows)::value;
+    Vec<T> c0[R] = {}, c1[R] = {};
+    multiply_tile<T, R>(D, K + j * ldk, ldk, 1, q, c0, c1);
+    for (int r = 0; r < R; r++) {
+      store<T>(S + (j + r) * 2 * W, c0[r] + bias[j + r]);
+      store<T>(S + (j + r) * 2 * W + W, c1[r] + bias[j + r]);
+    }
+  });
+}
+
+// One panel of queries, one panel of features: dQ[i][:] += sum_j H[j][i] * K[j][:].   K: [n][kPanel]
+template <class T>
+CACR_NOINLINE void query_gradient_panel(idx n, const T* H, const T* K, T* dQ) {
+  constexpr int W = Lanes<T>::W;
+  for_tiles(2 * W, [&](idx i, auto rows) __attribute__((always_inline)) {
+    constexpr int R = decltype(rows)::value;
+    Vec<T> c0[R], c1[R];
+    for (int r = 0; r < R; r++) c0[r] = load(dQ + (i + r) * 2 * W), c1[r] = load(dQ + (i + r) * 2 * W + W);
+    multiply_tile<T, R>(n, H + i, 1, 2 * W, K, c0, c1);
+    for (int r = 0; r < R; r++) store<T>(dQ + (i + r) * 2 * W, c0[r]), store<T>(dQ + (i + r) * 2 * W + W, c1[r]);
+  });
+}
+
+// `panels` panels of queries (tiles of H `ldh` apart), one panel of features: dK[j][:] += sum_i H[j][i] * Q[i][:].
+// Q: [panels * kPanel][kPanel]; rows of dK are `ldk` apart.
+template <class T>
+CACR_NOINLINE void key_gradient_panel(idx n, idx panels, const T* H, idx ldh, const T* Q, T* dK, idx ldk) {
+  constexpr int W = Lanes<T>::W, P = 2 * W;
+  for_tiles(n, [&](idx j, auto rows) __attribute__((always_inline)) {
+    constexpr int R = decltype(rows)::value;
+    T* out = dK + j * ldk;
+    Vec<T> c0[R] = {}, c1[R] = {};
+    const T *a = H + j * P, *b = Q;
+    for (idx p = 0; p < panels; p++, a += ldh, b += P * P) {
+      idx trips = P;
+      asm volatile("" : "+r"(trips));  // hidden: a fully unrolled panel spills
+      multiply_tile<T, R>(trips, a, P, 1, b, c0, c1);
+    }
+    for (int r = 0; r < R; r++) {
+      store<T>(out + r * ldk, load(out + r * ldk) + c0[r]);
+      store<T>(out + r * ldk + W, load(out + r * ldk + W) + c1[r]);
+    }
+  });
+}
+
+template <class T>
+CACR_INLINE void similarity(idx n, idx D, const T* K, idx ldk, const T* q, const T* bias, T* S) {
+  if (D == 128 && ldk == 128)
+    similarity_panel<T, 128>(n, D, K, ldk, q, bias, S);
+  else if (D == 64 && ldk == 64)
+    similarity_panel<T, 64>(n, D, K, ldk, q, bias, S);
+  else if (D == 256 && ldk == 256)
+    similarity_panel<T, 256>(n, D, K, ldk, q, bias, S);
+  else
+    similarity_panel<T, 0>(n, D, K, ldk, q, bias, S);
+}
+
+}  // namespace cacr::CACR_ISA

@@ -1,0 +1,87 @@
+// Every kernel for one instruction set: compiled once per set, torch-free.
+#include "aligned.h"
+
+namespace cacr::CACR_ISA {
+namespace {
+
+template <class T>
+size_t sweep_scratch(const Task<T>& task) {
+  Scratch<T> s;
+  return Scratch<T>::layout(task, nullptr, s);
+}
+
+template <class T>
+void sweep(const Task<T>& task) {
+  Sweep<T>(task).run();
+}
+
+template <class T>
+void aligned(const AlignedTask<T>& task) {
+  Aligned<T>(task).run();
+}
+
+template <class T>
+T dot(idx D, const T* x) {
+  constexpr int W = Lanes<T>::W;
+  Vec<T> s0{}, s1{};
+  idx d = 0;
+  for (; d + 2 * W <= D; d += 2 * W) {
+    Vec<T> a = load(x + d), b = load(x + d + W);
+    s0 += a * a, s1 += b * b;
+  }
+  T s = sum_lanes<T>(s0 + s1);
+  for (; d < D; d++) s += x[d] * x[d];
+  return s;
+}
+
+template <class T>
+void pack(const PackTask<T>& t) {
+  constexpr int W = Lanes<T>::W, P = 2 * W;
+  for (idx i = t.row0; i < t.row1; i++) {
+    const T* x = t.x + i * t.row_stride;
+    if (t.norm) t.norm[i] = t.factor == 0 ? T(0) : t.factor * dot(t.D, x);
+    if (!t.panels) continue;
+    for (idx f = 0; f * P < t.D; f++) {
+      T* out = t.panels + (f * t.rows + i) * P;
+      if ((f + 1) * P <= t.D) {
+        store<T>(out, load(x + f * P)), store<T>(out + W, load(x + f * P + W));
+      } else {
+        for (idx l = 0; l < P; l++) out[l] = f * P + l < t.D ? x[f * P + l] : T(0);
+      }
+    }
+  }
+}
+
+template <class T>
+void reduce(const ReduceTask<T>& t) {
+  constexpr int W = Lanes<T>::W;
+  const T scale = T(t.scale);
+  for (idx i = t.row0; i < t.row1; i++) {
+    T* out = t.out + i * t.out_stride;
+    idx d = 0;
+    for (; d + W <= t.D; d += W) {
+      Vec<T> sum{};
+      for (idx s = 0; s < t.count; s++) sum += load(t.slices[s] + i * t.slice_stride + d);
+      store<T>(out + d, t.accumulate ? load(out + d) + scale * sum : scale * sum);
+    }
+    for (; d < t.D; d++) {
+      T sum = 0;
+      for (idx s = 0; s < t.count; s++) sum += t.slices[s][i * t.slice_stride + d];
+      out[d] = t.accumulate ? out[d] + scale * sum : scale * sum;
+    }
+  }
+}
+
+template <class T>
+constexpr Kernels<T> table() {
+  return {kPanel<T>, kTileRows, sweep_scratch<T>, Aligned<T>::scratch, pack<T>, sweep<T>, aligned<T>, reduce<T>};
+}
+
+}  // namespace
+
+extern const Kernels<float> kernels_float;
+extern const Kernels<double> kernels_double;
+const Kernels<float> kernels_float = table<float>();
+const Kernels<double> kernels_double = table<double>();
+
+}  // namespace cacr::CACR_ISA

@@ -1,0 +1,213 @@
+// cacr_loss with its gradients: attraction by form differences, repulsion in one sweep over the strip.
+#include "sweeps.h"
+
+namespace cacr {
+namespace {
+
+template <class T>
+struct LossPlan {
+  const CacrLoss<T>& loss;
+  T* dz;
+  bool want_tau;
+  const Parallel& parallel;
+  Workspace memory;
+  std::vector<int64_t> q_index, k_index;
+  std::vector<int32_t> ids;
+  CacrResult result{};
+
+  LossPlan(const CacrLoss<T>& l, T* grad, bool tau, const Parallel& par)
+      : loss(l), dz(grad), want_tau(tau), parallel(par) {}
+
+  // ---- attraction --------------------------------------------------------------------------------------------------
+  AlignedTask<T> aligned_task(const Kernels<T>& kernels, int64_t n, Statistics<T>& out) {
+    const int64_t rows = loss.V * loss.B;
+    out = {memory.get<T>(rows), memory.get<T>(rows), memory.get<T>(rows)};
+    AlignedTask<T> t{};
+    t.z = loss.z, t.view_stride = loss.B * loss.D, t.row_stride = loss.D;
+    t.V = loss.V, t.B = loss.B, t.D = loss.D;
+    t.tau = loss.tau_pos, t.scale = loss.alpha / double(rows);
+    t.statistics = out, t.dz = dz, t.dz_row_stride = loss.D;
+    t.scratch = memory.get<char>(int64_t(kernels.aligned_scratch(loss.V)) * n);
+    return t;
+  }
+
+  void run_aligned(const Kernels<T>& kernels, AlignedTask<T> t, int64_t i, int64_t n) {
+    t.b0 = share(loss.B, i, n), t.b1 = share(loss.B, i + 1, n);
+    t.scratch = static_cast<char*>(t.scratch) + size_t(i) * kernels.aligned_scratch(loss.V);
+    kernels.aligned(t);
+  }
+
+  void sum_attraction(const Statistics<T>& s) {
+    const int64_t rows = loss.V * loss.B;
+    double value = 0, variance = 0, entropy = 0;
+    for (int64_t i = 0; i < rows; i++)
+      value += s.value[i], variance += s.variance[i], entropy += s.lse[i] - loss.tau_pos * s.value[i];
+    result.attraction = loss.alpha * value / double(rows);
+    if (want_tau) result.grad_tau_pos = loss.alpha * variance / double(rows);
+    result.attraction_entropy = entropy / double(rows);
+  }
+
+  // ---- repulsion ---------------------------------------------------------------------------------------------------
+  Contrast<T> repulsion_problem() {
+    Contrast<T> p{};
+    const int64_t V = loss.V, B = loss.B;
+    const bool pooled = loss.pairing == Pairing::kPooled;
+    for (int64_t x = 0; x < (pooled ? 1 : V); x++)
+      for (int64_t y = 0; y < (pooled ? 1 : V); y++)
+        if (pooled || x < y || (x > y && loss.pairing == Pairing::kOrdered)) q_index.push_back(x), k_index.push_back(y);
+    p.N = p.M = pooled ? V * B : B;
+    p.D = loss.D, p.q_views = p.k_views = pooled ? 1 : V;
+    p.q = p.k = loss.z;
+    p.q_view_stride = p.k_view_stride = p.N * loss.D, p.q_row_stride = p.k_row_stride = loss.D;
+    p.pairs = int64_t(q_index.size()), p.q_index = q_index.data(), p.k_index = k_index.data();
+    ids.resize(size_t(p.N));
+    for (int64_t i = 0; i < p.N; i++) ids[size_t(i)] = int32_t(i % B);
+    p.q_id = p.k_id = ids.data(), p.period = B;
+    p.softmaxes = loss.rbf ? 2 : 1;
+    p.kind[0] = p.kind[1] = kOther;
+    p.tau[0] = -loss.tau_neg, p.tau[1] = -(loss.tau_neg + loss.rbf_scale);
+    return p;
+  }
+
+  static double sum_of(const T* x, int64_t n) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += x[i];
+    return sum;
+  }
+
+  // -beta mean_pairs mean_b F and its derivatives from statistics [1][pairs][N]
+  void sum_mean_cost(const Contrast<T>& p, const Statistics<T>& s) {
+    const int64_t rows = p.pairs * p.N;
+    double value = 0, entropy = 0;
+    for (int64_t i = 0; i < rows; i++) value += s.value[i], entropy += s.lse[i] - p.tau[0] * s.value[i];
+    result.repulsion = -loss.beta * value / double(rows);
+    if (want_tau) result.grad_tau_neg = loss.beta * sum_of(s.variance, rows) / double(rows);
+    result.repulsion_entropy = entropy / double(rows);
+  }
+
+  // One pair under rbf, statistics [2][N]: log mean_b F with log F_b = lse_1 - lse_0. Returns log sum_b F_b.
+  double sum_rbf_pair(const Contrast<T>& p, const Statistics<T>& s, double* row_weight) {
+    double top = -INFINITY, sum = 0, d_tau = 0, entropy = 0;
+    for (int64_t i = 0; i < p.N; i++) {
+      row_weight[i] = double(s.lse[p.N + i]) - double(s.lse[i]);
+      top = std::max(top, row_weight[i]);
+      if (std::isnan(row_weight[i])) top = NAN, i = p.N;
+    }
+    for (int64_t i = 0; i < p.N; i++) {
+      row_weight[i] = std::exp(row_weight[i] - top);
+      sum += row_weight[i];
+      d_tau += row_weight[i] * (double(s.value[i]) - double(s.value[p.N + i]));
+      entropy += s.lse[i] + loss.tau_neg * s.value[i];
+    }
+    const double log_sum = top + std::log(sum), pairs = double(q_index.size());
+    for (int64_t i = 0; i < p.N; i++) row_weight[i] /= sum;
+    result.repulsion += loss.beta * (log_sum - std::log(double(p.N))) / pairs;
+    result.grad_tau_neg += loss.beta * d_tau / sum / pairs;
+    result.repulsion_entropy += entropy / double(p.N) / pairs;
+    return log_sum;
+  }
+
+  Statistics<T> statistics(Workspace& ws, int64_t rows) {
+    return {ws.get<T>(rows), ws.get<T>(rows), ws.get<T>(rows)};
+  }
+
+  // Unbounded rbf, or strips and slices beyond the workspace: statistics first, then their backward.
+  void two_sweeps(Engine<T>& e, int64_t n) {
+    const Contrast<T>& p = e.p;
+    const int64_t rows = p.pairs * p.N, all = rows * p.softmaxes;
+    Statistics<T> s = statistics(e.memory, all);
+    forward_sweep(e, s, n);
+    T *g_value = e.memory.template zeros<T>(all), *g_lse = e.memory.template zeros<T>(all);
+    if (!loss.rbf) {
+      std::fill(g_value, g_value + rows, T(-loss.beta / double(rows)));
+    } else {
+      std::vector<double> weight(size_t(p.N));
+      Statistics<T> one = statistics(e.memory, 2 * p.N);
+      for (int64_t pair = 0; pair < p.pairs; pair++) {
+        for (int k = 0; k < 2; k++) {
+          const int64_t from = k * rows + pair * p.N;
+          std::copy_n(s.value + from, p.N, one.value + k * p.N), std::copy_n(s.lse + from, p.N, one.lse + k * p.N);
+        }
+        sum_rbf_pair(p, one, weight.data());
+        for (int64_t i = 0; i < p.N; i++) {
+          const double g = loss.beta / double(p.pairs) * weight[size_t(i)];
+          g_lse[pair * p.N + i] = T(-g), g_lse[rows + pair * p.N + i] = T(g);
+        }
+      }
+    }
+    T* variance = want_tau && !loss.rbf ? s.variance : nullptr;
+    if (dz || variance) backward_sweep(e, {s.value, s.lse, g_value, g_lse, false}, dz, dz, variance, true, n);
+    if (!loss.rbf) sum_mean_cost(p, s);
+  }
+
+  void one_sweep(Engine<T>& e, const Blocking& blocking, int64_t n) {
+    const Contrast<T>& p = e.p;
+    const int64_t rows = p.pairs * p.N;
+    Statistics<T> s = statistics(e.memory, rows);
+    Task<T> t = e.task(Gradient::kMeanCost, blocking, true, true, want_tau ? s.variance : nullptr);
+    t.scale = -loss.beta / double(rows);
+    t.statistics = s;
+    const bool direct = e.padded(p.D) == p.D;
+    auto slices = e.make_slices(n, true, true, true, direct ? dz : nullptr);
+    e.sweep_with_slices(t, n, slices, e.sweep_scratch(t, n));
+    e.add_slices(slices.q, slices.q_touched, direct, p.q_views, p.N, dz, p.D, 1, true, n);
+    sum_mean_cost(p, t.statistics);
+  }
+
+  // rbf: the log stands outside the batch mean, so each pair's gradient is scaled when its sum is known.
+  void one_sweep_rbf(Engine<T>& e, const Blocking& blocking, int64_t n) {
+    const Contrast<T> all = e.p;
+    Task<T> t = e.task(Gradient::kRbfUnscaled, blocking, true, true);
+    t.scale = loss.beta / double(all.pairs);
+    t.statistics = statistics(e.memory, 2 * all.N);
+    std::vector<double> weight(size_t(all.N));
+    auto slices = e.make_slices(n, true, true, true);
+    char* scratch = e.sweep_scratch(t, n);
+    for (int64_t pair = 0; pair < all.pairs; pair++) {
+      e.p.pairs = 1, e.p.q_index = all.q_index + pair, e.p.k_index = all.k_index + pair;
+      for (auto& touched : slices.q_touched) std::fill(touched.begin(), touched.end(), uint8_t(0));
+      e.sweep_with_slices(t, n, slices, scratch);
+      const double log_sum = sum_rbf_pair(e.p, t.statistics, weight.data());
+      e.add_slices(slices.q, slices.q_touched, 0, all.q_views, all.N, dz, all.D, std::exp(-log_sum), true, n);
+    }
+    e.p = all;
+  }
+
+  CacrResult run() {
+    Engine<T> e(repulsion_problem(), parallel);
+    const bool repels = loss.B > 1;
+    const int64_t n = e.threads();
+    Statistics<T> positive;
+    AlignedTask<T> aligned = aligned_task(e.kernels, n, positive);
+    if (repels) e.allocate_packed(dz != nullptr);
+    parallel_for(parallel, n, [&](int64_t i) {
+      run_aligned(e.kernels, aligned, i, n);
+      if (repels) e.pack(i, n);
+    });
+    sum_attraction(positive);
+    if (repels) {
+      e.find_bound();
+      const Gradient fused = loss.rbf ? Gradient::kRbfUnscaled : Gradient::kMeanCost;
+      const Blocking b = e.fitting(fused, n, true, true, size_t(n) * e.slice_bytes(true, true, true));
+      const bool one = dz && b.rows > 0 && (!loss.rbf || (e.bounded && loss.rbf_scale >= 0));
+      if (!one)
+        two_sweeps(e, n);
+      else
+        loss.rbf ? one_sweep_rbf(e, b, n) : one_sweep(e, b, n);
+    }
+    result.loss = result.attraction + result.repulsion;
+    return result;
+  }
+};
+
+}  // namespace
+
+template <class T>
+CacrResult cacr_loss(const CacrLoss<T>& loss, T* dz, bool want_grad_tau, const Parallel& parallel) {
+  return LossPlan<T>(loss, dz, want_grad_tau, parallel).run();
+}
+
+template CacrResult cacr_loss(const CacrLoss<float>&, float*, bool, const Parallel&);
+template CacrResult cacr_loss(const CacrLoss<double>&, double*, bool, const Parallel&);
+
+}  // namespace cacr

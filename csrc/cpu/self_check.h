@@ -1,0 +1,98 @@
+// Compares the kernels of one instruction set with those of another on a small problem: every kernel, masks, tails.
+#pragma once
+
+#include "sweeps.h"
+
+namespace cacr {
+
+namespace self_check {
+
+template <class T>
+struct Result {
+  std::vector<T> value, lse, variance, gradient;
+};
+
+// Statistics and gradients of one strip sweep over two views of n rows with d features; both sums of one tensor.
+template <class T>
+Result<T> sweep(const Kernels<T>& kernels, int64_t n, int64_t d, double tau, int kind, bool bounded) {
+  const Parallel serial{1, nullptr};
+  std::vector<T> z(size_t(2 * n * d));
+  uint32_t state = 12345;  // a fixed sequence, no library's generator
+  for (T& x : z) state = state * 1664525u + 1013904223u, x = T(int32_t(state >> 8) - (1 << 23)) / T(1 << 23) / T(std::sqrt(double(d)));
+  std::vector<int32_t> id(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; i++) id[size_t(i)] = int32_t(i % 5);
+  const int64_t q_index[1] = {0}, k_index[1] = {1};
+  Contrast<T> p{};
+  p.q = p.k = z.data(), p.q_view_stride = p.k_view_stride = n * d, p.q_row_stride = p.k_row_stride = d;
+  p.q_views = p.k_views = 2, p.N = p.M = n, p.D = d, p.pairs = 1, p.q_index = q_index, p.k_index = k_index;
+  p.q_id = p.k_id = id.data(), p.period = 5, p.softmaxes = 1, p.kind[0] = kind, p.tau[0] = tau;
+  Engine<T> e(p, serial, kernels);
+  e.allocate_packed(true);
+  e.pack(0, 1);
+  e.bounded = bounded;
+  Blocking b = e.blocking();
+  b.keys = std::max<int64_t>(1, n / 2 - 1);
+  Result<T> r;
+  const size_t rows = static_cast<size_t>(n);
+  r.value.resize(rows), r.lse.resize(rows), r.variance.resize(rows), r.gradient.resize(z.size());
+  Task<T> t = e.task(Gradient::kMeanCost, b, true, true, r.variance.data());
+  t.scale = 1.0 / double(n);
+  t.statistics = {r.value.data(), r.lse.data(), r.variance.data()};
+  auto slices = e.make_slices(1, true, true, true);
+  e.sweep_with_slices(t, 1, slices, e.sweep_scratch(t, 1));
+  e.add_slices(slices.q, slices.q_touched, 0, 2, n, r.gradient.data(), d, 1, false, 1);
+  return r;
+}
+
+template <class T>
+bool close(const std::vector<T>& a, const std::vector<T>& b, double tolerance) {
+  double scale = 0;
+  for (T x : b)
+    if (std::isfinite(x)) scale = std::max(scale, std::abs(double(x)));
+  for (size_t i = 0; i < a.size(); i++)
+    if (a[i] != b[i] && !(std::abs(double(a[i]) - double(b[i])) <= tolerance * scale)) return false;
+  return true;
+}
+
+template <class T>
+bool agree(const Kernels<T>& kernels, const Kernels<T>& trusted, int64_t n, int64_t d) {
+  const double tolerance = sizeof(T) == 4 ? 2e-5 : 1e-12;
+  for (double tau : {-1.0, 2.0})
+    for (int kind : {int(kAll), int(kOther), int(kSameNotSelf)})
+      for (bool bounded : {true, false}) {
+        const Result<T> a = sweep(kernels, n, d, tau, kind, bounded), b = sweep(trusted, n, d, tau, kind, bounded);
+        if (!close(a.value, b.value, tolerance) || !close(a.lse, b.lse, tolerance) ||
+            !close(a.variance, b.variance, tolerance) || !close(a.gradient, b.gradient, tolerance))
+          return false;
+      }
+  return true;
+}
+
+// The aligned kernel: three views, n instances.
+template <class T>
+std::vector<T> aligned(const Kernels<T>& kernels, int64_t n, int64_t d) {
+  const size_t rows = static_cast<size_t>(3 * n);
+  std::vector<T> z(rows * size_t(d)), statistics(3 * rows), dz(z.size());
+  for (size_t i = 0; i < z.size(); i++) z[i] = T(double((i * 7919) % 1013) / 1013 - 0.5);
+  std::vector<char> scratch(kernels.aligned_scratch(3) + 64);
+  AlignedTask<T> t{};
+  t.z = z.data(), t.view_stride = n * d, t.row_stride = d, t.V = 3, t.B = n, t.D = d, t.tau = 1.5, t.scale = 1;
+  t.statistics = {statistics.data(), statistics.data() + rows, statistics.data() + 2 * rows};
+  t.dz = dz.data(), t.dz_row_stride = d, t.b1 = n;
+  t.scratch = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64;
+  kernels.aligned(t);
+  statistics.insert(statistics.end(), dz.begin(), dz.end());
+  return statistics;
+}
+
+}  // namespace self_check
+
+// Do two sets of kernels agree on n rows with d features?
+template <class T>
+bool self_check_passes(const Kernels<T>& kernels, const Kernels<T>& trusted, int64_t n, int64_t d) {
+  const double tolerance = sizeof(T) == 4 ? 2e-5 : 1e-12;
+  return self_check::agree(kernels, trusted, n, d) &&
+         self_check::close(self_check::aligned(kernels, n, d), self_check::aligned(trusted, n, d), tolerance);
+}
+
+}  // namespace cacr

@@ -1,0 +1,362 @@
+// One thread's share of a contrast problem: blocks of queries against all keys.
+//
+// The strip. A block of queries computes its similarities with every key once and keeps them (`rows` x M, transposed in
+// panels of queries). When the last tile is in, the row statistics are complete and with them dL/dS: the block walks
+// back over the strip, the tiles still in cache first, and accumulates both gradients. 3 U floating-point operations
+// (U = 2 N M D), nothing recomputed but the exponentials, nothing of size N x M stored. Without gradients, and for the
+// backward of statistics known already, one tile stands for the strip.
+#pragma once
+
+#include "gemm.h"
+#include "softmax.h"
+#include "task.h"
+
+namespace cacr::CACR_ISA {
+
+constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+
+template <class T>
+inline constexpr T kHuge = sizeof(T) == 4 ? T(3e38) : T(1e308);
+
+template <class T>
+CACR_INLINE T* carve(char*& at, idx count) {
+  T* p = reinterpret_cast<T*>(at);
+  at += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+  return p;
+}
+
+template <class T>
+CACR_INLINE void zero(T* p, idx n) {
+  __builtin_memset(static_cast<void*>(p), 0, size_t(n) * sizeof(T));
+}
+
+template <class T>
+struct Scratch {
+  T *S, *H;        // [tiles][rows/P][keys][P], one tile where nothing is kept; [rows/P][keys][P]
+  T *q_columns;    // [rows/P][D][P]     queries transposed: operand of S
+  T *q_panels;     // [Dp/P][rows][P]    queries by panels of features: operand of dK
+  T *dq_panels;    // [Dp/P][rows][P]
+  T *columns;      // [keys of the task][W]             sum_i H_ij, by lanes
+  T *row_sum;      // [rows]             sum_j H_ij
+  T *q_norm;       // [rows]
+  int32_t* q_id;   // [rows]
+  RowState<T> rows[kMaxSoftmaxes];
+
+  static size_t layout(const Task<T>& t, char* base, Scratch& s) {
+    const Contrast<T>& p = *t.problem;
+    constexpr idx P = kPanel<T>;
+    const idx R = t.blocking.rows, K = t.blocking.keys, Dp = (p.D + P - 1) / P * P;
+    const bool strip = t.gradient == Gradient::kMeanCost || t.gradient == Gradient::kRbfUnscaled;
+    const idx tiles = strip ? (t.key1 - t.key0 + K - 1) / K : 1;
+    char* at = base;
+    s.S = carve<T>(at, tiles * R * K);
+    s.H = carve<T>(at, R * K);
+    s.q_columns = carve<T>(at, R * p.D);
+    s.q_panels = carve<T>(at, R * Dp);
+    s.dq_panels = carve<T>(at, R * Dp);
+    s.columns = carve<T>(at, t.want_dk ? (t.key1 - t.key0) * (P / 2) : 0);
+    s.row_sum = carve<T>(at, R);
+    s.q_norm = carve<T>(at, R);
+    s.q_id = carve<int32_t>(at, R);
+    for (RowState<T>& r : s.rows) {
+      T* a = carve<T>(at, 8 * R);
+      r = {a, a + R, a + 2 * R, a + 3 * R, a + 4 * R, a + 5 * R, a + 6 * R, a + 7 * R};
+    }
+    return size_t(at - base);
+  }
+};
+
+template <class T>
+struct Sweep {
+  static constexpr idx P = kPanel<T>, W = Lanes<T>::W;
+  const Task<T>& t;
+  const Contrast<T>& p;
+  Scratch<T> s;
+  T slope[kMaxSoftmaxes];
+  bool forward, backward, strip;
+  idx Dp;
+
+  // the block at hand
+  idx pair, row0, rows, panels;  // rows: those that exist, panels * P >= rows
+
+  explicit Sweep(const Task<T>& task) : t(task), p(*task.problem) {
+    Scratch<T>::layout(t, static_cast<char*>(t.scratch), s);
+    for (int i = 0; i < p.softmaxes; i++) slope[i] = T(-2 * p.tau[i] * kLog2e);
+    forward = t.gradient != Gradient::kGiven;
+    backward = t.gradient != Gradient::kNone;
+    strip = forward && backward;
+    Dp = (p.D + P - 1) / P * P;
+  }
+
+  void run() {
+    const idx per_pair = (p.N + P - 1) / P;
+    for (idx at = t.unit0; at < t.unit1;) {
+      pair = at / per_pair;
+      const idx first = at - pair * per_pair, last = min_of(per_pair, first + t.unit1 - at), n = last - first;
+      const idx blocks = (n * P + t.blocking.rows - 1) / t.blocking.rows;
+      if (backward && t.want_dk) zero(s.columns, (t.key1 - t.key0) * W);
+      for (idx b = 0; b < blocks; b++) {
+        const idx lo = first + n * b / blocks, hi = first + n * (b + 1) / blocks;
+        row0 = lo * P, panels = hi - lo, rows = min_of(p.N - row0, panels * P);
+        block();
+      }
+      if (backward && t.want_dk && !p.inner) subtract_key_terms();
+      at += n;
+    }
+  }
+
+  void block() {
+    pack_queries();
+    const idx tiles = (t.key1 - t.key0 + t.blocking.keys - 1) / t.blocking.keys;
+    if (forward) {
+      start_rows();
+      for (idx c = 0; c < tiles; c++) {
+        compute_similarities(c);
+        accumulate_statistics(c);
+      }
+      finish_rows();
+    } else {
+      given_rows();
+    }
+    if (!backward) return;
+    if (t.want_dq) zero(s.dq_panels, panels * P * Dp);
+    for (idx c = tiles - 1; c >= 0; c--) {
+      if (!strip) compute_similarities(c);
+      gradients(c);
+    }
+    if (t.want_dq) add_query_gradients();
+    if (t.want_moment) write_variance();
+  }
+
+  // ---- tiles -------------------------------------------------------------------------------------------------------
+  T* tile(idx c) const { return s.S + (strip ? c * t.blocking.keys * panels * P : 0); }
+  idx tile_key(idx c) const { return t.key0 + c * t.blocking.keys; }
+  idx tile_keys(idx c) const { return min_of(t.blocking.keys, t.key1 - tile_key(c)); }
+  const T* key_row(idx j) const { return p.k + p.k_index[pair] * p.k_view_stride + j * p.k_row_stride; }
+
+  void compute_similarities(idx c) {
+    const idx j0 = tile_key(c), n = tile_keys(c);
+    const T* bias = t.packed.k_bias + p.k_index[pair] * p.M + j0;
+    for (idx i = 0; i < panels; i++)
+      similarity<T>(n, p.D, key_row(j0), p.k_row_stride, s.q_columns + i * p.D * P, bias, tile(c) + i * t.blocking.keys * P);
+  }
+
+  // f(first key, count, masked) over the parts of a tile that do and do not need a mask for panel i.
+  template <class F>
+  void for_parts(idx i, idx j0, idx n, F f) const {
+    if (!p.q_id) return f(j0, n, false);
+    if (p.period < P) return f(j0, n, true);
+    const idx first = (row0 + i * P) % p.period, end = j0 + n;
+    idx at = j0;
+    for (idx m = (j0 - first - P + 1) / p.period - 1; at < end; m++) {  // diagonal m covers [lo, lo + P)
+      const idx lo = m * p.period + first;
+      if (lo + P <= at) continue;
+      if (lo > at) f(at, min_of(lo, end) - at, false);
+      at = max_of(at, min_of(lo, end));
+      if (at < end) f(at, min_of(lo + P, end) - at, true);
+      at = min_of(lo + P, end);
+    }
+  }
+  TileIds<T> ids(idx i, idx j) const { return {s.q_id + i * P, p.k_id + j, row0 + i * P, j}; }
+
+  // ---- forward -----------------------------------------------------------------------------------------------------
+  void pack_queries() {
+    const idx view = p.q_index[pair], Dn = p.D;
+    const T* q = p.q + view * p.q_view_stride + row0 * p.q_row_stride;
+    for (idx i = 0; i < panels; i++) {
+      T* out = s.q_columns + i * Dn * P;
+      const idx n = min_of(P, rows - i * P);
+      if (n < P) zero(out, Dn * P);
+      for (idx l = 0; l < n; l++) {
+        const T* x = q + (i * P + l) * p.q_row_stride;
+        for (idx d = 0; d < Dn; d++) out[d * P + l] = x[d];
+      }
+    }
+    if (backward && t.want_dk) pack_panels(q);
+    const T* norm = t.packed.q_norm + view * p.N + row0;
+    for (idx i = 0; i < panels * P; i++) s.q_norm[i] = i < rows ? norm[i] : T(0);
+    if (p.q_id)
+      for (idx i = 0; i < panels * P; i++) s.q_id[i] = i < rows ? p.q_id[row0 + i] : -1;
+  }
+
+  void pack_panels(const T* q) {
+    const idx R = panels * P;
+    for (idx f = 0; f < Dp / P; f++)
+      for (idx i = 0; i < R; i++) {
+        T* out = s.q_panels + (f * R + i) * P;
+        const idx n = i < rows ? min_of(P, p.D - f * P) : 0;
+        const T* x = q + i * p.q_row_stride + f * P;
+        for (idx l = 0; l < n; l++) out[l] = x[l];
+        for (idx l = n; l < P; l++) out[l] = 0;
+      }
+  }
+
+  void start_rows() {
+    for (int k = 0; k < p.softmaxes; k++) {
+      RowState<T>& r = s.rows[k];
+      const idx R = panels * P;
+      zero(r.sum, R), zero(r.sum_u, R);
+      for (idx i = 0; i < R; i++)
+        r.shift[i] = t.bounded ? T(kLog2e * p.tau[k] * double(s.q_norm[i])) : kHuge<T>;
+    }
+  }
+
+  void accumulate_statistics(idx c) {
+    const idx j0 = tile_key(c);
+    for (idx i = 0; i < panels; i++) {
+      const T* S = tile(c) + i * t.blocking.keys * P;
+      for_parts(i, j0, tile_keys(c), [&](idx j, idx n, bool masked) {
+        for (int k = 0; k < p.softmaxes; k++) {
+          auto f = t.bounded ? (masked ? add_statistics<T, true, true> : add_statistics<T, true, false>)
+                             : (masked ? add_statistics<T, false, true> : add_statistics<T, false, false>);
+          f(n, S + (j - j0) * P, slope[k], s.rows[k].from(i * P), p.kind[k], ids(i, j));
+        }
+      });
+    }
+  }
+
+  void finish_rows() {
+    for (idx i = 0; i < panels * P; i++) {
+      double value[kMaxSoftmaxes], lse[kMaxSoftmaxes];
+      for (int k = 0; k < p.softmaxes; k++) {
+        RowState<T>& r = s.rows[k];
+        const double sum = r.sum[i], norm = s.q_norm[i];
+        const bool empty = sum == 0;
+        const double u = empty ? 0 : double(r.sum_u[i]) / sum, log_sum = empty ? 0 : __builtin_log2(sum);
+        value[k] = empty ? 0 : norm - 2 * u;
+        lse[k] = empty ? -__builtin_inf() : kLn2 * (log_sum - (t.bounded ? 0 : double(r.shift[i])));
+        if (!t.bounded && !empty) lse[k] += p.tau[k] * norm;
+        if (value[k] != value[k]) lse[k] = value[k];
+        r.offset[i] = empty ? idle_offset(k, i) : T(double(r.shift[i]) - log_sum);
+        if (i >= rows) continue;
+        const idx at = (k * p.pairs + pair) * p.N + row0 + i;
+        t.statistics.value[at] = T(value[k]), t.statistics.lse[at] = T(lse[k]);
+      }
+      if (strip) fused_coefficients(i, value, lse);
+    }
+  }
+
+  void fused_coefficients(idx i, const double* value, const double* lse) {
+    double g_value[kMaxSoftmaxes] = {0, 0}, g_lse[kMaxSoftmaxes] = {0, 0};
+    if (i < rows && lse[0] != -__builtin_inf()) {
+      if (t.gradient == Gradient::kMeanCost) {
+        g_value[0] = t.scale;
+      } else {
+        const double f = t.scale * __builtin_exp(lse[1] - lse[0]);
+        g_lse[0] = -f, g_lse[1] = f;
+      }
+    }
+    set_coefficients(i, value, g_value, g_lse, false);
+  }
+
+  // For a row without weights: an exponent that is in range, or flushed to 0.
+  T idle_offset(int k, idx i) const { return t.bounded ? T(kLog2e * p.tau[k] * double(s.q_norm[i])) : -kHuge<T>; }
+
+  // ---- backward ----------------------------------------------------------------------------------------------------
+  // dL/dc = w (g_value (1 + tau (c - F)) + g_lse tau), in terms of u (dc/du = -2), and its row sum.
+  void set_coefficients(idx i, const double* value, const double* g_value, const double* g_lse, bool detach) {
+    double sum = 0;
+    for (int k = 0; k < p.softmaxes; k++) {
+      const double tau = detach ? 0 : p.tau[k], gl = detach ? 0 : g_lse[k];
+      s.rows[k].a[i] = T(-2 * (g_value[k] * (1 + tau * (double(s.q_norm[i]) - value[k])) + gl * tau));
+      s.rows[k].b[i] = T(4 * g_value[k] * tau);
+      s.rows[k].mean[i] = T((double(s.q_norm[i]) - value[k]) / 2), s.rows[k].moment[i] = 0;
+      sum += -2 * (g_value[k] + gl * tau);
+    }
+    s.row_sum[i] = p.inner ? T(0) : T(sum);
+  }
+
+  void given_rows() {
+    for (idx i = 0; i < panels * P; i++) {
+      double value[kMaxSoftmaxes] = {0, 0}, g_value[kMaxSoftmaxes] = {0, 0}, g_lse[kMaxSoftmaxes] = {0, 0};
+      for (int k = 0; k < p.softmaxes; k++) {
+        const idx at = (k * p.pairs + pair) * p.N + row0 + i;
+        const double lse = i < rows ? double(t.rows.lse[at]) : -__builtin_inf();
+        s.rows[k].offset[i] = idle_offset(k, i);
+        if (lse == -__builtin_inf()) continue;
+        s.rows[k].offset[i] = T(kLog2e * (p.tau[k] * double(s.q_norm[i]) - lse));
+        value[k] = t.rows.value[at], g_value[k] = t.rows.grad_value[at], g_lse[k] = t.rows.grad_lse[at];
+      }
+      set_coefficients(i, value, g_value, g_lse, t.rows.detach_weights);
+    }
+  }
+
+  void tile_gradients(idx c) {
+    const idx j0 = tile_key(c);
+    for (idx i = 0; i < panels; i++) {
+      const T* S = tile(c) + i * t.blocking.keys * P;
+      T* H = s.H + i * t.blocking.keys * P;
+      RowState<T> r[kMaxSoftmaxes];
+      for (int k = 0; k < p.softmaxes; k++) r[k] = s.rows[k].from(i * P);
+      for_parts(i, j0, tile_keys(c), [&](idx j, idx n, bool masked) {
+        auto f = p.softmaxes == 1 ? pick<1>(masked) : pick<2>(masked);
+        T* columns = t.want_dk ? s.columns + (j - t.key0) * W : nullptr;
+        f(n, S + (j - j0) * P, H + (j - j0) * P, slope, r, p.kind, ids(i, j), columns);
+      });
+    }
+  }
+  template <int kSoftmaxes>
+  auto pick(bool masked) const {
+    return t.want_moment ? pick<kSoftmaxes, true>(masked) : pick<kSoftmaxes, false>(masked);
+  }
+  template <int kSoftmaxes, bool kMoment>
+  auto pick(bool masked) const {
+    return t.bounded ? (masked ? tile_gradient<T, kSoftmaxes, true, true, kMoment>
+                               : tile_gradient<T, kSoftmaxes, true, false, kMoment>)
+                     : (masked ? tile_gradient<T, kSoftmaxes, false, true, kMoment>
+                               : tile_gradient<T, kSoftmaxes, false, false, kMoment>);
+  }
+
+  void write_variance() const {
+    for (int k = 0; k < p.softmaxes; k++)
+      for (idx i = 0; i < rows; i++)
+        t.statistics.variance[(k * p.pairs + pair) * p.N + row0 + i] = 4 * s.rows[k].moment[i];
+  }
+
+  void gradients(idx c) {
+    tile_gradients(c);
+    const idx j0 = tile_key(c), n = tile_keys(c), ldh = t.blocking.keys * P, R = panels * P;
+    if (t.want_dq) {
+      const T* K = t.packed.k_panels + p.k_index[pair] * p.M * Dp + j0 * P;
+      for (idx f = 0; f < Dp / P; f++)
+        for (idx i = 0; i < panels; i++)
+          query_gradient_panel<T>(n, s.H + i * ldh, K + f * p.M * P, s.dq_panels + (f * R + i * P) * P);
+    }
+    if (t.want_dk) {
+      T* out = view_of(t.dk, p.k_index[pair], p.M) + j0 * t.dk.row_stride;
+      for (idx f = 0; f < Dp / P; f++)
+        key_gradient_panel<T>(n, panels, s.H, ldh, s.q_panels + f * R * P, out + f * P, t.dk.row_stride);
+    }
+  }
+
+  T* view_of(const GradientSlice<T>& g, idx view, idx n) const {
+    T* data = g.data + view * g.view_stride;
+    if (!g.touched[view]) zero(data, n * g.row_stride), g.touched[view] = 1;
+    return data;
+  }
+
+  void add_query_gradients() {
+    const idx view = p.q_index[pair], R = panels * P;
+    T* out = view_of(t.dq, view, p.N) + row0 * t.dq.row_stride;
+    const T* q = p.q + view * p.q_view_stride + row0 * p.q_row_stride;
+    for (idx i = 0; i < rows; i++)
+      for (idx f = 0; f < Dp / P; f++) {
+        const T* g = s.dq_panels + (f * R + i) * P;
+        const T *x = q + i * p.q_row_stride + f * P, h = s.row_sum[i];
+        T* o = out + i * t.dq.row_stride + f * P;
+        const idx n = min_of(P, p.D - f * P);
+        for (idx d = 0; d < n; d++) o[d] += g[d] - h * x[d];
+      }
+  }
+
+  void subtract_key_terms() {  // dK_j -= (sum_i H_ij) k_j
+    T* out = view_of(t.dk, p.k_index[pair], p.M);
+    for (idx j = t.key0; j < t.key1; j++) {
+      const T h = sum_lanes<T>(load(s.columns + (j - t.key0) * W)), *x = key_row(j);
+      T* o = out + j * t.dk.row_stride;
+      for (idx d = 0; d < p.D; d++) o[d] -= h * x[d];
+    }
+  }
+};
+
+}  // namespace cacr::CACR_ISA

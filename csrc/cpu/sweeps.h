@@ -1,0 +1,90 @@
+// The two general sweeps of the planner: statistics, and gradients of statistics known already.
+#pragma once
+
+#include "engine.h"
+
+namespace cacr {
+
+template <class T>
+void forward_sweep(Engine<T>& e, const Statistics<T>& statistics, int64_t n) {
+  Task<T> t = e.task(Gradient::kNone, e.blocking(), false, false);
+  t.statistics.value = statistics.value, t.statistics.lse = statistics.lse;
+  e.sweep(t, n);
+}
+
+// Gradient memory with padded rows: `out` itself where its rows need no padding.
+template <class T>
+struct PaddedOut {
+  T* data;
+  bool own;
+};
+template <class T>
+PaddedOut<T> padded_out(Engine<T>& e, T* out, int64_t rows, bool accumulate) {
+  const int64_t stride = e.padded(e.p.D);
+  if (stride != e.p.D) return {e.memory.template zeros<T>(rows * stride), true};
+  if (!accumulate) std::memset(static_cast<void*>(out), 0, size_t(rows * stride) * sizeof(T));
+  return {out, false};
+}
+
+// Every thread owns rows of dq (all keys), then rows of dk (all queries): no private gradient memory, similarities are
+// computed once more. For many threads times many keys.
+template <class T>
+void backward_by_owner(Engine<T>& e, const RowGradients<T>& rows, T* dq, T* dk, T* variance, bool accumulate,
+                    int64_t n) {
+  const Contrast<T>& p = e.p;
+  const int64_t stride = e.padded(p.D), panels = (p.N + e.kernels.panel - 1) / e.kernels.panel;
+  const bool shared = dq && dq == dk;
+  PaddedOut<T> q{}, k{};
+  if (dq) q = padded_out(e, dq, p.q_views * p.N, accumulate);
+  if (dk) k = shared ? q : padded_out(e, dk, p.k_views * p.M, accumulate);
+  std::vector<uint8_t> q_touched(size_t(p.q_views), 1), k_touched(size_t(p.k_views), 1);
+  auto run = [&](Task<T> t, auto body) {
+    t.rows = rows;
+    Task<T> widest = t;
+    widest.key1 = (p.M + n - 1) / n;
+    const size_t scratch = e.kernels.sweep_scratch(t.want_dk ? widest : t);
+    char* base = e.memory.template get<char>(int64_t(scratch) * n);
+    t.dq = {q.data, p.N * stride, stride, q_touched.data()};
+    t.dk = {k.data, p.M * stride, stride, k_touched.data()};
+    parallel_for(e.parallel, n, [&](int64_t i) {
+      Task<T> mine = t;
+      mine.scratch = base + size_t(i) * scratch;
+      body(mine, i);
+    });
+  };
+  if (dq || variance)
+    run(e.task(Gradient::kGiven, e.blocking(), dq != nullptr, false, variance), [&](Task<T>& t, int64_t i) {
+      for (int64_t pair = 0; pair < p.pairs; pair++) {
+        t.unit0 = pair * panels + share(panels, i, n), t.unit1 = pair * panels + share(panels, i + 1, n);
+        e.kernels.sweep(t);
+      }
+    });
+  if (dk)
+    run(e.task(Gradient::kGiven, e.blocking(), false, true), [&](Task<T>& t, int64_t i) {
+      t.unit0 = 0, t.unit1 = e.units();
+      t.key0 = share(p.M, i, n), t.key1 = share(p.M, i + 1, n);
+      if (t.key0 < t.key1) e.kernels.sweep(t);
+    });
+  const std::vector<std::vector<uint8_t>> touched_q{q_touched}, touched_k{k_touched};
+  if (dq && q.own) e.add_slices({q.data}, touched_q, 0, p.q_views, p.N, dq, p.D, 1, accumulate, n);
+  if (dk && k.own && !shared) e.add_slices({k.data}, touched_k, 0, p.k_views, p.M, dk, p.D, 1, accumulate, n);
+}
+
+// dq and dk may be the same memory where queries and keys are the same tensor.
+template <class T>
+void backward_sweep(Engine<T>& e, const RowGradients<T>& rows, T* dq, T* dk, T* variance, bool accumulate,
+                    int64_t n) {
+  const Contrast<T>& p = e.p;
+  const bool shared = dq && dq == dk;
+  const size_t slice_bytes = size_t(n) * e.slice_bytes(dq != nullptr, dk != nullptr, shared);
+  const Blocking b = e.fitting(Gradient::kGiven, n, dq != nullptr, dk != nullptr, slice_bytes);
+  if (b.rows == 0) return backward_by_owner(e, rows, dq, dk, variance, accumulate, n);
+  Task<T> t = e.task(Gradient::kGiven, b, dq != nullptr, dk != nullptr, variance);
+  t.rows = rows;
+  auto s = e.make_slices(n, dq != nullptr, dk != nullptr, shared);
+  e.sweep_with_slices(t, n, s, e.sweep_scratch(t, n));
+  if (dq) e.add_slices(s.q, s.q_touched, 0, p.q_views, p.N, dq, p.D, 1, accumulate, n);
+  if (dk && !shared) e.add_slices(s.k, s.k_touched, 0, p.k_views, p.M, dk, p.D, 1, accumulate, n);
+}
+
+}  // namespace cacr

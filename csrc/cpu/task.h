@@ -1,0 +1,114 @@
+// Between the planner (plan.h, compiled once) and the kernels (kernels.cpp, compiled per instruction set): plain data.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../common/problem.h"
+
+namespace cacr {
+
+// Rows of queries and keys per block. A block of queries meets all keys in tiles of `keys`.
+struct Blocking {
+  int64_t rows;  // multiple of the panel
+  int64_t keys;
+};
+
+// Keys and norms, packed once per call. P: panel width, Dp: D rounded up to it.
+template <class T>
+struct Packed {
+  T* q_norm;    // [q_views][N]             |q|^2, or 0 (inner)
+  T* k_bias;    // [k_views][M]             -|k|^2/2, or 0 (inner)
+  T* k_panels;  // [k_views][Dp/P][M][P]    null where no query gradient is wanted
+};
+
+// How the row gradients dL/dF and dL/dlse come about.
+enum class Gradient : int32_t {
+  kNone,          // forward only
+  kGiven,         // backward only: from the arrays below
+  kMeanCost,      // both in one sweep: dL/dF_i = scale (softmax 0)
+  kRbfUnscaled,   // both in one sweep: dL/dlse_i = -+ scale exp(lse_1 - lse_0); the caller divides by the sum of the exp
+};
+
+template <class T>
+struct RowGradients {  // all [softmaxes][pairs][N]
+  const T* value;      // statistics of the forward sweep
+  const T* lse;
+  const T* grad_value;
+  const T* grad_lse;
+  bool detach_weights;
+};
+
+// Gradient memory of one task: rows `row_stride` apart, zeroed view by view when first written.
+template <class T>
+struct GradientSlice {
+  T* data;  // [views][rows][Dp]
+  int64_t view_stride, row_stride;
+  uint8_t* touched;  // [views]
+};
+
+// The share of one thread: panels [unit0, unit1) of the (pair, panel of queries) list against keys [key0, key1).
+template <class T>
+struct Task {
+  const Contrast<T>* problem;
+  Packed<T> packed;
+  Blocking blocking;
+  bool bounded;  // |log2(e) tau c| <= 64 for every pair and softmax
+  Gradient gradient;
+  double scale;
+  RowGradients<T> rows;
+  Statistics<T> statistics;  // value and lse written by forward sweeps, variance by those that want the moment
+  int64_t unit0, unit1, key0, key1;
+  bool want_dq, want_dk, want_moment;
+  GradientSlice<T> dq, dk;
+  void* scratch;
+};
+
+// Aligned positives: instances [b0, b1) of the views.
+template <class T>
+struct AlignedTask {
+  const T* z;  // [V][B][D], features contiguous
+  int64_t view_stride, row_stride;
+  int64_t V, B, D;
+  double tau, scale;         // dL/dF = scale
+  Statistics<T> statistics;  // [V][B]
+  T* dz;                     // [V][B][*], rows dz_row_stride apart, overwritten; null: not wanted
+  int64_t dz_row_stride;
+  int64_t b0, b1;
+  void* scratch;
+};
+
+// Norms and panels of rows [row0, row1) of one view.
+template <class T>
+struct PackTask {
+  const T* x;  // [rows][D]
+  int64_t row_stride, D, rows, row0, row1;
+  T factor;   // norm = factor |x|^2; 0 stores 0
+  T* norm;    // [rows], or null
+  T* panels;  // [Dp/P][rows][P], or null
+};
+
+// out[i][:] = (accumulate ? out[i][:] : 0) + scale * sum over slices, in their order; rows [row0, row1).
+template <class T>
+struct ReduceTask {
+  T* out;
+  int64_t out_stride, D, row0, row1;
+  double scale;
+  bool accumulate;
+  const T* const* slices;  // [count], rows slice_stride apart
+  int64_t count, slice_stride;
+};
+
+template <class T>
+struct Kernels {
+  int64_t panel;      // queries (and features) side by side
+  int64_t tile_rows;  // of a register tile
+  size_t (*sweep_scratch)(const Task<T>&);
+  size_t (*aligned_scratch)(int64_t views);
+  void (*pack)(const PackTask<T>&);
+  void (*sweep)(const Task<T>&);
+  void (*aligned)(const AlignedTask<T>&);
+  void (*reduce)(const ReduceTask<T>&);
+};
+
+}  // namespace cacr

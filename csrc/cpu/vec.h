@@ -1,0 +1,138 @@
+// Vectors of float or double for one instruction set, on GCC/Clang vector extensions.
+//
+// The including source is compiled once per instruction set with CACR_ISA (a name) and CACR_VECTOR_BYTES set; all code
+// lives in namespace cacr::CACR_ISA, so that no function compiled for a newer processor can be linked in place of one
+// for an older. For the same reason nothing here instantiates templates of the standard library.
+#pragma once
+
+#include <cstdint>
+
+#if !defined(CACR_ISA) || !defined(CACR_VECTOR_BYTES)
+#error "compile with -DCACR_ISA=<name> -DCACR_VECTOR_BYTES=<16|32|64>"
+#endif
+
+#define CACR_INLINE static inline __attribute__((always_inline))
+#define CACR_NOINLINE __attribute__((noinline))
+
+namespace cacr::CACR_ISA {
+
+using idx = int64_t;
+
+template <class T>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  static constexpr int W = CACR_VECTOR_BYTES / 4;
+  typedef float V __attribute__((vector_size(CACR_VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(CACR_VECTOR_BYTES)));
+  typedef float U __attribute__((vector_size(CACR_VECTOR_BYTES), aligned(4), may_alias));
+  using Int = int32_t;
+};
+
+template <>
+struct Lanes<double> {
+  static constexpr int W = CACR_VECTOR_BYTES / 8;
+  typedef double V __attribute__((vector_size(CACR_VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(CACR_VECTOR_BYTES)));
+  typedef double U __attribute__((vector_size(CACR_VECTOR_BYTES), aligned(8), may_alias));
+  using Int = int64_t;
+};
+
+template <class T>
+using Vec = typename Lanes<T>::V;
+template <class T>
+using IntVec = typename Lanes<T>::I;
+
+// A panel is two vectors wide: queries of a similarity tile, or features of a gradient tile, stand side by side in it.
+template <class T>
+inline constexpr int kPanel = 2 * Lanes<T>::W;
+
+// Rows of a register tile: two accumulators each, beside two operands and one broadcast.
+#if CACR_VECTOR_BYTES == 64
+inline constexpr int kTileRows = 14;
+#else
+inline constexpr int kTileRows = 6;
+#endif
+
+template <class T>
+CACR_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename Lanes<T>::U*>(p);
+}
+template <class T>
+CACR_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename Lanes<T>::U*>(p) = v;
+}
+template <class T>
+CACR_INLINE Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
+template <class T>
+CACR_INLINE T min_of(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+CACR_INLINE T max_of(T a, T b) {
+  return a > b ? a : b;
+}
+// NaN in `b` is dropped, NaN in `a` stays.
+template <class T>
+CACR_INLINE Vec<T> max_vec(Vec<T> a, Vec<T> b) {
+  return b > a ? b : a;
+}
+template <class T>
+CACR_INLINE Vec<T> select(IntVec<T> mask, Vec<T> a) {  // a where the mask is set, else 0
+  return reinterpret_cast<Vec<T>>(reinterpret_cast<IntVec<T>>(a) & mask);
+}
+template <class T>
+CACR_INLINE T sum_lanes(Vec<T> v) {  // in a fixed order
+  T s[Lanes<T>::W];
+  store<T>(s, v);
+  for (int n = Lanes<T>::W / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) s[i] += s[i + n];
+  return s[0];
+}
+
+// 2^x for x in [-126, 127] (float, relative error < 1.5e-7 = 1.2 eps) or [-1022, 1023] (double, < 3e-16 = 1.4 eps).
+// Polynomials: minimax of the relative error on [-1/2, 1/2] (Remez exchange, degree 5 and 11).
+CACR_INLINE Vec<float> exp2_in_range(Vec<float> x) {
+  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+  Vec<float> r = x + magic;
+  Vec<float> f = x - (r - magic);
+  Vec<float> p = 1.3276477808759291614e-3f * f + 9.6755413633536390999e-3f;
+  p = p * f + 5.5507132587386907459e-2f;
+  p = p * f + 2.4022119724704667915e-1f;
+  p = p * f + 6.9314696706684349975e-1f;
+  p = p * f + 1.000000071653021186f;
+  return reinterpret_cast<Vec<float>>(reinterpret_cast<IntVec<float>>(p) + (reinterpret_cast<IntVec<float>>(r) << 23));
+}
+CACR_INLINE Vec<double> exp2_in_range(Vec<double> x) {
+  const double magic = 6755399441055744.0;  // 1.5 * 2^52
+  Vec<double> r = x + magic;
+  Vec<double> f = x - (r - magic);
+  Vec<double> p = 4.4352866745874167032e-10 * f + 7.0741052512368323548e-9;
+  p = p * f + 1.0178197993382467131e-7;
+  p = p * f + 1.3215433091851149785e-6;
+  p = p * f + 1.5252733490062370866e-5;
+  p = p * f + 1.5403530462509966101e-4;
+  p = p * f + 1.333355814678983701e-3;
+  p = p * f + 9.6181291075883388805e-3;
+  p = p * f + 5.5504108664819921999e-2;
+  p = p * f + 2.4022650695910156194e-1;
+  p = p * f + 6.9314718055994533045e-1;
+  p = p * f + 0.9999999999999999971;
+  return reinterpret_cast<Vec<double>>(reinterpret_cast<IntVec<double>>(p) +
+                                       (reinterpret_cast<IntVec<double>>(r) << 52));
+}
+
+template <class T>
+inline constexpr T kExp2Min = sizeof(T) == 4 ? T(-126) : T(-1022);
+
+// 2^x for any x <= 0: below the range it is exactly 0. NaN may come out as any number: callers keep the NaN elsewhere.
+template <class T>
+CACR_INLINE Vec<T> exp2_flushed(Vec<T> x) {
+  IntVec<T> in_range = x >= kExp2Min<T>;
+  return select<T>(in_range, exp2_in_range(max_vec<T>(splat<T>(kExp2Min<T>), x)));
+}
+
+}  // namespace cacr::CACR_ISA

@@ -1,0 +1,174 @@
+"""Builds the compiled libraries; everything declarative is in ``pyproject.toml``.
+
+A library is a list of objects, each with flags of its own, because one kernel source is compiled once per instruction
+set. setuptools knows one set of flags per extension, so ``NativeBuild`` writes a ninja file: parallel, incremental down
+to the headers, and recompiled whenever a flag or the compiler changes. The libraries use PyTorch's stable ABI and no
+Python symbol, so one wheel serves every torch >= 2.10 and Python >= 3.10.
+
+Environment: ``CACR_BUILD_CPU=0`` leaves out the CPU library; ``CXX``, ``CXXFLAGS``, ``LDFLAGS``, ``MAX_JOBS`` as usual.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import ExecError
+
+BUILD = Path("build", f"native-{sysconfig.get_platform()}")  # not build_temp, which editable installs throw away
+
+# NDEBUG and IEEE semantics: -ffast-math and -Ofast are forbidden, they change the floating-point mode of the process.
+FLAGS = [
+    *("-O3", "-std=c++20", "-DNDEBUG", "-fPIC", "-pthread", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror=return-type"),
+]
+
+# Instruction sets of the CPU kernels, each a superset of the one before: name -> flags. The objects are linked in this
+# order, baseline first. The linker keeps the first copy of a function that several objects emit, so no copy compiled
+# for a newer instruction set can ever be called by code chosen for an older one.
+ISAS = {"portable": ["-DCACR_VECTOR_BYTES=16"]}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    avx2 = ["-mavx2", "-mfma", "-mf16c"]
+    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+    ISAS["avx2"] = ["-DCACR_VECTOR_BYTES=32", *avx2]
+    ISAS["avx512"] = ["-DCACR_VECTOR_BYTES=64", *avx2, *avx512]
+
+
+class Object(NamedTuple):
+    """One source compiled once."""
+
+    name: str
+    source: str
+    flags: list[str]
+    torch: bool = False  # includes torch's headers
+
+
+class NativeLibrary(Extension):
+    """A shared object linked from ``objects`` in their order."""
+
+    def __init__(self, name: str, objects: list[Object], link_flags: list[str]) -> None:
+        super().__init__(name, sorted({o.source for o in objects}), py_limited_api=True)
+        self.objects = objects
+        self.link_flags = link_flags
+
+
+def cpu_library() -> NativeLibrary:
+    """``cacr_kernels/_C_cpu``: torch-free but for the binding, the kernels once per instruction set."""
+    stable_abi = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
+    compiled = [f"-DCACR_HAVE_{isa.upper()}" for isa in ISAS]
+    kernels, binding = "csrc/cpu/kernels.cpp", "csrc/cpu/binding.cpp"
+    baseline = sorted({path.as_posix() for path in Path("csrc/cpu").glob("*.cpp")} - {kernels, binding})
+    objects = [
+        Object("binding", binding, stable_abi, torch=True),
+        *(Object(Path(source).stem, source, compiled) for source in baseline),
+        *(Object(f"kernels_{isa}", kernels, [f"-DCACR_ISA={isa}", *flags]) for isa, flags in ISAS.items()),
+    ]
+    return NativeLibrary("cacr_kernels._C_cpu", objects, ["-ltorch_cpu"])
+
+
+def torch_root() -> Path:
+    """Where torch's headers and libraries lie, found without the seconds that importing it takes."""
+    spec = importlib.util.find_spec("torch")
+    version = importlib.metadata.version("torch") if spec else "none"
+    if spec is None or spec.origin is None or tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 10):
+        raise ExecError(
+            f"compiling cacr_kernels needs torch >= 2.10, found {version}; install it, or choose the pure Python "
+            "package with CACR_BUILD_CPU=0"
+        )
+    return Path(spec.origin).parent
+
+
+def find_compiler() -> list[str] | None:
+    """The command of a C++ compiler with GCC's interface, or ``None``; an explicit ``CXX`` is taken at its word."""
+    if "CXX" in os.environ:
+        return shlex.split(os.environ["CXX"])
+    found = None if os.name == "nt" else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    return [found] if found else None
+
+
+def libraries() -> list[NativeLibrary]:
+    """What to build here. A second library (such as one for CUDA) is one more entry of this list."""
+    if os.environ.get("CACR_BUILD_CPU") == "0":
+        return []
+    if find_compiler() is None:
+        warnings.warn("no C++ compiler (GCC or Clang) found: cacr_kernels is installed as pure Python", stacklevel=2)
+        return []
+    return [cpu_library()]
+
+
+def ninja_path(path: str | Path) -> str:
+    """``path`` as ninja wants it in a build statement."""
+    return re.sub(r"([$: ])", r"$\1", str(path))
+
+
+def ninja_command(*arguments: str) -> str:
+    """``arguments`` as ninja wants them in a command."""
+    return shlex.join(arguments).replace("$", "$$")
+
+
+class NativeBuild(build_ext):
+    """Builds ``NativeLibrary`` extensions with ninja."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """The name ``cacr_kernels/_extension.py`` looks for, on every platform."""
+        return fullname.replace(".", "/") + ".abi3.so"
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile and link ``ext``; sources keep relative names, so that no local path ends up in the library."""
+        assert isinstance(ext, NativeLibrary)
+        ninja = shutil.which("ninja") or shutil.which("ninja", path=Path(sys.executable).parent)
+        if ninja is None:
+            raise ExecError("building cacr_kernels needs ninja: pip install ninja")
+        directory = BUILD / ext.name
+        directory.mkdir(parents=True, exist_ok=True)
+        library = directory / "library.so"
+        (directory / "build.ninja").write_text(self.ninja_file(ext, directory, library), encoding="utf-8")
+        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        if subprocess.run([ninja, "-f", str(directory / "build.ninja"), *jobs], check=False).returncode:
+            raise ExecError(f"compiling {ext.name} failed (the compiler's messages are above)")
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(library, target)
+
+    @staticmethod
+    def ninja_file(ext: NativeLibrary, directory: Path, library: Path) -> str:
+        """The text of the ninja file that builds ``library``."""
+        compiler = find_compiler()
+        assert compiler is not None
+        torch = torch_root()  # loaded before the library is: no rpath
+        common = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        link = [f"-L{torch / 'lib'}", *ext.link_flags, *shlex.split(os.environ.get("LDFLAGS", ""))]
+        shared = ["-dynamiclib"] if sys.platform == "darwin" else ["-shared", "-pthread", "-Wl,--no-undefined"]
+        lines = [
+            f"builddir = {ninja_path(directory)}",
+            "rule compile",
+            f"  command = {ninja_command(*compiler)} $flags -MD -MF $out.d -c $in -o $out",
+            "  deps = gcc",
+            "  depfile = $out.d",
+            "rule link",
+            f"  command = {ninja_command(*compiler, *shared)} $in -o $out {ninja_command(*link)}",
+        ]
+        for o in ext.objects:
+            lines.append(f"build {ninja_path(directory / o.name)}.o: compile {ninja_path(o.source)}")
+            headers = ["-isystem", str(torch / "include"), f"-ffile-prefix-map={torch}=torch"] if o.torch else []
+            lines.append(f"  flags = {ninja_command(*common, *o.flags, *headers)}")
+        inputs = " ".join(f"{ninja_path(directory / o.name)}.o" for o in ext.objects)
+        return "\n".join([*lines, f"build {ninja_path(library)}: link {inputs}", ""])
+
+
+# Free-threaded builds of Python have no stable ABI of their own; the wheel is then tagged for that Python alone.
+abi3 = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"bdist_wheel": {"py_limited_api": "cp310"}}
+setup(ext_modules=libraries(), cmdclass={"build_ext": NativeBuild}, options=abi3)
