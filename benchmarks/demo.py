@@ -88,7 +88,7 @@ def train_all(config: Config, split: Split, console: Console) -> list[Run]:
     )
 
     from ._demo.config import LOSSES
-    from ._demo.training import Run, train
+    from ._demo.training import train
 
     columns = (
         TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("epochs"),
@@ -111,7 +111,9 @@ def train_all(config: Config, split: Split, console: Console) -> list[Run]:
                 first, last = run.history["loss"][0], run.history["loss"][-1]
                 console.print(
                     f"  {len(runs)}/{2 * config.seeds}  seed {seed}  {loss:<7}  loss {first:+.4f} -> {last:+.4f}  "
-                    f"{run.steps} steps in {run.step_seconds:.1f} s" + (f", about {left:.0f} s left" if left else "")
+                    f"{len(run.step_seconds)} steps in {sum(run.step_seconds):.1f} s"
+                    + (f", about {left:.0f} s left" if left else ""),
+                    soft_wrap=True,
                 )
         progress.update(task, description="trained")
     return runs
@@ -150,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for path in filter(None, (options.out, options.json)):
         path.parent.mkdir(parents=True, exist_ok=True)
     config = configure(options)
-    console = Console()
+    console = Console(highlight=False)
     split = load_split(config.validate)
     backend = backend_name()
     print_setting(console, config, split, backend)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cacr_kernels._extension import active_isa, compiled_isas, cpu_library, isa_note
+from cacr_kernels._extension import active_isa, compiled_isas, cpu_library, isa_error
 from cacr_kernels._version import __version__
 from cacr_kernels.backends import backends
 
@@ -52,8 +53,9 @@ def report() -> dict[str, Any]:
         "cpu_library": {
             "path": str(library.path),
             "error": library.error,
-            "isas": {isa: isa_note(isa) or None for isa in compiled_isas()},
+            "compiled_isas": compiled_isas(),
             "active_isa": active_isa(),
+            "isa_error": isa_error(),
         },
         "backends": backends(),
     }
@@ -63,8 +65,9 @@ def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
     """The report as lines of a name and a text."""
     cpu, library, triton = data["cpu"], data["cpu_library"], data["triton"]
     gpu_build = data["torch"]["cuda"] or data["torch"]["hip"]
-    notes = {**library["isas"], library["active_isa"]: "active"}
-    isas = ", ".join(f"{isa} ({note})" if note else isa for isa, note in notes.items() if isa)
+    isas = ", ".join(f"{isa} (active)" if isa == library["active_isa"] else isa for isa in library["compiled_isas"])
+    if library["isa_error"]:
+        isas = f"{isas}; {library['isa_error']}"
     return [
         ("cacr_kernels", data["cacr_kernels"]),
         ("Python", f"{data['python']} on {data['platform']}"),
@@ -105,10 +108,8 @@ def main(arguments: list[str] | None = None) -> None:
     if parser.parse_args(arguments).json:
         print(json.dumps(data, indent=2))
         return
-    try:
-        _print_rich(_rows(data))
-    except ImportError:
-        _print_plain(_rows(data))
+    pretty = sys.stdout.isatty() and importlib.util.find_spec("rich") is not None
+    (_print_rich if pretty else _print_plain)(_rows(data))
 
 
 if __name__ == "__main__":

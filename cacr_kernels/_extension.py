@@ -26,11 +26,11 @@ class Extension:
         """Whether the operators of the library are there."""
         return self.error is None
 
-    def text(self, symbol: str, *arguments: str) -> str:
-        """What the exported C function ``symbol`` of strings to a string returns; needs a loaded library."""
+    def text(self, symbol: str) -> str:
+        """What the exported C function ``symbol``, ``const char* symbol()``, returns; needs a loaded library."""
         function = getattr(ctypes.CDLL(str(self.path)), symbol)
         function.restype = ctypes.c_char_p
-        value: bytes = function(*(ctypes.c_char_p(argument.encode()) for argument in arguments))
+        value: bytes = function()
         return value.decode()
 
 
@@ -66,6 +66,6 @@ def active_isa() -> str | None:
     return _CPU.text("cacr_cpu_active_isa") if _CPU.loaded else None
 
 
-def isa_note(isa: str) -> str:
-    """Why the compiled instruction set ``isa`` is not used on this machine; empty if it is or could be."""
-    return _CPU.text("cacr_cpu_isa_note", isa) if _CPU.loaded else ""
+def isa_error() -> str | None:
+    """Why the instruction set asked for by the environment variable ``CACR_CPU_ISA`` is not used, if it is not."""
+    return (_CPU.text("cacr_cpu_isa_error") or None) if _CPU.loaded else None

@@ -1,5 +1,7 @@
 """The training demo: its data, its own loss, and one run from end to end."""
 
+# ruff: noqa: E402 (the demo can be imported only where its extra is installed)
+
 from __future__ import annotations
 
 import importlib
@@ -18,6 +20,9 @@ from benchmarks._demo.config import LOSSES, QUICK
 from benchmarks._demo.data import CLASSES, HELD_OUT_PER_CLASS, augment, load_split
 from benchmarks._demo.evaluation import MEASURES, PROBES, REPRESENTATIONS, score
 from benchmarks._demo.training import nt_xent, train
+
+# Without compiled kernels the package says so once; the demo works all the same.
+pytestmark = pytest.mark.filterwarnings("ignore:cacr_kernels. only the plain PyTorch backend:RuntimeWarning")
 
 DIGITS_PER_CLASS = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 

@@ -77,7 +77,7 @@ class Spread(NamedTuple):
 
     def percent(self, signed: bool = False) -> str:
         """The mean in percent, plus or minus the deviation."""
-        text = f"{100 * self.mean:{'+' if signed else ''}.1f}"
+        text = f"{round(100 * self.mean, 6):{'+' if signed else ''}.1f}"  # equal figures print alike
         return text if self.std is None else f"{text} ± {100 * self.std:.1f}"
 
 

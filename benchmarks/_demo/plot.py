@@ -9,6 +9,8 @@ from statistics import fmean
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
 from .config import LOSSES, Config
 from .data import CLASSES, Split
@@ -22,9 +24,9 @@ GROUPS = (("balanced", "balanced"), ("tail", "three rarest\nclasses"), ("worst_c
 
 def draw(path: Path, runs: list[Run], scores: Scores, split: Split, config: Config) -> None:
     """Write the picture as PNG."""
-    figure = Figure(figsize=(13.5, 8.2), layout="constrained", facecolor="white")
+    layout = ConstrainedLayoutEngine(hspace=0.06, wspace=0.04)
+    figure = Figure(figsize=(13.5, 8.2), layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(hspace=0.06, wspace=0.04)  # type: ignore[union-attr]
     grid = figure.add_gridspec(2, 12, height_ratios=(1.0, 1.15))
     cacr, nt_xent = ([run for run in runs if run.loss == name] for name in LOSSES)
     _draw_cacr_loss(figure.add_subplot(grid[0, 0:3]), cacr)
@@ -34,8 +36,10 @@ def draw(path: Path, runs: list[Run], scores: Scores, split: Split, config: Conf
     _draw_entropy(figure.add_subplot(grid[0, 6:9]), cacr, "attraction", ATTRACTION, config.views - 1, "views")
     batch = min(config.batch, len(split.train_images))
     _draw_entropy(figure.add_subplot(grid[0, 9:12]), cacr, "repulsion", REPULSION, batch - 1, "instances")
+    lowest = min(min(spread(scores, name, p, m).values) for name in REPRESENTATIONS for p in PROBES for m, _ in GROUPS)
+    bottom = max(0.0, 10 * math.floor(10 * lowest - 0.5))  # one axis for both probes
     for column, probe in enumerate(PROBES):
-        _draw_accuracies(figure.add_subplot(grid[1, 4 * column : 4 * column + 4]), scores, probe)
+        _draw_accuracies(figure.add_subplot(grid[1, 4 * column : 4 * column + 4]), scores, probe, bottom)
     _draw_classes(figure.add_subplot(grid[1, 8:12]), scores, split)
     figure.suptitle(
         f"Digits, trained on {len(split.train_images)} imbalanced images, scored on the {config.scored_on} "
@@ -60,7 +64,7 @@ def _finish(axes: Axes, title: str) -> None:
     axes.tick_params(labelsize=8.5)
     if not axes.get_xlabel():
         axes.set_xlabel("epoch", fontsize=9)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
 def _draw_cacr_loss(axes: Axes, runs: list[Run]) -> None:
@@ -88,10 +92,9 @@ def _draw_entropy(axes: Axes, runs: list[Run], term: str, colour: str, members: 
     _finish(axes, f"{term} weights: entropy\n({members} other {kind} per query)")
 
 
-def _draw_accuracies(axes: Axes, scores: Scores, probe: str) -> None:
+def _draw_accuracies(axes: Axes, scores: Scores, probe: str, bottom: float) -> None:
     """Bars of the mean with every seed as a dot."""
     width = 0.8 / len(REPRESENTATIONS)
-    lowest = 100.0
     labels: list[tuple[float, str, str]] = []
     for index, name in enumerate(REPRESENTATIONS):
         for group, (measure, _) in enumerate(GROUPS):
@@ -103,9 +106,7 @@ def _draw_accuracies(axes: Axes, scores: Scores, probe: str) -> None:
             step = 0.5 * width / max(len(values), 2)
             offsets = [x + (k - (len(values) - 1) / 2) * step for k in range(len(values))]
             axes.scatter(offsets, values, s=13, color="white", edgecolors="#24292f", linewidths=0.8, zorder=3)
-            lowest = min(lowest, *values)
     axes.set_xticks(range(len(GROUPS)), [label for _, label in GROUPS], fontsize=9)
-    bottom = max(0.0, 10 * math.floor(lowest / 10 - 0.5))
     room = 100.0 - bottom
     axes.set_ylim(bottom, 100.0 + 0.25 * room)
     axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 100.0])
@@ -135,4 +136,7 @@ def _draw_classes(axes: Axes, scores: Scores, split: Split) -> None:
     axes.set_title("linear probe, class by class", fontsize=10.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8.5)
-    axes.legend(fontsize=8.5, frameon=False, loc="lower right")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.12 * (high - low))
+    axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= 100.0])
+    axes.legend(fontsize=8.5, loc="upper center", ncols=2, frameon=False)

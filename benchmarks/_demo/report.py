@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict
+from statistics import median
 from typing import Any
 
 import torch
@@ -30,14 +31,18 @@ HEADINGS = {"overall": "overall", "balanced": "balanced", "tail": "rarest 3", "w
 
 def print_setting(console: Console, config: Config, split: Split, backend: str) -> None:
     """What is trained on what, before it starts."""
-    console.print(f"[bold]CACR and NT-Xent on scikit-learn's digits[/bold], torch {torch.__version__}, "
-                  f"{torch.get_num_threads()} CPU threads, CACR backend [bold]{backend}[/bold]")  # fmt: skip
-    console.print(f"  training images per digit 0-9: {split.train_counts} (the published linear imbalance)")
-    console.print(f"  scored on the {config.scored_on}, images per digit: {split.test_counts}")
+    threads = torch.get_num_threads()
+    published = (config.tau_pos, config.tau_neg) == (Config.tau_pos, Config.tau_neg)
     console.print(
-        f"  {config.seeds} seeds x {config.epochs} epochs, {config.views} views, batch {config.batch}; "
-        f"tau_pos {config.tau_pos:g}, tau_neg {config.tau_neg:g} (published for small image sets); "
-        f"NT-Xent temperature {config.temperature:g}"
+        "[bold]CACR and NT-Xent on scikit-learn's digits[/bold]\n"
+        f"  torch {torch.__version__} with {threads} thread{'s' * (threads > 1)}, CACR backend [bold]{backend}[/bold]\n"
+        f"  training images per digit 0-9: {split.train_counts}\n"
+        f"  scored on the {config.scored_on}, per digit: {split.test_counts}\n"
+        f"  {config.epochs} epochs for each of {config.seeds} seed{'s' * (config.seeds > 1)}, "
+        f"batch {config.batch}, {config.views} views\n"
+        f"  CACR tau_pos {config.tau_pos:g}, tau_neg {config.tau_neg:g}"
+        f"{' (as published for small image sets)' if published else ''}; NT-Xent temperature {config.temperature:g}",
+        soft_wrap=True,
     )
 
 
@@ -48,7 +53,9 @@ def print_results(console: Console, scores: Scores, config: Config, split: Split
     images = len(split.test_images)
     typical = spread(scores, "CACR", "linear", "overall").mean
     notes = [
-        f"Mean ± standard deviation over {config.seeds} seeds; the last row is the difference seed by seed.",
+        f"Mean ± standard deviation over {config.seeds} seeds; the last row is the difference seed by seed."
+        if config.seeds > 1
+        else "One seed says nothing about the spread.",
         f"One image of {images} is {100 / images:.2f} points; the sampling error of an accuracy of "
         f"{100 * typical:.1f} % is {100 * sampling_error(typical, images):.1f} points: smaller differences say little.",
     ]
@@ -57,7 +64,7 @@ def print_results(console: Console, scores: Scores, config: Config, split: Split
     else:
         notes.append("The scored images are imbalanced like the training part: read the balanced accuracy.")
     for note in notes:
-        console.print(f"  {note}", style="dim", highlight=False)
+        console.print(f"  {note}", style="dim", soft_wrap=True)
 
 
 def _table(scores: Scores, probe: str) -> Table:
@@ -81,22 +88,27 @@ def _table(scores: Scores, probe: str) -> Table:
 
 def print_timing(console: Console, runs: list[Run], seconds: float) -> None:
     """Where the time went."""
-    for loss in LOSSES:
-        timing = timings(runs)[loss]
+    for loss, timing in timings(runs).items():
         console.print(
             f"  {loss}: {timing['step_ms']:.1f} ms per step, {timing['loss_ms']:.2f} ms of it in the loss "
-            f"(forward and backward): {100 * timing['loss_share']:.1f} %"
+            f"(forward and backward): {100 * timing['loss_share']:.1f} % (medians)",
+            soft_wrap=True,
         )
     console.print(f"  total: {seconds:.0f} s")
 
 
 def timings(runs: list[Run]) -> dict[str, dict[str, float]]:
-    """Milliseconds per step and per loss, and the share of the latter."""
-    result = {}
+    """Median milliseconds of a step and of the loss in it, and the median share of the latter."""
+    result: dict[str, dict[str, float]] = {}
     for loss in LOSSES:
-        own = [run for run in runs if run.loss == loss]
-        steps, step, inside = (sum(getattr(r, k) for r in own) for k in ("steps", "step_seconds", "loss_seconds"))
-        result[loss] = {"step_ms": 1e3 * step / steps, "loss_ms": 1e3 * inside / steps, "loss_share": inside / step}
+        pairs = [
+            pair for run in runs if run.loss == loss for pair in zip(run.step_seconds, run.loss_seconds, strict=True)
+        ]
+        result[loss] = {
+            "step_ms": 1e3 * median(step for step, _ in pairs),
+            "loss_ms": 1e3 * median(inside for _, inside in pairs),
+            "loss_share": median(inside / step for step, inside in pairs),
+        }
     return result
 
 

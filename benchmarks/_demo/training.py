@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cacr_kernels import CACRLoss
-from cacr_kernels.backends import backends
+from cacr_kernels.backends import select
 
 from .config import Config, LossName
 from .data import Split, augment
@@ -36,13 +36,15 @@ class Encoder(nn.Module):
         self.head = nn.Sequential(nn.Linear(feature_dim, feature_dim), nn.ReLU(), nn.Linear(feature_dim, embedding_dim))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.body(images))
+        embeddings: Tensor = self.head(self.body(images))
+        return embeddings
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Frozen features ``[N, feature_dim]``, what the accuracies are measured on."""
         self.eval()
-        return self.body(images)
+        features: Tensor = self.body(images)
+        return features
 
 
 def _convolution(channels: int, outputs: int, *, stride: int) -> tuple[nn.Module, ...]:
@@ -91,8 +93,8 @@ def make_objective(loss: LossName, config: Config) -> Objective:
 
 
 def backend_name() -> str:
-    """The backend that ``backend="auto"`` takes for float32 tensors on the CPU."""
-    return "cpu" if backends()["cpu"] is None else "torch"
+    """The backend that ``backend="auto"`` takes for the tensors of the demo."""
+    return select("auto", torch.device("cpu"))
 
 
 @dataclass
@@ -103,14 +105,8 @@ class Run:
     seed: int
     encoder: Encoder
     history: dict[str, list[float]] = field(default_factory=dict)
-    steps: int = 0
-    step_seconds: float = 0.0
-    loss_seconds: float = 0.0
-
-    @property
-    def loss_share(self) -> float:
-        """Share of a step that is spent in the loss, forward and backward."""
-        return self.loss_seconds / self.step_seconds
+    step_seconds: list[float] = field(default_factory=list)  # one per step, views and optimiser included
+    loss_seconds: list[float] = field(default_factory=list)  # the loss alone, forward and backward
 
 
 def train(loss: LossName, seed: int, split: Split, config: Config, on_epoch: Callable[[Run], None]) -> Run:
@@ -162,7 +158,6 @@ def _step(
     optimizer.zero_grad()
     embeddings.backward(leaf.grad)
     optimizer.step()
-    run.steps += 1
-    run.step_seconds += time.perf_counter() - start
-    run.loss_seconds += after_loss - before_loss
+    run.step_seconds.append(time.perf_counter() - start)
+    run.loss_seconds.append(after_loss - before_loss)
     return {"loss": value.item(), **figures}

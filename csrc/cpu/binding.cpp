@@ -31,9 +31,10 @@ auto with_dtype(const Tensor& x, F f) {
   return f(float{});
 }
 
+Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 template <class T>
-const T* data(const Tensor& x) {
-  STD_TORCH_CHECK(x.is_contiguous(), "cacr_kernels: contiguous tensor expected");
+const T* data(const Tensor& x) {  // x: packed
   return static_cast<const T*>(x.const_data_ptr());
 }
 template <class T>
@@ -43,27 +44,29 @@ T* out(const Tensor& x) {
 
 double tau_at(const Tensor& tau, int64_t i) {
   STD_TORCH_CHECK(tau.scalar_type() == ScalarType::Double && i < tau.numel(), "cacr_kernels: tau must be float64");
-  return data<double>(tau)[i];
+  return static_cast<const double*>(tau.const_data_ptr())[i * tau.stride(0)];
 }
 
-std::tuple<Tensor, Tensor, Tensor> cacr_cpu(const Tensor& views, const Tensor& tau, double alpha, double beta,
-                                            int64_t pairing, bool rbf, double rbf_scale, bool want_grad,
-                                            bool want_grad_tau) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_cpu(const Tensor& any_views, const Tensor& tau, double alpha,
+                                                    double beta, int64_t pairing, bool rbf, double rbf_scale,
+                                                    bool want_grad, bool want_grad_tau) {
+  STD_TORCH_CHECK(any_views.dim() == 3, "cacr_kernels: views [V, B, D] expected");
+  const Tensor views = packed(any_views);
   return with_dtype(views, [&](auto zero) {
     using T = decltype(zero);
-    STD_TORCH_CHECK(views.dim() == 3, "cacr_kernels: views [V, B, D] expected");
-    const auto size = views.sizes();
-    const cacr::CacrLoss<T> loss{data<T>(views), size[0],        size[1], size[2],  tau_at(tau, 0),
-                                 tau_at(tau, 1), alpha,          beta,    static_cast<cacr::Pairing>(pairing),
-                                 rbf,            rbf_scale};
-    Tensor parts = torch::stable::new_empty(views, {5}), grad_tau = torch::stable::new_empty(tau, {2});
-    Tensor grad = want_grad ? torch::stable::empty_like(views) : torch::stable::new_empty(views, {0});
-    const cacr::CacrResult r = cacr::cacr_loss<T>(loss, want_grad ? out<T>(grad) : nullptr, want_grad_tau, torch_threads());
+    const int64_t V = views.size(0), B = views.size(1), D = views.size(2);
+    const cacr::CacrLoss<T> problem{data<T>(views), V, B, D, tau_at(tau, 0), tau_at(tau, 1), alpha, beta,
+                                    static_cast<cacr::Pairing>(pairing), rbf, rbf_scale};
+    const std::vector<int64_t> grad_shape = want_grad ? std::vector<int64_t>{V, B, D} : std::vector<int64_t>{0};
+    Tensor loss = torch::stable::new_empty(views, {}), parts = torch::stable::new_empty(views, {4}),
+           grad = torch::stable::new_empty(views, grad_shape), grad_tau = torch::stable::new_empty(tau, {2});
+    const cacr::CacrResult r =
+        cacr::cacr_loss<T>(problem, want_grad ? out<T>(grad) : nullptr, want_grad_tau, torch_threads());
+    *out<T>(loss) = T(r.loss);
     T* p = out<T>(parts);
-    p[0] = T(r.loss), p[1] = T(r.attraction), p[2] = T(r.repulsion);
-    p[3] = T(r.attraction_entropy), p[4] = T(r.repulsion_entropy);
+    p[0] = T(r.attraction), p[1] = T(r.repulsion), p[2] = T(r.attraction_entropy), p[3] = T(r.repulsion_entropy);
     out<double>(grad_tau)[0] = r.grad_tau_pos, out<double>(grad_tau)[1] = r.grad_tau_neg;
-    return std::make_tuple(parts, grad, grad_tau);
+    return std::make_tuple(loss, parts, grad, grad_tau);
   });
 }
 
@@ -83,47 +86,64 @@ int64_t period_of(const int32_t* q, int64_t n, const int32_t* k, int64_t m) {
   return period;
 }
 
-template <class T>
-cacr::Contrast<T> contrast_problem(const Tensor& q, const Tensor& k, const std::optional<Tensor>& q_id,
-                                   const std::optional<Tensor>& k_id, const Tensor& tau,
-                                   const std::vector<int64_t>& kinds, const std::vector<int64_t>& q_index,
-                                   const std::vector<int64_t>& k_index, bool inner) {
-  cacr::Contrast<T> p{};
-  const auto qs = q.sizes(), ks = k.sizes();
-  STD_TORCH_CHECK(qs.size() == 3 && ks.size() == 3 && qs[2] == ks[2], "cacr_kernels: q [P, N, D] and k [P, M, D]");
-  STD_TORCH_CHECK(q_index.size() == k_index.size(), "cacr_kernels: q_index and k_index of one length");
-  STD_TORCH_CHECK(!kinds.empty() && kinds.size() <= cacr::kMaxSoftmaxes, "cacr_kernels: one or two softmaxes");
-  for (size_t i = 0; i < q_index.size(); i++)
-    STD_TORCH_CHECK(q_index[i] >= 0 && q_index[i] < qs[0] && k_index[i] >= 0 && k_index[i] < ks[0],
-                    "cacr_kernels: view index out of range");
-  p.q = data<T>(q), p.k = data<T>(k);
-  p.q_views = qs[0], p.N = qs[1], p.D = qs[2], p.k_views = ks[0], p.M = ks[1];
-  p.q_view_stride = p.N * p.D, p.k_view_stride = p.M * p.D, p.q_row_stride = p.k_row_stride = p.D;
-  p.pairs = int64_t(q_index.size()), p.q_index = q_index.data(), p.k_index = k_index.data();
-  p.softmaxes = int32_t(kinds.size());
-  bool masked = false;
-  for (size_t s = 0; s < kinds.size(); s++) {
-    p.kind[s] = int32_t(kinds[s]), p.tau[s] = tau_at(tau, int64_t(s));
-    masked |= kinds[s] != cacr::kAll;
-  }
-  if (masked) {
-    STD_TORCH_CHECK(q_id && k_id && q_id->scalar_type() == ScalarType::Int && k_id->scalar_type() == ScalarType::Int &&
-                        q_id->numel() == p.N && k_id->numel() == p.M,
+// The arguments of contrast as contiguous tensors, which must outlive the problem that points into them.
+struct ContrastArguments {
+  Tensor q, k;
+  std::optional<Tensor> q_id, k_id;
+  const Tensor& tau;
+  const std::vector<int64_t>&kinds, &q_index, &k_index;
+  bool inner;
+
+  ContrastArguments(const Tensor& q_, const Tensor& k_, const std::optional<Tensor>& q_id_,
+                    const std::optional<Tensor>& k_id_, const Tensor& tau_, const std::vector<int64_t>& kinds_,
+                    const std::vector<int64_t>& q_index_, const std::vector<int64_t>& k_index_, bool inner_)
+      : q(packed(q_)), k(packed(k_)), tau(tau_), kinds(kinds_), q_index(q_index_), k_index(k_index_), inner(inner_) {
+    if (q_id_) q_id = packed(*q_id_);
+    if (k_id_) k_id = packed(*k_id_);
+    STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && q.size(2) == k.size(2) && q.scalar_type() == k.scalar_type(),
+                    "cacr_kernels: q [Vq, N, D] and k [Vk, M, D] of one dtype expected");
+    STD_TORCH_CHECK(q_index.size() == k_index.size(), "cacr_kernels: q_index and k_index of one length expected");
+    STD_TORCH_CHECK(!kinds.empty() && kinds.size() <= cacr::kMaxSoftmaxes, "cacr_kernels: one or two softmaxes");
+    for (size_t i = 0; i < q_index.size(); i++)
+      STD_TORCH_CHECK(q_index[i] >= 0 && q_index[i] < q.size(0) && k_index[i] >= 0 && k_index[i] < k.size(0),
+                      "cacr_kernels: view index out of range");
+    bool masked = false;
+    for (int64_t kind : kinds) masked |= kind != cacr::kAll;
+    STD_TORCH_CHECK(!masked || (is_id(q_id, q.size(1)) && is_id(k_id, k.size(1))),
                     "cacr_kernels: q_id [N] and k_id [M] of int32 expected");
-    p.q_id = data<int32_t>(*q_id), p.k_id = data<int32_t>(*k_id);
-    p.period = period_of(p.q_id, p.N, p.k_id, p.M);
+    if (!masked) q_id.reset(), k_id.reset();
   }
-  p.inner = inner;
-  return p;
-}
+
+  static bool is_id(const std::optional<Tensor>& id, int64_t n) {
+    return id && id->scalar_type() == ScalarType::Int && id->numel() == n;
+  }
+
+  template <class T>
+  cacr::Contrast<T> problem() const {
+    cacr::Contrast<T> p{};
+    p.q = data<T>(q), p.k = data<T>(k);
+    p.q_views = q.size(0), p.N = q.size(1), p.D = q.size(2), p.k_views = k.size(0), p.M = k.size(1);
+    p.q_view_stride = p.N * p.D, p.k_view_stride = p.M * p.D, p.q_row_stride = p.k_row_stride = p.D;
+    p.pairs = int64_t(q_index.size()), p.q_index = q_index.data(), p.k_index = k_index.data();
+    p.softmaxes = int32_t(kinds.size());
+    for (size_t s = 0; s < kinds.size(); s++) p.kind[s] = int32_t(kinds[s]), p.tau[s] = tau_at(tau, int64_t(s));
+    if (q_id) {
+      p.q_id = data<int32_t>(*q_id), p.k_id = data<int32_t>(*k_id);
+      p.period = period_of(p.q_id, p.N, p.k_id, p.M);
+    }
+    p.inner = inner;
+    return p;
+  }
+};
 
 std::tuple<Tensor, Tensor> contrast_cpu(const Tensor& q, const Tensor& k, std::optional<Tensor> q_id,
-                                                std::optional<Tensor> k_id, const Tensor& tau,
-                                                std::vector<int64_t> kinds, std::vector<int64_t> q_index,
-                                                std::vector<int64_t> k_index, bool inner) {
+                                        std::optional<Tensor> k_id, const Tensor& tau, std::vector<int64_t> kinds,
+                                        std::vector<int64_t> q_index, std::vector<int64_t> k_index, bool inner,
+                                        bool /*detach_weights*/) {
+  const ContrastArguments a(q, k, q_id, k_id, tau, kinds, q_index, k_index, inner);
   return with_dtype(q, [&](auto zero) {
     using T = decltype(zero);
-    const auto p = contrast_problem<T>(q, k, q_id, k_id, tau, kinds, q_index, k_index, inner);
+    const cacr::Contrast<T> p = a.problem<T>();
     const std::vector<int64_t> shape{p.softmaxes, p.pairs, p.N};
     Tensor value = torch::stable::new_empty(q, shape), lse = torch::stable::new_empty(q, shape);
     cacr::contrast_forward<T>(p, {out<T>(value), out<T>(lse), nullptr}, torch_threads());
@@ -131,23 +151,27 @@ std::tuple<Tensor, Tensor> contrast_cpu(const Tensor& q, const Tensor& k, std::o
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(const Tensor& q, const Tensor& k, std::optional<Tensor> q_id,
-                                                 std::optional<Tensor> k_id, const Tensor& tau,
-                                                 std::vector<int64_t> kinds, std::vector<int64_t> q_index,
-                                                 std::vector<int64_t> k_index, bool inner, bool detach_weights,
-                                                 const Tensor& value, const Tensor& lse, const Tensor& grad_value,
-                                                 const Tensor& grad_lse, bool want_dq, bool want_dk, bool want_variance) {
+std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(
+    const Tensor& q, const Tensor& k, std::optional<Tensor> q_id, std::optional<Tensor> k_id, const Tensor& tau,
+    std::vector<int64_t> kinds, std::vector<int64_t> q_index, std::vector<int64_t> k_index, bool inner,
+    bool detach_weights, const Tensor& any_value, const Tensor& any_lse, const Tensor& any_grad_value,
+    const Tensor& any_grad_lse, bool want_q, bool want_k, bool want_tau) {
+  const ContrastArguments a(q, k, q_id, k_id, tau, kinds, q_index, k_index, inner);
+  const Tensor value = packed(any_value), lse = packed(any_lse), grad_value = packed(any_grad_value),
+               grad_lse = packed(any_grad_lse);
   return with_dtype(q, [&](auto zero) {
     using T = decltype(zero);
-    const auto p = contrast_problem<T>(q, k, q_id, k_id, tau, kinds, q_index, k_index, inner);
-    Tensor dq = want_dq ? torch::stable::empty_like(q) : torch::stable::new_empty(q, {0});
-    Tensor dk = want_dk ? torch::stable::empty_like(k) : torch::stable::new_empty(k, {0});
-    Tensor variance = want_variance ? torch::stable::empty_like(value) : torch::stable::new_empty(value, {0});
+    const cacr::Contrast<T> p = a.problem<T>();
+    auto shape = [](const Tensor& x, bool wanted) {
+      return wanted ? std::vector<int64_t>{x.size(0), x.size(1), x.size(2)} : std::vector<int64_t>{0};
+    };
+    Tensor dq = torch::stable::new_empty(q, shape(q, want_q)), dk = torch::stable::new_empty(k, shape(k, want_k));
+    Tensor dtau = torch::stable::new_empty(tau, want_tau ? std::vector<int64_t>{p.softmaxes} : std::vector<int64_t>{0});
     cacr::contrast_backward<T>(
         p, {data<T>(value), data<T>(lse), data<T>(grad_value), data<T>(grad_lse), detach_weights},
-        want_dq ? out<T>(dq) : nullptr, want_dk ? out<T>(dk) : nullptr, want_variance ? out<T>(variance) : nullptr,
+        want_q ? out<T>(dq) : nullptr, want_k ? out<T>(dk) : nullptr, want_tau ? out<double>(dtau) : nullptr,
         torch_threads());
-    return std::make_tuple(dq, dk, variance);
+    return std::make_tuple(dq, dk, dtau);
   });
 }
 

@@ -14,19 +14,28 @@ void contrast_forward(const Contrast<T>& problem, const Statistics<T>& statistic
 }
 
 template <class T>
-void contrast_backward(const Contrast<T>& problem, const RowGradients<T>& rows, T* dq, T* dk, T* variance,
+void contrast_backward(const Contrast<T>& problem, const RowGradients<T>& rows, T* dq, T* dk, double* dtau,
                        const Parallel& parallel) {
   Engine<T> e(problem, parallel);
   const int64_t n = e.threads();
   e.allocate_packed(dq != nullptr);
   parallel_for(parallel, n, [&](int64_t i) { e.pack(i, n); });
   e.find_bound();
-  backward_sweep(e, rows, dq, dk, variance, false, n);
+  const int64_t per_softmax = problem.pairs * problem.N;
+  const bool moments = dtau && !rows.detach_weights;
+  T* variance = moments ? e.memory.template zeros<T>(problem.softmaxes * per_softmax) : nullptr;
+  if (dq || dk || variance) backward_sweep(e, rows, dq, dk, variance, false, n);
+  for (int s = 0; dtau && s < problem.softmaxes; s++) {  // dL/dtau = sum_i gF var_i + glse F_i
+    dtau[s] = 0;
+    for (int64_t i = s * per_softmax; moments && i < (s + 1) * per_softmax; i++)
+      if (rows.lse[i] != -INFINITY)
+        dtau[s] += double(rows.grad_value[i]) * double(variance[i]) + double(rows.grad_lse[i]) * double(rows.value[i]);
+  }
 }
 
 template void contrast_forward(const Contrast<float>&, const Statistics<float>&, const Parallel&);
 template void contrast_forward(const Contrast<double>&, const Statistics<double>&, const Parallel&);
-template void contrast_backward(const Contrast<float>&, const RowGradients<float>&, float*, float*, float*,
+template void contrast_backward(const Contrast<float>&, const RowGradients<float>&, float*, float*, double*,
                                 const Parallel&);
 template void contrast_backward(const Contrast<double>&, const RowGradients<double>&, double*, double*, double*,
                                 const Parallel&);

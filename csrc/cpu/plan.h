@@ -41,9 +41,9 @@ CacrResult cacr_loss(const CacrLoss<T>& loss, T* dz, bool want_grad_tau, const P
 template <class T>
 void contrast_forward(const Contrast<T>& problem, const Statistics<T>& statistics, const Parallel& parallel);
 
-// dq [q_views][N][D], dk [k_views][M][D] and variance [softmaxes][pairs][N] are overwritten; null: not wanted.
+// dq [q_views][N][D], dk [k_views][M][D] and dtau [softmaxes] are overwritten; null: not wanted.
 template <class T>
-void contrast_backward(const Contrast<T>& problem, const RowGradients<T>& rows, T* dq, T* dk, T* variance,
+void contrast_backward(const Contrast<T>& problem, const RowGradients<T>& rows, T* dq, T* dk, double* dtau,
                        const Parallel& parallel);
 
 // Bytes that one call may use beside packed copies of its inputs and outputs, whatever M and the number of threads.

@@ -45,8 +45,7 @@ Result<T> sweep(const Kernels<T>& kernels, int64_t n, int64_t d, double tau, int
 }
 
 template <class T>
-bool close(const std::vector<T>& a, const std::vector<T>& b, double tolerance) {
-  double scale = 0;
+bool close(const std::vector<T>& a, const std::vector<T>& b, double tolerance, double scale = 0) {
   for (T x : b)
     if (std::isfinite(x)) scale = std::max(scale, std::abs(double(x)));
   for (size_t i = 0; i < a.size(); i++)
@@ -62,7 +61,7 @@ bool agree(const Kernels<T>& kernels, const Kernels<T>& trusted, int64_t n, int6
       for (bool bounded : {true, false}) {
         const Result<T> a = sweep(kernels, n, d, tau, kind, bounded), b = sweep(trusted, n, d, tau, kind, bounded);
         if (!close(a.value, b.value, tolerance) || !close(a.lse, b.lse, tolerance) ||
-            !close(a.variance, b.variance, tolerance) || !close(a.gradient, b.gradient, tolerance))
+            !close(a.variance, b.variance, tolerance, 1) || !close(a.gradient, b.gradient, tolerance, 1.0 / double(n)))
           return false;
       }
   return true;

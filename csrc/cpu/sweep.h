@@ -74,6 +74,7 @@ struct Sweep {
   Scratch<T> s;
   T slope[kMaxSoftmaxes];
   bool forward, backward, strip;
+  bool diagonal;  // only keys on diagonals need a mask: members elsewhere are all keys
   idx Dp;
 
   // the block at hand
@@ -81,7 +82,11 @@ struct Sweep {
 
   explicit Sweep(const Task<T>& task) : t(task), p(*task.problem) {
     Scratch<T>::layout(t, static_cast<char*>(t.scratch), s);
-    for (int i = 0; i < p.softmaxes; i++) slope[i] = T(-2 * p.tau[i] * kLog2e);
+    diagonal = p.period >= P;
+    for (int i = 0; i < p.softmaxes; i++) {
+      slope[i] = T(-2 * p.tau[i] * kLog2e);
+      diagonal &= p.kind[i] == kOther || p.kind[i] == kAll;
+    }
     forward = t.gradient != Gradient::kGiven;
     backward = t.gradient != Gradient::kNone;
     strip = forward && backward;
@@ -145,7 +150,7 @@ struct Sweep {
   template <class F>
   void for_parts(idx i, idx j0, idx n, F f) const {
     if (!p.q_id) return f(j0, n, false);
-    if (p.period < P) return f(j0, n, true);
+    if (!diagonal) return f(j0, n, true);
     const idx first = (row0 + i * P) % p.period, end = j0 + n;
     idx at = j0;
     for (idx m = (j0 - first - P + 1) / p.period - 1; at < end; m++) {  // diagonal m covers [lo, lo + P)

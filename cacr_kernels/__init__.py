@@ -1,0 +1,29 @@
+"""CACR, contrastive attraction and contrastive repulsion (Zheng et al., TMLR 2023), on any device.
+
+>>> import torch
+>>> from cacr_kernels import CACRLoss
+>>> views = [torch.randn(8, 16, requires_grad=True) for _ in range(2)]
+>>> CACRLoss()(*views).backward()
+"""
+
+from ._version import __version__
+from .autograd import CACRFunction
+from .backends import backends
+from .functional import cacr_loss, cacr_momentum_loss, cacr_queue_loss, supervised_cacr_loss
+from .modules import CACRLoss, CACRMomentumLoss, CACRQueueLoss, SupervisedCACRLoss
+from .types import CACRParts
+
+__all__ = [
+    "CACRFunction",
+    "CACRLoss",
+    "CACRMomentumLoss",
+    "CACRParts",
+    "CACRQueueLoss",
+    "SupervisedCACRLoss",
+    "__version__",
+    "backends",
+    "cacr_loss",
+    "cacr_momentum_loss",
+    "cacr_queue_loss",
+    "supervised_cacr_loss",
+]

@@ -1,0 +1,180 @@
+"""Backend "torch": the ``contrast`` operator in plain PyTorch, in blocks of queries and keys, on any device.
+
+A block of costs has at most ``BLOCK`` elements, so that memory stays bounded for any N and M; statistics of key blocks
+merge (``reference.py``, Merge), and the backward recomputes the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .ops import ContrastSpec
+
+ALL, SAME, OTHER, SAME_NOT_SELF = range(4)  # kinds of key sets, see csrc/common/problem.h
+BLOCK = 1 << 21  # costs in a block: 8 MiB each in float32, about ten such arrays live at once
+REFINE_BELOW = 0.5  # positives closer than this share of |q|^2 + |k|^2 are recomputed as differences
+
+
+class Block(NamedTuple):
+    """Queries [rows] and keys [keys] of problem ``pair``."""
+
+    pair: int
+    rows: slice
+    keys: slice
+
+
+def blocks(pairs: int, n: int, m: int) -> Iterator[Block]:
+    """All blocks, key blocks innermost."""
+    keys = max(1, min(m, BLOCK))
+    rows = max(1, min(n, BLOCK // keys))
+    for pair in range(pairs):
+        for i in range(0, n, rows):
+            for j in range(0, m, keys):
+                yield Block(pair, slice(i, min(n, i + rows)), slice(j, min(m, j + keys)))
+
+
+def members(kind: int, q_id: Tensor | None, k_id: Tensor | None, rows: slice, keys: slice) -> Tensor | None:
+    """Mask [rows, keys] of the keys in each query's set; ``None``: all of them."""
+    if kind == ALL:
+        return None
+    assert q_id is not None and k_id is not None
+    same = q_id[rows, None] == k_id[None, keys]
+    if kind == OTHER:
+        return ~same
+    if kind == SAME_NOT_SELF:
+        i = torch.arange(rows.start, rows.stop, device=same.device)
+        j = torch.arange(keys.start, keys.stop, device=same.device)
+        same = same & (i[:, None] != j)
+    return same
+
+
+def block_cost(q: Tensor, k: Tensor, inner: bool, positives: Tensor | None) -> Tensor:
+    """Costs [rows, keys]; those of close ``positives`` are taken from differences, which do not cancel."""
+    if inner:
+        return -2 * (q @ k.mT)
+    norms = q.square().sum(-1)[:, None] + k.square().sum(-1)
+    c = torch.addmm(norms, q, k.mT, alpha=-2)
+    if positives is not None:
+        i, j = (positives & ~(c > REFINE_BELOW * norms)).nonzero(as_tuple=True)
+        step = max(1, BLOCK // q.shape[1])
+        for s in range(0, i.numel(), step):
+            ii, jj = i[s : s + step], j[s : s + step]
+            c[ii, jj] = (q[ii] - k[jj]).square().sum(-1)
+    return c
+
+
+def _costs(q: Tensor, k: Tensor, kinds: list[int], masks: list[Tensor | None], inner: bool) -> Tensor:
+    positives = [m for kind, m in zip(kinds, masks, strict=True) if kind in (SAME, SAME_NOT_SELF)]
+    return block_cost(q, k, inner, positives[0] if positives else None)
+
+
+def contrast(
+    q: Tensor,
+    k: Tensor,
+    q_id: Tensor | None,
+    k_id: Tensor | None,
+    tau: Tensor,
+    kinds: list[int],
+    q_index: list[int],
+    k_index: list[int],
+    inner: bool,
+    detach_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    """Mean cost and log-sum-exp of each softmax, [S, P, N]; see ``ops.py`` for the arguments."""
+    shape = (len(kinds), len(q_index), q.shape[1])
+    value, lse = q.new_zeros(shape), q.new_full(shape, -torch.inf)
+    taus = tau.to(q.dtype)
+    for pair, rows, keys in blocks(len(q_index), q.shape[1], k.shape[1]):
+        masks = [members(kind, q_id, k_id, rows, keys) for kind in kinds]
+        c = _costs(q[q_index[pair], rows], k[k_index[pair], keys], kinds, masks, inner)
+        for s, mask in enumerate(masks):
+            cost = c if mask is None else c.masked_fill(~mask, 0.0)
+            logit = taus[s] * cost
+            if mask is not None:
+                logit = logit.masked_fill_(~mask, -torch.inf)
+            block_lse = logit.logsumexp(-1)
+            shift = torch.where(block_lse == -torch.inf, 0.0, block_lse)
+            block_value = (logit.sub_(shift[:, None]).exp_() * cost).sum(-1)
+            old = lse[s, pair, rows]
+            merged = torch.logaddexp(old, block_lse)
+            base = torch.where(merged == -torch.inf, 0.0, merged)
+            value[s, pair, rows] = (old - base).exp() * value[s, pair, rows] + (block_lse - base).exp() * block_value
+            lse[s, pair, rows] = merged
+    return value, torch.where(value.isnan(), value, lse)
+
+
+def contrast_backward(
+    q: Tensor,
+    k: Tensor,
+    q_id: Tensor | None,
+    k_id: Tensor | None,
+    tau: Tensor,
+    kinds: list[int],
+    q_index: list[int],
+    k_index: list[int],
+    inner: bool,
+    detach_weights: bool,
+    value: Tensor,
+    lse: Tensor,
+    grad_value: Tensor,
+    grad_lse: Tensor,
+    want_q: bool,
+    want_k: bool,
+    want_tau: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and tau: dL/dc_ij = w_ij (gF (1 + tau (c_ij - F)) + glse tau), blocks recomputed."""
+    grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format) if want_q else q.new_empty(0)
+    grad_k = torch.zeros_like(k, memory_format=torch.contiguous_format) if want_k else k.new_empty(0)
+    grad_tau = torch.zeros_like(tau) if want_tau else tau.new_empty(0)
+    taus = torch.zeros_like(tau, dtype=q.dtype) if detach_weights else tau.to(q.dtype)
+    for pair, rows, keys in blocks(len(q_index), q.shape[1], k.shape[1]):
+        x, y = q_index[pair], k_index[pair]
+        masks = [members(kind, q_id, k_id, rows, keys) for kind in kinds]
+        c = _costs(q[x, rows], k[y, keys], kinds, masks, inner)
+        grad_c = torch.zeros_like(c)
+        for s, mask in enumerate(masks):
+            at = (s, pair, rows)
+            cost = c if mask is None else c.masked_fill(~mask, 0.0)
+            shift = torch.where(lse[at] == -torch.inf, 0.0, lse[at])
+            w = (tau[s].to(q.dtype) * cost - shift[:, None]).exp_()
+            if mask is not None:
+                w = w.masked_fill_(~mask, 0.0)
+            centred = cost - value[at][:, None]
+            g_value, g_lse = grad_value[at][:, None], torch.where(lse[at] == -torch.inf, 0.0, grad_lse[at])[:, None]
+            grad_c += w * (g_value * (1 + taus[s] * centred) + g_lse * taus[s])
+            if want_tau and not detach_weights:
+                moment = w * (g_value * centred.square() + g_lse * cost)
+                grad_tau[s] += moment.sum(dtype=grad_tau.dtype)
+        if want_q:
+            own = 0.0 if inner else grad_c.sum(1)[:, None] * q[x, rows]
+            grad_q[x, rows] += 2 * (own - grad_c @ k[y, keys])
+        if want_k:
+            own = 0.0 if inner else grad_c.sum(0)[:, None] * k[y, keys]
+            grad_k[y, keys] += 2 * (own - grad_c.mT @ q[x, rows])
+    return grad_q, grad_k, grad_tau
+
+
+def plain_contrast(q: Tensor, k: Tensor, tau: Tensor, spec: ContrastSpec) -> tuple[Tensor, Tensor]:
+    """``contrast`` as N x M arrays, differentiable any number of times; only second derivatives use it."""
+    from .reference import pairwise_cost, statistics
+
+    queries, keys = q[spec.q_index], k[spec.k_index]
+    c = -2 * queries @ keys.mT if spec.inner else pairwise_cost(queries, keys)
+    everything = slice(0, q.shape[1]), slice(0, k.shape[1])
+    values, lses = [], []
+    for s, kind in enumerate(spec.kinds):
+        mask = members(kind, spec.q_id, spec.k_id, *everything)
+        logit = tau[s].to(c.dtype) * c
+        row = statistics(
+            logit.detach() if spec.detach_weights else logit,
+            c,
+            torch.ones_like(c, dtype=torch.bool) if mask is None else mask,
+        )
+        values.append(row.value)
+        lses.append(row.lse)
+    return torch.stack(values), torch.stack(lses)

@@ -1,0 +1,85 @@
+"""The ordered table of backends: each says why it cannot run here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from . import _extension
+
+
+class Backend(NamedTuple):
+    """One way to compute the losses.
+
+    ``why_not(device)`` is ``None`` if it can run on tensors of that device (``None``: on some device of this machine),
+    else a sentence.
+    """
+
+    name: str
+    summary: str
+    why_not: Callable[[torch.device | None], str | None]
+
+
+def _always(device: torch.device | None) -> str | None:
+    return None
+
+
+def _cpu(device: torch.device | None) -> str | None:
+    if device is not None and device.type != "cpu":
+        return f"the CPU kernels work on CPU tensors, not on {device.type}"
+    return _extension.cpu_library().error or _extension.isa_error()
+
+
+# Slowest first. "auto" takes the last that can run on the tensors' device, but never the reference.
+TABLE = (
+    Backend("reference", "the definition in plain PyTorch; N x M arrays, any device", _always),
+    Backend("torch", "plain PyTorch in blocks; bounded memory, any device", _always),
+    Backend("cpu", "SIMD kernels in C++ for the CPU", _cpu),
+)
+NAMES = ("auto", *(backend.name for backend in TABLE))
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend by name, from the slowest to the fastest; ``None`` if it can run here, else the reason why not.
+
+    >>> import cacr_kernels
+    >>> cacr_kernels.backends()["torch"] is None
+    True
+    """
+    return {backend.name: backend.why_not(None) for backend in TABLE}
+
+
+def select(name: str, device: torch.device) -> str:
+    """The backend that ``name`` stands for on ``device``.
+
+    Raises ``ValueError`` for an unknown name, and for a backend named explicitly that cannot run there.
+    """
+    if name == "auto":
+        usable = [backend for backend in TABLE if backend.why_not(device) is None]
+        if usable[-1].name == "torch":
+            _warn_slow(device.type, "; ".join(f"{b.name}: {b.why_not(device)}" for b in TABLE if b not in usable))
+        return usable[-1].name
+    for backend in TABLE:
+        if backend.name == name:
+            reason = backend.why_not(device)
+            if reason is not None:
+                raise ValueError(f"backend={name!r} cannot run here: {reason}")
+            return name
+    raise ValueError(f"backend={name!r} is unknown; accepted: {', '.join(map(repr, NAMES))}")
+
+
+_warned: set[str] = set()
+
+
+@torch.compiler.disable
+def _warn_slow(device: str, reasons: str) -> None:
+    if device in _warned:
+        return
+    _warned.add(device)
+    import warnings
+
+    warnings.warn(
+        f"cacr_kernels: only the plain PyTorch backend can run on {device} ({reasons})", RuntimeWarning, stacklevel=5
+    )

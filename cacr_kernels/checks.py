@@ -1,0 +1,140 @@
+"""Checks of the public arguments: once, here. ``TypeError`` for a wrong type or dtype, ``ValueError`` for all else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _what(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def float_tensor(name: str, x: Any, shape: str) -> Tensor:
+    """A floating-point tensor with the dimensions that ``shape`` names, as in ``"[V, B, D]"``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor {shape}, got {_what(x)}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+    if x.dim() != shape.count(",") + 1:
+        raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}")
+    return x
+
+
+def nonempty(name: str, x: Tensor, shape: str) -> Tensor:
+    """No dimension of size 0."""
+    if 0 in x.shape:
+        raise ValueError(f"{name} {shape} must not have an empty dimension, got {list(x.shape)}")
+    return x
+
+
+def views(name: str, value: Any, at_least: int) -> Tensor:
+    """One tensor [V, B, D], or a sequence of V tensors [B, D], as one tensor."""
+    if isinstance(value, Tensor):
+        x = float_tensor(name, value, "[V, B, D]")
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        if not value:
+            raise ValueError(f"{name} must hold at least {at_least} views, got an empty {type(value).__name__}")
+        parts = [float_tensor(f"{name}[{i}]", z, "[B, D]") for i, z in enumerate(value)]
+        for i, z in enumerate(parts):
+            if z.shape != parts[0].shape:
+                raise ValueError(f"{name}[{i}] must have the shape of {name}[0], {list(parts[0].shape)}, got {list(z.shape)}")
+            same_device(f"{name}[{i}]", z, f"{name}[0]", parts[0])
+        dtype = parts[0].dtype
+        for z in parts[1:]:
+            dtype = torch.promote_types(dtype, z.dtype)
+        x = torch.stack([z.to(dtype) for z in parts])
+    else:
+        raise TypeError(f"{name} must be a tensor [V, B, D] or a sequence of tensors [B, D], got {_what(value)}")
+    if x.shape[0] < at_least:
+        raise ValueError(f"{name} must hold at least {at_least} views, got V = {x.shape[0]}")
+    return nonempty(name, x, "[V, B, D]")
+
+
+def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Both on one device."""
+    if x.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {x.device}")
+
+
+def same_shape(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Both of one shape."""
+    if x.shape != other.shape:
+        raise ValueError(f"{name} must have the shape of {other_name}, {list(other.shape)}, got {list(x.shape)}")
+
+
+def same_dim(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Both with the same number D of features."""
+    if x.shape[-1] != other.shape[-1]:
+        raise ValueError(f"{name} must have D = {other.shape[-1]} features like {other_name}, got {x.shape[-1]}")
+
+
+def temperature(name: str, value: Any, device: torch.device, *, positive: bool = False) -> float | Tensor:
+    """A number >= 0 (> 0 if ``positive``), or a 0-dim tensor, whose value is not looked at: that would synchronise."""
+    if isinstance(value, Tensor):
+        if value.dtype not in FLOATS:
+            raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be a number or a 0-dim tensor, got shape {list(value.shape)}")
+        if value.device != device and value.device.type != "cpu":
+            raise ValueError(f"{name} must be on {device} or the CPU, got {value.device}")
+        return value
+    number = real(name, value)
+    if number < 0 or (positive and number == 0):
+        raise ValueError(f"{name} must be {'> 0' if positive else '>= 0'}, got {value!r}")
+    return number
+
+
+def real(name: str, value: Any) -> float:
+    """A finite Python number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {_what(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return float(value)
+
+
+def integer(name: str, value: Any, low: int, high: int) -> int:
+    """A Python integer in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {_what(value)}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+    return value
+
+
+def option(name: str, value: Any, accepted: Sequence[str]) -> None:
+    """One of the accepted strings."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {_what(value)}")
+    if value not in accepted:
+        raise ValueError(f"{name}={value!r} is unknown; accepted: {', '.join(map(repr, accepted))}")
+
+
+def flag(name: str, value: Any) -> None:
+    """A bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {_what(value)}")
+
+
+def labels(name: str, value: Any, of: str, embeddings: Tensor) -> Tensor:
+    """Integer labels, one for each embedding."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be an integer tensor, got {_what(value)}")
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"{name} must have an integer dtype, got {value.dtype}")
+    if value.dim() != 1 or value.shape[0] != embeddings.shape[0]:
+        raise ValueError(f"{name} must have shape [{embeddings.shape[0]}], one for each of {of}, got {list(value.shape)}")
+    same_device(name, value, of, embeddings)
+    return value

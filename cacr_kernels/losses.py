@@ -1,0 +1,244 @@
+"""The losses as compositions over the ``contrast`` operator, for every backend but the reference.
+
+Similarities of all queries with all keys go through ``contrast``; the few positives that views of one instance are to
+each other go through ``aligned_cost``. What is left are vectors of one entry per query. ``reference.py`` states what is
+computed; names and shapes are the same there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._blocks import ALL, OTHER, SAME, SAME_NOT_SELF
+from .autograd import aligned_cost
+from .reference import Statistics, Temperature, mean_entropy, rows_of_pairs, statistics, view_pairs
+from .types import Cost, Pairing, Terms, WeightGrad
+
+
+class Softmaxes(NamedTuple):
+    """Mean cost and log-sum-exp [S, P, N] of the softmaxes of one call."""
+
+    value: Tensor
+    lse: Tensor
+
+
+class Contrast:
+    """The ``contrast`` operator of one backend."""
+
+    def __init__(self, backend: str) -> None:
+        self.op: Any = getattr(torch.ops.cacr_kernels, f"contrast_{backend}").default
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        sets: Sequence[tuple[int, Temperature]],
+        *,
+        q_id: Tensor | None = None,
+        k_id: Tensor | None = None,
+        pairs: Sequence[tuple[int, int]] = ((0, 0),),
+        inner: bool = False,
+        detach_weights: bool = False,
+    ) -> Softmaxes:
+        """``q`` [Vq, N, D], ``k`` [Vk, M, D]; ``sets``: kind and signed temperature of each softmax."""
+        tau = signed_temperatures([t for _, t in sets], q.device)
+        kinds = [kind for kind, _ in sets]
+        value, lse = self.op(
+            q, k, q_id, k_id, tau, kinds, [x for x, _ in pairs], [y for _, y in pairs], inner, detach_weights
+        )
+        return Softmaxes(value, lse)
+
+
+def signed_temperatures(taus: Sequence[Temperature], device: torch.device) -> Tensor:
+    """One float64 tensor of all, differentiable w.r.t. those that are tensors."""
+    if not any(isinstance(t, Tensor) for t in taus):
+        return torch.tensor(taus, dtype=torch.float64, device=device)
+    parts = [t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64) for t in taus]
+    return torch.stack([t.to(device=device, dtype=torch.float64) for t in parts])
+
+
+def entropy_of(value: Tensor, lse: Tensor, tau: Temperature) -> Tensor:
+    """Entropy of the weights, averaged over the queries with a non-empty set: lse - tau F."""
+    nonempty = lse != -torch.inf
+    rows = torch.where(nonempty, lse - tau * value, 0.0).detach()
+    return (rows.sum() / nonempty.sum().clamp(min=1)).to(value.dtype)
+
+
+def instance_ids(count: int, device: torch.device) -> Tensor:
+    """0, 1, ... as the operators take ids."""
+    return torch.arange(count, dtype=torch.int32, device=device)
+
+
+def attraction(cost: Tensor, logit: Tensor) -> Statistics:
+    """Softmax over the other views: cost and logit [V, U, B] with u != v, rows [V, B]."""
+    others = ~torch.eye(cost.shape[0], dtype=torch.bool, device=cost.device)
+    return statistics(logit.transpose(1, 2), cost.transpose(1, 2), others[:, None, :])
+
+
+def cacr(
+    contrast: Contrast,
+    views: Tensor,
+    tau_pos: Temperature,
+    tau_neg: Temperature,
+    *,
+    alpha: float,
+    beta: float,
+    pairing: Pairing,
+    cost: Cost,
+    rbf_scale: float,
+) -> Terms:
+    """``reference.cacr``."""
+    num_views, batch, dim = views.shape
+    c = aligned_cost(views, views)
+    attracted = attraction(c, tau_pos * c)
+    zero = views.new_zeros(())
+    if batch == 1:  # no negatives
+        rows = zero if cost == "rbf" else torch.zeros_like(attracted.value)
+        return Terms(alpha * attracted.value, rows, mean_entropy(attracted), zero)
+    sets: list[tuple[int, Temperature]] = [(OTHER, -tau_neg)]
+    if cost == "rbf":
+        sets.append((OTHER, -(tau_neg + rbf_scale)))
+    if pairing == "pooled":
+        z = views.reshape(1, num_views * batch, dim)
+        ids = instance_ids(batch, views.device).repeat(num_views)
+        negative = contrast(z, z, sets, q_id=ids, k_id=ids)
+    else:
+        ids = instance_ids(batch, views.device)
+        negative = contrast(views, views, sets, q_id=ids, k_id=ids, pairs=view_pairs(num_views, pairing))
+    if cost == "rbf":
+        log_value = negative.lse[1] - negative.lse[0] + 0.0 * negative.value[0].detach()
+        log_mean = log_value.logsumexp(-1) - torch.tensor(float(log_value.shape[-1])).log().item()
+        repulsion = beta * log_mean.mean()
+    else:
+        repulsion = -beta * rows_of_pairs(negative.value[0], num_views, pairing)
+    entropy = entropy_of(negative.value[0], negative.lse[0], -tau_neg)
+    return Terms(alpha * attracted.value, repulsion, mean_entropy(attracted), entropy)
+
+
+def queue(
+    contrast: Contrast,
+    queries: Tensor,
+    keys: Tensor,
+    queue: Tensor,
+    tau_pos: Temperature,
+    tau_neg: Temperature,
+    *,
+    alpha: float,
+    beta: float,
+    in_batch: bool,
+    weight_grad: WeightGrad,
+) -> Terms:
+    """``reference.queue``: the softmax over queue and batch is the merge of two."""
+    num_views, batch, _ = queries.shape
+    c = aligned_cost(queries, keys.detach())
+    attracted = attraction(c, (tau_pos * c).detach())
+
+    value, lse = torch.zeros_like(attracted.value), torch.full_like(attracted.value, -torch.inf)
+    if queue.shape[0]:
+        value, lse = _softmax(
+            contrast(
+                queries,
+                queue.detach()[None],
+                [(ALL, -tau_neg)],
+                pairs=[(v, 0) for v in range(num_views)],
+                detach_weights=weight_grad != "full",
+            ),
+            detached=weight_grad != "full",
+        )
+    if in_batch and batch > 1:
+        ids = instance_ids(batch, queries.device)
+        pairs = [(v, v) for v in range(num_views)]
+        detached = weight_grad == "none"
+        batch_value, batch_lse = _softmax(
+            contrast(
+                queries, queries, [(OTHER, -tau_neg)], q_id=ids, k_id=ids, pairs=pairs, detach_weights=detached
+            ),
+            detached=detached,
+        )
+        value, lse = merge(value, lse, batch_value, batch_lse) if queue.shape[0] else (batch_value, batch_lse)
+    return Terms(alpha * attracted.value, -beta * value, mean_entropy(attracted), entropy_of(value, lse, -tau_neg))
+
+
+def _softmax(s: Softmaxes, detached: bool) -> tuple[Tensor, Tensor]:
+    return s.value[0], s.lse[0].detach() if detached else s.lse[0]
+
+
+def merge(value_a: Tensor, lse_a: Tensor, value_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Statistics of the union of two disjoint non-empty sets (``reference.py``, Merge)."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    return (lse_a - lse).exp() * value_a + (lse_b - lse).exp() * value_b, lse
+
+
+def momentum(
+    contrast: Contrast, queries: Tensor, keys: Tensor, temperature: Temperature, *, cost: Cost, key_offset: int
+) -> Terms:
+    """``reference.momentum``: q.k / T is -1 / (2T) times the inner cost -2 q.k."""
+    keys = keys.detach()
+    num_views, batch, _ = queries.shape
+    positive = keys[key_offset : key_offset + batch]
+    c_pos = aligned_cost(queries, positive[None])[:, 0].mT  # [B, V]
+    attracted = statistics((c_pos / temperature).detach(), c_pos, torch.ones_like(c_pos, dtype=torch.bool))
+    p = attracted.weights.mT  # [V, B]
+    tau = -0.5 / temperature
+    pairs = [(v, 0) for v in range(num_views)]
+    if cost == "rbf":
+        w = contrast(queries, keys[None], [(ALL, tau)], pairs=pairs, inner=True)
+        inner_product = (queries * positive).sum(-1)
+        rows = -2 * (p * inner_product).sum(0), 2 * temperature * (p * (w.lse[0] + 0.0 * w.value[0].detach())).sum(0)
+    else:
+        ids = instance_ids(keys.shape[0], keys.device)
+        q_id = ids[key_offset : key_offset + batch]
+        w = contrast(queries, keys[None], [(OTHER, tau)], q_id=q_id, k_id=ids, pairs=pairs, detach_weights=True)
+        rows = attracted.value / 2, -(p * w.value[0]).sum(0) / 2
+    return Terms(*rows, mean_entropy(attracted), entropy_of(w.value[0], w.lse[0], tau))
+
+
+def supervised(
+    contrast: Contrast,
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_embeddings: Tensor | None,
+    ref_labels: Tensor | None,
+    tau_pos: Temperature,
+    tau_neg: Temperature,
+    *,
+    alpha: float,
+    beta: float,
+) -> Terms:
+    """``reference.supervised``: both sets of a query from one pass over the similarities."""
+    own = ref_embeddings is None or ref_labels is None
+    if ref_embeddings is None or ref_labels is None:
+        ref_embeddings, ref_labels = embeddings, labels
+    if own and len(labels) == 1:  # in no set: not read
+        embeddings = ref_embeddings = torch.zeros_like(embeddings) + 0.0 * torch.where(
+            torch.ones_like(embeddings, dtype=torch.bool), 0.0, embeddings
+        )
+    q_id, k_id = compact_ids(labels, ref_labels)
+    same = SAME_NOT_SELF if own else SAME
+    s = contrast(embeddings[None], ref_embeddings[None], [(same, tau_pos), (OTHER, -tau_neg)], q_id=q_id, k_id=k_id)
+    value, lse = s.value[:, 0], s.lse[:, 0]
+    nonempty = (lse != -torch.inf).sum(-1).clamp(min=1).to(value.dtype)
+    factor = value.shape[1] / nonempty
+    return Terms(
+        alpha * value[0] * factor[0],
+        -beta * value[1] * factor[1],
+        entropy_of(value[0], lse[0], tau_pos),
+        entropy_of(value[1], lse[1], -tau_neg),
+    )
+
+
+def compact_ids(labels: Tensor, ref_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels of any integer dtype as int32 ids that are equal exactly where the labels are."""
+    if labels.dtype in (torch.int64, torch.uint16, torch.uint32, torch.uint64):
+        joined = torch.cat([labels.reshape(-1), ref_labels.to(labels.dtype).reshape(-1)])
+        ids = torch.unique(joined, return_inverse=True)[1].to(torch.int32)
+        return ids[: len(labels)], ids[len(labels) :]
+    return labels.to(torch.int32), ref_labels.to(torch.int32)
+
+
+__all__ = ["Contrast", "cacr", "merge", "momentum", "queue", "reference", "supervised"]

@@ -1,0 +1,258 @@
+"""The operators ``torch.ops.cacr_kernels.*``: schema, fake and autograd formula of each, once for all backends.
+
+    cacr_<backend>               cacr_loss of all views with its gradients, in one go (the fused path)
+    contrast_<backend>           row statistics of one or two softmaxes (the general path)
+    contrast_backward_<backend>  their gradients
+
+C++ implements, this file declares: the package works without the compiled libraries. Formulas point to
+``reference.py``; derivatives of derivatives are taken from the reference itself, which any user of a gradient penalty
+gets in eager mode and under ``torch.compile`` alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _blocks, reference
+from .types import Cost, Pairing
+
+PAIRINGS: tuple[Pairing, ...] = ("unordered", "ordered", "pooled")
+NAMESPACE = "cacr_kernels"
+
+CACR_SCHEMA = (
+    "(Tensor views, Tensor tau, float alpha, float beta, int pairing, bool rbf, float rbf_scale, bool want_grad,"
+    " bool want_grad_tau) -> (Tensor loss, Tensor parts, Tensor grad_views, Tensor grad_tau)"
+)
+CONTRAST_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor? q_id, Tensor? k_id, Tensor tau, int[] kinds, int[] q_index, int[] k_index,"
+    " bool inner, bool detach_weights) -> (Tensor value, Tensor lse)"
+)
+CONTRAST_BACKWARD_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor? q_id, Tensor? k_id, Tensor tau, int[] kinds, int[] q_index, int[] k_index,"
+    " bool inner, bool detach_weights, Tensor value, Tensor lse, Tensor grad_value, Tensor grad_lse,"
+    " bool want_q, bool want_k, bool want_tau) -> (Tensor grad_q, Tensor grad_k, Tensor grad_tau)"
+)
+
+
+# ---- cacr: views [V, B, D], tau [2] float64 = (tau_pos, tau_neg) ------------------------------------------------------
+class CACROptions(NamedTuple):
+    """What is not a tensor among the arguments of ``cacr_<backend>``."""
+
+    alpha: float
+    beta: float
+    pairing: int  # index into PAIRINGS
+    rbf: bool
+    rbf_scale: float
+
+
+def cacr_fake(
+    views: Tensor,
+    tau: Tensor,
+    alpha: float,
+    beta: float,
+    pairing: int,
+    rbf: bool,
+    rbf_scale: float,
+    want_grad: bool,
+    want_grad_tau: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes: loss [], parts [4], grad_views [V, B, D] or [0], grad_tau [2] (zeros unless wanted)."""
+    grad = torch.empty_like(views, memory_format=torch.contiguous_format) if want_grad else views.new_empty(0)
+    return views.new_empty(()), views.new_empty(4), grad, tau.new_empty(2)
+
+
+def cacr_reference(views: Tensor, tau: Tensor, options: CACROptions) -> tuple[Tensor, Tensor]:
+    """Loss and parts (attraction, repulsion and their entropies) by the definition."""
+    cost: Cost = "rbf" if options.rbf else "sqeuclidean"
+    tau_pos, tau_neg = tau.to(views.dtype)
+    terms = reference.cacr(
+        views,
+        tau_pos,
+        tau_neg,
+        alpha=options.alpha,
+        beta=options.beta,
+        pairing=PAIRINGS[options.pairing],
+        cost=cost,
+        rbf_scale=options.rbf_scale,
+    )
+    attraction, repulsion = terms.attraction.mean(), terms.repulsion.mean()
+    parts = torch.stack([attraction, repulsion, terms.attraction_entropy, terms.repulsion_entropy])
+    return attraction + repulsion, parts
+
+
+def cacr_setup(ctx: Any, op: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keeps what ``cacr_gradient`` needs; shared by the operators and by ``CACRFunction``."""
+    views, tau, *options, ctx.want_grad, ctx.want_grad_tau = inputs
+    ctx.op, ctx.options = op, CACROptions(*options)
+    _, _, grad_views, grad_tau = output
+    ctx.save_for_backward(views, tau, grad_views, grad_tau)
+    ctx.set_materialize_grads(False)
+
+
+def cacr_gradient(
+    ctx: Any, g_loss: Tensor | None, g_parts: Tensor | None, g_views: Tensor | None, g_tau: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients found in forward, scaled out of place.
+
+    They are outputs of the forward and saved as such, so that a second derivative arrives as ``g_views`` and ``g_tau``:
+    those, like gradients of the parts, are answered by differentiating the reference.
+    """
+    views, tau, grad_views, grad_tau = ctx.saved_tensors
+    need_views, need_tau = ctx.needs_input_grad[:2]
+    out_views: Tensor | None = None
+    out_tau: Tensor | None = None
+    if g_loss is not None:
+        if (need_views and not ctx.want_grad) or (need_tau and not ctx.want_grad_tau):
+            _, _, grad_views, grad_tau = ctx.op(views, tau, *ctx.options, need_views, need_tau)
+        out_views = g_loss * grad_views if need_views else None
+        out_tau = g_loss.to(grad_tau.dtype) * grad_tau if need_tau else None
+    if g_parts is None and g_views is None and g_tau is None:
+        return out_views, out_tau
+
+    def everything(views: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (loss, parts), pull = torch.func.vjp(lambda v, t: cacr_reference(v, t, ctx.options), views, tau)
+        return parts, *pull((torch.ones_like(loss), torch.zeros_like(parts)))
+
+    outputs, pull = torch.func.vjp(everything, views, tau)
+    given = (g_parts, g_views if ctx.want_grad else None, g_tau if ctx.want_grad_tau else None)
+    more = pull(tuple(torch.zeros_like(o) if g is None else g.to(o.dtype) for o, g in zip(outputs, given, strict=True)))
+    return (
+        (more[0] if out_views is None else out_views + more[0]) if need_views else None,
+        (more[1] if out_tau is None else out_tau + more[1]) if need_tau else None,
+    )
+
+
+# ---- contrast --------------------------------------------------------------------------------------------------------
+def contrast_fake(
+    q: Tensor,
+    k: Tensor,
+    q_id: Tensor | None,
+    k_id: Tensor | None,
+    tau: Tensor,
+    kinds: list[int],
+    q_index: list[int],
+    k_index: list[int],
+    inner: bool,
+    detach_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    """Shapes: value and lse [S, P, N]."""
+    shape = (len(kinds), len(q_index), q.shape[1])
+    return q.new_empty(shape), q.new_empty(shape)
+
+
+def contrast_backward_fake(
+    q: Tensor,
+    k: Tensor,
+    q_id: Tensor | None,
+    k_id: Tensor | None,
+    tau: Tensor,
+    kinds: list[int],
+    q_index: list[int],
+    k_index: list[int],
+    inner: bool,
+    detach_weights: bool,
+    value: Tensor,
+    lse: Tensor,
+    grad_value: Tensor,
+    grad_lse: Tensor,
+    want_q: bool,
+    want_k: bool,
+    want_tau: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes: gradients of q, k and tau, [0] where not wanted."""
+    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format) if want_q else q.new_empty(0)
+    grad_k = torch.empty_like(k, memory_format=torch.contiguous_format) if want_k else k.new_empty(0)
+    return grad_q, grad_k, torch.empty_like(tau) if want_tau else tau.new_empty(0)
+
+
+class ContrastSpec(NamedTuple):
+    """What the gradient does not flow to among the arguments of ``contrast_<backend>``."""
+
+    q_id: Tensor | None
+    k_id: Tensor | None
+    kinds: list[int]
+    q_index: list[int]
+    k_index: list[int]
+    inner: bool
+    detach_weights: bool
+
+
+def _contrast_formula(backward_op: Any) -> tuple[Callable[..., None], Callable[..., Any]]:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, q_id, k_id, tau, *rest = inputs
+        ctx.save_for_backward(q, k, q_id, k_id, tau, *output)
+        ctx.rest = rest
+
+    def backward(ctx: Any, grad_value: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+        q, k, q_id, k_id, tau, value, lse = ctx.saved_tensors
+        want = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4]
+        # The statistics are passed as constants: the second derivative recomputes them from q, k and tau.
+        gq, gk, gt = backward_op(
+            q, k, q_id, k_id, tau, *ctx.rest, value.detach(), lse.detach(), grad_value, grad_lse, *want
+        )
+        return gq if want[0] else None, gk if want[1] else None, None, None, gt if want[2] else None, *[None] * 5
+
+    return setup, backward
+
+
+def _contrast_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, q_id, k_id, tau, kinds, q_index, k_index, inner, detach, _, _, grad_value, grad_lse, *ctx.want = inputs
+    ctx.save_for_backward(q, k, q_id, k_id, tau, grad_value, grad_lse)
+    ctx.rest = kinds, q_index, k_index, inner, detach
+
+
+def _contrast_second_order(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    """Differentiates the gradient of the plain formula w.r.t. q, k, tau and the incoming gradients."""
+    q, k, q_id, k_id, tau, grad_value, grad_lse = ctx.saved_tensors
+    spec = ContrastSpec(q_id, k_id, *ctx.rest)
+
+    def gradient(q: Tensor, k: Tensor, tau: Tensor, gv: Tensor, gl: Tensor) -> tuple[Tensor, ...]:
+        (_, lse), pull = torch.func.vjp(lambda q, k, tau: _blocks.plain_contrast(q, k, tau, spec), q, k, tau)
+        return tuple(pull((gv, torch.where(lse == -torch.inf, 0.0, gl))))
+
+    outputs, pull = torch.func.vjp(gradient, q, k, tau, grad_value, grad_lse)
+    wanted = [g.to(o.dtype) if w else torch.zeros_like(o) for o, g, w in zip(outputs, grads, ctx.want, strict=True)]
+    gq, gk, gt, gv, gl = pull(tuple(wanted))
+    return gq, gk, None, None, gt, *[None] * 7, gv, gl, None, None, None
+
+
+# ---- registration ----------------------------------------------------------------------------------------------------
+def _operator(name: str) -> Any:
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _register_contrast(backend: str) -> None:
+    forward, backward = f"{NAMESPACE}::contrast_{backend}", f"{NAMESPACE}::contrast_backward_{backend}"
+    torch.library.define(forward, CONTRAST_SCHEMA)
+    torch.library.define(backward, CONTRAST_BACKWARD_SCHEMA)
+    torch.library.register_fake(forward, contrast_fake)
+    torch.library.register_fake(backward, contrast_backward_fake)
+    setup, formula = _contrast_formula(_operator(f"contrast_backward_{backend}"))
+    torch.library.register_autograd(forward, formula, setup_context=setup)
+    torch.library.register_autograd(backward, _contrast_second_order, setup_context=_contrast_backward_setup)
+
+
+def _register_cacr(backend: str) -> None:
+    name = f"{NAMESPACE}::cacr_{backend}"
+    torch.library.define(name, CACR_SCHEMA)
+    torch.library.register_fake(name, cacr_fake)
+    op = _operator(f"cacr_{backend}")
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        cacr_setup(ctx, op, inputs, output)
+
+    def formula(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return *cacr_gradient(ctx, *grads), *[None] * 7
+
+    torch.library.register_autograd(name, formula, setup_context=setup)
+
+
+_register_cacr("cpu")
+for _backend in ("torch", "cpu"):
+    _register_contrast(_backend)
+torch.library.impl(f"{NAMESPACE}::contrast_torch", "CompositeExplicitAutograd", _blocks.contrast)
+torch.library.impl(f"{NAMESPACE}::contrast_backward_torch", "CompositeExplicitAutograd", _blocks.contrast_backward)

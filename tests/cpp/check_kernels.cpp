@@ -1,0 +1,36 @@
+// Compares two builds of csrc/cpu/kernels.cpp (namespaces CANDIDATE and portable) over many shapes; prints the failures.
+// Compiled by tests/test_cpu_kernels.py, for one with wide vectors lowered to the instructions at hand.
+#include <cstdio>
+
+#include "../../csrc/cpu/self_check.h"
+
+namespace cacr {
+#define DECLARE(isa)                           \
+  namespace isa {                              \
+  extern const Kernels<float> kernels_float;   \
+  extern const Kernels<double> kernels_double; \
+  }
+DECLARE(CANDIDATE)
+DECLARE(portable)
+template <>
+const Kernels<float>& kernels<float>() {
+  return CANDIDATE::kernels_float;
+}
+template <>
+const Kernels<double>& kernels<double>() {
+  return CANDIDATE::kernels_double;
+}
+}  // namespace cacr
+
+int main() {
+  int failures = 0, checks = 0;
+  for (int n : {1, 2, 5, 6, 13, 31, 37, 64, 101, 193, 300})
+    for (int d : {1, 3, 8, 16, 17, 19, 32, 33, 64, 100, 128, 256}) {
+      const bool f32 = cacr::self_check_passes(cacr::CANDIDATE::kernels_float, cacr::portable::kernels_float, n, d);
+      const bool f64 = cacr::self_check_passes(cacr::CANDIDATE::kernels_double, cacr::portable::kernels_double, n, d);
+      if (!f32 || !f64) std::printf("n=%d d=%d float32 %s float64 %s\n", n, d, f32 ? "ok" : "FAIL", f64 ? "ok" : "FAIL");
+      failures += !f32 + !f64, checks += 2;
+    }
+  std::printf("%d checks, %d failures\n", checks, failures);
+  return failures != 0;
+}
