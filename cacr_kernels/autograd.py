@@ -12,30 +12,163 @@ from . import ops
 
 
 class CACRFunction(Function):
-    """``cacr_loss`` of views [V, B, D] with both gradients found in forward; ``backward`` scales them out of place.
+    """``cacr_loss`` of views [V, B, D], tau [2], with both gradients found in forward.
 
-    ``CACRFunction.apply(views, tau, *CACROptions, want_grad, want_grad_tau, op)`` returns loss, parts and the two
-    gradients; see ``ops.cacr_gradient`` for derivatives of any order. Under ``torch.compile`` the operator carries the
-    same formula itself.
+    Returns loss, parts and the two gradients, of which only the loss is differentiable. ``backward`` calls
+    :class:`CACRGradient`, so that a second derivative, also inside a larger graph, is that of the reference.
     """
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
+    def forward(
+        views: Tensor,
+        tau: Tensor,
+        alpha: float,
+        beta: float,
+        pairing: int,
+        rbf: bool,
+        rbf_scale: float,
+        want_grad: bool,
+        want_grad_tau: bool,
+        op: Any,
+    ) -> tuple[Tensor, ...]:
         """Runs the operator."""
-        *rest, op = args
-        outputs: tuple[Tensor, ...] = op(*rest)
+        outputs: tuple[Tensor, ...] = op(views, tau, alpha, beta, pairing, rbf, rbf_scale, want_grad, want_grad_tau)
         return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Saves inputs and the gradients."""
-        *rest, op = inputs
-        ops.cacr_setup(ctx, op, tuple(rest), output)
+        views, tau, alpha, beta, pairing, rbf, rbf_scale, ctx.want_grad, ctx.want_grad_tau, ctx.op = inputs
+        ctx.options = ops.CACROptions(alpha, beta, pairing, rbf, rbf_scale)
+        _, parts, grad_views, grad_tau = output
+        ctx.mark_non_differentiable(parts, grad_views, grad_tau)
+        ctx.save_for_backward(views, tau, grad_views, grad_tau)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        """Scales the gradients."""
-        return *ops.cacr_gradient(ctx, *grads), *[None] * 8
+    def backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        """Scales the gradients, out of place and in their own dtype."""
+        views, tau, grad_views, grad_tau = ctx.saved_tensors
+        need_views, need_tau = ctx.needs_input_grad[:2]
+        if (need_views and not ctx.want_grad) or (need_tau and not ctx.want_grad_tau):
+            _, _, grad_views, grad_tau = ctx.op(views, tau, *ctx.options, need_views, need_tau)
+        if not need_views:
+            grad_views = torch.zeros_like(views)
+        out_views, out_tau = CACRGradient.apply(g_loss, views, tau, grad_views, grad_tau, *ctx.options)
+        return out_views if need_views else None, out_tau if need_tau else None, *[None] * 8
+
+
+class CACRGradient(Function):
+    """The gradients of the loss times ``g_loss``; its backward differentiates the gradient of the reference."""
+
+    @staticmethod
+    def forward(
+        g_loss: Tensor,
+        views: Tensor,
+        tau: Tensor,
+        grad_views: Tensor,
+        grad_tau: Tensor,
+        alpha: float,
+        beta: float,
+        pairing: int,
+        rbf: bool,
+        rbf_scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Scales."""
+        return g_loss * grad_views, g_loss.to(grad_tau.dtype) * grad_tau
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Saves the inputs."""
+        g_loss, views, tau, _, _, alpha, beta, pairing, rbf, rbf_scale = inputs
+        ctx.options = ops.CACROptions(alpha, beta, pairing, rbf, rbf_scale)
+        ctx.save_for_backward(g_loss, views, tau)
+
+    @staticmethod
+    def backward(ctx: Any, gg_views: Tensor, gg_tau: Tensor) -> tuple[Any, ...]:
+        """Derivatives w.r.t. g_loss, views and tau."""
+        g_loss, views, tau = ctx.saved_tensors
+        g, v, t = ops.cacr_second_order(g_loss, views, tau, gg_views, gg_tau, ctx.options)
+        return g, v, t, *[None] * 7
+
+
+class ContrastFunction(Function):
+    """``contrast`` with both sets in one pass: ``apply(*arguments of the operator, op, backward_op)``."""
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        q_id: Tensor | None,
+        k_id: Tensor | None,
+        tau: Tensor,
+        kinds: list[int],
+        q_index: list[int],
+        k_index: list[int],
+        inner: bool,
+        detach_weights: bool,
+        op: Any,
+        backward_op: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Runs the operator."""
+        outputs: tuple[Tensor, Tensor] = op(
+            q, k, q_id, k_id, tau, kinds, q_index, k_index, inner, detach_weights
+        )
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Saves inputs and statistics."""
+        ops.contrast_setup(ctx, inputs[-1], inputs[:-2], output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        """Calls :class:`ContrastGradient`."""
+        grad_value, grad_lse = grads
+        found = ops.contrast_gradient(ctx, grad_value, grad_lse, ContrastGradient)
+        return ops.place(found, ops.CONTRAST_DIFFERENTIABLE, 12)
+
+
+class ContrastGradient(Function):
+    """``contrast_backward``, whose own backward differentiates the plain formula."""
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        q_id: Tensor | None,
+        k_id: Tensor | None,
+        tau: Tensor,
+        kinds: list[int],
+        q_index: list[int],
+        k_index: list[int],
+        inner: bool,
+        detach_weights: bool,
+        value: Tensor,
+        lse: Tensor,
+        grad_value: Tensor,
+        grad_lse: Tensor,
+        want_q: bool,
+        want_k: bool,
+        want_tau: bool,
+        op: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs the operator."""
+        indices = kinds, q_index, k_index
+        given = value, lse, grad_value, grad_lse
+        outputs: tuple[Tensor, Tensor, Tensor] = op(
+            q, k, q_id, k_id, tau, *indices, inner, detach_weights, *given, want_q, want_k, want_tau
+        )
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Saves the inputs."""
+        ops.contrast_backward_setup(ctx, inputs[:-1], output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        """Second derivatives."""
+        return ops.place(ops.contrast_second_order(ctx, *grads), ops.CONTRAST_BACKWARD_DIFFERENTIABLE, 18)
 
 
 class AlignedCost(Function):
@@ -72,6 +205,51 @@ def _pull(grad: Tensor, x: Tensor, others: Tensor) -> Tensor:
     return total
 
 
+# torch.compile takes these calls whole and traces below them: what it would make of the Functions itself is wrong for
+# derivatives of derivatives (a gradient of torch.func.grad would be zero).
+@torch.compiler.allow_in_graph
+def fused_cacr(
+    backend: str,
+    views: Tensor,
+    tau: Tensor,
+    alpha: float,
+    beta: float,
+    pairing: int,
+    rbf: bool,
+    rbf_scale: float,
+    want_grad: bool,
+    want_grad_tau: bool,
+) -> tuple[Tensor, Tensor]:
+    """Loss [] and parts [4] by ``cacr_<backend>``."""
+    op = ops.operator(f"cacr_{backend}")
+    loss, parts, _, _ = CACRFunction.apply(
+        views, tau, alpha, beta, pairing, rbf, rbf_scale, want_grad, want_grad_tau, op
+    )
+    return loss, parts
+
+
+@torch.compiler.allow_in_graph
+def contrast(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    q_id: Tensor | None,
+    k_id: Tensor | None,
+    tau: Tensor,
+    kinds: list[int],
+    q_index: list[int],
+    k_index: list[int],
+    inner: bool,
+    detach_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    """Mean cost and log-sum-exp [S, P, N] by ``contrast_<backend>``."""
+    functions = ops.operator(f"contrast_{backend}"), ops.operator(f"contrast_backward_{backend}")
+    arguments = q, k, q_id, k_id, tau, list(kinds), list(q_index), list(k_index), inner, detach_weights
+    value, lse = ContrastFunction.apply(*arguments, *functions)
+    return value, lse
+
+
+@torch.compiler.allow_in_graph
 def aligned_cost(q: Tensor, k: Tensor) -> Tensor:
     """Costs [V, U, B] between the views of the same instances."""
     cost: Tensor = AlignedCost.apply(q, k)

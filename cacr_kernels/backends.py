@@ -26,10 +26,13 @@ def _always(device: torch.device | None) -> str | None:
     return None
 
 
+_CPU_ERROR = _extension.cpu_library().error or _extension.isa_error()
+
+
 def _cpu(device: torch.device | None) -> str | None:
     if device is not None and device.type != "cpu":
         return f"the CPU kernels work on CPU tensors, not on {device.type}"
-    return _extension.cpu_library().error or _extension.isa_error()
+    return _CPU_ERROR
 
 
 # Slowest first. "auto" takes the last that can run on the tensors' device, but never the reference.

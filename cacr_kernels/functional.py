@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize as l2_normalize
 
-from . import backends, checks, losses, ops, reference
-from .autograd import CACRFunction
+from . import checks, losses, ops, reference
+from .autograd import fused_cacr
+from .backends import select
 from .types import CACRParts, Cost, Pairing, Reduction, Terms, WeightGrad
 
 FUSED = ("cpu",)  # backends with the operator cacr_<backend>
@@ -315,7 +316,7 @@ def _check_shared(normalize: object, reduction: object, return_parts: object) ->
 def _select(backend: object, device: torch.device) -> str:
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string, got {type(backend).__name__} {backend!r}")
-    return backends.select(backend, device)
+    return select(backend, device)
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -339,8 +340,8 @@ def _fused(
 ) -> Any:
     tau = losses.signed_temperatures([tau_pos, tau_neg], views.device)
     grad = torch.is_grad_enabled()
-    op = getattr(torch.ops.cacr_kernels, f"cacr_{name}").default
-    arguments = (
+    loss, parts = fused_cacr(
+        name,
         views,
         tau,
         options["alpha"],
@@ -351,7 +352,6 @@ def _fused(
         grad and views.requires_grad,
         grad and tau.requires_grad,
     )
-    loss, parts, _, _ = op(*arguments) if torch.compiler.is_compiling() else CACRFunction.apply(*arguments, op)
     return CACRParts(loss, *parts.detach().unbind()) if return_parts else loss
 
 

@@ -7,15 +7,16 @@ computed; names and shapes are the same there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
 from ._blocks import ALL, OTHER, SAME, SAME_NOT_SELF
-from .autograd import aligned_cost
+from .autograd import aligned_cost, contrast
 from .reference import Statistics, Temperature, mean_entropy, rows_of_pairs, statistics, view_pairs
 from .types import Cost, Pairing, Terms, WeightGrad
 
@@ -31,7 +32,7 @@ class Contrast:
     """The ``contrast`` operator of one backend."""
 
     def __init__(self, backend: str) -> None:
-        self.op: Any = getattr(torch.ops.cacr_kernels, f"contrast_{backend}").default
+        self.backend = backend
 
     def __call__(
         self,
@@ -48,10 +49,8 @@ class Contrast:
         """``q`` [Vq, N, D], ``k`` [Vk, M, D]; ``sets``: kind and signed temperature of each softmax."""
         tau = signed_temperatures([t for _, t in sets], q.device)
         kinds = [kind for kind, _ in sets]
-        value, lse = self.op(
-            q, k, q_id, k_id, tau, kinds, [x for x, _ in pairs], [y for _, y in pairs], inner, detach_weights
-        )
-        return Softmaxes(value, lse)
+        index = [x for x, _ in pairs], [y for _, y in pairs]
+        return Softmaxes(*contrast(self.backend, q, k, q_id, k_id, tau, kinds, *index, inner, detach_weights))
 
 
 def signed_temperatures(taus: Sequence[Temperature], device: torch.device) -> Tensor:
@@ -81,7 +80,7 @@ def attraction(cost: Tensor, logit: Tensor) -> Statistics:
 
 
 def cacr(
-    contrast: Contrast,
+    compare: Contrast,
     views: Tensor,
     tau_pos: Temperature,
     tau_neg: Temperature,
@@ -106,13 +105,13 @@ def cacr(
     if pairing == "pooled":
         z = views.reshape(1, num_views * batch, dim)
         ids = instance_ids(batch, views.device).repeat(num_views)
-        negative = contrast(z, z, sets, q_id=ids, k_id=ids)
+        negative = compare(z, z, sets, q_id=ids, k_id=ids)
     else:
         ids = instance_ids(batch, views.device)
-        negative = contrast(views, views, sets, q_id=ids, k_id=ids, pairs=view_pairs(num_views, pairing))
+        negative = compare(views, views, sets, q_id=ids, k_id=ids, pairs=view_pairs(num_views, pairing))
     if cost == "rbf":
         log_value = negative.lse[1] - negative.lse[0] + 0.0 * negative.value[0].detach()
-        log_mean = log_value.logsumexp(-1) - torch.tensor(float(log_value.shape[-1])).log().item()
+        log_mean = log_value.logsumexp(-1) - math.log(log_value.shape[-1])
         repulsion = beta * log_mean.mean()
     else:
         repulsion = -beta * rows_of_pairs(negative.value[0], num_views, pairing)
@@ -121,7 +120,7 @@ def cacr(
 
 
 def queue(
-    contrast: Contrast,
+    compare: Contrast,
     queries: Tensor,
     keys: Tensor,
     queue: Tensor,
@@ -141,7 +140,7 @@ def queue(
     value, lse = torch.zeros_like(attracted.value), torch.full_like(attracted.value, -torch.inf)
     if queue.shape[0]:
         value, lse = _softmax(
-            contrast(
+            compare(
                 queries,
                 queue.detach()[None],
                 [(ALL, -tau_neg)],
@@ -155,7 +154,7 @@ def queue(
         pairs = [(v, v) for v in range(num_views)]
         detached = weight_grad == "none"
         batch_value, batch_lse = _softmax(
-            contrast(
+            compare(
                 queries, queries, [(OTHER, -tau_neg)], q_id=ids, k_id=ids, pairs=pairs, detach_weights=detached
             ),
             detached=detached,
@@ -175,7 +174,7 @@ def merge(value_a: Tensor, lse_a: Tensor, value_b: Tensor, lse_b: Tensor) -> tup
 
 
 def momentum(
-    contrast: Contrast, queries: Tensor, keys: Tensor, temperature: Temperature, *, cost: Cost, key_offset: int
+    compare: Contrast, queries: Tensor, keys: Tensor, temperature: Temperature, *, cost: Cost, key_offset: int
 ) -> Terms:
     """``reference.momentum``: q.k / T is -1 / (2T) times the inner cost -2 q.k."""
     keys = keys.detach()
@@ -187,19 +186,19 @@ def momentum(
     tau = -0.5 / temperature
     pairs = [(v, 0) for v in range(num_views)]
     if cost == "rbf":
-        w = contrast(queries, keys[None], [(ALL, tau)], pairs=pairs, inner=True)
+        w = compare(queries, keys[None], [(ALL, tau)], pairs=pairs, inner=True)
         inner_product = (queries * positive).sum(-1)
         rows = -2 * (p * inner_product).sum(0), 2 * temperature * (p * (w.lse[0] + 0.0 * w.value[0].detach())).sum(0)
     else:
         ids = instance_ids(keys.shape[0], keys.device)
         q_id = ids[key_offset : key_offset + batch]
-        w = contrast(queries, keys[None], [(OTHER, tau)], q_id=q_id, k_id=ids, pairs=pairs, detach_weights=True)
+        w = compare(queries, keys[None], [(OTHER, tau)], q_id=q_id, k_id=ids, pairs=pairs, detach_weights=True)
         rows = attracted.value / 2, -(p * w.value[0]).sum(0) / 2
     return Terms(*rows, mean_entropy(attracted), entropy_of(w.value[0], w.lse[0], tau))
 
 
 def supervised(
-    contrast: Contrast,
+    compare: Contrast,
     embeddings: Tensor,
     labels: Tensor,
     ref_embeddings: Tensor | None,
@@ -220,7 +219,7 @@ def supervised(
         )
     q_id, k_id = compact_ids(labels, ref_labels)
     same = SAME_NOT_SELF if own else SAME
-    s = contrast(embeddings[None], ref_embeddings[None], [(same, tau_pos), (OTHER, -tau_neg)], q_id=q_id, k_id=k_id)
+    s = compare(embeddings[None], ref_embeddings[None], [(same, tau_pos), (OTHER, -tau_neg)], q_id=q_id, k_id=k_id)
     value, lse = s.value[:, 0], s.lse[:, 0]
     nonempty = (lse != -torch.inf).sum(-1).clamp(min=1).to(value.dtype)
     factor = value.shape[1] / nonempty

@@ -11,7 +11,6 @@ gets in eager mode and under ``torch.compile`` alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -84,8 +83,23 @@ def cacr_reference(views: Tensor, tau: Tensor, options: CACROptions) -> tuple[Te
     return attraction + repulsion, parts
 
 
+def cacr_second_order(
+    g_loss: Tensor, views: Tensor, tau: Tensor, gg_views: Tensor, gg_tau: Tensor, options: CACROptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives of <gg, g_loss grad(loss)> w.r.t. g_loss, views and tau, from the reference."""
+
+    def gradient(g: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        loss, pull = torch.func.vjp(lambda v, t: cacr_reference(v, t, options)[0], v, t)
+        grad_views, grad_tau = pull(g.to(loss.dtype))
+        return grad_views, grad_tau
+
+    _, pull = torch.func.vjp(gradient, g_loss, views, tau)
+    g, v, t = pull((gg_views.to(views.dtype), gg_tau.to(tau.dtype)))
+    return g, v, t
+
+
 def cacr_setup(ctx: Any, op: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keeps what ``cacr_gradient`` needs; shared by the operators and by ``CACRFunction``."""
+    """Keeps what ``cacr_gradient`` needs."""
     views, tau, *options, ctx.want_grad, ctx.want_grad_tau = inputs
     ctx.op, ctx.options = op, CACROptions(*options)
     _, _, grad_views, grad_tau = output
@@ -98,32 +112,28 @@ def cacr_gradient(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients found in forward, scaled out of place.
 
-    They are outputs of the forward and saved as such, so that a second derivative arrives as ``g_views`` and ``g_tau``:
-    those, like gradients of the parts, are answered by differentiating the reference.
+    They are outputs of the operator and saved as such, so that a second derivative arrives as ``g_views`` and
+    ``g_tau``: those, like gradients of the parts, are answered by differentiating the reference.
     """
     views, tau, grad_views, grad_tau = ctx.saved_tensors
     need_views, need_tau = ctx.needs_input_grad[:2]
-    out_views: Tensor | None = None
-    out_tau: Tensor | None = None
+    out_views, out_tau = torch.zeros_like(views), torch.zeros_like(tau)
     if g_loss is not None:
         if (need_views and not ctx.want_grad) or (need_tau and not ctx.want_grad_tau):
             _, _, grad_views, grad_tau = ctx.op(views, tau, *ctx.options, need_views, need_tau)
-        out_views = g_loss * grad_views if need_views else None
-        out_tau = g_loss.to(grad_tau.dtype) * grad_tau if need_tau else None
-    if g_parts is None and g_views is None and g_tau is None:
-        return out_views, out_tau
-
-    def everything(views: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        (loss, parts), pull = torch.func.vjp(lambda v, t: cacr_reference(v, t, ctx.options), views, tau)
-        return parts, *pull((torch.ones_like(loss), torch.zeros_like(parts)))
-
-    outputs, pull = torch.func.vjp(everything, views, tau)
-    given = (g_parts, g_views if ctx.want_grad else None, g_tau if ctx.want_grad_tau else None)
-    more = pull(tuple(torch.zeros_like(o) if g is None else g.to(o.dtype) for o, g in zip(outputs, given, strict=True)))
-    return (
-        (more[0] if out_views is None else out_views + more[0]) if need_views else None,
-        (more[1] if out_tau is None else out_tau + more[1]) if need_tau else None,
-    )
+        out_views = g_loss * grad_views if need_views else out_views
+        out_tau = g_loss.to(tau.dtype) * grad_tau if need_tau else out_tau
+    if g_parts is not None:
+        _, pull = torch.func.vjp(lambda v, t: cacr_reference(v, t, ctx.options)[1], views, tau)
+        more_views, more_tau = pull(g_parts)
+        out_views, out_tau = out_views + more_views, out_tau + more_tau
+    g_views, g_tau = g_views if ctx.want_grad else None, g_tau if ctx.want_grad_tau else None
+    if g_views is not None or g_tau is not None:
+        g_views = torch.zeros_like(views) if g_views is None else g_views
+        g_tau = torch.zeros_like(tau) if g_tau is None else g_tau
+        _, more_views, more_tau = cacr_second_order(views.new_ones(()), views, tau, g_views, g_tau, ctx.options)
+        out_views, out_tau = out_views + more_views, out_tau + more_tau
+    return out_views if need_views else None, out_tau if need_tau else None
 
 
 # ---- contrast --------------------------------------------------------------------------------------------------------
@@ -181,31 +191,33 @@ class ContrastSpec(NamedTuple):
     detach_weights: bool
 
 
-def _contrast_formula(backward_op: Any) -> tuple[Callable[..., None], Callable[..., Any]]:
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, q_id, k_id, tau, *rest = inputs
-        ctx.save_for_backward(q, k, q_id, k_id, tau, *output)
-        ctx.rest = rest
-
-    def backward(ctx: Any, grad_value: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-        q, k, q_id, k_id, tau, value, lse = ctx.saved_tensors
-        want = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4]
-        # The statistics are passed as constants: the second derivative recomputes them from q, k and tau.
-        gq, gk, gt = backward_op(
-            q, k, q_id, k_id, tau, *ctx.rest, value.detach(), lse.detach(), grad_value, grad_lse, *want
-        )
-        return gq if want[0] else None, gk if want[1] else None, None, None, gt if want[2] else None, *[None] * 5
-
-    return setup, backward
+def contrast_setup(ctx: Any, backward_op: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keeps what ``contrast_gradient`` needs."""
+    q, k, q_id, k_id, tau, *rest = inputs
+    ctx.save_for_backward(q, k, q_id, k_id, tau, *output)
+    ctx.rest, ctx.backward_op = tuple(rest), backward_op
 
 
-def _contrast_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def contrast_gradient(
+    ctx: Any, grad_value: Tensor, grad_lse: Tensor, function: Any = None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k and tau, by the operator or the ``function`` around it."""
+    q, k, q_id, k_id, tau, value, lse = ctx.saved_tensors
+    want = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4]
+    # The statistics are passed as constants: the second derivative recomputes them from q, k and tau.
+    arguments = (q, k, q_id, k_id, tau, *ctx.rest, value.detach(), lse.detach(), grad_value, grad_lse, *want)
+    grads = function.apply(*arguments, ctx.backward_op) if function else ctx.backward_op(*arguments)
+    return tuple(g if w else None for g, w in zip(grads, want, strict=True))
+
+
+def contrast_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keeps what ``contrast_second_order`` needs."""
     q, k, q_id, k_id, tau, kinds, q_index, k_index, inner, detach, _, _, grad_value, grad_lse, *ctx.want = inputs
     ctx.save_for_backward(q, k, q_id, k_id, tau, grad_value, grad_lse)
     ctx.rest = kinds, q_index, k_index, inner, detach
 
 
-def _contrast_second_order(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+def contrast_second_order(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
     """Differentiates the gradient of the plain formula w.r.t. q, k, tau and the incoming gradients."""
     q, k, q_id, k_id, tau, grad_value, grad_lse = ctx.saved_tensors
     spec = ContrastSpec(q_id, k_id, *ctx.rest)
@@ -216,12 +228,25 @@ def _contrast_second_order(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 
     outputs, pull = torch.func.vjp(gradient, q, k, tau, grad_value, grad_lse)
     wanted = [g.to(o.dtype) if w else torch.zeros_like(o) for o, g, w in zip(outputs, grads, ctx.want, strict=True)]
-    gq, gk, gt, gv, gl = pull(tuple(wanted))
-    return gq, gk, None, None, gt, *[None] * 7, gv, gl, None, None, None
+    second: tuple[Tensor, ...] = pull(tuple(wanted))
+    return second
+
+
+def place(grads: tuple[Tensor | None, ...], at: tuple[int, ...], count: int) -> tuple[Tensor | None, ...]:
+    """``count`` gradients, of which those of the inputs ``at`` are given."""
+    result: list[Tensor | None] = [None] * count
+    for i, grad in zip(at, grads, strict=True):
+        result[i] = grad
+    return tuple(result)
+
+
+CONTRAST_DIFFERENTIABLE = (0, 1, 4)  # q, k, tau
+CONTRAST_BACKWARD_DIFFERENTIABLE = (0, 1, 4, 12, 13)  # q, k, tau, grad_value, grad_lse
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------
-def _operator(name: str) -> Any:
+def operator(name: str) -> Any:
+    """``torch.ops.cacr_kernels.<name>``."""
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
@@ -231,16 +256,26 @@ def _register_contrast(backend: str) -> None:
     torch.library.define(backward, CONTRAST_BACKWARD_SCHEMA)
     torch.library.register_fake(forward, contrast_fake)
     torch.library.register_fake(backward, contrast_backward_fake)
-    setup, formula = _contrast_formula(_operator(f"contrast_backward_{backend}"))
+    backward_op = operator(f"contrast_backward_{backend}")
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        contrast_setup(ctx, backward_op, inputs, output)
+
+    def formula(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return place(contrast_gradient(ctx, *grads), CONTRAST_DIFFERENTIABLE, 10)
+
+    def second(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return place(contrast_second_order(ctx, *grads), CONTRAST_BACKWARD_DIFFERENTIABLE, 17)
+
     torch.library.register_autograd(forward, formula, setup_context=setup)
-    torch.library.register_autograd(backward, _contrast_second_order, setup_context=_contrast_backward_setup)
+    torch.library.register_autograd(backward, second, setup_context=contrast_backward_setup)
 
 
 def _register_cacr(backend: str) -> None:
     name = f"{NAMESPACE}::cacr_{backend}"
     torch.library.define(name, CACR_SCHEMA)
     torch.library.register_fake(name, cacr_fake)
-    op = _operator(f"cacr_{backend}")
+    op = operator(f"cacr_{backend}")
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         cacr_setup(ctx, op, inputs, output)
