@@ -12,6 +12,7 @@ from .backends import backends
 from .functional import cacr_loss, cacr_momentum_loss, cacr_queue_loss, supervised_cacr_loss
 from .modules import CACRLoss, CACRMomentumLoss, CACRQueueLoss, SupervisedCACRLoss
 from .types import CACRParts
+from .weights import CACRWeights, cacr_weights
 
 __all__ = [
     "CACRFunction",
@@ -19,11 +20,13 @@ __all__ = [
     "CACRMomentumLoss",
     "CACRParts",
     "CACRQueueLoss",
+    "CACRWeights",
     "SupervisedCACRLoss",
     "__version__",
     "backends",
     "cacr_loss",
     "cacr_momentum_loss",
     "cacr_queue_loss",
+    "cacr_weights",
     "supervised_cacr_loss",
 ]

@@ -42,7 +42,8 @@ def members(kind: int, q_id: Tensor | None, k_id: Tensor | None, rows: slice, ke
     """Mask [rows, keys] of the keys in each query's set; ``None``: all of them."""
     if kind == ALL:
         return None
-    assert q_id is not None and k_id is not None
+    assert q_id is not None
+    assert k_id is not None
     same = q_id[rows, None] == k_id[None, keys]
     if kind == OTHER:
         return ~same
@@ -163,7 +164,8 @@ def plain_contrast(q: Tensor, k: Tensor, tau: Tensor, spec: ContrastSpec) -> tup
     """``contrast`` as N x M arrays, differentiable any number of times; only second derivatives use it."""
     from .reference import pairwise_cost, statistics
 
-    queries, keys = q[spec.q_index], k[spec.k_index]
+    # not q[list]: Inductor 2.13 miscompiles a batched product of indexed operands (writes out of bounds)
+    queries, keys = torch.stack([q[i] for i in spec.q_index]), torch.stack([k[i] for i in spec.k_index])
     c = -2 * queries @ keys.mT if spec.inner else pairwise_cost(queries, keys)
     everything = slice(0, q.shape[1]), slice(0, k.shape[1])
     values, lses = [], []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class CACRFunction(Function):
             _, _, grad_views, grad_tau = ctx.op(views, tau, *ctx.options, need_views, need_tau)
         if not need_views:
             grad_views = torch.zeros_like(views)
-        out_views, out_tau = CACRGradient.apply(g_loss, views, tau, grad_views, grad_tau, *ctx.options)
+        out_views, out_tau = _apply(CACRGradient, g_loss, views, tau, grad_views, grad_tau, *ctx.options)
         return out_views if need_views else None, out_tau if need_tau else None, *[None] * 8
 
 
@@ -110,9 +111,7 @@ class ContrastFunction(Function):
         backward_op: Any,
     ) -> tuple[Tensor, Tensor]:
         """Runs the operator."""
-        outputs: tuple[Tensor, Tensor] = op(
-            q, k, q_id, k_id, tau, kinds, q_index, k_index, inner, detach_weights
-        )
+        outputs: tuple[Tensor, Tensor] = op(q, k, q_id, k_id, tau, kinds, q_index, k_index, inner, detach_weights)
         return outputs
 
     @staticmethod
@@ -205,9 +204,20 @@ def _pull(grad: Tensor, x: Tensor, others: Tensor) -> Tensor:
     return total
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _opaque(function: F) -> F:
+    return cast("F", torch.compiler.allow_in_graph(function))
+
+
+def _apply(function: Any, *args: Any) -> Any:
+    return function.apply(*args)
+
+
 # torch.compile takes these calls whole and traces below them: what it would make of the Functions itself is wrong for
 # derivatives of derivatives (a gradient of torch.func.grad would be zero).
-@torch.compiler.allow_in_graph
+@_opaque
 def fused_cacr(
     backend: str,
     views: Tensor,
@@ -222,13 +232,13 @@ def fused_cacr(
 ) -> tuple[Tensor, Tensor]:
     """Loss [] and parts [4] by ``cacr_<backend>``."""
     op = ops.operator(f"cacr_{backend}")
-    loss, parts, _, _ = CACRFunction.apply(
-        views, tau, alpha, beta, pairing, rbf, rbf_scale, want_grad, want_grad_tau, op
+    loss, parts, _, _ = _apply(
+        CACRFunction, views, tau, alpha, beta, pairing, rbf, rbf_scale, want_grad, want_grad_tau, op
     )
     return loss, parts
 
 
-@torch.compiler.allow_in_graph
+@_opaque
 def contrast(
     backend: str,
     q: Tensor,
@@ -245,12 +255,12 @@ def contrast(
     """Mean cost and log-sum-exp [S, P, N] by ``contrast_<backend>``."""
     functions = ops.operator(f"contrast_{backend}"), ops.operator(f"contrast_backward_{backend}")
     arguments = q, k, q_id, k_id, tau, list(kinds), list(q_index), list(k_index), inner, detach_weights
-    value, lse = ContrastFunction.apply(*arguments, *functions)
+    value, lse = _apply(ContrastFunction, *arguments, *functions)
     return value, lse
 
 
-@torch.compiler.allow_in_graph
+@_opaque
 def aligned_cost(q: Tensor, k: Tensor) -> Tensor:
     """Costs [V, U, B] between the views of the same instances."""
-    cost: Tensor = AlignedCost.apply(q, k)
+    cost: Tensor = _apply(AlignedCost, q, k)
     return cost

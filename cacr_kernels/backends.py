@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -76,13 +77,10 @@ def select(name: str, device: torch.device) -> str:
 _warned: set[str] = set()
 
 
-@torch.compiler.disable
 def _warn_slow(device: str, reasons: str) -> None:
-    if device in _warned:
+    if device in _warned or torch.compiler.is_compiling():
         return
     _warned.add(device)
-    import warnings
-
     warnings.warn(
         f"cacr_kernels: only the plain PyTorch backend can run on {device} ({reasons})", RuntimeWarning, stacklevel=5
     )

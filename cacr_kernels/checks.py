@@ -49,7 +49,9 @@ def views(name: str, value: Any, at_least: int) -> Tensor:
         parts = [float_tensor(f"{name}[{i}]", z, "[B, D]") for i, z in enumerate(value)]
         for i, z in enumerate(parts):
             if z.shape != parts[0].shape:
-                raise ValueError(f"{name}[{i}] must have the shape of {name}[0], {list(parts[0].shape)}, got {list(z.shape)}")
+                raise ValueError(
+                    f"{name}[{i}] must have the shape of {name}[0], {list(parts[0].shape)}, got {list(z.shape)}"
+                )
             same_device(f"{name}[{i}]", z, f"{name}[0]", parts[0])
         dtype = parts[0].dtype
         for z in parts[1:]:
@@ -135,6 +137,8 @@ def labels(name: str, value: Any, of: str, embeddings: Tensor) -> Tensor:
     if value.dtype not in INTEGERS:
         raise TypeError(f"{name} must have an integer dtype, got {value.dtype}")
     if value.dim() != 1 or value.shape[0] != embeddings.shape[0]:
-        raise ValueError(f"{name} must have shape [{embeddings.shape[0]}], one for each of {of}, got {list(value.shape)}")
+        raise ValueError(
+            f"{name} must have shape [{embeddings.shape[0]}], one for each of {of}, got {list(value.shape)}"
+        )
     same_device(name, value, of, embeddings)
     return value

@@ -119,7 +119,7 @@ def cacr_loss(
         raise ValueError(f"rbf_scale must be >= 0, got {rbf_scale!r}")
     _check_shared(normalize, reduction, return_parts)
     if cost == "rbf" and reduction != "mean":
-        raise ValueError(f'reduction={reduction!r} is not defined for cost="rbf" (a log of a mean); accepted: \'mean\'')
+        raise ValueError(f"reduction={reduction!r} is not defined for cost=\"rbf\" (a log of a mean); accepted: 'mean'")
     name = _select(backend, z.device)
     with _no_autocast(z.device):
         (z,) = _prepare([z], normalize, tau_pos, tau_neg)
@@ -213,7 +213,8 @@ def cacr_momentum_loss(
     With k+ = keys[key_offset + b] and p_v = softmax_v(|q_v - k+|^2 / T), detached, per instance b::
 
         "rbf":          sum_v p_v 2T (logsumexp_j(q_v.k_j / T) - q_v.k+ / T)
-        "sqeuclidean":  sum_v p_v (|q_v - k+|^2 - sum_{j != +} w_j |q_v - k_j|^2) / 2,   w = softmax_j(q_v.k_j / T), detached
+        "sqeuclidean":  sum_v p_v (|q_v - k+|^2 - sum_{j != +} w_j |q_v - k_j|^2) / 2,   w = softmax_j(q_v.k_j / T)
+    with w detached too.
 
     Args:
         queries: [V, B, D], V >= 1 (or a sequence of V tensors [B, D]); unit vectors, or set ``normalize``.
@@ -282,7 +283,9 @@ def supervised_cacr_loss(
     z = checks.nonempty("embeddings", checks.float_tensor("embeddings", embeddings, "[N, D]"), "[N, D]")
     y = checks.labels("labels", labels, "embeddings", z)
     if (ref_embeddings is None) != (ref_labels is None):
-        given, missing = ("ref_labels", "ref_embeddings") if ref_embeddings is None else ("ref_embeddings", "ref_labels")
+        given, missing = (
+            ("ref_labels", "ref_embeddings") if ref_embeddings is None else ("ref_embeddings", "ref_labels")
+        )
         raise ValueError(f"{missing} must be given together with {given}, got None")
     tensors = [z]
     if ref_embeddings is not None:
@@ -364,6 +367,4 @@ def _reduce(terms: Terms, reduction: Reduction, return_parts: bool) -> Any:
         loss = loss.sum() if reduction == "sum" else loss
     if not return_parts:
         return loss
-    return CACRParts(
-        loss, attraction.detach(), repulsion.detach(), terms.attraction_entropy, terms.repulsion_entropy
-    )
+    return CACRParts(loss, attraction.detach(), repulsion.detach(), terms.attraction_entropy, terms.repulsion_entropy)

@@ -154,9 +154,7 @@ def queue(
         pairs = [(v, v) for v in range(num_views)]
         detached = weight_grad == "none"
         batch_value, batch_lse = _softmax(
-            compare(
-                queries, queries, [(OTHER, -tau_neg)], q_id=ids, k_id=ids, pairs=pairs, detach_weights=detached
-            ),
+            compare(queries, queries, [(OTHER, -tau_neg)], q_id=ids, k_id=ids, pairs=pairs, detach_weights=detached),
             detached=detached,
         )
         value, lse = merge(value, lse, batch_value, batch_lse) if queue.shape[0] else (batch_value, batch_lse)

@@ -1,6 +1,6 @@
 """The losses as modules: they hold the options and delegate to :mod:`cacr_kernels.functional`.
 
-``normalize`` is ``True`` here. Temperatures may be ``torch.nn.Parameter``\\ s of 0 dimensions, which the module then owns.
+``normalize`` is ``True`` here. A temperature may be a 0-dim ``torch.nn.Parameter``, which the module then owns.
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize as l2_normalize
 
-from . import functional
+from . import checks, functional
 from .types import Cost, Pairing, Reduction, WeightGrad
 
 
@@ -82,11 +84,29 @@ class CACRLoss(_Loss):
 
 
 class CACRQueueLoss(_Loss):
-    """:func:`cacr_kernels.cacr_queue_loss` with ``normalize=True``; the caller keeps the queue."""
+    """:func:`cacr_kernels.cacr_queue_loss` with ``normalize=True``, which keeps its queue if asked to.
+
+    ``CACRQueueLoss()(queries, keys, queue)`` uses the caller's queue [K, D]. ``CACRQueueLoss(queue_size=K, dim=D)``
+    keeps the last K keys itself: ``loss_fn(queries, keys)`` compares with the keys of earlier calls, and the keys of
+    this call enter the queue at the next one, so that nothing a pending backward needs is ever changed. Until it is
+    full, the queue holds the keys that came so far. The keys are stored normalised (if ``normalize``), oldest first out.
+
+    The queue is a persistent buffer: it is in ``state_dict()``, with the keys of the last call, and a resumed run goes
+    on exactly. Under ``DistributedDataParallel`` every rank keeps its own queue: pass ``broadcast_buffers=False``, or
+    rank 0's queue replaces the others at every forward. In evaluation mode (``eval()``) the queue is read, not changed.
+
+    Raises:
+        ValueError: a queue is given although the module keeps one, or the reverse; features that are not ``dim``.
+    """
+
+    queue: Tensor
+    queue_state: Tensor
 
     def __init__(
         self,
         *,
+        queue_size: int = 0,
+        dim: int | None = None,
         tau_pos: float | Tensor = 1.0,
         tau_neg: float | Tensor = 1.0,
         alpha: float = 1.0,
@@ -110,10 +130,70 @@ class CACRQueueLoss(_Loss):
             return_parts=return_parts,
             backend=backend,
         )
+        self.queue_size = checks.integer("queue_size", queue_size, 0, 2**62)
+        if (dim is None) != (queue_size == 0):
+            raise ValueError(f"dim must be given together with queue_size > 0, got dim={dim}, queue_size={queue_size}")
+        self._pending: list[Tensor] = []
+        if dim is not None:
+            checks.integer("dim", dim, 1, 2**31)
+            self.register_buffer("queue", torch.zeros(queue_size, dim))
+            self.register_buffer(
+                "queue_state", torch.zeros(2, dtype=torch.int64, device="cpu")
+            )  # keys held, next place
+            self._held, self._place = 0, 0
+            self.register_state_dict_pre_hook(_before_saving)
+            self.register_load_state_dict_post_hook(_after_loading)
 
-    def forward(self, queries: Tensor | Sequence[Tensor], keys: Tensor | Sequence[Tensor], queue: Tensor) -> Any:
-        """The loss of queries and keys [V, B, D] with the queue [K, D]."""
-        return functional.cacr_queue_loss(queries, keys, queue, **self.options())
+    def forward(
+        self, queries: Tensor | Sequence[Tensor], keys: Tensor | Sequence[Tensor], queue: Tensor | None = None
+    ) -> Any:
+        """The loss of queries and keys [V, B, D] with a queue [K, D]: the caller's, or the module's own."""
+        if self.queue_size == 0:
+            if queue is None:
+                raise ValueError("queue must be a tensor [K, D], got None; or let the module keep one with queue_size=")
+            return functional.cacr_queue_loss(queries, keys, queue, **self.options())
+        if queue is not None:
+            raise ValueError(f"queue must not be given: this module keeps its own of queue_size={self.queue_size}")
+        q, k = checks.views("queries", queries, at_least=2), checks.views("keys", keys, at_least=2)
+        if k.shape[-1] != self.queue.shape[1]:
+            raise ValueError(f"keys must have dim = {self.queue.shape[1]} features, got {k.shape[-1]}")
+        self._enqueue()
+        options = self.options()
+        if options.pop("normalize"):
+            q, k = (l2_normalize(x if x.dtype == torch.float64 else x.float(), dim=-1) for x in (q, k.detach()))
+        loss = functional.cacr_queue_loss(q, k, self.queue[: self._held], **options)
+        if self.training:
+            self._pending = [k.detach()]
+        return loss
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"queue_size={self.queue_size}, {super().extra_repr()}" if self.queue_size else super().extra_repr()
+
+    @torch.no_grad()
+    def _enqueue(self) -> None:
+        """Lets the pending keys enter, in a new tensor: a pending backward still reads the old one."""
+        size = self.queue_size
+        for keys in self._pending:
+            fresh = keys.reshape(-1, keys.shape[-1])[-size:].to(self.queue)
+            queue, n = self.queue.clone(), fresh.shape[0]
+            first = min(n, size - self._place)
+            queue[self._place : self._place + first] = fresh[:first]
+            queue[: n - first] = fresh[first:]
+            self.queue, self._place, self._held = queue, (self._place + n) % size, min(size, self._held + n)
+        self._pending = []
+
+
+def _before_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    assert isinstance(module, CACRQueueLoss)
+    module._enqueue()
+    module.queue_state = torch.tensor([module._held, module._place])
+
+
+def _after_loading(module: nn.Module, incompatible: object) -> None:
+    assert isinstance(module, CACRQueueLoss)
+    module._pending = []
+    module._held, module._place = (int(n) for n in module.queue_state.tolist())
 
 
 class CACRMomentumLoss(_Loss):

@@ -19,6 +19,8 @@ from torch import Tensor
 from . import _blocks, reference
 from .types import Cost, Pairing
 
+_vjp: Any = torch.func.vjp  # its annotations leave out how many values it returns
+
 PAIRINGS: tuple[Pairing, ...] = ("unordered", "ordered", "pooled")
 NAMESPACE = "cacr_kernels"
 
@@ -37,7 +39,7 @@ CONTRAST_BACKWARD_SCHEMA = (
 )
 
 
-# ---- cacr: views [V, B, D], tau [2] float64 = (tau_pos, tau_neg) ------------------------------------------------------
+# ---- cacr: views [V, B, D], tau [2] float64 = (tau_pos, tau_neg) -----------------------------------------------------
 class CACROptions(NamedTuple):
     """What is not a tensor among the arguments of ``cacr_<backend>``."""
 
@@ -89,11 +91,11 @@ def cacr_second_order(
     """Derivatives of <gg, g_loss grad(loss)> w.r.t. g_loss, views and tau, from the reference."""
 
     def gradient(g: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        loss, pull = torch.func.vjp(lambda v, t: cacr_reference(v, t, options)[0], v, t)
+        loss, pull = _vjp(lambda v, t: cacr_reference(v, t, options)[0], v, t)
         grad_views, grad_tau = pull(g.to(loss.dtype))
         return grad_views, grad_tau
 
-    _, pull = torch.func.vjp(gradient, g_loss, views, tau)
+    _, pull = _vjp(gradient, g_loss, views, tau)
     g, v, t = pull((gg_views.to(views.dtype), gg_tau.to(tau.dtype)))
     return g, v, t
 
@@ -124,7 +126,7 @@ def cacr_gradient(
         out_views = g_loss * grad_views if need_views else out_views
         out_tau = g_loss.to(tau.dtype) * grad_tau if need_tau else out_tau
     if g_parts is not None:
-        _, pull = torch.func.vjp(lambda v, t: cacr_reference(v, t, ctx.options)[1], views, tau)
+        _, pull = _vjp(lambda v, t: cacr_reference(v, t, ctx.options)[1], views, tau)
         more_views, more_tau = pull(g_parts)
         out_views, out_tau = out_views + more_views, out_tau + more_tau
     g_views, g_tau = g_views if ctx.want_grad else None, g_tau if ctx.want_grad_tau else None
@@ -223,10 +225,10 @@ def contrast_second_order(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
     spec = ContrastSpec(q_id, k_id, *ctx.rest)
 
     def gradient(q: Tensor, k: Tensor, tau: Tensor, gv: Tensor, gl: Tensor) -> tuple[Tensor, ...]:
-        (_, lse), pull = torch.func.vjp(lambda q, k, tau: _blocks.plain_contrast(q, k, tau, spec), q, k, tau)
+        (_, lse), pull = _vjp(lambda q, k, tau: _blocks.plain_contrast(q, k, tau, spec), q, k, tau)
         return tuple(pull((gv, torch.where(lse == -torch.inf, 0.0, gl))))
 
-    outputs, pull = torch.func.vjp(gradient, q, k, tau, grad_value, grad_lse)
+    outputs, pull = _vjp(gradient, q, k, tau, grad_value, grad_lse)
     wanted = [g.to(o.dtype) if w else torch.zeros_like(o) for o, g, w in zip(outputs, grads, ctx.want, strict=True)]
     second: tuple[Tensor, ...] = pull(tuple(wanted))
     return second

@@ -1,7 +1,8 @@
 // What the kernels are asked to compute: plain data, known to the kernels of every backend and to their bindings.
 //
 // Symbols are those of cacr_kernels/reference.py: q, k queries and keys; c cost; a *softmax* is a set of keys (by kind)
-// with a signed temperature tau, w_ij = softmax_j(tau c_ij); value F_i = sum_j w_ij c_ij; lse_i = log sum_j exp(tau c_ij).
+// with a signed temperature tau, w_ij = softmax_j(tau c_ij); value F_i = sum_j w_ij c_ij; lse_i = log sum_j exp(tau
+// c_ij).
 #pragma once
 
 #include <cstdint>
@@ -21,22 +22,22 @@ constexpr int kMaxSoftmaxes = 2;
 // `pairs` problems of one shape: problem p compares queries q[q_index[p]] with keys k[k_index[p]].
 template <class T>
 struct Contrast {
-  const T* q;                      // [q_views][N][D], features contiguous
-  const T* k;                      // [k_views][M][D], features contiguous
+  const T* q;                           // [q_views][N][D], features contiguous
+  const T* k;                           // [k_views][M][D], features contiguous
   int64_t q_view_stride, q_row_stride;  // in elements
   int64_t k_view_stride, k_row_stride;
   int64_t q_views, k_views;
   int64_t N, M, D;
   int64_t pairs;
-  const int64_t* q_index;          // [pairs]
-  const int64_t* k_index;          // [pairs]
-  const int32_t* q_id;             // [N] or null (all kinds are kAll)
-  const int32_t* k_id;             // [M] or null
-  int64_t period;                  // > 0: ids are row % period, so that equal ids lie on diagonals; 0: anything
-  int32_t softmaxes;               // 1 or 2
+  const int64_t* q_index;  // [pairs]
+  const int64_t* k_index;  // [pairs]
+  const int32_t* q_id;     // [N] or null (all kinds are kAll)
+  const int32_t* k_id;     // [M] or null
+  int64_t period;          // > 0: ids are row % period, so that equal ids lie on diagonals; 0: anything
+  int32_t softmaxes;       // 1 or 2
   int32_t kind[kMaxSoftmaxes];
-  double tau[kMaxSoftmaxes];       // signed: attraction > 0, repulsion < 0
-  bool inner;                      // c = -2 q.k instead of |q - k|^2
+  double tau[kMaxSoftmaxes];  // signed: attraction > 0, repulsion < 0
+  bool inner;                 // c = -2 q.k instead of |q - k|^2
 };
 
 // Per query and softmax, all [softmaxes][pairs][N].

@@ -1,26 +1,12 @@
 // Attraction: each instance's views against one another, by form differences.
 //
-// W instances go through together, one per lane: costs [V][V][W], a softmax over u != v in the lanes, then the gradients
-// row by row. O(V^2 B D) operations.
+// W instances go through together, one per lane: costs [V][V][W], a softmax over u != v in the lanes, then the
+// gradients row by row. O(V^2 B D) operations.
 #pragma once
 
 #include "sweep.h"
 
 namespace cacr::CACR_ISA {
-
-template <class T>
-CACR_INLINE T squared_distance(idx D, const T* x, const T* y) {
-  constexpr int W = Lanes<T>::W;
-  Vec<T> s0{}, s1{};
-  idx d = 0;
-  for (; d + 2 * W <= D; d += 2 * W) {
-    Vec<T> a = load(x + d) - load(y + d), b = load(x + d + W) - load(y + d + W);
-    s0 += a * a, s1 += b * b;
-  }
-  T s = sum_lanes<T>(s0 + s1);
-  for (; d < D; d++) s += (x[d] - y[d]) * (x[d] - y[d]);
-  return s;
-}
 
 template <class T>
 struct Aligned {

@@ -55,8 +55,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_cpu(const Tensor& any_views, con
   return with_dtype(views, [&](auto zero) {
     using T = decltype(zero);
     const int64_t V = views.size(0), B = views.size(1), D = views.size(2);
-    const cacr::CacrLoss<T> problem{data<T>(views), V, B, D, tau_at(tau, 0), tau_at(tau, 1), alpha, beta,
-                                    static_cast<cacr::Pairing>(pairing), rbf, rbf_scale};
+    const cacr::CacrLoss<T> problem{
+        data<T>(views), V, B, D, tau_at(tau, 0), tau_at(tau, 1), alpha, beta, static_cast<cacr::Pairing>(pairing), rbf,
+        rbf_scale};
     const std::vector<int64_t> grad_shape = want_grad ? std::vector<int64_t>{V, B, D} : std::vector<int64_t>{0};
     Tensor loss = torch::stable::new_empty(views, {}), parts = torch::stable::new_empty(views, {4}),
            grad = torch::stable::new_empty(views, grad_shape), grad_tau = torch::stable::new_empty(tau, {2});
@@ -151,11 +152,13 @@ std::tuple<Tensor, Tensor> contrast_cpu(const Tensor& q, const Tensor& k, std::o
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(
-    const Tensor& q, const Tensor& k, std::optional<Tensor> q_id, std::optional<Tensor> k_id, const Tensor& tau,
-    std::vector<int64_t> kinds, std::vector<int64_t> q_index, std::vector<int64_t> k_index, bool inner,
-    bool detach_weights, const Tensor& any_value, const Tensor& any_lse, const Tensor& any_grad_value,
-    const Tensor& any_grad_lse, bool want_q, bool want_k, bool want_tau) {
+std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(const Tensor& q, const Tensor& k, std::optional<Tensor> q_id,
+                                                         std::optional<Tensor> k_id, const Tensor& tau,
+                                                         std::vector<int64_t> kinds, std::vector<int64_t> q_index,
+                                                         std::vector<int64_t> k_index, bool inner, bool detach_weights,
+                                                         const Tensor& any_value, const Tensor& any_lse,
+                                                         const Tensor& any_grad_value, const Tensor& any_grad_lse,
+                                                         bool want_q, bool want_k, bool want_tau) {
   const ContrastArguments a(q, k, q_id, k_id, tau, kinds, q_index, k_index, inner);
   const Tensor value = packed(any_value), lse = packed(any_lse), grad_value = packed(any_grad_value),
                grad_lse = packed(any_grad_lse);
@@ -167,10 +170,10 @@ std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(
     };
     Tensor dq = torch::stable::new_empty(q, shape(q, want_q)), dk = torch::stable::new_empty(k, shape(k, want_k));
     Tensor dtau = torch::stable::new_empty(tau, want_tau ? std::vector<int64_t>{p.softmaxes} : std::vector<int64_t>{0});
-    cacr::contrast_backward<T>(
-        p, {data<T>(value), data<T>(lse), data<T>(grad_value), data<T>(grad_lse), detach_weights},
-        want_q ? out<T>(dq) : nullptr, want_k ? out<T>(dk) : nullptr, want_tau ? out<double>(dtau) : nullptr,
-        torch_threads());
+    cacr::contrast_backward<T>(p,
+                               {data<T>(value), data<T>(lse), data<T>(grad_value), data<T>(grad_lse), detach_weights},
+                               want_q ? out<T>(dq) : nullptr, want_k ? out<T>(dk) : nullptr,
+                               want_tau ? out<double>(dtau) : nullptr, torch_threads());
     return std::make_tuple(dq, dk, dtau);
   });
 }

@@ -5,8 +5,8 @@
 
 #include "self_check.h"
 
-#define CACR_DECLARE(isa)                \
-  namespace isa {                        \
+#define CACR_DECLARE(isa)                      \
+  namespace isa {                              \
   extern const Kernels<float> kernels_float;   \
   extern const Kernels<double> kernels_double; \
   }
@@ -61,7 +61,8 @@ struct Choice {
   Choice() {
     const char* asked = std::getenv("CACR_CPU_ISA");
     if (asked && *asked) {
-      error = std::string("CACR_CPU_ISA=") + asked + " names no compiled instruction set (" + cacr_cpu_compiled_isas() + ")";
+      error = std::string("CACR_CPU_ISA=") + asked + " names no compiled instruction set (" + cacr_cpu_compiled_isas() +
+              ")";
       for (const Isa& i : kIsas) {
         if (std::string(i.name) != asked) continue;
         if (!i.supported())

@@ -112,8 +112,7 @@ struct Engine {
     bounded = !p.inner && finite && tau * c * c * 1.4426950408889634 <= 64;
   }
 
-  Task<T> task(Gradient gradient, const Blocking& blocking, bool want_dq, bool want_dk,
-               T* variance = nullptr) const {
+  Task<T> task(Gradient gradient, const Blocking& blocking, bool want_dq, bool want_dk, T* variance = nullptr) const {
     Task<T> t{};
     t.problem = &p, t.packed = packed, t.blocking = blocking, t.bounded = bounded, t.gradient = gradient;
     t.key1 = p.M, t.want_dq = want_dq, t.want_dk = want_dk;
@@ -157,9 +156,7 @@ struct Engine {
     });
   }
 
-  char* sweep_scratch(const Task<T>& t, int64_t n) {
-    return memory.get<char>(int64_t(kernels.sweep_scratch(t)) * n);
-  }
+  char* sweep_scratch(const Task<T>& t, int64_t n) { return memory.get<char>(int64_t(kernels.sweep_scratch(t)) * n); }
 
   void sweep_with_slices(const Task<T>& t, int64_t n, Slices& s, char* base) {
     const size_t scratch = kernels.sweep_scratch(t);

@@ -121,4 +121,19 @@ CACR_INLINE void similarity(idx n, idx D, const T* K, idx ldk, const T* q, const
     similarity_panel<T, 0>(n, D, K, ldk, q, bias, S);
 }
 
+// sum_d (x_d - y_d)^2, for positives: the product form cancels where they are close.
+template <class T>
+CACR_INLINE T squared_distance(idx D, const T* x, const T* y) {
+  constexpr int W = Lanes<T>::W;
+  Vec<T> s0{}, s1{};
+  idx d = 0;
+  for (; d + 2 * W <= D; d += 2 * W) {
+    Vec<T> a = load(x + d) - load(y + d), b = load(x + d + W) - load(y + d + W);
+    s0 += a * a, s1 += b * b;
+  }
+  T s = sum_lanes<T>(s0 + s1);
+  for (; d < D; d++) s += (x[d] - y[d]) * (x[d] - y[d]);
+  return s;
+}
+
 }  // namespace cacr::CACR_ISA

@@ -107,9 +107,7 @@ struct LossPlan {
     return log_sum;
   }
 
-  Statistics<T> statistics(Workspace& ws, int64_t rows) {
-    return {ws.get<T>(rows), ws.get<T>(rows), ws.get<T>(rows)};
-  }
+  Statistics<T> statistics(Workspace& ws, int64_t rows) { return {ws.get<T>(rows), ws.get<T>(rows), ws.get<T>(rows)}; }
 
   // Unbounded rbf, or strips and slices beyond the workspace: statistics first, then their backward.
   void two_sweeps(Engine<T>& e, int64_t n) {

@@ -18,7 +18,9 @@ Result<T> sweep(const Kernels<T>& kernels, int64_t n, int64_t d, double tau, int
   const Parallel serial{1, nullptr};
   std::vector<T> z(size_t(2 * n * d));
   uint32_t state = 12345;  // a fixed sequence, no library's generator
-  for (T& x : z) state = state * 1664525u + 1013904223u, x = T(int32_t(state >> 8) - (1 << 23)) / T(1 << 23) / T(std::sqrt(double(d)));
+  for (T& x : z)
+    state = state * 1664525u + 1013904223u,
+    x = T(int32_t(state >> 8) - (1 << 23)) / T(1 << 23) / T(std::sqrt(double(d)));
   std::vector<int32_t> id(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; i++) id[size_t(i)] = int32_t(i % 5);
   const int64_t q_index[1] = {0}, k_index[1] = {1};

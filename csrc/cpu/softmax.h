@@ -21,9 +21,7 @@ struct RowState {
   T* mean;    // sum w u
   T* moment;  // sum w (u - mean)^2
 
-  RowState from(idx i) const {
-    return {shift + i, sum + i, sum_u + i, offset + i, a + i, b + i, mean + i, moment + i};
-  }
+  RowState from(idx i) const { return {shift + i, sum + i, sum_u + i, offset + i, a + i, b + i, mean + i, moment + i}; }
 };
 
 template <class T>
@@ -123,7 +121,8 @@ CACR_NOINLINE void tile_gradient(idx n, const T* S, T* H, const T* slope, const 
     o0[s] = load(r.offset), o1[s] = load(r.offset + W);
     a0[s] = load(r.a), a1[s] = load(r.a + W), b0[s] = load(r.b), b1[s] = load(r.b + W);
     if constexpr (kMoment) {
-      mean0[s] = load(r.mean), mean1[s] = load(r.mean + W), moment0[s] = load(r.moment), moment1[s] = load(r.moment + W);
+      mean0[s] = load(r.mean), mean1[s] = load(r.mean + W), moment0[s] = load(r.moment),
+      moment1[s] = load(r.moment + W);
     }
   }
 #pragma GCC unroll 2

@@ -32,14 +32,14 @@ CACR_INLINE void zero(T* p, idx n) {
 
 template <class T>
 struct Scratch {
-  T *S, *H;        // [tiles][rows/P][keys][P], one tile where nothing is kept; [rows/P][keys][P]
-  T *q_columns;    // [rows/P][D][P]     queries transposed: operand of S
-  T *q_panels;     // [Dp/P][rows][P]    queries by panels of features: operand of dK
-  T *dq_panels;    // [Dp/P][rows][P]
-  T *columns;      // [keys of the task][W]             sum_i H_ij, by lanes
-  T *row_sum;      // [rows]             sum_j H_ij
-  T *q_norm;       // [rows]
-  int32_t* q_id;   // [rows]
+  T *S, *H;       // [tiles][rows/P][keys][P], one tile where nothing is kept; [rows/P][keys][P]
+  T* q_columns;   // [rows/P][D][P]     queries transposed: operand of S
+  T* q_panels;    // [Dp/P][rows][P]    queries by panels of features: operand of dK
+  T* dq_panels;   // [Dp/P][rows][P]
+  T* columns;     // [keys of the task][W]             sum_i H_ij, by lanes
+  T* row_sum;     // [rows]             sum_j H_ij
+  T* q_norm;      // [rows]
+  int32_t* q_id;  // [rows]
   RowState<T> rows[kMaxSoftmaxes];
 
   static size_t layout(const Task<T>& t, char* base, Scratch& s) {
@@ -75,6 +75,9 @@ struct Sweep {
   T slope[kMaxSoftmaxes];
   bool forward, backward, strip;
   bool diagonal;  // only keys on diagonals need a mask: members elsewhere are all keys
+  // A softmax over positives: their entries of S are replaced by -c/2, c from differences where the product form
+  // cancels. It then counts as one with |q|^2 = 0.
+  bool positive[kMaxSoftmaxes], any_positive = false;
   idx Dp;
 
   // the block at hand
@@ -86,7 +89,11 @@ struct Sweep {
     for (int i = 0; i < p.softmaxes; i++) {
       slope[i] = T(-2 * p.tau[i] * kLog2e);
       diagonal &= p.kind[i] == kOther || p.kind[i] == kAll;
+      positive[i] = p.kind[i] == kSame || p.kind[i] == kSameNotSelf;
+      any_positive |= positive[i];
     }
+    for (int i = 0; i < p.softmaxes; i++) any_positive &= p.kind[i] != kAll;  // which reads the same entries
+    for (int i = 0; i < p.softmaxes; i++) positive[i] &= any_positive;
     forward = t.gradient != Gradient::kGiven;
     backward = t.gradient != Gradient::kNone;
     strip = forward && backward;
@@ -143,8 +150,31 @@ struct Sweep {
     const idx j0 = tile_key(c), n = tile_keys(c);
     const T* bias = t.packed.k_bias + p.k_index[pair] * p.M + j0;
     for (idx i = 0; i < panels; i++)
-      similarity<T>(n, p.D, key_row(j0), p.k_row_stride, s.q_columns + i * p.D * P, bias, tile(c) + i * t.blocking.keys * P);
+      similarity<T>(n, p.D, key_row(j0), p.k_row_stride, s.q_columns + i * p.D * P, bias,
+                    tile(c) + i * t.blocking.keys * P);
+    if (any_positive) replace_positives(c);
   }
+
+  void replace_positives(idx c) {
+    const idx j0 = tile_key(c), n = tile_keys(c);
+    const T* q = p.q + p.q_index[pair] * p.q_view_stride + row0 * p.q_row_stride;
+    const T* bias = t.packed.k_bias + p.k_index[pair] * p.M + j0;
+    for (idx i = 0; i < panels; i++)
+      for (idx j = 0; j < n; j++) {
+        T* u = tile(c) + i * t.blocking.keys * P + j * P;
+        const int32_t id = p.k_id[j0 + j], *q_id = s.q_id + i * P;
+        for (idx l = 0; l < min_of(P, rows - i * P); l++) {
+          if (q_id[l] != id) continue;
+          const T norm = s.q_norm[i * P + l];
+          T cost = norm - 2 * u[l];
+          if (!p.inner && !(cost > (norm - 2 * bias[j]) / 2))
+            cost = squared_distance(p.D, q + (i * P + l) * p.q_row_stride, key_row(j0 + j));
+          u[l] = -cost / 2;
+        }
+      }
+  }
+
+  double norm_of(int k, idx i) const { return positive[k] ? 0 : double(s.q_norm[i]); }
 
   // f(first key, count, masked) over the parts of a tile that do and do not need a mask for panel i.
   template <class F>
@@ -201,8 +231,7 @@ struct Sweep {
       RowState<T>& r = s.rows[k];
       const idx R = panels * P;
       zero(r.sum, R), zero(r.sum_u, R);
-      for (idx i = 0; i < R; i++)
-        r.shift[i] = t.bounded ? T(kLog2e * p.tau[k] * double(s.q_norm[i])) : kHuge<T>;
+      for (idx i = 0; i < R; i++) r.shift[i] = t.bounded ? T(kLog2e * p.tau[k] * norm_of(k, i)) : kHuge<T>;
     }
   }
 
@@ -225,7 +254,7 @@ struct Sweep {
       double value[kMaxSoftmaxes], lse[kMaxSoftmaxes];
       for (int k = 0; k < p.softmaxes; k++) {
         RowState<T>& r = s.rows[k];
-        const double sum = r.sum[i], norm = s.q_norm[i];
+        const double sum = r.sum[i], norm = norm_of(k, i);
         const bool empty = sum == 0;
         const double u = empty ? 0 : double(r.sum_u[i]) / sum, log_sum = empty ? 0 : __builtin_log2(sum);
         value[k] = empty ? 0 : norm - 2 * u;
@@ -255,7 +284,7 @@ struct Sweep {
   }
 
   // For a row without weights: an exponent that is in range, or flushed to 0.
-  T idle_offset(int k, idx i) const { return t.bounded ? T(kLog2e * p.tau[k] * double(s.q_norm[i])) : -kHuge<T>; }
+  T idle_offset(int k, idx i) const { return t.bounded ? T(kLog2e * p.tau[k] * norm_of(k, i)) : -kHuge<T>; }
 
   // ---- backward ----------------------------------------------------------------------------------------------------
   // dL/dc = w (g_value (1 + tau (c - F)) + g_lse tau), in terms of u (dc/du = -2), and its row sum.
@@ -263,9 +292,9 @@ struct Sweep {
     double sum = 0;
     for (int k = 0; k < p.softmaxes; k++) {
       const double tau = detach ? 0 : p.tau[k], gl = detach ? 0 : g_lse[k];
-      s.rows[k].a[i] = T(-2 * (g_value[k] * (1 + tau * (double(s.q_norm[i]) - value[k])) + gl * tau));
+      s.rows[k].a[i] = T(-2 * (g_value[k] * (1 + tau * (norm_of(k, i) - value[k])) + gl * tau));
       s.rows[k].b[i] = T(4 * g_value[k] * tau);
-      s.rows[k].mean[i] = T((double(s.q_norm[i]) - value[k]) / 2), s.rows[k].moment[i] = 0;
+      s.rows[k].mean[i] = T((norm_of(k, i) - value[k]) / 2), s.rows[k].moment[i] = 0;
       sum += -2 * (g_value[k] + gl * tau);
     }
     s.row_sum[i] = p.inner ? T(0) : T(sum);
@@ -279,7 +308,7 @@ struct Sweep {
         const double lse = i < rows ? double(t.rows.lse[at]) : -__builtin_inf();
         s.rows[k].offset[i] = idle_offset(k, i);
         if (lse == -__builtin_inf()) continue;
-        s.rows[k].offset[i] = T(kLog2e * (p.tau[k] * double(s.q_norm[i]) - lse));
+        s.rows[k].offset[i] = T(kLog2e * (p.tau[k] * norm_of(k, i) - lse));
         value[k] = t.rows.value[at], g_value[k] = t.rows.grad_value[at], g_lse[k] = t.rows.grad_lse[at];
       }
       set_coefficients(i, value, g_value, g_lse, t.rows.detach_weights);

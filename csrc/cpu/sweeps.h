@@ -30,7 +30,7 @@ PaddedOut<T> padded_out(Engine<T>& e, T* out, int64_t rows, bool accumulate) {
 // computed once more. For many threads times many keys.
 template <class T>
 void backward_by_owner(Engine<T>& e, const RowGradients<T>& rows, T* dq, T* dk, T* variance, bool accumulate,
-                    int64_t n) {
+                       int64_t n) {
   const Contrast<T>& p = e.p;
   const int64_t stride = e.padded(p.D), panels = (p.N + e.kernels.panel - 1) / e.kernels.panel;
   const bool shared = dq && dq == dk;
@@ -72,8 +72,7 @@ void backward_by_owner(Engine<T>& e, const RowGradients<T>& rows, T* dq, T* dk, 
 
 // dq and dk may be the same memory where queries and keys are the same tensor.
 template <class T>
-void backward_sweep(Engine<T>& e, const RowGradients<T>& rows, T* dq, T* dk, T* variance, bool accumulate,
-                    int64_t n) {
+void backward_sweep(Engine<T>& e, const RowGradients<T>& rows, T* dq, T* dk, T* variance, bool accumulate, int64_t n) {
   const Contrast<T>& p = e.p;
   const bool shared = dq && dq == dk;
   const size_t slice_bytes = size_t(n) * e.slice_bytes(dq != nullptr, dk != nullptr, shared);

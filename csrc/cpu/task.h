@@ -24,10 +24,10 @@ struct Packed {
 
 // How the row gradients dL/dF and dL/dlse come about.
 enum class Gradient : int32_t {
-  kNone,          // forward only
-  kGiven,         // backward only: from the arrays below
-  kMeanCost,      // both in one sweep: dL/dF_i = scale (softmax 0)
-  kRbfUnscaled,   // both in one sweep: dL/dlse_i = -+ scale exp(lse_1 - lse_0); the caller divides by the sum of the exp
+  kNone,         // forward only
+  kGiven,        // backward only: from the arrays below
+  kMeanCost,     // both in one sweep: dL/dF_i = scale (softmax 0)
+  kRbfUnscaled,  // both in one sweep: dL/dlse_i = -+ scale exp(lse_1 - lse_0); the caller divides by the sum of the exp
 };
 
 template <class T>

@@ -1,5 +1,5 @@
-// Compares two builds of csrc/cpu/kernels.cpp (namespaces CANDIDATE and portable) over many shapes; prints the failures.
-// Compiled by tests/test_cpu_kernels.py, for one with wide vectors lowered to the instructions at hand.
+// Compares two builds of csrc/cpu/kernels.cpp (namespaces CANDIDATE and portable) over many shapes; prints the
+// failures. Compiled by tests/test_cpu_kernels.py, for one with wide vectors lowered to the instructions at hand.
 #include <cstdio>
 
 #include "../../csrc/cpu/self_check.h"
@@ -28,7 +28,8 @@ int main() {
     for (int d : {1, 3, 8, 16, 17, 19, 32, 33, 64, 100, 128, 256}) {
       const bool f32 = cacr::self_check_passes(cacr::CANDIDATE::kernels_float, cacr::portable::kernels_float, n, d);
       const bool f64 = cacr::self_check_passes(cacr::CANDIDATE::kernels_double, cacr::portable::kernels_double, n, d);
-      if (!f32 || !f64) std::printf("n=%d d=%d float32 %s float64 %s\n", n, d, f32 ? "ok" : "FAIL", f64 ? "ok" : "FAIL");
+      if (!f32 || !f64)
+        std::printf("n=%d d=%d float32 %s float64 %s\n", n, d, f32 ? "ok" : "FAIL", f64 ? "ok" : "FAIL");
       failures += !f32 + !f64, checks += 2;
     }
   std::printf("%d checks, %d failures\n", checks, failures);
