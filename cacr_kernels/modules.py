@@ -89,7 +89,7 @@ class CACRQueueLoss(_Loss):
     ``CACRQueueLoss()(queries, keys, queue)`` uses the caller's queue [K, D]. ``CACRQueueLoss(queue_size=K, dim=D)``
     keeps the last K keys itself: ``loss_fn(queries, keys)`` compares with the keys of earlier calls, and the keys of
     this call enter the queue at the next one, so that nothing a pending backward needs is ever changed. Until it is
-    full, the queue holds the keys that came so far. The keys are stored normalised (if ``normalize``), oldest first out.
+    full, the queue holds the keys that came so far. The keys are stored normalised (if ``normalize``).
 
     The queue is a persistent buffer: it is in ``state_dict()``, with the keys of the last call, and a resumed run goes
     on exactly. Under ``DistributedDataParallel`` every rank keeps its own queue: pass ``broadcast_buffers=False``, or
@@ -141,8 +141,9 @@ class CACRQueueLoss(_Loss):
                 "queue_state", torch.zeros(2, dtype=torch.int64, device="cpu")
             )  # keys held, next place
             self._held, self._place = 0, 0
-            self.register_state_dict_pre_hook(_before_saving)
-            self.register_load_state_dict_post_hook(_after_loading)
+            hooked: Any = self  # torch does not annotate the hooks
+            hooked.register_state_dict_pre_hook(_before_saving)
+            hooked.register_load_state_dict_post_hook(_after_loading)
 
     def forward(
         self, queries: Tensor | Sequence[Tensor], keys: Tensor | Sequence[Tensor], queue: Tensor | None = None
@@ -157,7 +158,8 @@ class CACRQueueLoss(_Loss):
         q, k = checks.views("queries", queries, at_least=2), checks.views("keys", keys, at_least=2)
         if k.shape[-1] != self.queue.shape[1]:
             raise ValueError(f"keys must have dim = {self.queue.shape[1]} features, got {k.shape[-1]}")
-        self._enqueue()
+        if self.training:
+            self._enqueue()
         options = self.options()
         if options.pop("normalize"):
             q, k = (l2_normalize(x if x.dtype == torch.float64 else x.float(), dim=-1) for x in (q, k.detach()))
