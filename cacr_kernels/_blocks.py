@@ -85,28 +85,36 @@ def contrast(
     k_index: list[int],
     inner: bool,
     detach_weights: bool,
-) -> tuple[Tensor, Tensor]:
-    """Mean cost and log-sum-exp of each softmax, [S, P, N]; see ``ops.py`` for the arguments."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean cost and log-sum-exp of each softmax, [S, P, N]; see ``ops.py`` for the arguments.
+
+    The third output holds the maxima of the logits and the sums relative to them.
+    """
     shape = (len(kinds), len(q_index), q.shape[1])
-    value, lse = q.new_zeros(shape), q.new_full(shape, -torch.inf)
+    # running maximum of the logits, and relative to it: sum of exp, and of exp times cost
+    top = q.new_full(shape, -torch.inf)
+    total, total_cost = tau.new_zeros(shape), tau.new_zeros(shape)
     taus = tau.to(q.dtype)
     for pair, rows, keys in blocks(len(q_index), q.shape[1], k.shape[1]):
         masks = [members(kind, q_id, k_id, rows, keys) for kind in kinds]
         c = _costs(q[q_index[pair], rows], k[k_index[pair], keys], kinds, masks, inner)
         for s, mask in enumerate(masks):
+            at = (s, pair, rows)
             cost = c if mask is None else c.masked_fill(~mask, 0.0)
             logit = taus[s] * cost
             if mask is not None:
                 logit = logit.masked_fill_(~mask, -torch.inf)
-            block_lse = logit.logsumexp(-1)
-            shift = torch.where(block_lse == -torch.inf, 0.0, block_lse)
-            block_value = (logit.sub_(shift[:, None]).exp_() * cost).sum(-1)
-            old = lse[s, pair, rows]
-            merged = torch.logaddexp(old, block_lse)
-            base = torch.where(merged == -torch.inf, 0.0, merged)
-            value[s, pair, rows] = (old - base).exp() * value[s, pair, rows] + (block_lse - base).exp() * block_value
-            lse[s, pair, rows] = merged
-    return value, torch.where(value.isnan(), value, lse)
+            new_top = torch.maximum(top[at], logit.amax(-1))
+            base = torch.where(new_top == -torch.inf, 0.0, new_top)
+            e = logit.sub_(base[:, None]).exp_()
+            shrink = (top[at] - base).double().exp()
+            total[at] = total[at] * shrink + e.sum(-1)
+            total_cost[at] = total_cost[at] * shrink + (e * cost).sum(-1)
+            top[at] = new_top
+    empty = total == 0
+    value = torch.where(empty, 0.0, total_cost / total)
+    lse = total.log() + top
+    return value, torch.where(value.isnan(), value, lse), torch.stack([top.double(), total])
 
 
 def contrast_backward(
@@ -121,7 +129,7 @@ def contrast_backward(
     inner: bool,
     detach_weights: bool,
     value: Tensor,
-    lse: Tensor,
+    weights: Tensor,
     grad_value: Tensor,
     grad_lse: Tensor,
     want_q: bool,
@@ -141,12 +149,15 @@ def contrast_backward(
         for s, mask in enumerate(masks):
             at = (s, pair, rows)
             cost = c if mask is None else c.masked_fill(~mask, 0.0)
-            shift = torch.where(lse[at] == -torch.inf, 0.0, lse[at])
-            w = (tau[s].to(q.dtype) * cost - shift[:, None]).exp_()
+            total = weights[1][at][:, None]
+            empty = total == 0
+            shift = torch.where(empty, 0.0, weights[0][at][:, None]).to(q.dtype)
+            w = (tau[s].to(q.dtype) * cost - shift).exp_() * torch.where(empty, 0.0, 1 / total).to(q.dtype)
             if mask is not None:
                 w = w.masked_fill_(~mask, 0.0)
-            centred = cost - value[at][:, None]
-            g_value, g_lse = grad_value[at][:, None], torch.where(lse[at] == -torch.inf, 0.0, grad_lse[at])[:, None]
+            centred = cost - value[at][:, None].to(q.dtype)
+            g_value = grad_value[at][:, None].to(q.dtype)
+            g_lse = torch.where(empty, 0.0, grad_lse[at][:, None]).to(q.dtype)
             grad_c += w * (g_value * (1 + taus[s] * centred) + g_lse * taus[s])
             if want_tau and not detach_weights:
                 moment = w * (g_value * centred.square() + g_lse * cost)

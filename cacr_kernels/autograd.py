@@ -109,20 +109,23 @@ class ContrastFunction(Function):
         detach_weights: bool,
         op: Any,
         backward_op: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Runs the operator."""
-        outputs: tuple[Tensor, Tensor] = op(q, k, q_id, k_id, tau, kinds, q_index, k_index, inner, detach_weights)
+        outputs: tuple[Tensor, Tensor, Tensor] = op(
+            q, k, q_id, k_id, tau, kinds, q_index, k_index, inner, detach_weights
+        )
         return outputs
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Saves inputs and statistics."""
+        ctx.mark_non_differentiable(output[2])
         ops.contrast_setup(ctx, inputs[-1], inputs[:-2], output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """Calls :class:`ContrastGradient`."""
-        grad_value, grad_lse = grads
+        grad_value, grad_lse, _ = grads
         found = ops.contrast_gradient(ctx, grad_value, grad_lse, ContrastGradient)
         return ops.place(found, ops.CONTRAST_DIFFERENTIABLE, 12)
 
@@ -143,7 +146,7 @@ class ContrastGradient(Function):
         inner: bool,
         detach_weights: bool,
         value: Tensor,
-        lse: Tensor,
+        weights: Tensor,
         grad_value: Tensor,
         grad_lse: Tensor,
         want_q: bool,
@@ -153,7 +156,7 @@ class ContrastGradient(Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Runs the operator."""
         indices = kinds, q_index, k_index
-        given = value, lse, grad_value, grad_lse
+        given = value, weights, grad_value, grad_lse
         outputs: tuple[Tensor, Tensor, Tensor] = op(
             q, k, q_id, k_id, tau, *indices, inner, detach_weights, *given, want_q, want_k, want_tau
         )
@@ -252,10 +255,10 @@ def contrast(
     inner: bool,
     detach_weights: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Mean cost and log-sum-exp [S, P, N] by ``contrast_<backend>``."""
+    """Mean cost and log-sum-exp [S, P, N], float64, by ``contrast_<backend>``."""
     functions = ops.operator(f"contrast_{backend}"), ops.operator(f"contrast_backward_{backend}")
     arguments = q, k, q_id, k_id, tau, list(kinds), list(q_index), list(k_index), inner, detach_weights
-    value, lse = _apply(ContrastFunction, *arguments, *functions)
+    value, lse, _ = _apply(ContrastFunction, *arguments, *functions)
     return value, lse
 
 

@@ -130,7 +130,7 @@ def cacr_loss(
             terms = reference.cacr(z, tau_pos, tau_neg, **options)
         else:
             terms = losses.cacr(losses.Contrast(name), z.contiguous(), tau_pos, tau_neg, **options)
-        return _reduce(terms, reduction, return_parts)
+        return _reduce(terms, reduction, return_parts, z.dtype)
 
 
 def cacr_queue_loss(
@@ -193,7 +193,7 @@ def cacr_queue_loss(
             terms = losses.queue(
                 losses.Contrast(name), q.contiguous(), k.contiguous(), n.contiguous(), tau_pos, tau_neg, **options
             )
-        return _reduce(terms, reduction, return_parts)
+        return _reduce(terms, reduction, return_parts, q.dtype)
 
 
 def cacr_momentum_loss(
@@ -248,7 +248,7 @@ def cacr_momentum_loss(
             terms = losses.momentum(
                 losses.Contrast(name), q.contiguous(), k.contiguous(), temperature, cost=cost, key_offset=key_offset
             )
-        return _reduce(terms, reduction, return_parts)
+        return _reduce(terms, reduction, return_parts, q.dtype)
 
 
 def supervised_cacr_loss(
@@ -306,7 +306,7 @@ def supervised_cacr_loss(
             terms = reference.supervised(z, y, *arguments, alpha=alpha, beta=beta)
         else:
             terms = losses.supervised(losses.Contrast(name), z, y, *arguments, alpha=alpha, beta=beta)
-        return _reduce(terms, reduction, return_parts)
+        return _reduce(terms, reduction, return_parts, z.dtype)
 
 
 # ---- shared steps ----------------------------------------------------------------------------------------------------
@@ -358,7 +358,8 @@ def _fused(
     return CACRParts(loss, *parts.detach().unbind()) if return_parts else loss
 
 
-def _reduce(terms: Terms, reduction: Reduction, return_parts: bool) -> Any:
+def _reduce(terms: Terms, reduction: Reduction, return_parts: bool, dtype: torch.dtype) -> Any:
+    terms = Terms(*(t.to(dtype) for t in terms))
     attraction, repulsion = terms.attraction.mean(), terms.repulsion.mean()
     if reduction == "mean":
         loss = attraction + repulsion

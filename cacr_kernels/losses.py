@@ -22,7 +22,7 @@ from .types import Cost, Pairing, Terms, WeightGrad
 
 
 class Softmaxes(NamedTuple):
-    """Mean cost and log-sum-exp [S, P, N] of the softmaxes of one call."""
+    """Mean cost and log-sum-exp [S, P, N] of the softmaxes of one call, in float64."""
 
     value: Tensor
     lse: Tensor
@@ -65,7 +65,7 @@ def entropy_of(value: Tensor, lse: Tensor, tau: Temperature) -> Tensor:
     """Entropy of the weights, averaged over the queries with a non-empty set: lse - tau F."""
     nonempty = lse != -torch.inf
     rows = torch.where(nonempty, lse - tau * value, 0.0).detach()
-    return (rows.sum() / nonempty.sum().clamp(min=1)).to(value.dtype)
+    return rows.sum() / nonempty.sum().clamp(min=1)
 
 
 def instance_ids(count: int, device: torch.device) -> Tensor:

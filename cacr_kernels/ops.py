@@ -30,11 +30,11 @@ CACR_SCHEMA = (
 )
 CONTRAST_SCHEMA = (
     "(Tensor q, Tensor k, Tensor? q_id, Tensor? k_id, Tensor tau, int[] kinds, int[] q_index, int[] k_index,"
-    " bool inner, bool detach_weights) -> (Tensor value, Tensor lse)"
+    " bool inner, bool detach_weights) -> (Tensor value, Tensor lse, Tensor weights)"
 )
 CONTRAST_BACKWARD_SCHEMA = (
     "(Tensor q, Tensor k, Tensor? q_id, Tensor? k_id, Tensor tau, int[] kinds, int[] q_index, int[] k_index,"
-    " bool inner, bool detach_weights, Tensor value, Tensor lse, Tensor grad_value, Tensor grad_lse,"
+    " bool inner, bool detach_weights, Tensor value, Tensor weights, Tensor grad_value, Tensor grad_lse,"
     " bool want_q, bool want_k, bool want_tau) -> (Tensor grad_q, Tensor grad_k, Tensor grad_tau)"
 )
 
@@ -150,10 +150,13 @@ def contrast_fake(
     k_index: list[int],
     inner: bool,
     detach_weights: bool,
-) -> tuple[Tensor, Tensor]:
-    """Shapes: value and lse [S, P, N]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes: value and lse [S, P, N], weights [2, S, P, N], float64 whatever the inputs are.
+
+    ``weights`` is what a backend's own backward needs to give every pair the weight it had in forward.
+    """
     shape = (len(kinds), len(q_index), q.shape[1])
-    return q.new_empty(shape), q.new_empty(shape)
+    return tau.new_empty(shape), tau.new_empty(shape), tau.new_empty((2, *shape))
 
 
 def contrast_backward_fake(
@@ -168,7 +171,7 @@ def contrast_backward_fake(
     inner: bool,
     detach_weights: bool,
     value: Tensor,
-    lse: Tensor,
+    weights: Tensor,
     grad_value: Tensor,
     grad_lse: Tensor,
     want_q: bool,
@@ -193,10 +196,11 @@ class ContrastSpec(NamedTuple):
     detach_weights: bool
 
 
-def contrast_setup(ctx: Any, backward_op: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def contrast_setup(ctx: Any, backward_op: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keeps what ``contrast_gradient`` needs."""
     q, k, q_id, k_id, tau, *rest = inputs
-    ctx.save_for_backward(q, k, q_id, k_id, tau, *output)
+    value, _, weights = output
+    ctx.save_for_backward(q, k, q_id, k_id, tau, value, weights)
     ctx.rest, ctx.backward_op = tuple(rest), backward_op
 
 
@@ -204,10 +208,10 @@ def contrast_gradient(
     ctx: Any, grad_value: Tensor, grad_lse: Tensor, function: Any = None
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k and tau, by the operator or the ``function`` around it."""
-    q, k, q_id, k_id, tau, value, lse = ctx.saved_tensors
+    q, k, q_id, k_id, tau, value, weights = ctx.saved_tensors
     want = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4]
     # The statistics are passed as constants: the second derivative recomputes them from q, k and tau.
-    arguments = (q, k, q_id, k_id, tau, *ctx.rest, value.detach(), lse.detach(), grad_value, grad_lse, *want)
+    arguments = (q, k, q_id, k_id, tau, *ctx.rest, value.detach(), weights.detach(), grad_value, grad_lse, *want)
     grads = function.apply(*arguments, ctx.backward_op) if function else ctx.backward_op(*arguments)
     return tuple(g if w else None for g, w in zip(grads, want, strict=True))
 
@@ -226,7 +230,7 @@ def contrast_second_order(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
 
     def gradient(q: Tensor, k: Tensor, tau: Tensor, gv: Tensor, gl: Tensor) -> tuple[Tensor, ...]:
         (_, lse), pull = _vjp(lambda q, k, tau: _blocks.plain_contrast(q, k, tau, spec), q, k, tau)
-        return tuple(pull((gv, torch.where(lse == -torch.inf, 0.0, gl))))
+        return tuple(pull((gv.to(lse.dtype), torch.where(lse == -torch.inf, 0.0, gl.to(lse.dtype)))))
 
     outputs, pull = _vjp(gradient, q, k, tau, grad_value, grad_lse)
     wanted = [g.to(o.dtype) if w else torch.zeros_like(o) for o, g, w in zip(outputs, grads, ctx.want, strict=True)]
@@ -260,11 +264,11 @@ def _register_contrast(backend: str) -> None:
     torch.library.register_fake(backward, contrast_backward_fake)
     backward_op = operator(f"contrast_backward_{backend}")
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         contrast_setup(ctx, backward_op, inputs, output)
 
-    def formula(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return place(contrast_gradient(ctx, *grads), CONTRAST_DIFFERENTIABLE, 10)
+    def formula(ctx: Any, grad_value: Tensor, grad_lse: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return place(contrast_gradient(ctx, grad_value, grad_lse), CONTRAST_DIFFERENTIABLE, 10)
 
     def second(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return place(contrast_second_order(ctx, *grads), CONTRAST_BACKWARD_DIFFERENTIABLE, 17)

@@ -40,19 +40,13 @@ struct Contrast {
   bool inner;                 // c = -2 q.k instead of |q - k|^2
 };
 
-// Per query and softmax, all [softmaxes][pairs][N].
-template <class T>
+// Per query and softmax, all [softmaxes][pairs][N] in float64: they are O(N), and differences of them matter.
 struct Statistics {
-  T* value;     // F, 0 for an empty set
-  T* lse;       // natural logarithm, -inf for an empty set
-  T* variance;  // sum_j w (c - F)^2, where the gradient of tau is wanted
-};
-
-// dL/dc_ij = w_ij (a_i + b_i c_ij), summed over the softmaxes; all [softmaxes][pairs][N].
-template <class T>
-struct RowCoefficients {
-  const T* a;
-  const T* b;
+  double* value;     // F, 0 for an empty set
+  double* lse;       // natural logarithm, -inf for an empty set
+  double* variance;  // sum_j w (c - F)^2, where the gradient of tau is wanted
+  double* offset;    // w_ij = 2^(slope_i u_ij + offset_i) / sum_i exactly as in the forward sweep (an lse has rounded),
+  double* sum;       // for the backward; u and slope: see csrc/cpu/softmax.h
 };
 
 }  // namespace cacr

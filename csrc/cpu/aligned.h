@@ -63,7 +63,7 @@ struct Aligned {
     for (idx l = 0; l < n; l++) {
       const idx i = v * t.B + b + l;
       t.statistics.value[i] = F[l], t.statistics.variance[i] = variance[l];
-      t.statistics.lse[i] = T(kLn2 * (double(top[l]) + __builtin_log2(double(sum[l]))) + 0 * double(F[l]));
+      t.statistics.lse[i] = kLn2 * (double(top[l]) + __builtin_log2(double(sum[l]))) + 0 * double(F[l]);
     }
   }
 

@@ -137,18 +137,21 @@ struct ContrastArguments {
   }
 };
 
-std::tuple<Tensor, Tensor> contrast_cpu(const Tensor& q, const Tensor& k, std::optional<Tensor> q_id,
-                                        std::optional<Tensor> k_id, const Tensor& tau, std::vector<int64_t> kinds,
-                                        std::vector<int64_t> q_index, std::vector<int64_t> k_index, bool inner,
-                                        bool /*detach_weights*/) {
+std::tuple<Tensor, Tensor, Tensor> contrast_cpu(const Tensor& q, const Tensor& k, std::optional<Tensor> q_id,
+                                                std::optional<Tensor> k_id, const Tensor& tau,
+                                                std::vector<int64_t> kinds, std::vector<int64_t> q_index,
+                                                std::vector<int64_t> k_index, bool inner, bool /*detach_weights*/) {
   const ContrastArguments a(q, k, q_id, k_id, tau, kinds, q_index, k_index, inner);
   return with_dtype(q, [&](auto zero) {
     using T = decltype(zero);
     const cacr::Contrast<T> p = a.problem<T>();
-    const std::vector<int64_t> shape{p.softmaxes, p.pairs, p.N};
-    Tensor value = torch::stable::new_empty(q, shape), lse = torch::stable::new_empty(q, shape);
-    cacr::contrast_forward<T>(p, {out<T>(value), out<T>(lse), nullptr}, torch_threads());
-    return std::make_tuple(value, lse);
+    const int64_t rows = p.softmaxes * p.pairs * p.N;
+    const std::vector<int64_t> shape{p.softmaxes, p.pairs, p.N}, both{2, p.softmaxes, p.pairs, p.N};
+    Tensor value = torch::stable::new_empty(tau, shape), lse = torch::stable::new_empty(tau, shape),
+           weights = torch::stable::new_empty(tau, both);
+    double* w = out<double>(weights);
+    cacr::contrast_forward<T>(p, {out<double>(value), out<double>(lse), nullptr, w, w + rows}, torch_threads());
+    return std::make_tuple(value, lse, weights);
   });
 }
 
@@ -156,11 +159,11 @@ std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(const Tensor& q, const 
                                                          std::optional<Tensor> k_id, const Tensor& tau,
                                                          std::vector<int64_t> kinds, std::vector<int64_t> q_index,
                                                          std::vector<int64_t> k_index, bool inner, bool detach_weights,
-                                                         const Tensor& any_value, const Tensor& any_lse,
+                                                         const Tensor& any_value, const Tensor& any_weights,
                                                          const Tensor& any_grad_value, const Tensor& any_grad_lse,
                                                          bool want_q, bool want_k, bool want_tau) {
   const ContrastArguments a(q, k, q_id, k_id, tau, kinds, q_index, k_index, inner);
-  const Tensor value = packed(any_value), lse = packed(any_lse), grad_value = packed(any_grad_value),
+  const Tensor value = packed(any_value), weights = packed(any_weights), grad_value = packed(any_grad_value),
                grad_lse = packed(any_grad_lse);
   return with_dtype(q, [&](auto zero) {
     using T = decltype(zero);
@@ -170,9 +173,10 @@ std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(const Tensor& q, const 
     };
     Tensor dq = torch::stable::new_empty(q, shape(q, want_q)), dk = torch::stable::new_empty(k, shape(k, want_k));
     Tensor dtau = torch::stable::new_empty(tau, want_tau ? std::vector<int64_t>{p.softmaxes} : std::vector<int64_t>{0});
-    cacr::contrast_backward<T>(p,
-                               {data<T>(value), data<T>(lse), data<T>(grad_value), data<T>(grad_lse), detach_weights},
-                               want_q ? out<T>(dq) : nullptr, want_k ? out<T>(dk) : nullptr,
+    const double* w = data<double>(weights);
+    const cacr::RowGradients rows{
+        data<double>(value), w, w + value.numel(), data<double>(grad_value), data<double>(grad_lse), detach_weights};
+    cacr::contrast_backward<T>(p, rows, want_q ? out<T>(dq) : nullptr, want_k ? out<T>(dk) : nullptr,
                                want_tau ? out<double>(dtau) : nullptr, torch_threads());
     return std::make_tuple(dq, dk, dtau);
   });

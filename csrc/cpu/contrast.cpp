@@ -4,7 +4,7 @@
 namespace cacr {
 
 template <class T>
-void contrast_forward(const Contrast<T>& problem, const Statistics<T>& statistics, const Parallel& parallel) {
+void contrast_forward(const Contrast<T>& problem, const Statistics& statistics, const Parallel& parallel) {
   Engine<T> e(problem, parallel);
   const int64_t n = e.threads();
   e.allocate_packed(false);
@@ -14,7 +14,7 @@ void contrast_forward(const Contrast<T>& problem, const Statistics<T>& statistic
 }
 
 template <class T>
-void contrast_backward(const Contrast<T>& problem, const RowGradients<T>& rows, T* dq, T* dk, double* dtau,
+void contrast_backward(const Contrast<T>& problem, const RowGradients& rows, T* dq, T* dk, double* dtau,
                        const Parallel& parallel) {
   Engine<T> e(problem, parallel);
   const int64_t n = e.threads();
@@ -23,21 +23,19 @@ void contrast_backward(const Contrast<T>& problem, const RowGradients<T>& rows, 
   e.find_bound();
   const int64_t per_softmax = problem.pairs * problem.N;
   const bool moments = dtau && !rows.detach_weights;
-  T* variance = moments ? e.memory.template zeros<T>(problem.softmaxes * per_softmax) : nullptr;
+  double* variance = moments ? e.memory.template zeros<double>(problem.softmaxes * per_softmax) : nullptr;
   if (dq || dk || variance) backward_sweep(e, rows, dq, dk, variance, false, n);
   for (int s = 0; dtau && s < problem.softmaxes; s++) {  // dL/dtau = sum_i gF var_i + glse F_i
     dtau[s] = 0;
     for (int64_t i = s * per_softmax; moments && i < (s + 1) * per_softmax; i++)
-      if (rows.lse[i] != -INFINITY)
-        dtau[s] += double(rows.grad_value[i]) * double(variance[i]) + double(rows.grad_lse[i]) * double(rows.value[i]);
+      if (rows.sum[i] != 0) dtau[s] += rows.grad_value[i] * variance[i] + rows.grad_lse[i] * rows.value[i];
   }
 }
 
-template void contrast_forward(const Contrast<float>&, const Statistics<float>&, const Parallel&);
-template void contrast_forward(const Contrast<double>&, const Statistics<double>&, const Parallel&);
-template void contrast_backward(const Contrast<float>&, const RowGradients<float>&, float*, float*, double*,
-                                const Parallel&);
-template void contrast_backward(const Contrast<double>&, const RowGradients<double>&, double*, double*, double*,
+template void contrast_forward(const Contrast<float>&, const Statistics&, const Parallel&);
+template void contrast_forward(const Contrast<double>&, const Statistics&, const Parallel&);
+template void contrast_backward(const Contrast<float>&, const RowGradients&, float*, float*, double*, const Parallel&);
+template void contrast_backward(const Contrast<double>&, const RowGradients&, double*, double*, double*,
                                 const Parallel&);
 
 }  // namespace cacr

@@ -112,7 +112,8 @@ struct Engine {
     bounded = !p.inner && finite && tau * c * c * 1.4426950408889634 <= 64;
   }
 
-  Task<T> task(Gradient gradient, const Blocking& blocking, bool want_dq, bool want_dk, T* variance = nullptr) const {
+  Task<T> task(Gradient gradient, const Blocking& blocking, bool want_dq, bool want_dk,
+               double* variance = nullptr) const {
     Task<T> t{};
     t.problem = &p, t.packed = packed, t.blocking = blocking, t.bounded = bounded, t.gradient = gradient;
     t.key1 = p.M, t.want_dq = want_dq, t.want_dk = want_dk;

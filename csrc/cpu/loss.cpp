@@ -19,9 +19,9 @@ struct LossPlan {
       : loss(l), dz(grad), want_tau(tau), parallel(par) {}
 
   // ---- attraction --------------------------------------------------------------------------------------------------
-  AlignedTask<T> aligned_task(const Kernels<T>& kernels, int64_t n, Statistics<T>& out) {
+  AlignedTask<T> aligned_task(const Kernels<T>& kernels, int64_t n, Statistics& out) {
     const int64_t rows = loss.V * loss.B;
-    out = {memory.get<T>(rows), memory.get<T>(rows), memory.get<T>(rows)};
+    out = statistics(memory, rows);
     AlignedTask<T> t{};
     t.z = loss.z, t.view_stride = loss.B * loss.D, t.row_stride = loss.D;
     t.V = loss.V, t.B = loss.B, t.D = loss.D;
@@ -37,7 +37,7 @@ struct LossPlan {
     kernels.aligned(t);
   }
 
-  void sum_attraction(const Statistics<T>& s) {
+  void sum_attraction(const Statistics& s) {
     const int64_t rows = loss.V * loss.B;
     double value = 0, variance = 0, entropy = 0;
     for (int64_t i = 0; i < rows; i++)
@@ -69,14 +69,14 @@ struct LossPlan {
     return p;
   }
 
-  static double sum_of(const T* x, int64_t n) {
+  static double sum_of(const double* x, int64_t n) {
     double sum = 0;
     for (int64_t i = 0; i < n; i++) sum += x[i];
     return sum;
   }
 
   // -beta mean_pairs mean_b F and its derivatives from statistics [1][pairs][N]
-  void sum_mean_cost(const Contrast<T>& p, const Statistics<T>& s) {
+  void sum_mean_cost(const Contrast<T>& p, const Statistics& s) {
     const int64_t rows = p.pairs * p.N;
     double value = 0, entropy = 0;
     for (int64_t i = 0; i < rows; i++) value += s.value[i], entropy += s.lse[i] - p.tau[0] * s.value[i];
@@ -86,17 +86,17 @@ struct LossPlan {
   }
 
   // One pair under rbf, statistics [2][N]: log mean_b F with log F_b = lse_1 - lse_0. Returns log sum_b F_b.
-  double sum_rbf_pair(const Contrast<T>& p, const Statistics<T>& s, double* row_weight) {
+  double sum_rbf_pair(const Contrast<T>& p, const Statistics& s, double* row_weight) {
     double top = -INFINITY, sum = 0, d_tau = 0, entropy = 0;
     for (int64_t i = 0; i < p.N; i++) {
-      row_weight[i] = double(s.lse[p.N + i]) - double(s.lse[i]);
+      row_weight[i] = s.lse[p.N + i] - s.lse[i];
       top = std::max(top, row_weight[i]);
       if (std::isnan(row_weight[i])) top = NAN, i = p.N;
     }
     for (int64_t i = 0; i < p.N; i++) {
       row_weight[i] = std::exp(row_weight[i] - top);
       sum += row_weight[i];
-      d_tau += row_weight[i] * (double(s.value[i]) - double(s.value[p.N + i]));
+      d_tau += row_weight[i] * (s.value[i] - s.value[p.N + i]);
       entropy += s.lse[i] + loss.tau_neg * s.value[i];
     }
     const double log_sum = top + std::log(sum), pairs = double(q_index.size());
@@ -107,20 +107,23 @@ struct LossPlan {
     return log_sum;
   }
 
-  Statistics<T> statistics(Workspace& ws, int64_t rows) { return {ws.get<T>(rows), ws.get<T>(rows), ws.get<T>(rows)}; }
+  Statistics statistics(Workspace& ws, int64_t rows) {
+    auto some = [&] { return ws.get<double>(rows); };
+    return {some(), some(), some(), some(), some()};
+  }
 
   // Unbounded rbf, or strips and slices beyond the workspace: statistics first, then their backward.
   void two_sweeps(Engine<T>& e, int64_t n) {
     const Contrast<T>& p = e.p;
     const int64_t rows = p.pairs * p.N, all = rows * p.softmaxes;
-    Statistics<T> s = statistics(e.memory, all);
+    Statistics s = statistics(e.memory, all);
     forward_sweep(e, s, n);
-    T *g_value = e.memory.template zeros<T>(all), *g_lse = e.memory.template zeros<T>(all);
+    double *g_value = e.memory.template zeros<double>(all), *g_lse = e.memory.template zeros<double>(all);
     if (!loss.rbf) {
-      std::fill(g_value, g_value + rows, T(-loss.beta / double(rows)));
+      std::fill(g_value, g_value + rows, -loss.beta / double(rows));
     } else {
       std::vector<double> weight(size_t(p.N));
-      Statistics<T> one = statistics(e.memory, 2 * p.N);
+      Statistics one = statistics(e.memory, 2 * p.N);
       for (int64_t pair = 0; pair < p.pairs; pair++) {
         for (int k = 0; k < 2; k++) {
           const int64_t from = k * rows + pair * p.N;
@@ -129,19 +132,19 @@ struct LossPlan {
         sum_rbf_pair(p, one, weight.data());
         for (int64_t i = 0; i < p.N; i++) {
           const double g = loss.beta / double(p.pairs) * weight[size_t(i)];
-          g_lse[pair * p.N + i] = T(-g), g_lse[rows + pair * p.N + i] = T(g);
+          g_lse[pair * p.N + i] = -g, g_lse[rows + pair * p.N + i] = g;
         }
       }
     }
-    T* variance = want_tau && !loss.rbf ? s.variance : nullptr;
-    if (dz || variance) backward_sweep(e, {s.value, s.lse, g_value, g_lse, false}, dz, dz, variance, true, n);
+    double* variance = want_tau && !loss.rbf ? s.variance : nullptr;
+    if (dz || variance) backward_sweep(e, {s.value, s.offset, s.sum, g_value, g_lse, false}, dz, dz, variance, true, n);
     if (!loss.rbf) sum_mean_cost(p, s);
   }
 
   void one_sweep(Engine<T>& e, const Blocking& blocking, int64_t n) {
     const Contrast<T>& p = e.p;
     const int64_t rows = p.pairs * p.N;
-    Statistics<T> s = statistics(e.memory, rows);
+    Statistics s = statistics(e.memory, rows);
     Task<T> t = e.task(Gradient::kMeanCost, blocking, true, true, want_tau ? s.variance : nullptr);
     t.scale = -loss.beta / double(rows);
     t.statistics = s;
@@ -175,7 +178,7 @@ struct LossPlan {
     Engine<T> e(repulsion_problem(), parallel);
     const bool repels = loss.B > 1;
     const int64_t n = e.threads();
-    Statistics<T> positive;
+    Statistics positive;
     AlignedTask<T> aligned = aligned_task(e.kernels, n, positive);
     if (repels) e.allocate_packed(dz != nullptr);
     parallel_for(parallel, n, [&](int64_t i) {

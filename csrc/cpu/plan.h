@@ -39,11 +39,11 @@ CacrResult cacr_loss(const CacrLoss<T>& loss, T* dz, bool want_grad_tau, const P
 
 // statistics [softmaxes][pairs][N]: value and lse
 template <class T>
-void contrast_forward(const Contrast<T>& problem, const Statistics<T>& statistics, const Parallel& parallel);
+void contrast_forward(const Contrast<T>& problem, const Statistics& statistics, const Parallel& parallel);
 
 // dq [q_views][N][D], dk [k_views][M][D] and dtau [softmaxes] are overwritten; null: not wanted.
 template <class T>
-void contrast_backward(const Contrast<T>& problem, const RowGradients<T>& rows, T* dq, T* dk, double* dtau,
+void contrast_backward(const Contrast<T>& problem, const RowGradients& rows, T* dq, T* dk, double* dtau,
                        const Parallel& parallel);
 
 // Bytes that one call may use beside packed copies of its inputs and outputs, whatever M and the number of threads.

@@ -9,7 +9,8 @@ namespace self_check {
 
 template <class T>
 struct Result {
-  std::vector<T> value, lse, variance, gradient;
+  std::vector<double> value, lse, variance;
+  std::vector<T> gradient;
 };
 
 // Statistics and gradients of one strip sweep over two views of n rows with d features; both sums of one tensor.
@@ -39,7 +40,7 @@ Result<T> sweep(const Kernels<T>& kernels, int64_t n, int64_t d, double tau, int
   r.value.resize(rows), r.lse.resize(rows), r.variance.resize(rows), r.gradient.resize(z.size());
   Task<T> t = e.task(Gradient::kMeanCost, b, true, true, r.variance.data());
   t.scale = 1.0 / double(n);
-  t.statistics = {r.value.data(), r.lse.data(), r.variance.data()};
+  t.statistics = {r.value.data(), r.lse.data(), r.variance.data(), nullptr, nullptr};
   auto slices = e.make_slices(1, true, true, true);
   e.sweep_with_slices(t, 1, slices, e.sweep_scratch(t, 1));
   e.add_slices(slices.q, slices.q_touched, 0, 2, n, r.gradient.data(), d, 1, false, 1);
@@ -71,14 +72,16 @@ bool agree(const Kernels<T>& kernels, const Kernels<T>& trusted, int64_t n, int6
 
 // The aligned kernel: three views, n instances.
 template <class T>
-std::vector<T> aligned(const Kernels<T>& kernels, int64_t n, int64_t d) {
+std::vector<double> aligned(const Kernels<T>& kernels, int64_t n, int64_t d) {
   const size_t rows = static_cast<size_t>(3 * n);
-  std::vector<T> z(rows * size_t(d)), statistics(3 * rows), dz(z.size());
+  std::vector<T> z(rows * size_t(d)), dz(z.size());
+  std::vector<double> statistics(3 * rows);
   for (size_t i = 0; i < z.size(); i++) z[i] = T(double((i * 7919) % 1013) / 1013 - 0.5);
   std::vector<char> scratch(kernels.aligned_scratch(3) + 64);
   AlignedTask<T> t{};
   t.z = z.data(), t.view_stride = n * d, t.row_stride = d, t.V = 3, t.B = n, t.D = d, t.tau = 1.5, t.scale = 1;
-  t.statistics = {statistics.data(), statistics.data() + rows, statistics.data() + 2 * rows};
+  double* s = statistics.data();
+  t.statistics = {s, s + rows, s + 2 * rows, nullptr, nullptr};
   t.dz = dz.data(), t.dz_row_stride = d, t.b1 = n;
   t.scratch = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64;
   kernels.aligned(t);

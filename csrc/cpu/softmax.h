@@ -12,16 +12,20 @@ namespace cacr::CACR_ISA {
 // Rows of a block for one softmax; every array has one entry per query.
 template <class T>
 struct RowState {
-  T* shift;   // bounded: log2(e) tau |q|^2, constant. Otherwise: minus the running maximum of slope * u
+  T* shift;   // minus the maximum of slope * u so far (bounded: in the first tile)
   T* sum;     // sum e
-  T* sum_u;   // sum e u
-  T* offset;  // on the way back: exponent of the weight is slope u + offset
-  T* a;       // dL/du_ij = w_ij (a_i + b_i u_ij)
+  T* sum_u;   // sum e (u - pivot)
+  T* pivot;   // a u that has weight
+  T* offset;  // on the way back: w = factor 2^(slope u + offset)
+  T* a;       // dL/du_ij = 2^(slope u + offset) (a_i + b_i (u_ij - mean_i))
   T* b;
   T* mean;    // sum w u
-  T* moment;  // sum w (u - mean)^2
+  T* moment;  // sum w (u - mean)^2 / factor
+  T* factor;
 
-  RowState from(idx i) const { return {shift + i, sum + i, sum_u + i, offset + i, a + i, b + i, mean + i, moment + i}; }
+  RowState from(idx i) const {
+    return {shift + i, sum + i, sum_u + i, pivot + i, offset + i, a + i, b + i, mean + i, moment + i, factor + i};
+  }
 };
 
 template <class T>
@@ -62,7 +66,7 @@ struct Membership {
 };
 
 // Adds keys [0, n) of a tile to the statistics of one panel of queries (r: at the panel's first row).
-// kBounded: the caller knows |log2(e) tau c| <= 64 for every pair, so that a fixed shift of 0 suffices.
+// kBounded: the caller knows |log2(e) tau c| <= 64 for every pair, so that the shift found in one tile suffices.
 template <class T, bool kBounded, bool kMasked>
 CACR_NOINLINE void add_statistics(idx n, const T* S, T slope, const RowState<T>& r, int kind, const TileIds<T>& ids) {
   using V = Vec<T>;
@@ -72,6 +76,7 @@ CACR_NOINLINE void add_statistics(idx n, const T* S, T slope, const RowState<T>&
   IntVec<T> m0, m1;
   V shift0 = load(r.shift), shift1 = load(r.shift + W);
   V scale0 = splat<T>(1), scale1 = splat<T>(1);
+  V pivot0 = load(r.pivot), pivot1 = load(r.pivot + W);
   if constexpr (!kBounded) {
     V top0 = -shift0, top1 = -shift1;
     for (idx j = 0; j < n; j++) {
@@ -85,6 +90,9 @@ CACR_NOINLINE void add_statistics(idx n, const T* S, T slope, const RowState<T>&
     scale0 = exp2_flushed<T>(-shift0 - top0), scale1 = exp2_flushed<T>(-shift1 - top1);
     shift0 = -top0, shift1 = -top1;
     store<T>(r.shift, shift0), store<T>(r.shift + W, shift1);
+    const T inverse = slope == 0 ? T(0) : 1 / slope;
+    pivot0 = load(r.sum) == T(0) ? inverse * top0 : pivot0, pivot1 = load(r.sum + W) == T(0) ? inverse * top1 : pivot1;
+    store<T>(r.pivot, pivot0), store<T>(r.pivot + W, pivot1);
   }
   V e0{}, e1{}, eu0{}, eu1{};
 #pragma GCC unroll 2
@@ -97,16 +105,17 @@ CACR_NOINLINE void add_statistics(idx n, const T* S, T slope, const RowState<T>&
       w0 = exp2_flushed<T>(slope * u0 + shift0), w1 = exp2_flushed<T>(slope * u1 + shift1);
     if constexpr (kMasked) {
       member.masks(j, m0, m1);
-      w0 = select<T>(m0, w0), w1 = select<T>(m1, w1), u0 = select<T>(m0, u0), u1 = select<T>(m1, u1);
+      w0 = select<T>(m0, w0), w1 = select<T>(m1, w1);
+      u0 = m0 ? u0 : pivot0, u1 = m1 ? u1 : pivot1;
     }
-    e0 += w0, e1 += w1, eu0 += w0 * u0, eu1 += w1 * u1;
+    e0 += w0, e1 += w1, eu0 += w0 * (u0 - pivot0), eu1 += w1 * (u1 - pivot1);
   }
   store<T>(r.sum, load(r.sum) * scale0 + e0), store<T>(r.sum + W, load(r.sum + W) * scale1 + e1);
   store<T>(r.sum_u, load(r.sum_u) * scale0 + eu0), store<T>(r.sum_u + W, load(r.sum_u + W) * scale1 + eu1);
 }
 
-// H[j][:] = sum over softmaxes of w (a + b u);  columns[j][0:W] += both halves of H[j], if given.
-// kMoment: the rows' moments are accumulated too (the gradient of tau needs them).
+// H[j][:] = sum over softmaxes of 2^(slope u + offset) (a + b (u - mean));  columns[j][0:W] += both halves of H[j], if
+// given. kMoment: the rows' moments are accumulated too (the gradient of tau needs them).
 template <class T, int kSoftmaxes, bool kBounded, bool kMasked, bool kMoment>
 CACR_NOINLINE void tile_gradient(idx n, const T* S, T* H, const T* slope, const RowState<T>* rows, const int32_t* kind,
                                  const TileIds<T>& ids, T* columns) {
@@ -120,10 +129,8 @@ CACR_NOINLINE void tile_gradient(idx n, const T* S, T* H, const T* slope, const 
     const RowState<T>& r = rows[s];
     o0[s] = load(r.offset), o1[s] = load(r.offset + W);
     a0[s] = load(r.a), a1[s] = load(r.a + W), b0[s] = load(r.b), b1[s] = load(r.b + W);
-    if constexpr (kMoment) {
-      mean0[s] = load(r.mean), mean1[s] = load(r.mean + W), moment0[s] = load(r.moment),
-      moment1[s] = load(r.moment + W);
-    }
+    mean0[s] = load(r.mean), mean1[s] = load(r.mean + W);
+    if constexpr (kMoment) moment0[s] = load(r.moment), moment1[s] = load(r.moment + W);
   }
 #pragma GCC unroll 2
   for (idx j = 0; j < n; j++) {
@@ -135,7 +142,8 @@ CACR_NOINLINE void tile_gradient(idx n, const T* S, T* H, const T* slope, const 
         w0 = exp2_in_range(slope[s] * u0 + o0[s]), w1 = exp2_in_range(slope[s] * u1 + o1[s]);
       else
         w0 = exp2_flushed<T>(slope[s] * u0 + o0[s]), w1 = exp2_flushed<T>(slope[s] * u1 + o1[s]);
-      V g0 = w0 * (a0[s] + b0[s] * u0), g1 = w1 * (a1[s] + b1[s] * u1);
+      const V d0 = u0 - mean0[s], d1 = u1 - mean1[s];
+      V g0 = w0 * (a0[s] + b0[s] * d0), g1 = w1 * (a1[s] + b1[s] * d1);
       IntVec<T> m0, m1;
       if constexpr (kMasked) {
         member[s].masks(j, m0, m1);
@@ -143,7 +151,7 @@ CACR_NOINLINE void tile_gradient(idx n, const T* S, T* H, const T* slope, const 
       }
       h0 += g0, h1 += g1;
       if constexpr (kMoment) {
-        V v0 = w0 * (u0 - mean0[s]) * (u0 - mean0[s]), v1 = w1 * (u1 - mean1[s]) * (u1 - mean1[s]);
+        V v0 = w0 * d0 * d0, v1 = w1 * d1 * d1;
         if constexpr (kMasked) v0 = select<T>(m0, v0), v1 = select<T>(m1, v1);
         moment0[s] += v0, moment1[s] += v1;
       }

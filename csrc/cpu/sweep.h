@@ -59,8 +59,8 @@ struct Scratch {
     s.q_norm = carve<T>(at, R);
     s.q_id = carve<int32_t>(at, R);
     for (RowState<T>& r : s.rows) {
-      T* a = carve<T>(at, 8 * R);
-      r = {a, a + R, a + 2 * R, a + 3 * R, a + 4 * R, a + 5 * R, a + 6 * R, a + 7 * R};
+      T* a = carve<T>(at, 10 * R);
+      r = {a, a + R, a + 2 * R, a + 3 * R, a + 4 * R, a + 5 * R, a + 6 * R, a + 7 * R, a + 8 * R, a + 9 * R};
     }
     return size_t(at - base);
   }
@@ -230,47 +230,56 @@ struct Sweep {
     for (int k = 0; k < p.softmaxes; k++) {
       RowState<T>& r = s.rows[k];
       const idx R = panels * P;
-      zero(r.sum, R), zero(r.sum_u, R);
-      for (idx i = 0; i < R; i++) r.shift[i] = t.bounded ? T(kLog2e * p.tau[k] * norm_of(k, i)) : kHuge<T>;
+      zero(r.sum, R), zero(r.sum_u, R), zero(r.pivot, R);
+      for (idx i = 0; i < R; i++) r.shift[i] = kHuge<T>;
     }
   }
 
+  // The first tile always looks for its maximum. Where costs are bounded, that shift stays: exponents cannot leave the
+  // range any more, and are close to 0 for the keys that matter.
   void accumulate_statistics(idx c) {
     const idx j0 = tile_key(c);
+    const bool fixed_shift = t.bounded && c > 0;
     for (idx i = 0; i < panels; i++) {
       const T* S = tile(c) + i * t.blocking.keys * P;
       for_parts(i, j0, tile_keys(c), [&](idx j, idx n, bool masked) {
         for (int k = 0; k < p.softmaxes; k++) {
-          auto f = t.bounded ? (masked ? add_statistics<T, true, true> : add_statistics<T, true, false>)
-                             : (masked ? add_statistics<T, false, true> : add_statistics<T, false, false>);
+          auto f = fixed_shift ? (masked ? add_statistics<T, true, true> : add_statistics<T, true, false>)
+                               : (masked ? add_statistics<T, false, true> : add_statistics<T, false, false>);
           f(n, S + (j - j0) * P, slope[k], s.rows[k].from(i * P), p.kind[k], ids(i, j));
         }
       });
     }
+    if (t.bounded && c == 0)
+      for (int k = 0; k < p.softmaxes; k++)
+        for (idx i = 0; i < panels * P; i++)
+          if (s.rows[k].sum[i] == 0) s.rows[k].shift[i] = idle_offset(k, i);  // nothing in this tile
   }
 
   void finish_rows() {
     for (idx i = 0; i < panels * P; i++) {
-      double value[kMaxSoftmaxes], lse[kMaxSoftmaxes];
+      double value[kMaxSoftmaxes], lse[kMaxSoftmaxes], factor[kMaxSoftmaxes];
       for (int k = 0; k < p.softmaxes; k++) {
         RowState<T>& r = s.rows[k];
-        const double sum = r.sum[i], norm = norm_of(k, i);
+        // lse = ln sum - ln2 shift + tau |q|^2, the large terms taken together at the pivot
+        const double sum = r.sum[i], cost = norm_of(k, i) - 2 * double(r.pivot[i]);
+        const double rest = -__builtin_fma(double(slope[k]), double(r.pivot[i]), double(r.shift[i]));
         const bool empty = sum == 0;
-        const double u = empty ? 0 : double(r.sum_u[i]) / sum, log_sum = empty ? 0 : __builtin_log2(sum);
-        value[k] = empty ? 0 : norm - 2 * u;
-        lse[k] = empty ? -__builtin_inf() : kLn2 * (log_sum - (t.bounded ? 0 : double(r.shift[i])));
-        if (!t.bounded && !empty) lse[k] += p.tau[k] * norm;
+        value[k] = empty ? 0 : cost - 2 * (double(r.sum_u[i]) / sum);
+        lse[k] = empty ? -__builtin_inf() : kLn2 * (__builtin_log2(sum) + rest) + p.tau[k] * cost;
         if (value[k] != value[k]) lse[k] = value[k];
-        r.offset[i] = empty ? idle_offset(k, i) : T(double(r.shift[i]) - log_sum);
+        factor[k] = empty ? 0 : 1 / sum;
+        r.offset[i] = empty ? idle_offset(k, i) : r.shift[i];
         if (i >= rows) continue;
         const idx at = (k * p.pairs + pair) * p.N + row0 + i;
-        t.statistics.value[at] = T(value[k]), t.statistics.lse[at] = T(lse[k]);
+        t.statistics.value[at] = value[k], t.statistics.lse[at] = lse[k];
+        if (t.statistics.offset) t.statistics.offset[at] = double(r.offset[i]), t.statistics.sum[at] = empty ? 0 : sum;
       }
-      if (strip) fused_coefficients(i, value, lse);
+      if (strip) fused_coefficients(i, value, lse, factor);
     }
   }
 
-  void fused_coefficients(idx i, const double* value, const double* lse) {
+  void fused_coefficients(idx i, const double* value, const double* lse, const double* factor) {
     double g_value[kMaxSoftmaxes] = {0, 0}, g_lse[kMaxSoftmaxes] = {0, 0};
     if (i < rows && lse[0] != -__builtin_inf()) {
       if (t.gradient == Gradient::kMeanCost) {
@@ -280,22 +289,26 @@ struct Sweep {
         g_lse[0] = -f, g_lse[1] = f;
       }
     }
-    set_coefficients(i, value, g_value, g_lse, false);
+    set_coefficients(i, value, g_value, g_lse, factor, false);
   }
 
   // For a row without weights: an exponent that is in range, or flushed to 0.
   T idle_offset(int k, idx i) const { return t.bounded ? T(kLog2e * p.tau[k] * norm_of(k, i)) : -kHuge<T>; }
 
   // ---- backward ----------------------------------------------------------------------------------------------------
-  // dL/dc = w (g_value (1 + tau (c - F)) + g_lse tau), in terms of u (dc/du = -2), and its row sum.
-  void set_coefficients(idx i, const double* value, const double* g_value, const double* g_lse, bool detach) {
+  // dL/dc = w (g_value (1 + tau (c - F)) + g_lse tau), in terms of u: dc/du = -2, c - F = -2 (u - mean). Its row sum.
+  // factor: w = factor 2^(slope u + offset).
+  void set_coefficients(idx i, const double* value, const double* g_value, const double* g_lse, const double* factor,
+                        bool detach) {
     double sum = 0;
     for (int k = 0; k < p.softmaxes; k++) {
-      const double tau = detach ? 0 : p.tau[k], gl = detach ? 0 : g_lse[k];
-      s.rows[k].a[i] = T(-2 * (g_value[k] * (1 + tau * (norm_of(k, i) - value[k])) + gl * tau));
-      s.rows[k].b[i] = T(4 * g_value[k] * tau);
-      s.rows[k].mean[i] = T((norm_of(k, i) - value[k]) / 2), s.rows[k].moment[i] = 0;
-      sum += -2 * (g_value[k] + gl * tau);
+      const RowState<T>& r = s.rows[k];
+      const double tau = detach ? 0 : p.tau[k], constant = -2 * (g_value[k] + (detach ? 0 : g_lse[k] * tau));
+      r.a[i] = T(factor[k] * constant);
+      r.b[i] = T(factor[k] * 4 * g_value[k] * tau);
+      r.factor[i] = T(factor[k]);
+      r.mean[i] = T((norm_of(k, i) - value[k]) / 2), r.moment[i] = 0;
+      sum += constant;
     }
     s.row_sum[i] = p.inner ? T(0) : T(sum);
   }
@@ -303,15 +316,16 @@ struct Sweep {
   void given_rows() {
     for (idx i = 0; i < panels * P; i++) {
       double value[kMaxSoftmaxes] = {0, 0}, g_value[kMaxSoftmaxes] = {0, 0}, g_lse[kMaxSoftmaxes] = {0, 0};
+      double factor[kMaxSoftmaxes] = {0, 0};
       for (int k = 0; k < p.softmaxes; k++) {
         const idx at = (k * p.pairs + pair) * p.N + row0 + i;
-        const double lse = i < rows ? double(t.rows.lse[at]) : -__builtin_inf();
         s.rows[k].offset[i] = idle_offset(k, i);
-        if (lse == -__builtin_inf()) continue;
-        s.rows[k].offset[i] = T(kLog2e * (p.tau[k] * norm_of(k, i) - lse));
+        if (i >= rows || t.rows.sum[at] == 0) continue;
+        s.rows[k].offset[i] = T(t.rows.offset[at]);
+        factor[k] = 1 / t.rows.sum[at];
         value[k] = t.rows.value[at], g_value[k] = t.rows.grad_value[at], g_lse[k] = t.rows.grad_lse[at];
       }
-      set_coefficients(i, value, g_value, g_lse, t.rows.detach_weights);
+      set_coefficients(i, value, g_value, g_lse, factor, t.rows.detach_weights);
     }
   }
 
@@ -344,7 +358,8 @@ struct Sweep {
   void write_variance() const {
     for (int k = 0; k < p.softmaxes; k++)
       for (idx i = 0; i < rows; i++)
-        t.statistics.variance[(k * p.pairs + pair) * p.N + row0 + i] = 4 * s.rows[k].moment[i];
+        t.statistics.variance[(k * p.pairs + pair) * p.N + row0 + i] =
+            4 * double(s.rows[k].factor[i]) * double(s.rows[k].moment[i]);
   }
 
   void gradients(idx c) {

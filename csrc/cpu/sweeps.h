@@ -6,9 +6,9 @@
 namespace cacr {
 
 template <class T>
-void forward_sweep(Engine<T>& e, const Statistics<T>& statistics, int64_t n) {
+void forward_sweep(Engine<T>& e, const Statistics& statistics, int64_t n) {
   Task<T> t = e.task(Gradient::kNone, e.blocking(), false, false);
-  t.statistics.value = statistics.value, t.statistics.lse = statistics.lse;
+  t.statistics = statistics;
   e.sweep(t, n);
 }
 
@@ -29,7 +29,7 @@ PaddedOut<T> padded_out(Engine<T>& e, T* out, int64_t rows, bool accumulate) {
 // Every thread owns rows of dq (all keys), then rows of dk (all queries): no private gradient memory, similarities are
 // computed once more. For many threads times many keys.
 template <class T>
-void backward_by_owner(Engine<T>& e, const RowGradients<T>& rows, T* dq, T* dk, T* variance, bool accumulate,
+void backward_by_owner(Engine<T>& e, const RowGradients& rows, T* dq, T* dk, double* variance, bool accumulate,
                        int64_t n) {
   const Contrast<T>& p = e.p;
   const int64_t stride = e.padded(p.D), panels = (p.N + e.kernels.panel - 1) / e.kernels.panel;
@@ -72,7 +72,8 @@ void backward_by_owner(Engine<T>& e, const RowGradients<T>& rows, T* dq, T* dk, 
 
 // dq and dk may be the same memory where queries and keys are the same tensor.
 template <class T>
-void backward_sweep(Engine<T>& e, const RowGradients<T>& rows, T* dq, T* dk, T* variance, bool accumulate, int64_t n) {
+void backward_sweep(Engine<T>& e, const RowGradients& rows, T* dq, T* dk, double* variance, bool accumulate,
+                    int64_t n) {
   const Contrast<T>& p = e.p;
   const bool shared = dq && dq == dk;
   const size_t slice_bytes = size_t(n) * e.slice_bytes(dq != nullptr, dk != nullptr, shared);

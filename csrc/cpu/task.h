@@ -30,12 +30,12 @@ enum class Gradient : int32_t {
   kRbfUnscaled,  // both in one sweep: dL/dlse_i = -+ scale exp(lse_1 - lse_0); the caller divides by the sum of the exp
 };
 
-template <class T>
-struct RowGradients {  // all [softmaxes][pairs][N]
-  const T* value;      // statistics of the forward sweep
-  const T* lse;
-  const T* grad_value;
-  const T* grad_lse;
+struct RowGradients {   // all [softmaxes][pairs][N]
+  const double* value;  // statistics of the forward sweep
+  const double* offset;
+  const double* sum;
+  const double* grad_value;
+  const double* grad_lse;
   bool detach_weights;
 };
 
@@ -56,8 +56,8 @@ struct Task {
   bool bounded;  // |log2(e) tau c| <= 64 for every pair and softmax
   Gradient gradient;
   double scale;
-  RowGradients<T> rows;
-  Statistics<T> statistics;  // value and lse written by forward sweeps, variance by those that want the moment
+  RowGradients rows;
+  Statistics statistics;  // all but variance written by forward sweeps, that by those that want the moment
   int64_t unit0, unit1, key0, key1;
   bool want_dq, want_dk, want_moment;
   GradientSlice<T> dq, dk;
@@ -70,9 +70,9 @@ struct AlignedTask {
   const T* z;  // [V][B][D], features contiguous
   int64_t view_stride, row_stride;
   int64_t V, B, D;
-  double tau, scale;         // dL/dF = scale
-  Statistics<T> statistics;  // [V][B]
-  T* dz;                     // [V][B][*], rows dz_row_stride apart, overwritten; null: not wanted
+  double tau, scale;      // dL/dF = scale
+  Statistics statistics;  // [V][B]
+  T* dz;                  // [V][B][*], rows dz_row_stride apart, overwritten; null: not wanted
   int64_t dz_row_stride;
   int64_t b0, b1;
   void* scratch;

@@ -1,0 +1,150 @@
+"""The losses as one would write them in PyTorch with N x M arrays: the matmul form, and the broadcasting formulation.
+
+Views are a Python list of [B, D] tensors, one loop pass per pair; gradients come from autograd. Costs of positives are
+differences, as in the library. Half precision inputs are computed in float32, as in the library.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+PairCost = Callable[[Tensor, Tensor], Tensor]
+
+
+def matmul_cost(q: Tensor, k: Tensor) -> Tensor:
+    """Squared distances [N, M] from one matrix product."""
+    return q.square().sum(1)[:, None] + k.square().sum(1) - 2 * q @ k.T
+
+
+def broadcast_cost(q: Tensor, k: Tensor) -> Tensor:
+    """Squared distances [N, M] from all differences [N, M, D], as the published code computes them."""
+    return (q[:, None, :] - k[None, :, :]).square().sum(-1)
+
+
+def expected_cost(c: Tensor, logit: Tensor, excluded: Tensor) -> Tensor:
+    """The mean of ``c`` under the softmax of ``logit`` over the keys that are not excluded, per row."""
+    return (logit.masked_fill(excluded, -math.inf).softmax(1) * c).sum(1)
+
+
+def eye(n: int, like: Tensor) -> Tensor:
+    """The mask [n, n] of a query and its own instance."""
+    return torch.eye(n, dtype=torch.bool, device=like.device)
+
+
+def single(x: Tensor) -> Tensor:
+    """Half precision in float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def attraction(q: Sequence[Tensor], k: Sequence[Tensor] | None, tau: float, detach: bool = False) -> Tensor:
+    """Mean cost of each query to the other views of its instance (``k``; the queries themselves if ``None``)."""
+    V = len(q)
+    if k is None:  # symmetric: each cost once
+        half = {(u, v): (q[u] - q[v]).square().sum(1) for u in range(V) for v in range(u + 1, V)}
+        costs = [[half[min(u, v), max(u, v)] for u in range(V) if u != v] for v in range(V)]
+    else:
+        costs = [[(q[v] - k[u]).square().sum(1) for u in range(V) if u != v] for v in range(V)]
+    c = torch.stack([torch.stack(row) for row in costs])  # [V, V-1, B]
+    logit = tau * (c.detach() if detach else c)
+    return (logit.softmax(1) * c).sum(1).mean()
+
+
+def cacr_loss(
+    views: Sequence[Tensor],
+    *,
+    tau_pos: float,
+    tau_neg: float,
+    pairing: str = "unordered",
+    cost: str = "sqeuclidean",
+    rbf_scale: float = 2.0,
+    pair_cost: PairCost = matmul_cost,
+) -> Tensor:
+    """``cacr_kernels.cacr_loss`` with alpha = beta = 1."""
+    views = [single(view) for view in views]
+    V, B = len(views), len(views[0])
+    if pairing == "pooled":
+        z = torch.cat(views)
+        excluded, pairs = eye(B, z).repeat(V, V), [(z, z)]
+    else:
+        ordered = pairing == "ordered"
+        pairs = [(views[x], views[y]) for x in range(V) for y in range(V) if x < y or (ordered and x != y)]
+        excluded = eye(B, views[0])
+    terms = []
+    for q, k in pairs:
+        c = pair_cost(q, k)
+        if cost == "rbf":
+            # log of the mean of exp(-s c), in log space
+            value = [(-t * c).masked_fill(excluded, -math.inf).logsumexp(1) for t in (tau_neg + rbf_scale, tau_neg)]
+            terms.append(math.log(len(q)) - (value[0] - value[1]).logsumexp(0))
+        else:
+            terms.append(expected_cost(c, -tau_neg * c, excluded).mean())
+    return attraction(views, None, tau_pos) - torch.stack(terms).mean()
+
+
+def cacr_queue_loss(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    queue: Tensor,
+    *,
+    tau_pos: float,
+    tau_neg: float,
+    in_batch: bool = True,
+    weight_grad: str = "in_batch",
+) -> Tensor:
+    """``cacr_kernels.cacr_queue_loss`` with alpha = beta = 1."""
+    queries, keys, queue = [single(q) for q in queries], [single(k) for k in keys], single(queue)
+    excluded = eye(len(queries[0]), queries[0])
+    terms = []
+    for q in queries:
+        c = matmul_cost(q, queue)
+        logit = -tau_neg * (c if weight_grad == "full" else c.detach())
+        if in_batch:
+            c_batch = matmul_cost(q, q)
+            logit_batch = -tau_neg * (c_batch.detach() if weight_grad == "none" else c_batch)
+            c = torch.cat([c, c_batch], 1)
+            logit = torch.cat([logit, logit_batch.masked_fill(excluded, -math.inf)], 1)
+        terms.append((logit.softmax(1) * c).sum(1).mean())
+    return attraction(queries, keys, tau_pos, detach=True) - torch.stack(terms).mean()
+
+
+def cacr_momentum_loss(
+    queries: Sequence[Tensor], keys: Tensor, *, temperature: float, cost: str = "rbf", key_offset: int = 0
+) -> Tensor:
+    """``cacr_kernels.cacr_momentum_loss``."""
+    queries, keys = [single(q) for q in queries], single(keys)
+    B = len(queries[0])
+    positive = keys[key_offset : key_offset + B]
+    c_pos = torch.stack([(q - positive).square().sum(1) for q in queries])  # [V, B]
+    p = (c_pos.detach() / temperature).softmax(0)
+    terms = []
+    for q in queries:
+        inner = q @ keys.T
+        if cost == "rbf":
+            aligned = (q * positive).sum(1)
+            terms.append(2 * temperature * (inner / temperature).logsumexp(1) - 2 * aligned)
+        else:
+            index = torch.arange(len(keys), device=keys.device)
+            excluded = index == key_offset + torch.arange(B, device=keys.device)[:, None]
+            c = q.square().sum(1)[:, None] + keys.square().sum(1) - 2 * inner
+            terms.append((-expected_cost(c, inner.detach() / temperature, excluded)) / 2)
+    loss = torch.stack(terms) if cost == "rbf" else torch.stack(terms) + c_pos / 2
+    return (p * loss).sum(0).mean()
+
+
+def supervised_cacr_loss(embeddings: Tensor, labels: Tensor, *, tau_pos: float, tau_neg: float) -> Tensor:
+    """``cacr_kernels.supervised_cacr_loss`` of embeddings that are their own keys, by masks."""
+    embeddings = single(embeddings)
+    c = matmul_cost(embeddings, embeddings)
+    same = labels[:, None] == labels
+    positive = same & ~eye(len(labels), embeddings)
+    loss = embeddings.new_zeros(())
+    for tau, members, sign in ((tau_pos, positive, 1.0), (-tau_neg, ~same, -1.0)):
+        # A row without members gets equal finite logits and counts as 0.
+        logit = (tau * c).masked_fill(~members & members.any(1, keepdim=True), -math.inf)
+        value = torch.where(members, logit.softmax(1) * c, 0.0).sum(1)
+        loss = loss + sign * value.sum() / members.any(1).sum().clamp(min=1)
+    return loss
