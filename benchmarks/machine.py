@@ -1,0 +1,98 @@
+"""The machine at hand: what it is, what runs on it, how fast it multiplies."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cacr_kernels
+from cacr_kernels import _extension
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def cpu_model() -> str:
+    """The processor as it calls itself."""
+    try:
+        if platform.system() == "Darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration, subprocess.SubprocessError):
+        return platform.processor() or platform.machine()
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What every row of the results carries along."""
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    changed = bool(_git("status", "--porcelain", "--untracked-files=no"))
+    cuda = device != "cpu"
+    return {
+        "machine": torch.cuda.get_device_name(device) if cuda else cpu_model(),
+        "cores": torch.get_num_threads() if cuda else (len_affinity() or 1),
+        "platform": platform.platform(),
+        "isa": _extension.active_isa() or "none",
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "version": cacr_kernels.__version__,
+        "commit": commit + ("+changes" if commit and changed else ""),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def len_affinity() -> int:
+    """Cores this process may use."""
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def available_bytes(device: str) -> int:
+    """Memory that can still be used without swapping."""
+    if device != "cpu":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found = next(line for line in lines if line.startswith("MemAvailable"))
+        return int(found.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return 8 * 2**30
+
+
+@functools.cache
+def ceiling(dtype: torch.dtype, threads: int, device: str, seconds: float = 0.6) -> float:
+    """GFLOP/s of a large ``torch.mm``, the best of many: what the machine can do when nobody else uses it."""
+    n = 8192 if device != "cpu" else (2048 if dtype == torch.float32 else 1024)
+    a, b = (torch.randn(n, n, dtype=torch.float32).to(dtype).to(device) for _ in range(2))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    best, start = float("inf"), time.perf_counter()
+    try:
+        out = torch.mm(a, b)
+        while time.perf_counter() - start < seconds:
+            if device != "cpu":
+                torch.cuda.synchronize(device)
+            begin = time.perf_counter()
+            torch.mm(a, b, out=out)
+            if device != "cpu":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - begin)
+    finally:
+        torch.set_num_threads(before)
+    return 2.0 * n**3 / best / 1e9
