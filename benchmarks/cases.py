@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -137,32 +136,26 @@ def quick(threads: int, device: str) -> list[Case]:
 
 def full(threads: int, device: str) -> list[Case]:
     """Sweeps over B, V, D, queue length, dtypes, threads, the four losses and their options."""
-
-    def sweeps() -> Iterator[Case]:
-        base = Case(cacr(2, 2048, 128), threads=threads, device=device)
-        for B in (32, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536):
-            yield replace(base, problem=cacr(2, B, 128), memory=True)
-        for B in (128, 512, 2048, 8192):
-            yield replace(base, problem=cacr(2, B, 128), mode=LOSS)
-        for V, B, D in ((2, 32, 64), (2, 128, 128), (3, 128, 128), (5, 128, 128), (8, 128, 128), (5, 512, 128)):
-            yield replace(base, problem=cacr(V, B, D))
-        for D in (32, 64, 100, 256, 512, 1024):
-            yield replace(base, problem=cacr(2, 2048, D))
-        for dtype in ("float64", "bfloat16", "float16"):
-            yield replace(base, problem=cacr(2, 1024, 128), dtype=dtype)
-        for options in ({"pairing": "ordered"}, {"pairing": "pooled"}, {"cost": "rbf"}, {"tau_neg": 50.0}):
-            yield replace(base, problem=cacr(2, 1024, 128, **options))
-        for K in (1024, 4096, 16384, 65536):
-            yield replace(base, problem=queue(2, 128, 128, K), memory=K == 65536)
-        for M, cost in ((4096, "rbf"), (4096, "sqeuclidean"), (65536, "rbf")):
-            yield replace(base, problem=momentum(2, 256, 128, M, cost=cost))
-        for B in (512, 2048, 8192):
-            yield replace(base, problem=supervised(B, 128, 100))
-        if threads > 1:
-            for V, B, D in ((5, 128, 128), (2, 512, 128), (2, 2048, 128)):
-                yield replace(base, problem=cacr(V, B, D), threads=1)
-
-    return list({case.key: case for case in sweeps()}.values())
+    base = Case(cacr(2, 2048, 128), threads=threads, device=device)
+    batches = (32, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+    shapes = ((2, 32, 64), (3, 128, 128), (5, 128, 128), (8, 128, 128), (5, 512, 128))
+    options = ({"pairing": "ordered"}, {"pairing": "pooled"}, {"cost": "rbf"}, {"tau_neg": 50.0})
+    problems = [
+        *(cacr(V, B, D) for V, B, D in shapes),
+        *(cacr(2, 2048, D) for D in (32, 64, 100, 256, 512, 1024)),
+        *(cacr(2, 1024, 128, **some) for some in options),
+        *(momentum(2, 256, 128, M, cost=cost) for M, cost in ((4096, "rbf"), (4096, "sqeuclidean"), (65536, "rbf"))),
+        *(supervised(B, 128, 100) for B in (512, 2048, 8192)),
+    ]
+    cases = [
+        *(replace(base, problem=cacr(2, B, 128), memory=True) for B in batches),
+        *(replace(base, problem=cacr(2, B, 128), mode=LOSS) for B in (128, 512, 2048, 8192)),
+        *(replace(base, problem=problem) for problem in problems),
+        *(replace(base, problem=queue(2, 128, 128, K), memory=K == 65536) for K in (1024, 4096, 16384, 65536)),
+        *(replace(base, problem=cacr(2, 1024, 128), dtype=dtype) for dtype in ("float64", "bfloat16", "float16")),
+        *(replace(base, problem=cacr(*shape), threads=1) for shape in ((5, 128, 128), (2, 512, 128), (2, 2048, 128))),
+    ]
+    return list({case.key: case for case in cases}.values())
 
 
 SUITES = {"quick": quick, "full": full}

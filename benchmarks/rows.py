@@ -85,7 +85,7 @@ def ours(device: str) -> str:
     return [name for name, reason in usable_backends(device).items() if reason is None][-1]
 
 
-# ---- why a row is left out --------------------------------------------------------------------------------------------
+# ---- why a row is left out -------------------------------------------------------------------------------------------
 def too_large(case: Case, arrays: float) -> str | None:
     """A reason if ``arrays`` arrays N x M of every problem do not fit into memory."""
     P, N, M, _ = case.extent
@@ -137,7 +137,7 @@ def _backend(name: str, case: Case) -> str | None:
     return reason
 
 
-# ---- the losses -------------------------------------------------------------------------------------------------------
+# ---- the losses ------------------------------------------------------------------------------------------------------
 def _library(name: str, case: Case) -> Loss:
     return partial(getattr(cacr_kernels, case.problem.loss), **case.problem.options, backend=name)
 

@@ -7,13 +7,11 @@ What is compared
                eager matmul form, on the same rounded inputs
     actual     a public loss with one backend, on the rounded inputs in the input dtype
 
-for the loss, its gradient w.r.t. every differentiable input, and its derivative w.r.t. every temperature. With
-``reduction="mean"`` the incoming gradient is the number of queries, with ``"none"`` it is a random number of [0.5, 1.5)
-per query, so that gradients have the size of one query's and do not vanish in float16.
+for the loss, its gradient w.r.t. every differentiable input, and its derivative w.r.t. every temperature.
 
 The measure
 -----------
-    error(x) = max |x - truth| / scale,        yardstick(x) likewise,        both dimensionless
+    error(x) = max |x - truth| / scale,        yardstick likewise,        both dimensionless
     scale    = max(max |attraction|, max |repulsion|) of the truth, where for a gradient or a derivative the two terms
                stand for their contributions to it
     x is right  <=>  error <= 2 yardstick + 8 eps,       eps of the dtype of the arithmetic
@@ -21,10 +19,15 @@ The measure
 The scale belongs to the terms because they cancel in the sum: an error of eps in each is all one can ask for. A
 quantity whose scale is 0 (nothing flows to it) has to be exactly 0. Anything not finite has an infinite error.
 
-Two details. A float16 or bfloat16 gradient has been rounded once more, on its way out: its error is the distance from
-the truth to the interval of numbers that round to it, so that the last cast costs nothing and hides nothing. And in
-float64 the truth carries the rounding errors of the very yardstick, which comparing it with itself would put at 0: the
-yardstick of float64 is that of float32 times the ratio of the two eps.
+- The incoming gradient is the number of values under the mean or, per query, a random number of [0.5, 1.5): gradients
+  have the size of one query's and do not vanish in float16.
+- A float16 or bfloat16 gradient has been rounded once more, on its way out: its error is the distance from the truth to
+  the interval of numbers that round to it, so that the last cast costs nothing and hides nothing.
+- The derivative of 2T lse w.r.t. T (``cacr_momentum_loss``, rbf) is itself a difference, of 2 lse and the mean logit:
+  the first of them belongs to its scale.
+- In float64 the truth carries the rounding errors of the yardstick, which comparing it with itself would put at 0. As
+  rounding errors are proportional to eps, the yardstick of float64 is that of float32 times the ratio of the two eps;
+  the worst of several draws of the inputs, since a single error of a scalar can be small by chance.
 """
 
 from __future__ import annotations
@@ -32,8 +35,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,74 +44,60 @@ from torch.nn.functional import normalize
 from . import functional, reference
 from .types import Terms
 
-LossName = Literal["cacr", "queue", "momentum", "supervised"]
-DataKind = Literal["unit", "clustered", "near-equal", "long"]
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FACTOR = 2.0  # tolerance = FACTOR yardstick + EPSILONS eps
+EPSILONS = 8.0
+DRAWS = 6  # of the inputs, for the yardstick of float64
 NEAR = 1e-3  # distance of near-equal views, in lengths of the vectors, up to a factor of about one
-PUBLIC: Mapping[LossName, Callable[..., Any]] = {
-    "cacr": functional.cacr_loss,
-    "queue": functional.cacr_queue_loss,
-    "momentum": functional.cacr_momentum_loss,
-    "supervised": functional.supervised_cacr_loss,
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+DIFFERENTIABLE = ("views", "queries", "embeddings", "ref_embeddings")
+TEMPERATURES = ("tau_pos", "tau_neg", "temperature")
+DEFINITIONS: Mapping[str, tuple[Callable[..., Terms], dict[str, Any]]] = {
+    "cacr_loss": (
+        reference.cacr,
+        {"alpha": 1.0, "beta": 1.0, "pairing": "unordered", "cost": "sqeuclidean", "rbf_scale": 2.0},
+    ),
+    "cacr_queue_loss": (reference.queue, {"alpha": 1.0, "beta": 1.0, "in_batch": True, "weight_grad": "in_batch"}),
+    "cacr_momentum_loss": (reference.momentum, {"cost": "rbf", "key_offset": 0}),
+    "supervised_cacr_loss": (
+        reference.supervised,
+        {"alpha": 1.0, "beta": 1.0, "ref_embeddings": None, "ref_labels": None},
+    ),
 }
-DEFINITION: Mapping[LossName, Callable[..., Terms]] = {
-    "cacr": reference.cacr,
-    "queue": reference.queue,
-    "momentum": reference.momentum,
-    "supervised": reference.supervised,
-}
 
 
-@dataclass(frozen=True)
-class Case:
-    """A named problem.
+class Case(NamedTuple):
+    """A problem: a public loss, its sizes, its keywords (temperatures among them) and the kind of its data.
 
-    ``V``, ``B``, ``D``: views, instances, features. ``M``: entries of the queue, keys beyond those of the queries
-    (momentum), or size of the reference set (supervised, 0: none). ``taus`` are the temperatures in the order of the
-    arguments of the loss; ``options`` its other keywords.
+    Sizes: V views, B instances (supervised: embeddings), D features, K queue entries, M keys (momentum, in all) or
+    reference embeddings (supervised), C classes. Data: ``"unit"`` vectors, ``"clustered"`` around 5 centres,
+    ``"near-equal"`` views of an instance (or embeddings of a class), ``"long"``: not unit vectors.
     """
 
-    name: str
-    loss: LossName = "cacr"
-    V: int = 2
-    B: int = 37
-    D: int = 17
-    M: int = 0
-    data: DataKind = "unit"
-    taus: tuple[float, ...] = (1.0, 2.0)
-    options: Mapping[str, Any] = field(default_factory=dict)
-    normalize: bool = False
-    reduction: Literal["mean", "none"] = "mean"
+    loss: str
+    shape: dict[str, int]
+    options: dict[str, Any]
+    data: str = "unit"
     quick: bool = False
 
     @property
-    def variant(self) -> str:
-        """The loss and the options that decide which formula is computed."""
-        words = [self.options[key] for key in ("pairing", "cost", "weight_grad") if key in self.options]
-        return " ".join([self.loss, *words])
+    def name(self) -> str:
+        """Readable and unique."""
+        words = [f"{key}={value}" for key, value in (self.shape | self.options).items()]
+        return " ".join([self.loss, *words, *([] if self.data == "unit" else [self.data])])
 
     @property
-    def id(self) -> str:
-        """Unique name, for ``pytest.mark.parametrize``."""
-        return f"{self.variant}: {self.name}".replace(" ", "-")
+    def per_query(self) -> bool:
+        """Whether the loss is one value per query."""
+        return self.options.get("reduction") == "none"
 
 
-class Inputs(NamedTuple):
-    """Arguments of a loss by name; temperatures are 0-dim tensors in the dtype of the arithmetic."""
+class Outcome(NamedTuple):
+    """Loss, gradients by argument, and the larger of attraction and repulsion; float64 on the CPU."""
 
-    differentiable: dict[str, Tensor]
-    constant: dict[str, Tensor | None]
-    temperatures: dict[str, Tensor]
-
-
-class Expected(NamedTuple):
-    """Inputs of a case in one dtype, and by quantity the truth, its scale and the yardstick relative to it."""
-
-    inputs: Inputs
-    truth: dict[str, Tensor]
-    scale: dict[str, float]
-    yardstick: dict[str, float]
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    scale: float
 
 
 class Result(NamedTuple):
@@ -119,285 +107,310 @@ class Result(NamedTuple):
     error: float
     yardstick: float
     tolerance: float
-    ok: bool
 
     @property
-    def share(self) -> float:
-        """``error / tolerance``: above 1 it has failed."""
-        return self.error / self.tolerance
+    def ok(self) -> bool:
+        """Whether the quantity is right (not if the error is NaN)."""
+        return self.error <= self.tolerance
 
 
-# ---- cases -----------------------------------------------------------------------------------------------------------
-# Every axis has its own odd or prime size. The names of a variant are unique.
-SHAPES = (
-    Case("odd", V=3, B=7, D=5, quick=True),
-    Case("one instance", B=1, D=3, quick=True),
-    Case("two instances", B=2, D=1),
-    Case("one feature", V=3, B=23, D=1, data="long"),
-    Case("five views", V=5, B=13, D=11),
-    Case("clustered", B=67, D=33, data="clustered", taus=(2.0, 5.0), quick=True),
-    Case("near-equal views", V=3, B=41, D=19, data="near-equal", quick=True),
-    Case("near-equal views, attraction alone", V=3, B=29, D=31, data="near-equal", options={"beta": 0.0}),
-    Case("repulsion alone, clustered", B=43, D=21, data="clustered", options={"alpha": 0.0}),
-    Case("large temperatures", V=3, B=53, D=29, taus=(20.0, 40.0), quick=True),
-    Case("uniform weights", V=3, B=19, D=9, taus=(0.0, 0.0)),
-    Case("long vectors", V=3, B=31, D=23, data="long", quick=True),
-    Case("normalised here", V=3, B=17, D=13, data="long", normalize=True, options={"alpha": 0.7, "beta": 1.3}),
-    Case("many features", B=11, D=1031),
-    Case("large", B=257, D=129, taus=(1.0, 5.0)),
-)
-PER_QUERY = (
-    Case("odd, per query", V=3, B=11, D=7, reduction="none", quick=True),
-    Case("near-equal views, per query", V=4, B=21, D=15, data="near-equal", taus=(5.0, 10.0), reduction="none"),
-    Case("one instance, per query", V=3, B=1, D=2, reduction="none"),
-)
-DEFAULTS: Mapping[LossName, Mapping[str, Any]] = {
-    "cacr": {"alpha": 1.0, "beta": 1.0, "rbf_scale": 2.0},
-    "queue": {"alpha": 1.0, "beta": 1.0, "in_batch": True},
-    "momentum": {"key_offset": 0},
-    "supervised": {"alpha": 1.0, "beta": 1.0},
-}
-
-
-def _variant(base: Case, loss: LossName, **options: Any) -> Case:
-    return replace(base, loss=loss, options={**DEFAULTS[loss], **base.options, **options})
+# ---- cases: every axis has its own odd or prime size -----------------------------------------------------------------
+def _taus(pos: float, neg: float) -> dict[str, Any]:
+    return {"tau_pos": pos, "tau_neg": neg}
 
 
 def _cacr_cases() -> list[Case]:
-    pairings, costs = ("unordered", "ordered", "pooled"), ("sqeuclidean", "rbf")
+    def case(V: int, B: int, D: int, data: str = "unit", quick: bool = False, **options: Any) -> Case:
+        return Case("cacr_loss", {"V": V, "B": B, "D": D}, _taus(1.0, 2.0) | options, data, quick)
+
+    both_costs = [
+        case(3, 7, 5, quick=True),
+        case(2, 1, 3, quick=True),
+        case(2, 2, 1),
+        case(3, 23, 1, "long"),
+        case(5, 13, 11),
+        case(2, 67, 33, "clustered", True, **_taus(2.0, 5.0)),
+        case(3, 41, 19, "near-equal", True),
+        case(3, 29, 31, "near-equal", beta=0.0),
+        case(2, 43, 21, "clustered", alpha=0.0),
+        case(3, 53, 29, quick=True, **_taus(20.0, 40.0)),
+        case(3, 19, 9, **_taus(0.0, 0.0)),
+        case(3, 31, 23, "long", True),
+        case(3, 17, 13, "long", normalize=True, alpha=0.7, beta=1.3),
+        case(2, 11, 1031),
+        case(2, 257, 129, **_taus(1.0, 5.0)),
+    ]
+    rows = [
+        case(3, 11, 7, quick=True, reduction="none"),
+        case(4, 21, 15, "near-equal", reduction="none", **_taus(5.0, 10.0)),
+        case(3, 1, 2, reduction="none"),
+    ]
     return [
-        _variant(base, "cacr", pairing=pairing, cost=cost)
-        for pairing in pairings
-        for cost in costs
-        for base in SHAPES + (PER_QUERY if cost == "sqeuclidean" else ())
+        base._replace(options=base.options | {"pairing": pairing, "cost": cost})
+        for pairing in ("unordered", "ordered", "pooled")
+        for cost in ("sqeuclidean", "rbf")
+        for base in both_costs + (rows if cost == "sqeuclidean" else [])
     ]
 
 
 def _queue_cases() -> list[Case]:
+    def case(V: int, B: int, D: int, K: int, data: str = "unit", quick: bool = False, **options: Any) -> Case:
+        return Case("cacr_queue_loss", {"V": V, "B": B, "D": D, "K": K}, _taus(1.0, 2.0) | options, data, quick)
+
     bases = (
-        Case("odd", V=3, B=7, D=5, M=13, quick=True),
-        Case("one instance, empty queue", B=1, D=3),
-        Case("empty queue", B=9, D=4),
-        Case("queue alone", V=3, B=11, D=7, M=29, options={"in_batch": False}),
-        Case("near-equal views", V=3, B=17, D=19, M=67, data="near-equal", taus=(5.0, 10.0), quick=True),
-        Case("large temperatures", B=23, D=31, M=59, taus=(20.0, 40.0)),
-        Case("normalised here, per query", V=3, B=19, D=9, M=37, data="long", normalize=True, reduction="none"),
-        Case("large", B=61, D=65, M=521, taus=(1.0, 5.0)),
+        case(3, 7, 5, 13, quick=True),
+        case(2, 1, 3, 0),
+        case(2, 9, 4, 0),
+        case(3, 11, 7, 29, in_batch=False),
+        case(3, 17, 19, 67, "near-equal", True, **_taus(5.0, 10.0)),
+        case(2, 23, 31, 59, **_taus(20.0, 40.0)),
+        case(3, 19, 9, 37, "long", normalize=True, reduction="none"),
+        case(2, 61, 65, 521, **_taus(1.0, 5.0)),
     )
-    return [_variant(base, "queue", weight_grad=how) for how in ("in_batch", "full", "none") for base in bases]
+    return [b._replace(options=b.options | {"weight_grad": w}) for w in ("in_batch", "full", "none") for b in bases]
 
 
 def _momentum_cases() -> list[Case]:
+    def case(V: int, B: int, D: int, M: int, data: str = "unit", quick: bool = False, **options: Any) -> Case:
+        return Case("cacr_momentum_loss", {"V": V, "B": B, "D": D, "M": M}, options, data, quick)
+
     bases = (
-        Case("odd", V=3, B=7, D=5, M=6, taus=(0.5,), options={"key_offset": 3}, quick=True),
-        Case("one query and key", V=1, B=1, D=3, taus=(1.0,)),
-        Case("near-equal views", V=2, B=43, D=19, data="near-equal", taus=(0.2,), quick=True),
-        Case("low temperature, per query", V=3, B=29, D=21, taus=(0.05,), M=8, reduction="none"),
-        Case("normalised here", V=4, B=17, D=11, data="long", M=2, taus=(1.0,), normalize=True),
-        Case("large", B=127, D=65, M=260, taus=(0.2,), options={"key_offset": 127}),
+        case(3, 7, 5, 13, quick=True, temperature=0.5, key_offset=3),
+        case(1, 1, 3, 1, temperature=1.0),
+        case(2, 43, 19, 43, "near-equal", True, temperature=0.2),
+        case(3, 29, 21, 37, temperature=0.05, reduction="none"),
+        case(4, 17, 11, 19, "long", temperature=1.0, normalize=True),
+        case(2, 127, 65, 387, temperature=0.2, key_offset=127),
     )
-    return [_variant(base, "momentum", cost=cost) for cost in ("rbf", "sqeuclidean") for base in bases]
+    return [base._replace(options=base.options | {"cost": cost}) for cost in ("rbf", "sqeuclidean") for base in bases]
 
 
 def _supervised_cases() -> list[Case]:
-    bases = (
-        Case("odd", V=3, B=7, D=5, quick=True),
-        Case("alone", V=1, B=1, D=3),
-        Case("reference set", V=2, B=13, D=11, M=41, quick=True),
-        Case("near-equal views, per query", V=4, B=11, D=19, data="near-equal", taus=(5.0, 10.0), reduction="none"),
-        Case("clustered", B=37, D=33, data="clustered", taus=(2.0, 5.0)),
-        Case("large temperatures, reference set", B=19, D=17, M=53, taus=(20.0, 40.0)),
-        Case("normalised here", V=3, B=9, D=8, data="long", normalize=True),
-    )
-    return [_variant(base, "supervised") for base in bases]
+    def case(data: str = "unit", quick: bool = False, options: dict[str, Any] | None = None, **shape: int) -> Case:
+        return Case("supervised_cacr_loss", shape, _taus(1.0, 2.0) | (options or {}), data, quick)
+
+    return [
+        case(quick=True, B=21, D=5, C=4),
+        case(B=1, D=3, C=1),
+        case(B=13, D=6, C=1),
+        case(B=17, D=7, C=97),
+        case(quick=True, B=27, D=11, C=5, M=41),
+        case("near-equal", options=_taus(5.0, 10.0) | {"reduction": "none"}, B=43, D=19, C=11),
+        case("clustered", options=_taus(2.0, 5.0), B=75, D=33, C=9),
+        case(options=_taus(20.0, 40.0), B=37, D=17, C=3, M=53),
+        case("long", options={"normalize": True}, B=29, D=8, C=7),
+    ]
 
 
-CASES: tuple[Case, ...] = (*_cacr_cases(), *_queue_cases(), *_momentum_cases(), *_supervised_cases())
-
-
-def cases(*, quick: bool = False, loss: LossName | None = None) -> list[Case]:
-    """The cases, or the quick ones, or those of one loss."""
-    return [case for case in CASES if (case.quick or not quick) and loss in (None, case.loss)]
+def cases(quick: bool = False) -> list[Case]:
+    """All cases, or the quick ones."""
+    found = [*_cacr_cases(), *_queue_cases(), *_momentum_cases(), *_supervised_cases()]
+    return [case for case in found if case.quick or not quick]
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
+def make_inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
+    """The tensors of a case by argument name, float64 (labels: int64) on the CPU; the same for the same seed."""
+    generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()) + seed)
+    sizes = {"V": 1, "K": 0, "M": 0, "C": 1} | case.shape
+    V, B, D, M = (sizes[axis] for axis in "VBDM")
+    centres = torch.randn(max(B, M, sizes["K"], 5), D, dtype=torch.float64, generator=generator)
+
+    def make(*shape: int, owner: Tensor | None = None) -> Tensor:
+        """``owner``: for near-equal data, whose copy each row is."""
+        noise = torch.randn(*shape, D, dtype=torch.float64, generator=generator)
+        if case.data == "long":
+            return 1.5 * noise
+        if case.data == "near-equal":
+            own = normalize(centres[: shape[-1]] if owner is None else centres[owner], dim=-1)
+            noise = own + NEAR / math.sqrt(D) * noise
+        elif case.data == "clustered":
+            noise = centres[torch.arange(shape[-1]) % 5] + 0.1 * noise
+        return normalize(noise, dim=-1)
+
+    if case.loss == "cacr_loss":
+        return {"views": make(V, B)}
+    if case.loss == "cacr_queue_loss":
+        return {"queries": make(V, B), "keys": make(V, B), "queue": make(sizes["K"])}
+    if case.loss == "cacr_momentum_loss":
+        owner = torch.arange(M) - case.options.get("key_offset", 0)
+        return {"queries": make(V, B), "keys": make(M, owner=owner % len(centres))}
+    labels = torch.randint(sizes["C"], (B,), generator=generator)
+    own = {"embeddings": make(B, owner=labels % len(centres)), "labels": labels}
+    if not M:
+        return own
+    return own | {"ref_embeddings": make(M), "ref_labels": torch.randint(sizes["C"], (M,), generator=generator)}
+
+
+def rounded(inputs: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The inputs in ``dtype`` (labels as they are) on ``device``."""
+    return {n: (t.to(dtype) if t.is_floating_point() else t).to(device) for n, t in inputs.items()}
+
+
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype inputs of ``dtype`` are computed in."""
+    """The dtype that inputs of ``dtype`` are computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def make_views(case: Case, V: int, B: int, generator: torch.Generator) -> Tensor:
-    """Embeddings [V, B, D] in float64 on the CPU, of the kind ``case.data``; all but ``"long"`` are unit vectors."""
-    noise = torch.randn(V, B, case.D, dtype=torch.float64, generator=generator)
-    if case.data == "long":
-        return 1.5 * noise
-    if case.data == "unit":
-        return normalize(noise, dim=-1)
-    if case.data == "near-equal":
-        centre = normalize(torch.randn(1, B, case.D, dtype=torch.float64, generator=generator), dim=-1)
-        return normalize(centre + NEAR / math.sqrt(case.D) * noise, dim=-1)
-    centre = torch.randn(5, case.D, dtype=torch.float64, generator=generator)
-    return normalize(centre[torch.arange(B) % 5] + 0.1 * noise, dim=-1)
+def _leaves(case: Case, inputs: dict[str, Tensor], learn_temperatures: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments made of fresh leaves (temperatures rounded to float32, the same for every dtype), and other keywords."""
+    tensors: dict[str, Any] = {n: t.detach().clone().requires_grad_(n in DIFFERENTIABLE) for n, t in inputs.items()}
+    options = dict(case.options)
+    if learn_temperatures:
+        first = next(iter(inputs.values()))
+        for name in options.keys() & set(TEMPERATURES):
+            tau = torch.tensor(options.pop(name), dtype=torch.float32, device=first.device)
+            tensors[name] = tau.to(arithmetic_dtype(first.dtype)).requires_grad_()
+    return tensors, options
 
 
-def make_inputs(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
-    """The inputs of a case: always the same numbers, rounded to ``dtype``."""
-    generator = torch.Generator().manual_seed(zlib.crc32(case.id.encode()))
-
-    def make(V: int, B: int) -> Tensor:
-        return make_views(case, V, B, generator).to(device, dtype)
-
-    # Temperatures are rounded to float32 in any case, so that every dtype is asked the same question.
-    scalar = arithmetic_dtype(dtype)
-    taus = [torch.tensor(tau, dtype=torch.float32, device=device).to(scalar) for tau in case.taus]
-    views = make(2 * case.V if case.loss in ("queue", "momentum") else case.V, case.B)
-    if case.loss == "cacr":
-        return Inputs({"views": views}, {}, {"tau_pos": taus[0], "tau_neg": taus[1]})
-    if case.loss == "queue":
-        constant: dict[str, Tensor | None] = {"keys": views[case.V :], "queue": make(1, case.M)[0]}
-        return Inputs({"queries": views[: case.V]}, constant, {"tau_pos": taus[0], "tau_neg": taus[1]})
-    if case.loss == "momentum":
-        others, offset = make(1, case.M)[0], case.options["key_offset"]
-        keys = torch.cat([others[:offset], views[case.V], others[offset:]])
-        return Inputs({"queries": views[: case.V]}, {"keys": keys}, {"temperature": taus[0]})
-    labels = torch.arange(case.V * case.B, device=device) % max(1, case.B // 2)
-    labels[-1] = case.B + 5  # a label nobody shares: no positive for it
-    differentiable = {"embeddings": views.flatten(0, 1)}
-    constant = {"labels": labels, "ref_embeddings": None, "ref_labels": None}
-    if case.M:
-        differentiable["ref_embeddings"] = make(1, case.M)[0]
-        constant = {"labels": labels, "ref_labels": torch.arange(case.M, device=device) % max(2, case.B // 2 + 1)}
-    return Inputs(differentiable, constant, {"tau_pos": taus[0], "tau_neg": taus[1]})
+def _incoming(case: Case, value: Tensor) -> Tensor:
+    """The gradient that flows into a loss or a term under test, see the head of this file."""
+    if not case.per_query:
+        count = case.shape["B"] * (case.shape.get("V", 1) if case.loss != "cacr_momentum_loss" else 1)
+        return torch.full_like(value, count)
+    weights = torch.rand(value.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(value.numel()))
+    return (0.5 + weights).to(value)
 
 
-# ---- the three evaluations -------------------------------------------------------------------------------------------
-def _leaves(inputs: Inputs, dtype: torch.dtype | None) -> Inputs:
-    """Copies that require gradients where they can, floating ones in ``dtype`` (``None``: as they are)."""
-
-    def copy(tensor: Tensor) -> Tensor:
-        return tensor.detach().to(dtype or tensor.dtype, copy=True)
-
-    constant = {
-        name: copy(tensor) if tensor is not None and tensor.is_floating_point() else tensor
-        for name, tensor in inputs.constant.items()
-    }
-    differentiable = {name: copy(tensor).requires_grad_() for name, tensor in inputs.differentiable.items()}
-    return Inputs(differentiable, constant, {n: copy(t).requires_grad_() for n, t in inputs.temperatures.items()})
-
-
-def _incoming(case: Case, loss: Tensor) -> Tensor:
-    """The incoming gradient of the loss (or of one term of it), see the head of this file."""
-    if case.reduction == "mean":
-        return torch.full_like(loss, case.B if case.loss == "momentum" else case.V * case.B)
-    values = torch.rand(loss.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(loss.numel()))
-    return (0.5 + values).to(loss)
-
-
-def _gradients(case: Case, value: Tensor, leaves: Inputs) -> dict[str, Tensor]:
-    """Gradients by quantity; zeros where nothing flows."""
-    tensors = {**leaves.differentiable, **leaves.temperatures}
+def _gradients(value: Tensor, tensors: dict[str, Any], incoming: Tensor) -> dict[str, Tensor]:
+    """Gradients of every leaf that asks for one, in the order of the arguments; zeros where nothing flows."""
+    wanted = {n: tensors[n] for n in (*DIFFERENTIABLE, *TEMPERATURES) if n in tensors}
     if not value.requires_grad:
-        return {f"d/d {name}": torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    grads = torch.autograd.grad(
-        value, list(tensors.values()), _incoming(case, value), allow_unused=True, retain_graph=True
+        return {n: torch.zeros_like(t) for n, t in wanted.items()}
+    found = torch.autograd.grad(value, list(wanted.values()), incoming, allow_unused=True, retain_graph=True)
+    return {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(wanted.items(), found, strict=True)}
+
+
+# ---- evaluations -----------------------------------------------------------------------------------------------------
+def evaluate(case: Case, inputs: dict[str, Tensor], backend: str, *, learn_temperatures: bool = True) -> Outcome:
+    """The public loss and its gradients (incoming gradient 1), with the inputs in the dtype they have."""
+    tensors, options = _leaves(case, inputs, learn_temperatures)
+    found = getattr(functional, case.loss)(**tensors, **options, backend=backend, return_parts=True)
+    gradients = _gradients(found.loss, tensors, torch.ones_like(found.loss))
+    scale = max(found.attraction.abs().item(), found.repulsion.abs().item())
+    return Outcome(
+        found.loss.detach().double().cpu(), {n: g.detach().double().cpu() for n, g in gradients.items()}, scale
     )
-    return {
-        f"d/d {name}": torch.zeros_like(tensor) if grad is None else grad
-        for (name, tensor), grad in zip(tensors.items(), grads, strict=True)
-    }
 
 
-def define(case: Case, inputs: Inputs, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Every quantity by the definition in ``dtype``, and its scale: the larger of what the two terms contribute."""
-    leaves = _leaves(inputs, dtype)
-    floats = {n: t for n, t in (leaves.differentiable | leaves.constant).items() if t is not None and t.is_floating_point()}
-    if case.normalize:
-        floats = {name: normalize(tensor, dim=-1) for name, tensor in floats.items()}
-    arguments = {**leaves.constant, **floats, **leaves.temperatures}
-    terms = DEFINITION[case.loss](**arguments, **case.options)
+def actual_quantities(case: Case, inputs: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    """The loss and its gradients as a user gets them, dtypes included, with the incoming gradient of this file."""
+    tensors, options = _leaves(case, inputs, True)
+    loss = getattr(functional, case.loss)(**tensors, **options, backend=backend)
+    return {"loss": loss.detach(), **_gradients(loss, tensors, _incoming(case, loss))}
+
+
+def true_quantities(
+    case: Case, inputs: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The same by the definition in ``dtype``, and the scale of each: the larger of what the two terms contribute."""
+    tensors, options = _leaves(case, rounded(inputs, dtype, next(iter(inputs.values())).device), True)
+    function, defaults = DEFINITIONS[case.loss]
+    arguments = defaults | tensors | options
+    arguments.pop("reduction", None)
+    if arguments.pop("normalize", False):
+        floats = [n for n, t in tensors.items() if t.is_floating_point() and t.dim()]
+        arguments |= {n: normalize(tensors[n], dim=-1) for n in floats}
+    terms = function(**arguments)
     parts = terms.attraction, terms.repulsion
-    if case.reduction == "mean":
+    if not case.per_query:
         parts = parts[0].mean(), parts[1].mean()
     loss = parts[0] + parts[1]
-    values = {"loss": loss.detach(), **_gradients(case, loss, leaves)}
-    contributions = [{"loss": part.detach(), **_gradients(case, part, leaves)} for part in parts]
-    return values, {name: max(part[name].abs().max().item() for part in contributions) for name in values}
-
-
-def evaluate(case: Case, inputs: Inputs, backend: str) -> dict[str, Tensor]:
-    """Every quantity by the public loss, with the inputs in the dtype they have."""
-    leaves = _leaves(inputs, None)
-    arguments = {**leaves.constant, **leaves.differentiable, **leaves.temperatures, **case.options}
-    loss = PUBLIC[case.loss](**arguments, normalize=case.normalize, reduction=case.reduction, backend=backend)
-    return {"loss": loss.detach(), **_gradients(case, loss, leaves)}
+    incoming = _incoming(case, loss)
+    values = {"loss": loss.detach(), **_gradients(loss, tensors, incoming)}
+    shares = [{"loss": part.detach(), **_gradients(part, tensors, incoming)} for part in parts]
+    scale = {name: max(share[name].abs().max().item() for share in shares) for name in values}
+    if case.loss == "cacr_momentum_loss" and arguments["cost"] == "rbf":
+        summand = (parts[1] * incoming).sum().abs() / case.options["temperature"]
+        scale["temperature"] = max(scale["temperature"], summand.item())
+    return values, scale
 
 
 # ---- the measure -----------------------------------------------------------------------------------------------------
-def distance(actual: Tensor, truth: Tensor) -> Tensor:
-    """``|actual - truth|`` in float64, elementwise.
-
-    For float16 and bfloat16 the distance from ``truth`` to the interval of numbers that round to ``actual``.
-    """
-    value = actual.double()
-    if actual.dtype not in (torch.float16, torch.bfloat16):
-        return (value - truth).abs()
+def distance(actual: Tensor, exact: Tensor) -> Tensor:
+    """``|actual - exact|`` in float64; for half types from ``exact`` to the interval of numbers rounded to ``actual``."""
+    value, exact = actual.double(), exact.double()
+    if actual.dtype not in HALF:
+        return (value - exact).abs()
     # Counting in bit patterns gives the neighbours of a magnitude; the interval ends half-way to them.
     bits = actual.abs().view(torch.int16)
-    magnitude = value.abs()
     above = (bits + 1).view(actual.dtype).double()
     below = (bits - 1).clamp(min=0).view(actual.dtype).double()
-    truth = torch.where(value == 0, truth.abs(), truth * value.sign())
-    low, high = (magnitude + below) / 2, (magnitude + above) / 2
-    low = torch.where(value == 0, -high, low)
-    inside = torch.maximum(low - truth, truth - high).clamp(min=0)
-    return torch.where(actual.isfinite(), inside, math.inf)
+    low, high = (value.abs() + below) / 2, (value.abs() + above) / 2
+    exact = torch.where(value == 0, exact.abs(), exact * value.sign())
+    return torch.maximum(torch.where(value == 0, 0.0, low - exact), exact - high).clamp(min=0)
 
 
-def error(actual: Tensor, truth: Tensor, scale: float) -> float:
-    """``max |actual - truth| / scale``; infinite if something is not finite, or not 0 where the scale is 0."""
-    if actual.shape != truth.shape:
+def error(actual: Tensor, exact: Tensor, scale: float | None = None) -> float:
+    """``max |actual - exact| / scale`` (by default ``max |exact|``).
+
+    Infinite if the shapes differ, if something is not finite, or not 0 where the scale is 0.
+    """
+    if actual.shape != exact.shape or not (actual.isfinite().all() and exact.isfinite().all()):
         return math.inf
-    if not (actual.isfinite().all() and truth.isfinite().all()):
-        return math.inf
-    worst = distance(actual, truth).max().item() if actual.numel() else 0.0
-    if worst == 0:
+    if not actual.numel():
         return 0.0
-    return worst / scale if scale > 0 else math.inf
+    worst = distance(actual, exact).max().item()
+    scale = exact.abs().max().item() if scale is None else scale
+    return 0.0 if worst == 0 else worst / scale if scale > 0 else math.inf
 
 
 def tolerance(yardstick: float, dtype: torch.dtype) -> float:
     """``2 yardstick + 8 eps`` of the arithmetic that inputs of ``dtype`` are computed in."""
-    return 2 * yardstick + 8 * torch.finfo(arithmetic_dtype(dtype)).eps
+    return FACTOR * yardstick + EPSILONS * torch.finfo(arithmetic_dtype(dtype)).eps
+
+
+class Expected(NamedTuple):
+    """A case in one dtype, made once for all backends: inputs and, by quantity, truth, scale and yardstick."""
+
+    inputs: dict[str, Tensor]
+    truth: dict[str, Tensor]
+    scale: dict[str, float]
+    yardstick: dict[str, float]
+
+
+def _eager_errors(case: Case, inputs: dict[str, Tensor], truth: dict[str, Tensor], scale: dict[str, float]) -> Any:
+    """Errors of the definition in float32, by quantity."""
+    eager, _ = true_quantities(case, inputs, torch.float32)
+    return {name: error(eager[name], truth[name], scale[name]) for name in truth}
+
+
+def _as_asked_for(case: Case, dtype: torch.dtype) -> Case:
+    """Where unit vectors are asked for: rounded to a half type they are none any more, and have to be normalised."""
+    normalizes = case.loss == "cacr_momentum_loss" and dtype in HALF
+    return case._replace(options=case.options | {"normalize": True}) if normalizes else case
 
 
 def expect(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu") -> Expected:
     """Truth, scale and yardstick of a case for inputs of ``dtype``."""
-    inputs = make_inputs(case, dtype, device)
-    truth, scale = define(case, inputs, torch.float64)
-    if dtype == torch.float64:
-        ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-        yardstick = expect(case, torch.float32, device).yardstick
-        return Expected(inputs, truth, scale, {name: ratio * value for name, value in yardstick.items()})
-    eager, _ = define(case, inputs, arithmetic_dtype(dtype))
-    return Expected(inputs, truth, scale, {name: error(eager[name], truth[name], scale[name]) for name in truth})
+    inputs = rounded(make_inputs(case), dtype, device)
+    case = _as_asked_for(case, dtype)
+    truth, scale = true_quantities(case, inputs, torch.float64)
+    if dtype != torch.float64:
+        return Expected(inputs, truth, scale, _eager_errors(case, inputs, truth, scale))
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    draws = []
+    for seed in range(DRAWS):
+        single = rounded(make_inputs(case, seed), torch.float32, device)
+        draws.append(_eager_errors(case, single, *true_quantities(case, single, torch.float64)))
+    return Expected(inputs, truth, scale, {name: ratio * max(draw[name] for draw in draws) for name in truth})
 
 
-def measure(case: Case, expected: Expected, dtype: torch.dtype, backend: str) -> list[Result]:
+def measure(case: Case, expected: Expected, backend: str, dtype: torch.dtype) -> list[Result]:
     """Every quantity of a case with one backend against what is expected."""
-    actual = evaluate(case, expected.inputs, backend)
-    results = []
-    for name, truth in expected.truth.items():
-        found, yardstick = error(actual[name], truth, expected.scale[name]), expected.yardstick[name]
-        allowed = tolerance(yardstick, dtype)
-        results.append(Result(name, found, yardstick, allowed, found <= allowed))
-    return results
+    actual = actual_quantities(_as_asked_for(case, dtype), expected.inputs, backend)
+    return [
+        Result(
+            name if name == "loss" else f"gradient of {name}",
+            error(actual[name], exact, expected.scale[name]),
+            expected.yardstick[name],
+            tolerance(expected.yardstick[name], dtype),
+        )
+        for name, exact in expected.truth.items()
+    ]
 
 
-def error_budget(
-    case: Case, backend: str, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> dict[str, Result]:
-    """Error, yardstick and tolerance of the loss, of each input gradient and of each temperature derivative.
-
-    Keys: ``"loss"``, and ``"d/d <argument>"`` for every differentiable input and temperature.
-    """
-    return {result.quantity: result for result in measure(case, expect(case, dtype, device), dtype, backend)}
+def compare(case: Case, backend: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[Result]:
+    """Error, yardstick and tolerance of the loss, of each input gradient and of each temperature derivative."""
+    return measure(case, expect(case, dtype, device), backend, dtype)

@@ -53,7 +53,7 @@ struct Aligned {
       store<T>(at(gradient, v, u), e);
       sum += e, sum_c += e * c;
     }
-    const V F = sum_c / sum, inverse = splat<T>(1) / sum;
+    const V F = sum_c / sum + T(0) * tau, inverse = splat<T>(1) / sum;
     for (idx u = 0; u < t.V; u++) {
       if (u == v) continue;
       V d = load(at(cost, v, u)) - F, w = load(at(gradient, v, u)) * inverse;

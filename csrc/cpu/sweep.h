@@ -267,6 +267,7 @@ struct Sweep {
         const bool empty = sum == 0;
         value[k] = empty ? 0 : cost - 2 * (double(r.sum_u[i]) / sum);
         lse[k] = empty ? -__builtin_inf() : kLn2 * (__builtin_log2(sum) + rest) + p.tau[k] * cost;
+        if (!empty) value[k] += 0 * p.tau[k];  // a tau that is not finite leaves no trace in 2^x
         if (value[k] != value[k]) lse[k] = value[k];
         factor[k] = empty ? 0 : 1 / sum;
         r.offset[i] = empty ? idle_offset(k, i) : r.shift[i];

@@ -1,0 +1,163 @@
+"""Results as plain rows: JSON and CSV, and the comparison of two runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .cases import GOALS, Case
+from .measure import Timing, quantile, ratios
+from .rows import OURS, Row
+
+SCHEMA = 1
+TIMED, SKIPPED = "timed", "left out"
+
+# Column: what it holds. Every row has all of them; what was not measured is null (JSON) or empty (CSV).
+FIELDS = {
+    "case": "name of the case, by which two runs are matched",
+    "row": "what was measured",
+    "family": "cacr_kernels, baseline, products only, another function",
+    "ours": "whether ratios are relative to this row",
+    "status": "timed, or left out",
+    "reason": "why it was left out",
+    "loss": "the function",
+    "V": "views", "B": "instances", "D": "features", "K": "queue entries", "M": "keys", "C": "classes",
+    "options": "of the loss",
+    "mode": "loss, or loss+gradients",
+    "dtype": "of the inputs", "threads": "CPU threads", "device": "cpu or a GPU",
+    "rounds": "measured",
+    "p20_ms": "20 % of the rounds are faster", "p50_ms": "median", "p80_ms": "80 % of the rounds are faster",
+    "cold_ms": "the first call, which compiles and allocates",
+    "ratio": "time over ours, median over the rounds", "ratio_p20": "its 20 %", "ratio_p80": "its 80 %",
+    "gflops": "operations of the products (see Case.flop) per second, 1e9; for rows of another function null",
+    "ceiling_gflops": "of a large torch.mm in the same dtype with as many threads",
+    "fraction": "gflops over ceiling_gflops",
+    "memory_mib": "peak above the inputs, gradients included", "memory_reason": "why there is no such figure",
+    "loss_error": "of the gate, against float64", "gradient_error": "of the gate, against float64",
+    "machine": "processor or GPU", "cores": "usable", "platform": "operating system",
+    "isa": "of the CPU kernels", "torch_isa": "of PyTorch",
+    "python": "version", "torch": "version", "version": "of cacr_kernels", "commit": "of the sources",
+    "date": "UTC",
+}  # fmt: skip
+
+
+def record(case: Case, row: Row, is_ours: bool, environment: dict[str, Any], **found: Any) -> dict[str, Any]:
+    """A result with every field."""
+    fields: dict[str, Any] = dict.fromkeys(FIELDS)
+    fields |= {"case": case.key, "row": row.name, "family": row.family, "ours": is_ours, "status": TIMED, "reason": ""}
+    fields |= {"loss": case.problem.loss, **case.problem.shape}
+    fields["options"] = " ".join(f"{k}={v}" for k, v in case.problem.options.items())
+    fields |= {"mode": case.mode, "dtype": case.dtype, "threads": case.threads, "device": case.device}
+    return fields | environment | found
+
+
+def figures(case: Case, row: Row, timing: Timing, ours: Timing | None, ceiling: float) -> dict[str, Any]:
+    """What is derived from the times of a row."""
+    p20, p50, p80 = (timing.quantile(q) for q in (0.2, 0.5, 0.8))
+    found: dict[str, Any] = {"p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50, "p80_ms": 1e3 * p80}
+    found |= {"rounds": len(timing.rounds), "cold_ms": 1e3 * timing.cold, "ceiling_gflops": ceiling}
+    if ours is not None:
+        by_round = ratios(timing, ours)
+        names = ("ratio_p20", 0.2), ("ratio", 0.5), ("ratio_p80", 0.8)
+        found |= {name: quantile(by_round, q) for name, q in names}
+    if row.checked:  # other functions do other work, the bare products more
+        found["gflops"] = case.flop / p50 / 1e9
+        found["fraction"] = found["gflops"] / ceiling
+    return found
+
+
+def write(directory: Path, rows: list[dict[str, Any]], environment: dict[str, Any], suite: str) -> tuple[Path, Path]:
+    """``results.json`` and ``results.csv``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    as_json, as_csv = directory / "results.json", directory / "results.csv"
+    data = {"schema": SCHEMA, "suite": suite, "environment": environment, "fields": FIELDS, "rows": rows}
+    as_json.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    with as_csv.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(FIELDS))
+        writer.writeheader()
+        writer.writerows(rows)
+    return as_json, as_csv
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What ``write`` wrote; ``ValueError`` with a sentence for anything else."""
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if data["schema"] != SCHEMA or not all(set(FIELDS) <= set(row) for row in data["rows"]):
+            raise ValueError(f"{path} has another schema than {SCHEMA}")
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no results file: {type(error).__name__}: {error}") from error
+    return data
+
+
+class Comparison(NamedTuple):
+    """One row in two runs. ``time`` is new over old; ``relative`` the same measured in units of the eager row."""
+
+    case: str
+    row: str
+    family: str
+    old_ms: float
+    new_ms: float
+    time: float
+    relative: float | None
+
+    def slower(self, threshold: float) -> bool:
+        """Whether the library got slower by more than ``threshold``, and not just the machine.
+
+        A row counts as slower only if it also lost against the eager form measured beside it (where there is one).
+        """
+        relative = self.time if self.relative is None else self.relative
+        return self.family == OURS and self.row != "reference" and min(self.time, relative) > threshold
+
+
+def compare(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[Comparison]:
+    """The rows timed in both runs."""
+
+    def timed(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+        return {(row["case"], row["row"]): row for row in rows if row["status"] == TIMED}
+
+    before, after = timed(old), timed(new)
+    found = []
+    for (case, name), row in after.items():
+        if (case, name) not in before:
+            continue
+        was, now = before[case, name]["p50_ms"], row["p50_ms"]
+        yardsticks = before.get((case, "eager")), after.get((case, "eager"))
+        relative = None
+        if name != "eager" and yardsticks[0] and yardsticks[1]:
+            relative = (now / was) * (yardsticks[0]["p50_ms"] / yardsticks[1]["p50_ms"])
+        found.append(Comparison(case, name, row["family"], was, now, now / was, relative))
+    return found
+
+
+class Verdict(NamedTuple):
+    """A goal and what was measured; ``met`` is the required figure, ``aimed`` the aim."""
+
+    case: str
+    row: str
+    required: float | None
+    aim: float
+    found: float
+
+    @property
+    def met(self) -> bool:
+        """Whether what is required is reached (always, where nothing is)."""
+        return self.required is None or self.found >= self.required
+
+    @property
+    def aimed(self) -> bool:
+        """Whether the aim is reached."""
+        return self.found >= self.aim
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
+    """The goals whose cases were measured."""
+    found = {(row["case"], row["row"]): row["ratio"] for row in rows if row["status"] == TIMED and row["ratio"]}
+    return [
+        Verdict(case, goal.row, goal.required, goal.aim, found[case, goal.row])
+        for case, goals in GOALS.items()
+        for goal in goals
+        if (case, goal.row) in found
+    ]

@@ -1,0 +1,106 @@
+"""One public loss on several backends: run it, and compare everything that comes out with the reference in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import cacr_kernels
+from cacr_kernels import CACRParts
+
+BACKENDS = [name for name, reason in cacr_kernels.backends().items() if reason is None and name != "reference"]
+LOSSES: dict[str, Callable[..., Any]] = {
+    "cacr": cacr_kernels.cacr_loss,
+    "queue": cacr_kernels.cacr_queue_loss,
+    "momentum": cacr_kernels.cacr_momentum_loss,
+    "supervised": cacr_kernels.supervised_cacr_loss,
+}
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_loss = pytest.mark.parametrize("loss", LOSSES)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers whose rows have a length of about 1, float64."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=g) / shape[-1] ** 0.5
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    return normalize(randn(*shape, seed=seed), dim=-1)
+
+
+def device_of(backend: str) -> str:
+    return "cpu" if backend in ("reference", "torch", "cpu") else "cuda"
+
+
+def small_inputs(loss: str, seed: int = 0) -> dict[str, Tensor]:
+    """Tensors of a call by name; no two sizes are equal."""
+    if loss == "cacr":
+        return {"views": unit(3, 7, 5, seed=seed)}
+    if loss == "queue":
+        queries, keys = unit(3, 7, 5, seed=seed), unit(3, 7, 5, seed=seed + 1)
+        return {"queries": queries, "keys": keys, "queue": unit(11, 5, seed=seed + 2)}
+    if loss == "momentum":
+        return {"queries": unit(3, 7, 5, seed=seed), "keys": unit(13, 5, seed=seed + 1)}
+    labels, ref_labels = torch.arange(7) % 3, torch.arange(9) % 4
+    own = {"embeddings": unit(7, 5, seed=seed), "labels": labels}
+    return own | {"ref_embeddings": unit(9, 5, seed=seed + 1), "ref_labels": ref_labels}
+
+
+def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+class Outcome(NamedTuple):
+    """What a call gave, on the CPU; a gradient is ``None`` where nothing flows."""
+
+    parts: CACRParts
+    gradients: dict[str, Tensor | None]
+
+
+def run(loss: str, tensors: dict[str, Tensor], backend: str, **options: Any) -> Outcome:
+    """The parts and the gradients of all floating tensors, for a random incoming gradient of about 1 per query."""
+    device = device_of(backend)
+    arguments = {name: t.detach().to(device, copy=True) for name, t in tensors.items()}
+    leaves = {name: t.requires_grad_() for name, t in arguments.items() if t.is_floating_point()}
+    parts = LOSSES[loss](**arguments, **options, return_parts=True, backend=backend)
+    assert isinstance(parts, CACRParts)
+    incoming = torch.rand(parts.loss.shape, generator=torch.Generator().manual_seed(1)).to(parts.loss) + 0.5
+    if not parts.loss.dim() and options.get("reduction", "mean") == "mean":
+        incoming = incoming * next(iter(leaves.values())).shape[:-1].numel()
+    found = torch.autograd.grad(parts.loss, list(leaves.values()), incoming, allow_unused=True)
+    gradients = {name: g if g is None else g.cpu() for name, g in zip(leaves, found, strict=True)}
+    return Outcome(CACRParts(*(part.detach().cpu() for part in parts)), gradients)
+
+
+def assert_agree(actual: Outcome, expected: Outcome, tolerance: float, what: str = "") -> None:
+    """Within ``tolerance`` of the terms, and of the largest gradient of each tensor (and of 1)."""
+    size = max(1.0, *(part.abs().max().item() for part in expected.parts))
+    for name, x, y in zip(CACRParts._fields, actual.parts, expected.parts, strict=True):
+        assert x.shape == y.shape, (what, name)
+        torch.testing.assert_close(
+            x.double(), y.double(), rtol=0, atol=tolerance * size, msg=lambda m, name=name: f"{what} {name}: {m}"
+        )
+    for name, y in expected.gradients.items():
+        x = actual.gradients[name]
+        if y is None or not y.any():
+            assert x is None or not x.any(), (what, name)
+            continue
+        assert x is not None, (what, name)
+        assert x.shape == y.shape, (what, name)
+        size = max(1.0, y.abs().max().item())
+        torch.testing.assert_close(
+            x.double(), y.double(), rtol=0, atol=tolerance * size, msg=lambda m, name=name: f"{what} d/d{name}: {m}"
+        )
+
+
+def compare(loss: str, tensors: dict[str, Tensor], tolerance: float = 1e-10, **options: Any) -> None:
+    """All backends against the reference in float64, on ``tensors`` as they are."""
+    expected = run(loss, cast(tensors, torch.float64), "reference", **options)
+    for backend in BACKENDS:
+        assert_agree(run(loss, tensors, backend, **options), expected, tolerance, backend)
