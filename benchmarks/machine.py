@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import subprocess
 import time
@@ -52,14 +53,13 @@ def environment(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "version": cacr_kernels.__version__,
         "commit": commit + ("+changes" if commit and changed else ""),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
 def len_affinity() -> int:
     """Cores this process may use."""
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
@@ -85,7 +85,7 @@ def ceiling(dtype: torch.dtype, threads: int, device: str, seconds: float = 0.6)
     best, start = float("inf"), time.perf_counter()
     try:
         out = torch.mm(a, b)
-        while time.perf_counter() - start < seconds:
+        while best == float("inf") or time.perf_counter() - start < seconds:
             if device != "cpu":
                 torch.cuda.synchronize(device)
             begin = time.perf_counter()

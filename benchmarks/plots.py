@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from .cases import GRADIENTS
-from .results import TIMED
+from .results import TIMED, label
 from .rows import BASELINE, OTHER, OURS, PRODUCTS
 
 Results = list[dict[str, Any]]
@@ -109,14 +109,6 @@ def _sweep(rows: Results) -> Figure | None:
     return figure
 
 
-def _title(row: dict[str, Any]) -> str:
-    shape = " ".join(f"{k}={row[k]}" for k in ("V", "B", "D", "K", "M", "C") if row[k] is not None)
-    name = row["loss"].replace("_cacr_loss", "").replace("cacr_", "").replace("_loss", "")
-    options = [o for o in row["options"].split() if o.split("=")[0] in ("pairing", "cost")]
-    kind = "" if row["mode"] == GRADIENTS else ", loss only"
-    return " ".join(["" if name == "loss" else name, shape, *options]).strip() + kind
-
-
 def _speedup(rows: Results) -> Figure | None:
     """Bars: how many times faster than each baseline."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
@@ -134,15 +126,15 @@ def _speedup(rows: Results) -> Figure | None:
     for group in groups:
         start = y
         for row in group:
-            label = None if row["row"] in seen else row["row"]
+            once = None if row["row"] in seen else row["row"]
             seen.add(row["row"])
             spread = [[max(0.0, row["ratio"] - row["ratio_p20"])], [max(0.0, row["ratio_p80"] - row["ratio"])]]
             style = {"color": colour(row["row"]), "ecolor": "#555", "error_kw": {"lw": 0.8}}
-            axes.barh(y, row["ratio"], 0.8, label=label, xerr=spread, **style)
+            axes.barh(y, row["ratio"], 0.8, label=once, xerr=spread, **style)
             text = f" {row['ratio']:.1f}" if row["ratio"] < 100 else f" {row['ratio']:,.0f}"
             axes.text(max(row["ratio"], row["ratio_p80"]), y, text, va="center", fontsize=7.5)
             y += 1
-        ticks.append(((start + y - 1) / 2, _title(group[0]) + f", {group[0]['threads']} thr."))
+        ticks.append(((start + y - 1) / 2, label(group[0]).replace(", ", "\n", 1)))
         y += 1.2
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))

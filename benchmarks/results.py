@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .cases import GOALS, Case
+from .cases import GOALS, TEMPERATURES, Case
 from .measure import Timing, quantile, ratios
 from .rows import OURS, Row
 
@@ -39,7 +39,7 @@ FIELDS = {
     "machine": "processor or GPU", "cores": "usable", "platform": "operating system",
     "isa": "of the CPU kernels", "torch_isa": "of PyTorch",
     "python": "version", "torch": "version", "version": "of cacr_kernels", "commit": "of the sources",
-    "date": "UTC",
+    "load": "average number of running processes in the minute before the run", "date": "UTC",
 }  # fmt: skip
 
 
@@ -132,10 +132,19 @@ def compare(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[Compar
     return found
 
 
+def label(row: dict[str, Any]) -> str:
+    """What a case is, for people: without the temperatures and what goes without saying."""
+    shape = " ".join(f"{k}={row[k]}" for k in ("V", "B", "D", "K", "M", "C") if row[k] is not None)
+    usual = {f"{k}={v}" for k, v in TEMPERATURES.items()}
+    options = " ".join(option for option in row["options"].split() if option not in usual)
+    where = f"{row['threads']} thread{'s' * (row['threads'] > 1)}" if row["device"] == "cpu" else row["device"]
+    return ", ".join(filter(None, (f"{row['loss']} {shape}", options, row["dtype"], row["mode"], where)))
+
+
 class Verdict(NamedTuple):
     """A goal and what was measured; ``met`` is the required figure, ``aimed`` the aim."""
 
-    case: str
+    label: str
     row: str
     required: float | None
     aim: float
@@ -154,9 +163,9 @@ class Verdict(NamedTuple):
 
 def verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
     """The goals whose cases were measured."""
-    found = {(row["case"], row["row"]): row["ratio"] for row in rows if row["status"] == TIMED and row["ratio"]}
+    found = {(row["case"], row["row"]): row for row in rows if row["status"] == TIMED and row["ratio"]}
     return [
-        Verdict(case, goal.row, goal.required, goal.aim, found[case, goal.row])
+        Verdict(label(found[case, goal.row]), goal.row, goal.required, goal.aim, found[case, goal.row]["ratio"])
         for case, goals in GOALS.items()
         for goal in goals
         if (case, goal.row) in found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,8 +13,8 @@ from . import machine, memory
 from .cases import Case
 from .gate import Check, Gate, agree, embeddings, threads
 from .measure import Budget, Timing, clock, interleave
-from .results import SKIPPED, figures, record
-from .rows import Row, Step, ours, rows
+from .results import SKIPPED, TIMED, figures, record
+from .rows import BASELINE, OURS, Row, Step, ours, rows
 
 
 class Progress(Protocol):
@@ -31,8 +32,9 @@ class RedGateError(Exception):
         super().__init__(f"{len(checks)} checks are red")
 
 
-GATE_WEIGHT, MEMORY_WEIGHT = 0.15, 4.0  # seconds, roughly, per row
-COMPILE_WEIGHT = 5.0
+GATE_WEIGHT, MEMORY_WEIGHT = 0.15, 2.5  # seconds, roughly, per row
+COMPILE_WEIGHT = 8.0
+LARGE = 2**26  # similarities; two processes with more may not fit beside each other
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Suite:
         for case in self.cases:
             found = self.measured(case)
             total += self.budget.seconds + sum(self._gate_weight(row) for row in found)
-            total += MEMORY_WEIGHT * len(found) if case.memory and self.with_memory else 0
+            total += MEMORY_WEIGHT * len(found) if case.memory and self.with_memory else 0.0
         return total
 
     def _gate_weight(self, row: Row) -> float:
@@ -90,6 +92,8 @@ class Suite:
         found = []
         for case in self.cases:
             found += self._case(case, checks)
+        if self.with_memory:
+            self._memory(found)
         return found
 
     def _case(self, case: Case, checks: dict[tuple[str, str], Check]) -> list[dict[str, Any]]:
@@ -107,7 +111,6 @@ class Suite:
                 check = checks.get((case.key, row.name))
                 if check:
                     values |= {"loss_error": check.loss_error, "gradient_error": check.gradient_error}
-                values |= self._memory(case, row)
             results.append(record(case, row, row.name == first, self.environment, **values))
         return results
 
@@ -143,13 +146,23 @@ class Suite:
         compiles = {row.name for row in found if row.compiles}
         return interleave(order, cold, self.budget, case.threads, case.device, compiles, on_round)
 
-    def _memory(self, case: Case, row: Row) -> dict[str, Any]:
-        if not (case.memory and self.with_memory):
-            return {}
-        self.progress(f"memory  {row.name}  {case.key}", 0.0)
-        peak = memory.measure(case, row.name)
-        self.progress("", MEMORY_WEIGHT)
-        return {"memory_mib": peak} if isinstance(peak, float) else {"memory_reason": peak}
+    def _memory(self, results: list[dict[str, Any]]) -> None:
+        """Adds the peak memory, after everything has been timed: two processes at a time, large ones alone."""
+        wanted = {case.key: case for case in self.cases if case.memory}
+        jobs = [r for r in results if r["case"] in wanted and r["status"] == TIMED and r["family"] in (OURS, BASELINE)]
+
+        def alone(result: dict[str, Any]) -> bool:
+            P, N, M, _ = wanted[result["case"]].extent
+            return result["row"] == "broadcasting" or P * N * M > LARGE
+
+        def measure(result: dict[str, Any]) -> None:
+            peak = memory.measure(wanted[result["case"]], result["row"])
+            result["memory_mib" if isinstance(peak, float) else "memory_reason"] = peak
+            self.progress(f"memory  {result['row']}  {result['case']}", MEMORY_WEIGHT)
+
+        for large, workers in ((False, 2), (True, 1)):
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(measure, [job for job in jobs if alone(job) == large]))
 
 
 @contextmanager

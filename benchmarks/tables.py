@@ -10,8 +10,11 @@ from rich.table import Table
 
 from .gate import Check
 from .measure import quantile
-from .results import TIMED, Comparison, Verdict
+from .results import TIMED, Comparison, Verdict, label
 from .rows import BASELINE, OURS
+
+
+BUSY = 0.5  # running processes per core, without our own
 
 
 def milliseconds(value: float | None) -> str:
@@ -34,6 +37,10 @@ def print_environment(console: Console, environment: dict[str, Any]) -> None:
         f"({e['torch_isa']}), Python {e['python']}\n{escape(e['machine'])}, {e['cores']} cores, {e['date']}",
         soft_wrap=True,
     )
+    if e["load"] is not None and e["load"] > BUSY * e["cores"]:
+        console.print(
+            f"[bold yellow]the machine was busy before the run (load {e['load']}): do not trust the figures\n"
+        )
 
 
 def print_results(console: Console, rows: list[dict[str, Any]]) -> None:
@@ -41,7 +48,9 @@ def print_results(console: Console, rows: list[dict[str, Any]]) -> None:
     for case in dict.fromkeys(row["case"] for row in rows):
         mine = [row for row in rows if row["case"] == case]
         timed = [row for row in mine if row["status"] == TIMED]
-        table = Table(title=escape(case), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+        table = Table(
+            title=escape(label(mine[0])), title_justify="left", title_style="bold", show_edge=False, pad_edge=False
+        )
         table.add_column("")
         memory = any(row["memory_mib"] is not None for row in timed)
         headings = ("p20 ms", "p50 ms", "p80 ms", "× ours", "20–80 %", "GFLOP/s", "of mm", "cold ms")
@@ -88,8 +97,7 @@ def print_goals(console: Console, verdicts: list[Verdict]) -> None:
     table.add_column("")
     for v in verdicts:
         text = "[bold red]missed" if not v.met else "[green]met" if v.aimed else "[yellow]below the aim"
-        required = "–" if v.required is None else f"{v.required:g}×"
-        table.add_row(escape(v.case), v.row, required, f"{v.aim:g}×", factor(v.found), text)
+        table.add_row(escape(v.label), v.row, factor(v.required), factor(v.aim), factor(v.found), text)
     console.print(table)
     console.print("[dim]The aims were set on two threads of a machine with AVX2.[/dim]\n")
 

@@ -59,7 +59,7 @@ def block_cost(q: Tensor, k: Tensor, inner: bool, positives: Tensor | None) -> T
     if inner:
         return -2 * (q @ k.mT)
     norms = q.square().sum(-1)[:, None] + k.square().sum(-1)
-    c = torch.addmm(norms, q, k.mT, alpha=-2)
+    c = norms - 2 * (q @ k.mT)
     if positives is not None:
         i, j = (positives & ~(c > REFINE_BELOW * norms)).nonzero(as_tuple=True)
         step = max(1, BLOCK // q.shape[1])

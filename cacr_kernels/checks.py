@@ -91,7 +91,7 @@ def temperature(name: str, value: Any, device: torch.device, *, positive: bool =
             raise ValueError(f"{name} must be a number or a 0-dim tensor, got shape {list(value.shape)}")
         if value.device != device and value.device.type != "cpu":
             raise ValueError(f"{name} must be on {device} or the CPU, got {value.device}")
-        return value
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
     number = real(name, value)
     if number < 0 or (positive and number == 0):
         raise ValueError(f"{name} must be {'> 0' if positive else '>= 0'}, got {value!r}")

@@ -264,17 +264,19 @@ struct Sweep {
         // lse = ln sum - ln2 shift + tau |q|^2, the large terms taken together at the pivot
         const double sum = r.sum[i], cost = norm_of(k, i) - 2 * double(r.pivot[i]);
         const double rest = -__builtin_fma(double(slope[k]), double(r.pivot[i]), double(r.shift[i]));
-        const bool empty = sum == 0;
+        const bool finite_tau = p.tau[k] - p.tau[k] == 0;  // NaN in 2^x comes out as 0: it shows in tau and in sum_u
+        const bool empty = sum == 0 && r.sum_u[i] == 0 && finite_tau;
         value[k] = empty ? 0 : cost - 2 * (double(r.sum_u[i]) / sum);
         lse[k] = empty ? -__builtin_inf() : kLn2 * (__builtin_log2(sum) + rest) + p.tau[k] * cost;
-        if (!empty) value[k] += 0 * p.tau[k];  // a tau that is not finite leaves no trace in 2^x
+        if (!empty && (sum == 0 || !finite_tau)) value[k] = __builtin_nan("");
         if (value[k] != value[k]) lse[k] = value[k];
         factor[k] = empty ? 0 : 1 / sum;
         r.offset[i] = empty ? idle_offset(k, i) : r.shift[i];
         if (i >= rows) continue;
         const idx at = (k * p.pairs + pair) * p.N + row0 + i;
         t.statistics.value[at] = value[k], t.statistics.lse[at] = lse[k];
-        if (t.statistics.offset) t.statistics.offset[at] = double(r.offset[i]), t.statistics.sum[at] = empty ? 0 : sum;
+        if (t.statistics.offset)
+          t.statistics.offset[at] = double(r.offset[i]), t.statistics.sum[at] = empty ? 0 : sum + 0 * value[k];
       }
       if (strip) fused_coefficients(i, value, lse, factor);
     }

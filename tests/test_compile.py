@@ -1,0 +1,227 @@
+"""The losses under ``torch.compile``, ``torch.export`` and ``torch.autocast``: right, without graph breaks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import grad
+from torch.nn.functional import linear, normalize
+
+from cacr_kernels import CACRLoss, cacr_loss, cacr_momentum_loss, cacr_queue_loss, supervised_cacr_loss
+
+# What torch itself says while it compiles.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    z = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return normalize(z, dim=-1).to(dtype)
+
+
+QUEUE, KEYS = unit(7, 4, seed=2), unit(17, 4, seed=2)
+
+
+def views(z: Tensor, tau: Tensor, **options: Any) -> Tensor:
+    return cacr_loss(z, tau_pos=tau, tau_neg=tau, **options)
+
+
+def queue(z: Tensor, tau: Tensor, **options: Any) -> Tensor:
+    return cacr_queue_loss(z, z.flip(1), QUEUE, tau_pos=tau, tau_neg=tau, **options)
+
+
+def momentum(z: Tensor, tau: Tensor, **options: Any) -> Tensor:
+    return cacr_momentum_loss(z, KEYS, temperature=tau, key_offset=1, **options)
+
+
+def supervised(z: Tensor, tau: Tensor, **options: Any) -> Tensor:
+    labels = torch.arange(z.shape[1]) % 3
+    return supervised_cacr_loss(z[0], labels, tau_pos=tau, tau_neg=tau, **options)
+
+
+LOSSES = [views, queue, momentum, supervised]
+each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
+
+
+def inputs(batch: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
+    tau = torch.tensor(0.7 + 0.1 * seed, dtype=torch.float64, requires_grad=True)
+    return unit(3, batch, 4, seed=seed).requires_grad_(), tau
+
+
+def with_gradients(f: Callable[..., Tensor], *args: Tensor) -> tuple[Tensor, ...]:
+    value = f(*args)
+    return value.detach(), *grad(value, args, allow_unused=True, materialize_grads=True)
+
+
+def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: float = 1e-11) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        assert (a - e).abs().max() <= tolerance * max(1e-3, e.abs().max())
+
+
+def graphs(counter: CompileCounterWithBackend) -> int:
+    """How often a graph was compiled; torch may add an empty one."""
+    return sum(len(graph.graph.nodes) > 0 for graph in counter.graphs)
+
+
+@each_loss
+def test_forward_and_backward(loss: Callable[..., Tensor]) -> None:
+    """One graph; new values do not compile it again."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for seed in range(3):
+        assert_same(with_gradients(compiled, *inputs(seed=seed)), with_gradients(loss, *inputs(seed=seed)))
+    assert graphs(counter) == 1
+
+
+@pytest.mark.parametrize("options", [{"cost": "rbf"}, {"reduction": "none"}, {"backend": "torch"}], ids=str)
+def test_options_of_cacr_loss(options: dict[str, Any]) -> None:
+    def loss(z: Tensor, tau: Tensor) -> Tensor:
+        return views(z, tau, **options).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert_same(with_gradients(compiled, *inputs()), with_gradients(loss, *inputs()))
+
+
+@each_loss
+def test_dynamic_batch(loss: Callable[..., Tensor]) -> None:
+    """One graph for all batch sizes."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter, dynamic=True)
+    for batch in (6, 11, 13):
+        assert_same(with_gradients(compiled, *inputs(batch)), with_gradients(loss, *inputs(batch)))
+    assert graphs(counter) == 1
+
+
+def test_inductor_in_a_model() -> None:
+    """Loss of an encoder's output, its parts and a temperature, forward and backward, by Inductor."""
+    weight = unit(4, 5, seed=3).requires_grad_()
+
+    def step(x: Tensor, tau: Tensor, weight: Tensor) -> Tensor:
+        parts = cacr_loss(linear(x, weight), tau_neg=tau, normalize=True, return_parts=True)
+        return parts.loss + 0.0 * parts.attraction_entropy
+
+    x, tau = unit(2, 6, 5), torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    args = x.requires_grad_(), tau, weight
+    assert_same(with_gradients(torch.compile(step, fullgraph=True), *args), with_gradients(step, *args))
+
+
+def test_inductor_queue() -> None:
+    compiled = torch.compile(queue, fullgraph=True)
+    assert_same(with_gradients(compiled, *inputs()), with_gradients(queue, *inputs()))
+
+
+def test_no_grad() -> None:
+    compiled = torch.compile(views, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        found = compiled(*inputs())
+    assert not found.requires_grad
+    assert_same((found,), (views(*inputs()).detach(),))
+
+
+# ---- derivatives inside the graph ------------------------------------------------------------------------------------
+@each_loss
+def test_func_grad(loss: Callable[..., Tensor]) -> None:
+    gradient = torch.func.grad(loss, (0, 1))
+    args = [t.detach() for t in inputs()]
+    assert_same(torch.compile(gradient, fullgraph=True, backend="aot_eager")(*args), gradient(*args))
+
+
+@each_loss
+def test_penalty(loss: Callable[..., Tensor]) -> None:
+    """A gradient penalty in the graph, and its backward."""
+
+    def penalty(z: Tensor, tau: Tensor) -> Tensor:
+        total = torch.func.grad(lambda z: loss(z, tau) + (z**3).sum())(z)
+        return total.square().sum()
+
+    compiled = torch.compile(penalty, fullgraph=True, backend="aot_eager")
+    assert_same(with_gradients(compiled, *inputs()), with_gradients(penalty, *inputs()))
+
+
+def test_penalty_by_inductor() -> None:
+    def penalty(z: Tensor, tau: Tensor) -> Tensor:
+        return torch.func.grad(queue)(z, tau).square().sum()
+
+    compiled = torch.compile(penalty, fullgraph=True)
+    assert_same(with_gradients(compiled, *inputs()), with_gradients(penalty, *inputs()))
+
+
+def of_list(z: Tensor, tau: Tensor) -> Tensor:
+    return cacr_loss(list(z.unbind()), tau_pos=tau)
+
+
+def of_single(z: Tensor, tau: Tensor) -> Tensor:
+    return cacr_loss(z.float(), tau_pos=tau)
+
+
+def of_gram(z: Tensor, tau: Tensor) -> Tensor:
+    return cacr_loss(z @ z[0].mT, tau_pos=tau, cost="rbf")
+
+
+REFUSAL = "double backward|create_graph"
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, of_list, of_single, of_gram], ids=lambda f: f.__name__)
+def test_autograd_grad_is_right_or_refused(loss: Callable[..., Tensor]) -> None:
+    """``autograd.grad(create_graph=True)`` around or within compiled code: the right penalty or an error."""
+
+    def penalty(z: Tensor, tau: Tensor, of: Callable[..., Tensor]) -> Tensor:
+        (g,) = grad(of(z, tau) + (z**3).sum(), z, create_graph=True)
+        return g.square().sum()
+
+    expected = with_gradients(lambda z, tau: penalty(z, tau, loss), *inputs())
+    around = torch.compile(loss, backend="aot_eager")
+    within = torch.compile(lambda z, tau: penalty(z, tau, loss), backend="aot_eager")
+    for found in (lambda z, tau: penalty(z, tau, around), within):
+        try:
+            assert_same(with_gradients(found, *inputs()), expected, 1e-5)
+        except RuntimeError as error:
+            assert re.search(REFUSAL, str(error))  # noqa: PT017
+
+
+# ---- autocast, export ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast(compiled: bool) -> None:
+    """The products before the loss are bfloat16, the loss itself is float32: that of the upcast features."""
+    x, weight = unit(2, 16, 8, dtype=torch.float32), unit(8, 8, seed=3, dtype=torch.float32).requires_grad_()
+
+    def step(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            z = linear(x, weight)
+            return z, cacr_loss(z, normalize=True, backend="cpu")
+
+    z, loss = (torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step)(x, weight)
+    assert z.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    for backend in ("cpu", "torch", "reference"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = cacr_loss(z.detach(), normalize=True, backend=backend)
+        torch.testing.assert_close(inside, cacr_loss(z.detach().float(), normalize=True, backend="reference"))
+        torch.testing.assert_close(loss.detach(), inside)
+    loss.backward()
+    assert weight.grad.dtype == torch.float32
+    assert weight.grad.abs().max() > 0
+
+
+def test_export() -> None:
+    args = unit(6, 4), unit(6, 4, seed=1)
+    program = torch.export.export(CACRLoss(), args, strict=False)
+    assert any("cacr_cpu" in str(node.target) for node in program.graph.nodes)
+    other = unit(6, 4, seed=2), unit(6, 4, seed=3)
+    assert_same((program.module()(*other),), (CACRLoss()(*other),))
