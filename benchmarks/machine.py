@@ -7,10 +7,12 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.benchmark.utils.timer import timer as clock  # waits for the GPU, where there is one
 
 import cacr_kernels
 from cacr_kernels import _extension
@@ -75,24 +77,34 @@ def available_bytes(device: str) -> int:
         return 8 * 2**30
 
 
-@functools.cache
-def ceiling(dtype: torch.dtype, threads: int, device: str, seconds: float = 0.6) -> float:
-    """GFLOP/s of a large ``torch.mm``, the best of many: what the machine can do when nobody else uses it."""
-    n = 8192 if device != "cpu" else (2048 if dtype == torch.float32 else 1024)
-    a, b = (torch.randn(n, n, dtype=torch.float32).to(dtype).to(device) for _ in range(2))
+def _best(call: Callable[[], object], threads: int, device: str, seconds: float) -> float:
+    """Seconds of the fastest of many calls: what the machine can do while nobody else uses it."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    best, start = float("inf"), time.perf_counter()
+    best, start = float("inf"), clock()
     try:
-        out = torch.mm(a, b)
-        while best == float("inf") or time.perf_counter() - start < seconds:
-            if device != "cpu":
-                torch.cuda.synchronize(device)
-            begin = time.perf_counter()
-            torch.mm(a, b, out=out)
-            if device != "cpu":
-                torch.cuda.synchronize(device)
-            best = min(best, time.perf_counter() - begin)
+        call()
+        while best == float("inf") or clock() - start < seconds:
+            begin = clock()
+            call()
+            best = min(best, clock() - begin)
     finally:
         torch.set_num_threads(before)
-    return 2.0 * n**3 / best / 1e9
+    return float(best)
+
+
+@functools.cache
+def ceiling(dtype: torch.dtype, threads: int, device: str, seconds: float = 0.6) -> float:
+    """GFLOP/s of a large ``torch.mm``."""
+    n = 8192 if device != "cpu" else (2048 if dtype == torch.float32 else 1024)
+    a, b = (torch.randn(n, n, dtype=torch.float32).to(dtype).to(device) for _ in range(2))
+    out = torch.mm(a, b)
+    return 2.0 * n**3 / _best(lambda: torch.mm(a, b, out=out), threads, device, seconds) / 1e9
+
+
+@functools.cache
+def bandwidth(threads: int, device: str, seconds: float = 0.4, mib: int = 512) -> float:
+    """GB/s of a copy from memory to memory, reads and writes counted."""
+    source = torch.ones(mib * 2**18, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    return 2.0 * source.nbytes / _best(lambda: target.copy_(source), threads, device, seconds) / 1e9

@@ -148,13 +148,11 @@ def _speedup(rows: Results) -> Figure | None:
     return figure
 
 
-def _intensity(row: dict[str, Any]) -> float | None:
+def _intensity(row: dict[str, Any]) -> float:
     """FLOP per byte that has to move: inputs read once, gradients written once."""
     itemsize = {"float64": 8, "float32": 4}.get(row["dtype"], 2)
     keys = (row["K"] or 0) + (row["M"] or 0)
     own = (row["V"] or 1) * row["B"] * (2 if row["mode"] == GRADIENTS else 1)
-    if not row["gflops"]:
-        return None
     flop: float = row["gflops"] * 1e9 * row["p50_ms"] / 1e3
     return flop / ((own + keys) * row["D"] * itemsize)
 
@@ -169,9 +167,15 @@ def _roofline(rows: Results) -> Figure | None:
     figure = _figure(7.5, 4.6)
     axes = figure.subplots()
     ceiling = max(row["ceiling_gflops"] for row in points)
-    axes.axhline(ceiling, color="#333", linewidth=1.2)
+    speed = max(row["bandwidth_gbs"] or 0 for row in points)
+    reached = [_intensity(row) for row in points]
+    left, right = min(*reached, ceiling / speed) / 2, max(*reached, ceiling / speed) * 2
+    axes.plot([left, ceiling / speed, right], [left * speed, ceiling, ceiling], color="#333", linewidth=1.2)
+    axes.annotate(
+        f"a large copy: {speed:.0f} GB/s", (left, left * speed), (4, -12), textcoords="offset points", fontsize=8
+    )
     text = f"a large torch.mm: {ceiling:.0f} GFLOP/s"
-    axes.text(0.01, ceiling * 1.06, text, fontsize=8, transform=axes.get_yaxis_transform())
+    axes.text(right, ceiling * 1.08, text, fontsize=8, ha="right")
     for name in dict.fromkeys(row["row"] for row in points):
         mine = [row for row in points if row["row"] == name]
         ours = any(row["ours"] for row in mine)

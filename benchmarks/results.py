@@ -34,6 +34,7 @@ FIELDS = {
     "gflops": "operations of the products (see Case.flop) per second, 1e9; for rows of another function null",
     "ceiling_gflops": "of a large torch.mm in the same dtype with as many threads",
     "fraction": "gflops over ceiling_gflops",
+    "bandwidth_gbs": "of a large copy with as many threads",
     "memory_mib": "peak above the inputs, gradients included", "memory_reason": "why there is no such figure",
     "loss_error": "of the gate, against float64", "gradient_error": "of the gate, against float64",
     "machine": "processor or GPU", "cores": "usable", "platform": "operating system",

@@ -108,6 +108,7 @@ class Suite:
             if reason is None:
                 ceiling = machine.ceiling(case.arithmetic, case.threads, case.device)
                 values = figures(case, row, timings[row.name], timings.get(first), ceiling)
+                values["bandwidth_gbs"] = machine.bandwidth(case.threads, case.device)
                 check = checks.get((case.key, row.name))
                 if check:
                     values |= {"loss_error": check.loss_error, "gradient_error": check.gradient_error}

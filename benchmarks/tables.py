@@ -13,7 +13,6 @@ from .measure import quantile
 from .results import TIMED, Comparison, Verdict, label
 from .rows import BASELINE, OURS
 
-
 BUSY = 0.5  # running processes per core, without our own
 
 

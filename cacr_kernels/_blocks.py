@@ -111,7 +111,8 @@ def contrast(
             total[at] = total[at] * shrink + e.sum(-1)
             total_cost[at] = total_cost[at] * shrink + (e * cost).sum(-1)
             top[at] = new_top
-    empty = total == 0
+    empty = (total == 0) & (total_cost == 0)  # NaN shows in the costs; so do costs that are infinite and have no mass
+    total = total + 0.0 * total_cost
     value = torch.where(empty, 0.0, total_cost / total)
     lse = total.log() + top
     return value, torch.where(value.isnan(), value, lse), torch.stack([top.double(), total])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGERS = (*SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def _what(value: Any) -> str:
@@ -102,7 +103,7 @@ def real(name: str, value: Any) -> float:
     """A finite Python number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {_what(value)}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value!r}")
     return float(value)
 
@@ -131,7 +132,7 @@ def flag(name: str, value: Any) -> None:
 
 
 def labels(name: str, value: Any, of: str, embeddings: Tensor) -> Tensor:
-    """Integer labels, one for each embedding."""
+    """Integer labels, one for each embedding, as int64."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be an integer tensor, got {_what(value)}")
     if value.dtype not in INTEGERS:
@@ -141,4 +142,4 @@ def labels(name: str, value: Any, of: str, embeddings: Tensor) -> Tensor:
             f"{name} must have shape [{embeddings.shape[0]}], one for each of {of}, got {list(value.shape)}"
         )
     same_device(name, value, of, embeddings)
-    return value
+    return value.view(torch.int64) if value.dtype == torch.uint64 else value.to(torch.int64)

@@ -292,7 +292,7 @@ def supervised_cacr_loss(
         r = checks.nonempty("ref_embeddings", checks.float_tensor("ref_embeddings", ref_embeddings, "[M, D]"), "[M, D]")
         checks.same_device("ref_embeddings", r, "embeddings", z)
         checks.same_dim("ref_embeddings", r, "embeddings", z)
-        checks.labels("ref_labels", ref_labels, "ref_embeddings", r)
+        ref_labels = checks.labels("ref_labels", ref_labels, "ref_embeddings", r)
         tensors.append(r)
     tau_pos = checks.temperature("tau_pos", tau_pos, z.device)
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)

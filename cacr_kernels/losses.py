@@ -230,12 +230,9 @@ def supervised(
 
 
 def compact_ids(labels: Tensor, ref_labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels of any integer dtype as int32 ids that are equal exactly where the labels are."""
-    if labels.dtype in (torch.int64, torch.uint16, torch.uint32, torch.uint64):
-        joined = torch.cat([labels.reshape(-1), ref_labels.to(labels.dtype).reshape(-1)])
-        ids = torch.unique(joined, return_inverse=True)[1].to(torch.int32)
-        return ids[: len(labels)], ids[len(labels) :]
-    return labels.to(torch.int32), ref_labels.to(torch.int32)
+    """int64 labels as int32 ids that are equal exactly where the labels are."""
+    ids = torch.unique(torch.cat([labels, ref_labels]), return_inverse=True)[1].to(torch.int32)
+    return ids[: len(labels)], ids[len(labels) :]
 
 
 __all__ = ["Contrast", "cacr", "merge", "momentum", "queue", "reference", "supervised"]

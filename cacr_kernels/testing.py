@@ -33,6 +33,7 @@ quantity whose scale is 0 (nothing flows to it) has to be exactly 0. Anything no
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -87,18 +88,13 @@ class Case(NamedTuple):
         words = [f"{key}={value}" for key, value in (self.shape | self.options).items()]
         return " ".join([self.loss, *words, *([] if self.data == "unit" else [self.data])])
 
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     @property
     def per_query(self) -> bool:
         """Whether the loss is one value per query."""
         return self.options.get("reduction") == "none"
-
-
-class Outcome(NamedTuple):
-    """Loss, gradients by argument, and the larger of attraction and repulsion; float64 on the CPU."""
-
-    loss: Tensor
-    gradients: dict[str, Tensor]
-    scale: float
 
 
 class Result(NamedTuple):
@@ -255,15 +251,14 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _leaves(case: Case, inputs: dict[str, Tensor], learn_temperatures: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def _leaves(case: Case, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Arguments made of fresh leaves (temperatures rounded to float32, whatever the dtype), and other keywords."""
-    tensors: dict[str, Any] = {n: t.detach().clone().requires_grad_(n in DIFFERENTIABLE) for n, t in inputs.items()}
+    tensors = {n: t.detach().clone().requires_grad_(n in DIFFERENTIABLE) for n, t in inputs.items()}
     options = dict(case.options)
-    if learn_temperatures:
-        first = next(iter(inputs.values()))
-        for name in options.keys() & set(TEMPERATURES):
-            tau = torch.tensor(options.pop(name), dtype=torch.float32, device=first.device)
-            tensors[name] = tau.to(arithmetic_dtype(first.dtype)).requires_grad_()
+    first = next(iter(inputs.values()))
+    for name in options.keys() & set(TEMPERATURES):
+        tau = torch.tensor(options.pop(name), dtype=torch.float32, device=first.device)
+        tensors[name] = tau.to(arithmetic_dtype(first.dtype)).requires_grad_()
     return tensors, options
 
 
@@ -276,7 +271,7 @@ def _incoming(case: Case, value: Tensor) -> Tensor:
     return (0.5 + weights).to(value)
 
 
-def _gradients(value: Tensor, tensors: dict[str, Any], incoming: Tensor) -> dict[str, Tensor]:
+def _gradients(value: Tensor, tensors: dict[str, Tensor], incoming: Tensor) -> dict[str, Tensor]:
     """Gradients of every leaf that asks for one, in the order of the arguments; zeros where nothing flows."""
     wanted = {n: tensors[n] for n in (*DIFFERENTIABLE, *TEMPERATURES) if n in tensors}
     if not value.requires_grad:
@@ -286,20 +281,9 @@ def _gradients(value: Tensor, tensors: dict[str, Any], incoming: Tensor) -> dict
 
 
 # ---- evaluations -----------------------------------------------------------------------------------------------------
-def evaluate(case: Case, inputs: dict[str, Tensor], backend: str, *, learn_temperatures: bool = True) -> Outcome:
-    """The public loss and its gradients (incoming gradient 1), with the inputs in the dtype they have."""
-    tensors, options = _leaves(case, inputs, learn_temperatures)
-    found = getattr(functional, case.loss)(**tensors, **options, backend=backend, return_parts=True)
-    gradients = _gradients(found.loss, tensors, torch.ones_like(found.loss))
-    scale = max(found.attraction.abs().item(), found.repulsion.abs().item())
-    return Outcome(
-        found.loss.detach().double().cpu(), {n: g.detach().double().cpu() for n, g in gradients.items()}, scale
-    )
-
-
 def actual_quantities(case: Case, inputs: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
     """The loss and its gradients as a user gets them, dtypes included, with the incoming gradient of this file."""
-    tensors, options = _leaves(case, inputs, True)
+    tensors, options = _leaves(case, inputs)
     loss = getattr(functional, case.loss)(**tensors, **options, backend=backend)
     return {"loss": loss.detach(), **_gradients(loss, tensors, _incoming(case, loss))}
 
@@ -308,7 +292,7 @@ def true_quantities(
     case: Case, inputs: dict[str, Tensor], dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The same by the definition in ``dtype``, and the scale of each: the larger of what the two terms contribute."""
-    tensors, options = _leaves(case, rounded(inputs, dtype, next(iter(inputs.values())).device), True)
+    tensors, options = _leaves(case, rounded(inputs, dtype, next(iter(inputs.values())).device))
     function, defaults = DEFINITIONS[case.loss]
     arguments = defaults | tensors | options
     arguments.pop("reduction", None)
@@ -398,11 +382,17 @@ def _draws(case: Case, dtype: torch.dtype, device: torch.device | str, count: in
     return [Draw(draw, *true_quantities(_as_asked_for(case, dtype), draw, torch.float64)) for draw in inputs]
 
 
+@functools.lru_cache(maxsize=4096)
 def expect(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu") -> Expected:
-    """Truth, scale and yardstick of a case for inputs of ``dtype``."""
-    draws, asked, double = _draws(case, dtype, device, DRAWS), _as_asked_for(case, dtype), dtype == torch.float64
-    singles = _draws(case, torch.float32, device, 4 * DRAWS) if double else draws
-    yardstick = _worst([draw.errors(true_quantities(asked, draw.inputs, torch.float32)[0]) for draw in singles])
+    """Truth, scale and yardstick of a case for inputs of ``dtype``: found once, for all backends."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors too small to share out
+    try:
+        draws, asked, double = _draws(case, dtype, device, DRAWS), _as_asked_for(case, dtype), dtype == torch.float64
+        singles = _draws(case, torch.float32, device, 4 * DRAWS) if double else draws
+        yardstick = _worst([draw.errors(true_quantities(asked, draw.inputs, torch.float32)[0]) for draw in singles])
+    finally:
+        torch.set_num_threads(threads)
     if double:
         ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps * (FACTOR + 1) / FACTOR
         yardstick = {name: ratio * value for name, value in yardstick.items()}

@@ -229,12 +229,16 @@ def test_a_case_survives_json_and_goals_belong_to_cases_of_the_full_suite() -> N
     assert cases.quick(2, "cpu")[0].key in GOALS
 
 
+def test_a_process_that_fails_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.sys, "executable", "false")
+    assert isinstance(memory.measure(TINY, "eager"), str)
+
+
 def test_peak_memory_is_measured_in_a_process_of_its_own() -> None:
     case = Case(cases.cacr(2, 1024, 16))  # one array N x M: 4 MiB
     peak = memory.measure(case, "eager")
     assert isinstance(peak, float), peak
     assert 8 < peak < 80
-    assert "StopIteration" in str(memory.measure(case, "no such row"))
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
@@ -339,7 +343,7 @@ def test_the_command_measures_prints_writes_and_draws(
     }  # fmt: skip
     assert {row["row"] for row in results.read(out / "results.json")["rows"]} == {rows.ours("cpu"), "eager", "bare mm"}
     printed = capsys.readouterr().out
-    assert all(case.key in printed for case in found)
+    assert all(f"cacr_loss V=2 B={B} D=128, float32, loss+gradients, 1 thread" in printed for B in (8, 16))
     assert command.main(["--filter", "no such case"]) == 1
     assert command.main(["--list", "--threads", "3"]) == 0
     assert "threads=3" not in capsys.readouterr().out  # the planted suite knows its own

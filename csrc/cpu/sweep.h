@@ -88,6 +88,7 @@ struct Sweep {
     diagonal = p.period >= P;
     for (int i = 0; i < p.softmaxes; i++) {
       slope[i] = T(-2 * p.tau[i] * kLog2e);
+      if (-1e-30 < p.tau[i] && p.tau[i] < 1e-30) slope[i] = 0;  // its reciprocal must be finite
       diagonal &= p.kind[i] == kOther || p.kind[i] == kAll;
       positive[i] = p.kind[i] == kSame || p.kind[i] == kSameNotSelf;
       any_positive |= positive[i];
