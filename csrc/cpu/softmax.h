@@ -118,10 +118,11 @@ CACR_NOINLINE void add_statistics(idx n, const T* S, T slope, const RowState<T>&
 // given. kMoment: the rows' moments are accumulated too (the gradient of tau needs them).
 template <class T, int kSoftmaxes, bool kBounded, bool kMasked, bool kMoment>
 CACR_NOINLINE void tile_gradient(idx n, const T* S, T* H, const T* slope, const RowState<T>* rows, const int32_t* kind,
-                                 const TileIds<T>& ids, T* columns) {
+                                 const TileIds<T>& ids, T* row_sum, T* columns) {
   using V = Vec<T>;
   constexpr int W = Lanes<T>::W;
   Membership<T> member[kSoftmaxes];
+  V sum0{}, sum1{};
   V o0[kSoftmaxes], o1[kSoftmaxes], a0[kSoftmaxes], a1[kSoftmaxes], b0[kSoftmaxes], b1[kSoftmaxes];
   V mean0[kSoftmaxes], mean1[kSoftmaxes], moment0[kSoftmaxes], moment1[kSoftmaxes];
   for (int s = 0; s < kSoftmaxes; s++) {
@@ -157,8 +158,10 @@ CACR_NOINLINE void tile_gradient(idx n, const T* S, T* H, const T* slope, const 
       }
     }
     store<T>(H + 2 * W * j, h0), store<T>(H + 2 * W * j + W, h1);
+    sum0 += h0, sum1 += h1;
     if (columns) store<T>(columns + W * j, load(columns + W * j) + (h0 + h1));
   }
+  store<T>(row_sum, load(row_sum) + sum0), store<T>(row_sum + W, load(row_sum + W) + sum1);
   if constexpr (kMoment)
     for (int s = 0; s < kSoftmaxes; s++) store<T>(rows[s].moment, moment0[s]), store<T>(rows[s].moment + W, moment1[s]);
 }

@@ -37,7 +37,8 @@ struct Scratch {
   T* q_panels;    // [Dp/P][rows][P]    queries by panels of features: operand of dK
   T* dq_panels;   // [Dp/P][rows][P]
   T* columns;     // [keys of the task][W]             sum_i H_ij, by lanes
-  T* row_sum;     // [rows]             sum_j H_ij
+  T* row_sum;     // [rows]             sum_j H_ij, added up
+  T* known_sum;   // [rows]             the same, from the weights' sum of 1
   T* q_norm;      // [rows]
   int32_t* q_id;  // [rows]
   RowState<T> rows[kMaxSoftmaxes];
@@ -56,6 +57,7 @@ struct Scratch {
     s.dq_panels = carve<T>(at, R * Dp);
     s.columns = carve<T>(at, t.want_dk ? (t.key1 - t.key0) * (P / 2) : 0);
     s.row_sum = carve<T>(at, R);
+    s.known_sum = carve<T>(at, R);
     s.q_norm = carve<T>(at, R);
     s.q_id = carve<int32_t>(at, R);
     for (RowState<T>& r : s.rows) {
@@ -300,7 +302,7 @@ struct Sweep {
   T idle_offset(int k, idx i) const { return t.bounded ? T(kLog2e * p.tau[k] * norm_of(k, i)) : -kHuge<T>; }
 
   // ---- backward ----------------------------------------------------------------------------------------------------
-  // dL/dc = w (g_value (1 + tau (c - F)) + g_lse tau), in terms of u: dc/du = -2, c - F = -2 (u - mean). Its row sum.
+  // dL/dc = w (g_value (1 + tau (c - F)) + g_lse tau), in terms of u: dc/du = -2, c - F = -2 (u - mean).
   // factor: w = factor 2^(slope u + offset).
   void set_coefficients(idx i, const double* value, const double* g_value, const double* g_lse, const double* factor,
                         bool detach) {
@@ -314,7 +316,8 @@ struct Sweep {
       r.mean[i] = T((norm_of(k, i) - value[k]) / 2), r.moment[i] = 0;
       sum += constant;
     }
-    s.row_sum[i] = p.inner ? T(0) : T(sum);
+    s.known_sum[i] = T(sum);
+    s.row_sum[i] = 0;
   }
 
   void given_rows() {
@@ -343,7 +346,7 @@ struct Sweep {
       for_parts(i, j0, tile_keys(c), [&](idx j, idx n, bool masked) {
         auto f = p.softmaxes == 1 ? pick<1>(masked) : pick<2>(masked);
         T* columns = t.want_dk ? s.columns + (j - t.key0) * W : nullptr;
-        f(n, S + (j - j0) * P, H + (j - j0) * P, slope, r, p.kind, ids(i, j), columns);
+        f(n, S + (j - j0) * P, H + (j - j0) * P, slope, r, p.kind, ids(i, j), s.row_sum + i * P, columns);
       });
     }
   }
@@ -389,13 +392,15 @@ struct Sweep {
   }
 
   void add_query_gradients() {
+    // Two softmaxes over one set (rbf) nearly cancel: their sum must carry the rounding errors of H itself.
+    const bool cancelling = p.softmaxes == 2 && p.kind[0] == p.kind[1];
     const idx view = p.q_index[pair], R = panels * P;
     T* out = view_of(t.dq, view, p.N) + row0 * t.dq.row_stride;
     const T* q = p.q + view * p.q_view_stride + row0 * p.q_row_stride;
     for (idx i = 0; i < rows; i++)
       for (idx f = 0; f < Dp / P; f++) {
         const T* g = s.dq_panels + (f * R + i) * P;
-        const T *x = q + i * p.q_row_stride + f * P, h = s.row_sum[i];
+        const T *x = q + i * p.q_row_stride + f * P, h = p.inner ? T(0) : cancelling ? s.row_sum[i] : s.known_sum[i];
         T* o = out + i * t.dq.row_stride + f * P;
         const idx n = min_of(P, p.D - f * P);
         for (idx d = 0; d < n; d++) o[d] += g[d] - h * x[d];
