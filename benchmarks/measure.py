@@ -98,7 +98,10 @@ def plan(seconds: dict[str, float], budget: Budget) -> tuple[int, dict[str, int]
     fast = sum(c for name, c in cost.items() if name not in slow)
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget.seconds / max(fast, 1e-6))))
     share = budget.slow_share * budget.seconds / max(len(slow), 1)
-    rows = {name: min(rounds, max(1, int(share / cost[name]))) if name in slow else rounds for name in seconds}
+    rows = dict.fromkeys(seconds, rounds)
+    for name in slow:
+        few = FEWEST_ROUNDS if FEWEST_ROUNDS * cost[name] <= budget.seconds else 1
+        rows[name] = min(rounds, max(few, int(share / cost[name])))
     return rounds, calls, rows
 
 

@@ -92,7 +92,7 @@ def temperature(name: str, value: Any, device: torch.device, *, positive: bool =
             raise ValueError(f"{name} must be a number or a 0-dim tensor, got shape {list(value.shape)}")
         if value.device != device and value.device.type != "cpu":
             raise ValueError(f"{name} must be on {device} or the CPU, got {value.device}")
-        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+        return value.to(torch.float64)  # 0-dim: does not promote what it multiplies
     number = real(name, value)
     if number < 0 or (positive and number == 0):
         raise ValueError(f"{name} must be {'> 0' if positive else '>= 0'}, got {value!r}")
