@@ -73,6 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_cpu(const Tensor& any_views, con
 
 // ids [n] = i % period for some period? Equal ids then lie on diagonals.
 int64_t period_of(const int32_t* q, int64_t n, const int32_t* k, int64_t m) {
+  if (n == 0 || m == 0) return 0;
   int64_t period = m;
   for (int64_t j = 1; j < m; j++)
     if (k[j] == 0) {

@@ -256,7 +256,7 @@ struct Sweep {
     if (t.bounded && c == 0)
       for (int k = 0; k < p.softmaxes; k++)
         for (idx i = 0; i < panels * P; i++)
-          if (s.rows[k].sum[i] == 0) s.rows[k].shift[i] = idle_offset(k, i);  // nothing in this tile
+          if (s.rows[k].sum[i] == 0) s.rows[k].shift[i] = idle_offset(k, i), s.rows[k].pivot[i] = 0;  // empty tile
   }
 
   void finish_rows() {
