@@ -118,7 +118,10 @@ def test_reference_set_receives_gradient(backend: str) -> None:
 @pytest.mark.parametrize("dim", [1, 2, 7, 8, 9, 33, 513])
 def test_normalize_is_that_of_torch(loss: str, dim: int, backend: str) -> None:
     tensors = {n: 3 * randn(*t.shape[:-1], dim) if t.is_floating_point() else t for n, t in small_inputs(loss).items()}
-    next(iter(tensors.values())).flatten(0, -2)[0] = 0.0  # a vector of length 0 stays one
+    rows = next(iter(tensors.values())).flatten(0, -2)
+    rows[0] = 0.0  # a vector of length 0 stays one, a short one becomes a unit vector, a tiny one is divided by 1e-12
+    rows[1] *= 1e-5
+    rows[2] *= 1e-14
     unit_vectors = {
         n: torch.nn.functional.normalize(t, dim=-1) if t.is_floating_point() else t for n, t in tensors.items()
     }
@@ -224,6 +227,18 @@ def test_supervised_with_one_kind_of_set(labels: str, backend: str) -> None:
     assert getattr(outcome.parts, empty) == getattr(outcome.parts, f"{empty}_entropy") == 0
     assert not outcome.gradients["embeddings"].any()
     assert run("supervised", tensors, backend).gradients["embeddings"].all()
+
+
+@each_backend
+@pytest.mark.parametrize("tau", [0.0, 1e-3, 0.05, 0.125, 0.2, 0.3, 0.5, 1.0, 5.0, 50.0])
+@pytest.mark.parametrize("labels", [[0], [0, 0], [0, 1], [0, 0, 1, 2]], ids=str)
+def test_empty_sets_at_any_temperature(labels: list[int], tau: float, backend: str) -> None:
+    """No temperature, small or large, turns a set without members into NaN."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        tensors = {"embeddings": randn(len(labels), 5).to(dtype), "labels": torch.tensor(labels)}
+        for taus in ({"tau_pos": tau}, {"tau_neg": tau}):
+            expected = run("supervised", cast(tensors, torch.float64), "reference", **taus)
+            assert_agree(run("supervised", tensors, backend, **taus), expected, tolerance)
 
 
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")

@@ -233,7 +233,7 @@ def test_second_backward_with_retain_graph(loss: str, backend: str) -> None:
 
 @each_backend
 @each_loss
-@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+@pytest.mark.parametrize("inside", [False, True], ids=["backward_outside", "backward_inside"])
 def test_autocast_changes_nothing(loss: str, inside: bool, backend: str) -> None:
     """float32 inputs inside ``torch.autocast``: no product is rounded to bfloat16, forward and backward."""
     tensors = {n: t.float() if t.is_floating_point() else t for n, t in inputs(loss).items()}

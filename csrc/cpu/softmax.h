@@ -91,7 +91,9 @@ CACR_NOINLINE void add_statistics(idx n, const T* S, T slope, const RowState<T>&
     shift0 = -top0, shift1 = -top1;
     store<T>(r.shift, shift0), store<T>(r.shift + W, shift1);
     const T inverse = slope == 0 ? T(0) : 1 / slope;
-    pivot0 = load(r.sum) == T(0) ? inverse * top0 : pivot0, pivot1 = load(r.sum + W) == T(0) ? inverse * top1 : pivot1;
+    const Vec<T> none = splat<T>(-kHuge<T>);  // pivot only where a member was found: the product may overflow elsewhere
+    pivot0 = ((load(r.sum) == T(0)) & (top0 > none)) ? inverse * top0 : pivot0;
+    pivot1 = ((load(r.sum + W) == T(0)) & (top1 > none)) ? inverse * top1 : pivot1;
     store<T>(r.pivot, pivot0), store<T>(r.pivot + W, pivot1);
   }
   V e0{}, e1{}, eu0{}, eu1{};

@@ -16,9 +16,6 @@ namespace cacr::CACR_ISA {
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
 template <class T>
-inline constexpr T kHuge = sizeof(T) == 4 ? T(3e38) : T(1e308);
-
-template <class T>
 CACR_INLINE T* carve(char*& at, idx count) {
   T* p = reinterpret_cast<T*>(at);
   at += (size_t(count) * sizeof(T) + 63) / 64 * 64;

@@ -127,6 +127,9 @@ CACR_INLINE Vec<double> exp2_in_range(Vec<double> x) {
 }
 
 template <class T>
+inline constexpr T kHuge = sizeof(T) == 4 ? T(3e38) : T(1e308);
+
+template <class T>
 inline constexpr T kExp2Min = sizeof(T) == 4 ? T(-126) : T(-1022);
 
 // 2^x for any x <= 0: below the range it is exactly 0. NaN may come out as any number: callers keep the NaN elsewhere.
