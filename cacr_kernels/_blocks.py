@@ -138,6 +138,32 @@ def contrast_backward(
     want_tau: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and tau: dL/dc_ij = w_ij (gF (1 + tau (c_ij - F)) + glse tau), blocks recomputed."""
+    with torch.autocast(q.device.type, enabled=False):
+        return _contrast_backward(
+            q, k, q_id, k_id, tau, kinds, q_index, k_index, inner, detach_weights, value, weights,
+            grad_value, grad_lse, want_q, want_k, want_tau,
+        )  # fmt: skip
+
+
+def _contrast_backward(
+    q: Tensor,
+    k: Tensor,
+    q_id: Tensor | None,
+    k_id: Tensor | None,
+    tau: Tensor,
+    kinds: list[int],
+    q_index: list[int],
+    k_index: list[int],
+    inner: bool,
+    detach_weights: bool,
+    value: Tensor,
+    weights: Tensor,
+    grad_value: Tensor,
+    grad_lse: Tensor,
+    want_q: bool,
+    want_k: bool,
+    want_tau: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format) if want_q else q.new_empty(0)
     grad_k = torch.zeros_like(k, memory_format=torch.contiguous_format) if want_k else k.new_empty(0)
     grad_tau = torch.zeros_like(tau) if want_tau else tau.new_empty(0)

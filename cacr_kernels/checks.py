@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,7 +103,7 @@ def real(name: str, value: Any) -> float:
     """A finite Python number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {_what(value)}")
-    if not -math.inf < value < math.inf:
+    if not -sys.float_info.max <= value <= sys.float_info.max:  # integers may be larger
         raise ValueError(f"{name} must be finite, got {value!r}")
     return float(value)
 
