@@ -41,12 +41,18 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return report
 
 
-# Written, but not yet seen green as a whole on a quiet machine: run them by name. Each has to leave this list.
-collect_ignore = [
-    "test_benchmarks.py",
-    "test_compile.py",
-    "test_cpu_kernels.py",
-    "test_ops.py",
-    "test_testing.py",
-    "test_verify.py",
-]
+# Known violations of what the package promises, each a bug to mend; a strict one fails here when it is mended.
+_COMPILED = "the second derivative of a compiled loss, taken outside, lacks the loss's second-order term"
+KNOWN_BUGS = {
+    **{f"test_compile.py::test_autograd_grad_is_right_or_refused[{case}]": (_COMPILED, True)
+       for case in ("views", "rbf", "list", "half", "supervised")},
+    "test_verify.py::test_quick_run_passes[torch]": ("float16 queue, derivative of tau_neg: 5e-5, budget 3e-5", False),
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        name = item.nodeid.split("/")[-1]
+        if name in KNOWN_BUGS:
+            reason, strict = KNOWN_BUGS[name]
+            item.add_marker(pytest.mark.xfail(reason=reason, strict=strict))
