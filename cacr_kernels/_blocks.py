@@ -88,7 +88,7 @@ def contrast(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean cost and log-sum-exp of each softmax, [S, P, N]; see ``ops.py`` for the arguments.
 
-    The third output holds the maxima of the logits and the sums relative to them.
+    The third output holds the maxima of the logits, the sums relative to them, and the values.
     """
     shape = (len(kinds), len(q_index), q.shape[1])
     # running maximum of the logits, and relative to it: sum of exp, and of exp times cost
@@ -114,8 +114,9 @@ def contrast(
     empty = (total == 0) & (total_cost == 0)  # NaN shows in the costs; so do costs that are infinite and have no mass
     total = total + 0.0 * total_cost
     value = torch.where(empty, 0.0, total_cost / total)
+    value = value + 0.0 * tau[:, None, None]  # a temperature that is not finite leaves no trace in exp
     lse = total.log() + top
-    return value, torch.where(value.isnan(), value, lse), torch.stack([top.double(), total])
+    return value, torch.where(value.isnan(), value, lse), torch.stack([top.double(), total, value])
 
 
 def contrast_backward(

@@ -207,6 +207,45 @@ def _pull(grad: Tensor, x: Tensor, others: Tensor) -> Tensor:
     return total
 
 
+class Witness(Function):
+    """The identity, whose backward holds on to its input."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        """A view."""
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Saves the input."""
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """The identity."""
+        passed: Tensor = _apply(WitnessGradient, grad, *ctx.saved_tensors)
+        return passed
+
+
+class WitnessGradient(Function):
+    """The identity of its first argument, opaque to a compiler."""
+
+    @staticmethod
+    def forward(grad: Tensor, x: Tensor) -> Tensor:
+        """Runs the operator."""
+        passed: Tensor = ops.operator("witness")(grad, x)
+        return passed
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Saves nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """The identity."""
+        return grad, None
+
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -267,3 +306,19 @@ def aligned_cost(q: Tensor, k: Tensor) -> Tensor:
     """Costs [V, U, B] between the views of the same instances."""
     cost: Tensor = _apply(AlignedCost, q, k)
     return cost
+
+
+@_opaque
+def _witness(x: Tensor) -> Tensor:
+    passed: Tensor = _apply(Witness, x)
+    return passed
+
+
+def witness(x: Tensor) -> Tensor:
+    """``x``; under ``torch.compile`` such that a second derivative taken outside the compiled code is refused.
+
+    AOTAutograd refuses to differentiate a compiled backward only if that reads a tensor which requires grad. Ours may
+    read nothing but gradients found in forward, and the second-order term would be missing without a word. A loss of
+    an intermediate result of the same compiled function is out of reach here.
+    """
+    return _witness(x) if torch.compiler.is_compiling() and x.requires_grad else x

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autograd import witness
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 INTEGERS = (*SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -30,7 +32,7 @@ def float_tensor(name: str, x: Any, shape: str) -> Tensor:
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
     if x.dim() != shape.count(",") + 1:
         raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}")
-    return x
+    return witness(x)
 
 
 def nonempty(name: str, x: Tensor, shape: str) -> Tensor:
@@ -92,7 +94,7 @@ def temperature(name: str, value: Any, device: torch.device, *, positive: bool =
             raise ValueError(f"{name} must be a number or a 0-dim tensor, got shape {list(value.shape)}")
         if value.device != device and value.device.type != "cpu":
             raise ValueError(f"{name} must be on {device} or the CPU, got {value.device}")
-        return value.to(torch.float64)  # 0-dim: does not promote what it multiplies
+        return witness(value).to(torch.float64)  # 0-dim: does not promote what it multiplies
     number = real(name, value)
     if number < 0 or (positive and number == 0):
         raise ValueError(f"{name} must be {'> 0' if positive else '>= 0'}, got {value!r}")

@@ -142,7 +142,7 @@ class CACRQueueLoss(_Loss):
             )  # keys held, next place
             self._held, self._place = 0, 0
             hooked: Any = self  # torch does not annotate the hooks
-            hooked.register_state_dict_pre_hook(_before_saving)
+            hooked.register_state_dict_post_hook(_saving)
             hooked.register_load_state_dict_post_hook(_after_loading)
 
     def forward(
@@ -172,24 +172,31 @@ class CACRQueueLoss(_Loss):
         """The options."""
         return f"queue_size={self.queue_size}, {super().extra_repr()}" if self.queue_size else super().extra_repr()
 
-    @torch.no_grad()
     def _enqueue(self) -> None:
-        """Lets the pending keys enter, in a new tensor: a pending backward still reads the old one."""
-        size = self.queue_size
-        for keys in self._pending:
-            fresh = keys.reshape(-1, keys.shape[-1])[-size:].to(self.queue)
-            queue, n = self.queue.clone(), fresh.shape[0]
-            first = min(n, size - self._place)
-            queue[self._place : self._place + first] = fresh[:first]
-            queue[: n - first] = fresh[first:]
-            self.queue, self._place, self._held = queue, (self._place + n) % size, min(size, self._held + n)
+        """Lets the pending keys enter: a pending backward still reads the old tensor."""
+        self.queue, self._held, self._place = self._after_pending()
         self._pending = []
 
+    @torch.no_grad()
+    def _after_pending(self) -> tuple[Tensor, int, int]:
+        """The queue as it will be with the pending keys, how many keys it holds and where the next goes."""
+        size, queue, held, place = self.queue_size, self.queue, self._held, self._place
+        for keys in self._pending:
+            fresh = keys.reshape(-1, keys.shape[-1])[-size:].to(queue)
+            queue, n = queue.clone(), fresh.shape[0]
+            first = min(n, size - place)
+            queue[place : place + first] = fresh[:first]
+            queue[: n - first] = fresh[first:]
+            place, held = (place + n) % size, min(size, held + n)
+        return queue, held, place
 
-def _before_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+
+def _saving(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: object) -> None:
+    """The state is that of the next call, so that no key is lost; the module itself does not change."""
     assert isinstance(module, CACRQueueLoss)
-    module._enqueue()
-    module.queue_state = torch.tensor([module._held, module._place])
+    queue, held, place = module._after_pending()
+    state_dict[f"{prefix}queue"] = queue
+    state_dict[f"{prefix}queue_state"] = torch.tensor([held, place])
 
 
 def _after_loading(module: nn.Module, incompatible: object) -> None:

@@ -151,12 +151,12 @@ def contrast_fake(
     inner: bool,
     detach_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes: value and lse [S, P, N], weights [2, S, P, N], float64 whatever the inputs are.
+    """Shapes: value and lse [S, P, N], weights [3, S, P, N], float64 whatever the inputs are.
 
     ``weights`` is what a backend's own backward needs to give every pair the weight it had in forward.
     """
     shape = (len(kinds), len(q_index), q.shape[1])
-    return tau.new_empty(shape), tau.new_empty(shape), tau.new_empty((2, *shape))
+    return tau.new_empty(shape), tau.new_empty(shape), tau.new_empty((3, *shape))
 
 
 def contrast_backward_fake(
@@ -297,3 +297,9 @@ for _backend in ("torch", "cpu"):
     _register_contrast(_backend)
 torch.library.impl(f"{NAMESPACE}::contrast_torch", "CompositeExplicitAutograd", _blocks.contrast)
 torch.library.impl(f"{NAMESPACE}::contrast_backward_torch", "CompositeExplicitAutograd", _blocks.contrast_backward)
+
+# The gradient, unchanged; ``x`` is what it is the gradient of. See ``autograd.witness``.
+torch.library.define(f"{NAMESPACE}::witness", "(Tensor grad, Tensor x) -> Tensor")
+torch.library.impl(f"{NAMESPACE}::witness", "CompositeExplicitAutograd", lambda grad, x: grad.clone())
+torch.library.register_fake(f"{NAMESPACE}::witness", lambda grad, x: torch.empty_like(grad))
+torch.library.register_autograd(f"{NAMESPACE}::witness", lambda ctx, grad: (grad, None))

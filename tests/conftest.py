@@ -42,10 +42,7 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 
 
 # Known violations of what the package promises, each a bug to mend; a strict one fails here when it is mended.
-_COMPILED = "the second derivative of a compiled loss, taken outside, lacks the loss's second-order term"
 KNOWN_BUGS = {
-    **{f"test_compile.py::test_autograd_grad_is_right_or_refused[{case}]": (_COMPILED, True)
-       for case in ("views", "rbf", "list", "half", "supervised")},
     "test_verify.py::test_quick_run_passes[torch]": ("float16 queue, derivative of tau_neg: 5e-5, budget 3e-5", False),
 }  # fmt: skip
 

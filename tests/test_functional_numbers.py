@@ -93,15 +93,19 @@ SHAPES = ((2, 37, 19), (3, 23, 64), (2, 67, 129), (3, 2, 1))
 @pytest.mark.parametrize("cost", ["sqeuclidean", "rbf"])
 @pytest.mark.parametrize("pairing", PAIRINGS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_float32_budget_of_cacr(
-    shape: tuple[int, int, int], pairing: str, cost: str, request: pytest.FixtureRequest
-) -> None:
-    if (shape, pairing, cost) == ((2, 37, 19), "pooled", "rbf"):
-        known = "rbf of vectors of norm 13 in float32: 34 eps where the budget is 21"
-        request.applymarker(pytest.mark.xfail(reason=known, strict=False))
+def test_float32_budget_of_cacr(shape: tuple[int, int, int], pairing: str, cost: str) -> None:
     for data, t in DATA:
         options = {"pairing": pairing, "cost": cost}
-        assert_within_budget("cacr", lambda seed, data=data: {"views": data(*shape, seed=seed)}, taus(*t), **options)
+        try:
+            assert_within_budget(
+                "cacr", lambda seed, data=data: {"views": data(*shape, seed=seed)}, taus(*t), **options
+            )
+        except AssertionError:
+            # Costs here are asymmetric by a rounding error, eager's are not: rows of a mutually nearest pair should
+            # weigh the same in log mean_b F, and do not by 35 eps of the gradient where the budget is 21.
+            if (shape, pairing, cost, t) != ((2, 37, 19), "pooled", "rbf", (0.3, 0.5)):
+                raise
+            pytest.xfail("a known miss: pooled rbf of vectors of norm 13")
 
 
 @pytest.mark.parametrize("weight_grad", ["in_batch", "full", "none"])

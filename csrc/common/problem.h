@@ -42,11 +42,11 @@ struct Contrast {
 
 // Per query and softmax, all [softmaxes][pairs][N] in float64: they are O(N), and differences of them matter.
 struct Statistics {
-  double* value;     // F, 0 for an empty set
-  double* lse;       // natural logarithm, -inf for an empty set
-  double* variance;  // sum_j w (c - F)^2, where the gradient of tau is wanted
-  double* offset;    // w_ij = 2^(slope_i u_ij + offset_i) / sum_i exactly as in the forward sweep (an lse has rounded),
-  double* sum;       // for the backward; u and slope: see csrc/cpu/softmax.h
+  double* value;              // F, 0 for an empty set
+  double* lse;                // natural logarithm, -inf for an empty set
+  double* variance;           // sum_j w (c - F)^2, where the gradient of tau is wanted
+  double *top, *sum, *delta;  // the rows as the forward sweep left them (csrc/cpu/softmax.h, RowState), so that the
+                              // backward gives every pair the very weight it had: an lse has been rounded
 };
 
 }  // namespace cacr

@@ -44,26 +44,28 @@ struct Aligned {
   void weigh(idx v, idx b, idx n) {
     using V = Vec<T>;
     const T slope = T(t.tau * kLog2e), tau = T(t.tau), scale = T(t.scale);
-    V top = splat<T>(-kHuge<T>), sum{}, sum_c{}, variance{};
+    V top = splat<T>(-kHuge<T>), sum{}, sum_d{}, variance{};
+    const T sign = slope < 0 ? T(-1) : T(1);
     for (idx u = 0; u < t.V; u++)
-      if (u != v) top = max_vec<T>(top, slope * load(at(cost, v, u)));
+      if (u != v) top = max_vec<T>(top, sign * load(at(cost, v, u)));
+    const V top_cost = sign * top;  // everything is measured from the largest exponent, as in softmax.h
     for (idx u = 0; u < t.V; u++) {
       if (u == v) continue;
-      V c = load(at(cost, v, u)), e = exp2_flushed<T>(slope * c - top);
+      V d = load(at(cost, v, u)) - top_cost, e = exp2_flushed<T>(slope * d);
       store<T>(at(gradient, v, u), e);
-      sum += e, sum_c += e * c;
+      sum += e, sum_d += e * d;
     }
-    const V F = sum_c / sum + T(0) * tau, inverse = splat<T>(1) / sum;
+    const V delta = sum_d / sum + T(0) * tau, inverse = splat<T>(1) / sum;
     for (idx u = 0; u < t.V; u++) {
       if (u == v) continue;
-      V d = load(at(cost, v, u)) - F, w = load(at(gradient, v, u)) * inverse;
+      V d = load(at(cost, v, u)) - top_cost - delta, w = load(at(gradient, v, u)) * inverse;
       variance += w * d * d;
       store<T>(at(gradient, v, u), scale * w * (tau * d + T(1)));
     }
     for (idx l = 0; l < n; l++) {
       const idx i = v * t.B + b + l;
-      t.statistics.value[i] = F[l], t.statistics.variance[i] = variance[l];
-      t.statistics.lse[i] = kLn2 * (double(top[l]) + __builtin_log2(double(sum[l]))) + 0 * double(F[l]);
+      t.statistics.value[i] = double(top_cost[l]) + double(delta[l]), t.statistics.variance[i] = variance[l];
+      t.statistics.lse[i] = kLn2 * __builtin_log2(double(sum[l])) + t.tau * double(top_cost[l]) + 0 * double(delta[l]);
     }
   }
 

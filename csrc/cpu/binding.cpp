@@ -147,11 +147,12 @@ std::tuple<Tensor, Tensor, Tensor> contrast_cpu(const Tensor& q, const Tensor& k
     using T = decltype(zero);
     const cacr::Contrast<T> p = a.problem<T>();
     const int64_t rows = p.softmaxes * p.pairs * p.N;
-    const std::vector<int64_t> shape{p.softmaxes, p.pairs, p.N}, both{2, p.softmaxes, p.pairs, p.N};
+    const std::vector<int64_t> shape{p.softmaxes, p.pairs, p.N}, state{3, p.softmaxes, p.pairs, p.N};
     Tensor value = torch::stable::new_empty(tau, shape), lse = torch::stable::new_empty(tau, shape),
-           weights = torch::stable::new_empty(tau, both);
+           weights = torch::stable::new_empty(tau, state);
     double* w = out<double>(weights);
-    cacr::contrast_forward<T>(p, {out<double>(value), out<double>(lse), nullptr, w, w + rows}, torch_threads());
+    cacr::contrast_forward<T>(p, {out<double>(value), out<double>(lse), nullptr, w, w + rows, w + 2 * rows},
+                              torch_threads());
     return std::make_tuple(value, lse, weights);
   });
 }
@@ -175,8 +176,13 @@ std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(const Tensor& q, const 
     Tensor dq = torch::stable::new_empty(q, shape(q, want_q)), dk = torch::stable::new_empty(k, shape(k, want_k));
     Tensor dtau = torch::stable::new_empty(tau, want_tau ? std::vector<int64_t>{p.softmaxes} : std::vector<int64_t>{0});
     const double* w = data<double>(weights);
-    const cacr::RowGradients rows{
-        data<double>(value), w, w + value.numel(), data<double>(grad_value), data<double>(grad_lse), detach_weights};
+    const cacr::RowGradients rows{data<double>(value),
+                                  w,
+                                  w + value.numel(),
+                                  w + 2 * value.numel(),
+                                  data<double>(grad_value),
+                                  data<double>(grad_lse),
+                                  detach_weights};
     cacr::contrast_backward<T>(p, rows, want_q ? out<T>(dq) : nullptr, want_k ? out<T>(dk) : nullptr,
                                want_tau ? out<double>(dtau) : nullptr, torch_threads());
     return std::make_tuple(dq, dk, dtau);

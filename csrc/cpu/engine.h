@@ -200,11 +200,18 @@ struct Engine {
   // Largest block of rows (or 0) with which `n` strips and `slices` slices stay within the workspace.
   Blocking fitting(Gradient gradient, int64_t n, bool want_dq, bool want_dk, size_t slices) const {
     Blocking b = blocking();
-    for (; b.rows >= kernels.panel; b.rows -= kernels.panel) {
-      const size_t need = size_t(n) * kernels.sweep_scratch(task(gradient, b, want_dq, want_dk)) + slices;
-      if (need <= kWorkspaceBytes) return b;
-    }
+    for (; b.rows >= kernels.panel; b.rows -= kernels.panel)
+      if (size_t(n) * kernels.sweep_scratch(task(gradient, b, want_dq, want_dk)) + slices <= kWorkspaceBytes) return b;
     return {0, 0};
+  }
+
+  // Blocking for a sweep that keeps one tile, and in n the threads (no more than given) whose tiles fit the workspace.
+  Blocking tile_fitting(Task<T> t, int64_t& n) const {
+    t.blocking = blocking();
+    while (t.blocking.rows > kernels.panel && size_t(n) * kernels.sweep_scratch(t) > kWorkspaceBytes)
+      t.blocking.rows -= kernels.panel;
+    n = std::max<int64_t>(1, std::min<int64_t>(n, int64_t(kWorkspaceBytes / kernels.sweep_scratch(t))));
+    return t.blocking;
   }
 };
 

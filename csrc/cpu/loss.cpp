@@ -109,7 +109,7 @@ struct LossPlan {
 
   Statistics statistics(Workspace& ws, int64_t rows) {
     auto some = [&] { return ws.get<double>(rows); };
-    return {some(), some(), some(), some(), some()};
+    return {some(), some(), some(), some(), some(), some()};
   }
 
   // Unbounded rbf, or strips and slices beyond the workspace: statistics first, then their backward.
@@ -137,14 +137,20 @@ struct LossPlan {
       }
     }
     double* variance = want_tau && !loss.rbf ? s.variance : nullptr;
-    if (dz || variance) backward_sweep(e, {s.value, s.offset, s.sum, g_value, g_lse, false}, dz, dz, variance, true, n);
+    if (dz || variance)
+      backward_sweep(e, {s.value, s.top, s.sum, s.delta, g_value, g_lse, false}, dz, dz, variance, true, n);
     if (!loss.rbf) sum_mean_cost(p, s);
   }
 
   void one_sweep(Engine<T>& e, const Blocking& blocking, int64_t n) {
     const Contrast<T>& p = e.p;
     const int64_t rows = p.pairs * p.N;
-    Statistics s = statistics(e.memory, rows);
+    Statistics s{e.memory.template get<double>(rows),
+                 e.memory.template get<double>(rows),
+                 want_tau ? e.memory.template get<double>(rows) : nullptr,
+                 nullptr,
+                 nullptr,
+                 nullptr};
     Task<T> t = e.task(Gradient::kMeanCost, blocking, true, true, want_tau ? s.variance : nullptr);
     t.scale = -loss.beta / double(rows);
     t.statistics = s;

@@ -15,7 +15,7 @@ struct Result {
 
 // Statistics and gradients of one strip sweep over two views of n rows with d features; both sums of one tensor.
 template <class T>
-Result<T> sweep(const Kernels<T>& kernels, int64_t n, int64_t d, double tau, int kind, bool bounded) {
+Result<T> sweep(const Kernels<T>& kernels, int64_t n, int64_t d, double tau, int kind, bool bounded, bool sorted) {
   const Parallel serial{1, nullptr};
   std::vector<T> z(size_t(2 * n * d));
   uint32_t state = 12345;  // a fixed sequence, no library's generator
@@ -23,12 +23,12 @@ Result<T> sweep(const Kernels<T>& kernels, int64_t n, int64_t d, double tau, int
     state = state * 1664525u + 1013904223u,
     x = T(int32_t(state >> 8) - (1 << 23)) / T(1 << 23) / T(std::sqrt(double(d)));
   std::vector<int32_t> id(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; i++) id[size_t(i)] = int32_t(i % 5);
+  for (int64_t i = 0; i < n; i++) id[size_t(i)] = int32_t(sorted ? 3 * i / n : i % 5);
   const int64_t q_index[1] = {0}, k_index[1] = {1};
   Contrast<T> p{};
   p.q = p.k = z.data(), p.q_view_stride = p.k_view_stride = n * d, p.q_row_stride = p.k_row_stride = d;
   p.q_views = p.k_views = 2, p.N = p.M = n, p.D = d, p.pairs = 1, p.q_index = q_index, p.k_index = k_index;
-  p.q_id = p.k_id = id.data(), p.period = 5, p.softmaxes = 1, p.kind[0] = kind, p.tau[0] = tau;
+  p.q_id = p.k_id = id.data(), p.period = sorted ? 0 : 5, p.softmaxes = 1, p.kind[0] = kind, p.tau[0] = tau;
   Engine<T> e(p, serial, kernels);
   e.allocate_packed(true);
   e.pack(0, 1);
@@ -40,7 +40,7 @@ Result<T> sweep(const Kernels<T>& kernels, int64_t n, int64_t d, double tau, int
   r.value.resize(rows), r.lse.resize(rows), r.variance.resize(rows), r.gradient.resize(z.size());
   Task<T> t = e.task(Gradient::kMeanCost, b, true, true, r.variance.data());
   t.scale = 1.0 / double(n);
-  t.statistics = {r.value.data(), r.lse.data(), r.variance.data(), nullptr, nullptr};
+  t.statistics = {r.value.data(), r.lse.data(), r.variance.data(), nullptr, nullptr, nullptr};
   auto slices = e.make_slices(1, true, true, true);
   e.sweep_with_slices(t, 1, slices, e.sweep_scratch(t, 1));
   e.add_slices(slices.q, slices.q_touched, 0, 2, n, r.gradient.data(), d, 1, false, 1);
@@ -61,8 +61,10 @@ bool agree(const Kernels<T>& kernels, const Kernels<T>& trusted, int64_t n, int6
   const double tolerance = sizeof(T) == 4 ? 2e-5 : 1e-12;
   for (double tau : {-1.0, 2.0})
     for (int kind : {int(kAll), int(kOther), int(kSameNotSelf)})
-      for (bool bounded : {true, false}) {
-        const Result<T> a = sweep(kernels, n, d, tau, kind, bounded), b = sweep(trusted, n, d, tau, kind, bounded);
+      for (int layout = 0; layout < 4; layout++) {  // sorted ids: sets without a member in the first tile
+        const bool bounded = layout & 1, sorted = layout & 2;
+        const Result<T> a = sweep(kernels, n, d, tau, kind, bounded, sorted),
+                        b = sweep(trusted, n, d, tau, kind, bounded, sorted);
         if (!close(a.value, b.value, tolerance) || !close(a.lse, b.lse, tolerance) ||
             !close(a.variance, b.variance, tolerance, 1) || !close(a.gradient, b.gradient, tolerance, 1.0 / double(n)))
           return false;
@@ -81,7 +83,7 @@ std::vector<double> aligned(const Kernels<T>& kernels, int64_t n, int64_t d) {
   AlignedTask<T> t{};
   t.z = z.data(), t.view_stride = n * d, t.row_stride = d, t.V = 3, t.B = n, t.D = d, t.tau = 1.5, t.scale = 1;
   double* s = statistics.data();
-  t.statistics = {s, s + rows, s + 2 * rows, nullptr, nullptr};
+  t.statistics = {s, s + rows, s + 2 * rows, nullptr, nullptr, nullptr};
   t.dz = dz.data(), t.dz_row_stride = d, t.b1 = n;
   t.scratch = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64;
   kernels.aligned(t);

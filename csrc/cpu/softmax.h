@@ -1,7 +1,7 @@
 // Elementwise work on a tile S[key][kPanel]: row statistics on the way forward, dL/dS on the way back.
 //
 // A tile holds u_ij = q_i.k_j - |k_j|^2/2, so that c_ij = |q_i|^2 - 2 u_ij: the exponent of a softmax is one FMA,
-// log2(e) tau c = slope u + offset_i. Queries stand in the lanes: every row sum is a lane sum.
+// log2(e) tau c = slope u + constant_i. Queries stand in the lanes: every row sum is a lane sum.
 #pragma once
 
 #include "../common/problem.h"
@@ -10,22 +10,21 @@
 namespace cacr::CACR_ISA {
 
 // Rows of a block for one softmax; every array has one entry per query.
+//
+// Everything is measured from the key with the largest weight: its exponent is exactly 0 and no other is above it, and
+// sums of differences from it lose nothing where one key has all the weight, however large tau or the norms are.
 template <class T>
 struct RowState {
-  T* shift;   // minus the maximum of slope * u so far (bounded: in the first tile)
-  T* sum;     // sum e
-  T* sum_u;   // sum e (u - pivot)
-  T* pivot;   // a u that has weight
-  T* offset;  // on the way back: w = factor 2^(slope u + offset)
-  T* a;       // dL/du_ij = 2^(slope u + offset) (a_i + b_i (u_ij - mean_i))
+  T* top;    // sign(slope) * u of the key with the largest exponent so far, -kHuge before any
+  T* sum;    // sum e,  e_ij = 2^(slope (u_ij - u_top))
+  T* sum_u;  // sum e (u - u_top)
+  T* delta;  // sum w (u - u_top), on the way back
+  T* a;      // dL/du_ij = e_ij (a_i + b_i (u_ij - u_top - delta_i))
   T* b;
-  T* mean;    // sum w u
-  T* moment;  // sum w (u - mean)^2 / factor
-  T* factor;
+  T* moment;  // sum e (u - u_top - delta)^2
+  T* factor;  // w = factor e
 
-  RowState from(idx i) const {
-    return {shift + i, sum + i, sum_u + i, pivot + i, offset + i, a + i, b + i, mean + i, moment + i, factor + i};
-  }
+  RowState from(idx i) const { return {top + i, sum + i, sum_u + i, delta + i, a + i, b + i, moment + i, factor + i}; }
 };
 
 template <class T>
@@ -66,7 +65,7 @@ struct Membership {
 };
 
 // Adds keys [0, n) of a tile to the statistics of one panel of queries (r: at the panel's first row).
-// kBounded: the caller knows |log2(e) tau c| <= 64 for every pair, so that the shift found in one tile suffices.
+// kBounded: the caller knows |log2(e) tau c| <= 64 for every pair, so that no exponent leaves the range of 2^x.
 template <class T, bool kBounded, bool kMasked>
 CACR_NOINLINE void add_statistics(idx n, const T* S, T slope, const RowState<T>& r, int kind, const TileIds<T>& ids) {
   using V = Vec<T>;
@@ -74,50 +73,44 @@ CACR_NOINLINE void add_statistics(idx n, const T* S, T slope, const RowState<T>&
   Membership<T> member;
   if constexpr (kMasked) member = Membership<T>::make(ids, kind);
   IntVec<T> m0, m1;
-  V shift0 = load(r.shift), shift1 = load(r.shift + W);
-  V scale0 = splat<T>(1), scale1 = splat<T>(1);
-  V pivot0 = load(r.pivot), pivot1 = load(r.pivot + W);
-  if constexpr (!kBounded) {
-    V top0 = -shift0, top1 = -shift1;
-    for (idx j = 0; j < n; j++) {
-      V z0 = slope * load(S + 2 * W * j), z1 = slope * load(S + 2 * W * j + W);
-      if constexpr (kMasked) {
-        member.masks(j, m0, m1);
-        z0 = m0 ? z0 : top0, z1 = m1 ? z1 : top1;
-      }
-      top0 = max_vec<T>(top0, z0), top1 = max_vec<T>(top1, z1);
+  const T sign = slope < 0 ? T(-1) : T(1);
+  const V old0 = load(r.top), old1 = load(r.top + W), none = splat<T>(-kHuge<T>);
+  V top0 = old0, top1 = old1;
+  for (idx j = 0; j < n; j++) {
+    V z0 = sign * load(S + 2 * W * j), z1 = sign * load(S + 2 * W * j + W);
+    if constexpr (kMasked) {
+      member.masks(j, m0, m1);
+      z0 = m0 ? z0 : none, z1 = m1 ? z1 : none;
     }
-    scale0 = exp2_flushed<T>(-shift0 - top0), scale1 = exp2_flushed<T>(-shift1 - top1);
-    shift0 = -top0, shift1 = -top1;
-    store<T>(r.shift, shift0), store<T>(r.shift + W, shift1);
-    const T inverse = slope == 0 ? T(0) : 1 / slope;
-    const Vec<T> none = splat<T>(-kHuge<T>);  // pivot only where a member was found: the product may overflow elsewhere
-    pivot0 = ((load(r.sum) == T(0)) & (top0 > none)) ? inverse * top0 : pivot0;
-    pivot1 = ((load(r.sum + W) == T(0)) & (top1 > none)) ? inverse * top1 : pivot1;
-    store<T>(r.pivot, pivot0), store<T>(r.pivot + W, pivot1);
+    top0 = max_vec<T>(top0, z0), top1 = max_vec<T>(top1, z1);
   }
+  store<T>(r.top, top0), store<T>(r.top + W, top1);
+  // how far the top has moved, 0 where there was none
+  const V moved0 = old0 > none ? old0 - top0 : V{}, moved1 = old1 > none ? old1 - top1 : V{};
+  const V scale0 = exp2_flushed<T>(sign * slope * moved0), scale1 = exp2_flushed<T>(sign * slope * moved1);
+  const V u_top0 = sign * top0, u_top1 = sign * top1;
   V e0{}, e1{}, eu0{}, eu1{};
 #pragma GCC unroll 2
   for (idx j = 0; j < n; j++) {
-    V u0 = load(S + 2 * W * j), u1 = load(S + 2 * W * j + W);
-    V w0, w1;
+    V d0 = load(S + 2 * W * j) - u_top0, d1 = load(S + 2 * W * j + W) - u_top1, w0, w1;
     if constexpr (kBounded)
-      w0 = exp2_in_range(slope * u0 + shift0), w1 = exp2_in_range(slope * u1 + shift1);
+      w0 = exp2_in_range(slope * d0), w1 = exp2_in_range(slope * d1);
     else
-      w0 = exp2_flushed<T>(slope * u0 + shift0), w1 = exp2_flushed<T>(slope * u1 + shift1);
+      w0 = exp2_flushed<T>(slope * d0), w1 = exp2_flushed<T>(slope * d1);
     if constexpr (kMasked) {
       member.masks(j, m0, m1);
-      w0 = select<T>(m0, w0), w1 = select<T>(m1, w1);
-      u0 = m0 ? u0 : pivot0, u1 = m1 ? u1 : pivot1;
+      w0 = select<T>(m0, w0), w1 = select<T>(m1, w1), d0 = select<T>(m0, d0), d1 = select<T>(m1, d1);
     }
-    e0 += w0, e1 += w1, eu0 += w0 * (u0 - pivot0), eu1 += w1 * (u1 - pivot1);
+    e0 += w0, e1 += w1, eu0 += w0 * d0, eu1 += w1 * d1;
   }
-  store<T>(r.sum, load(r.sum) * scale0 + e0), store<T>(r.sum + W, load(r.sum + W) * scale1 + e1);
-  store<T>(r.sum_u, load(r.sum_u) * scale0 + eu0), store<T>(r.sum_u + W, load(r.sum_u + W) * scale1 + eu1);
+  const V sum0 = load(r.sum), sum1 = load(r.sum + W);
+  store<T>(r.sum, sum0 * scale0 + e0), store<T>(r.sum + W, sum1 * scale1 + e1);
+  store<T>(r.sum_u, (load(r.sum_u) + sum0 * (sign * moved0)) * scale0 + eu0);
+  store<T>(r.sum_u + W, (load(r.sum_u + W) + sum1 * (sign * moved1)) * scale1 + eu1);
 }
 
-// H[j][:] = sum over softmaxes of 2^(slope u + offset) (a + b (u - mean));  columns[j][0:W] += both halves of H[j], if
-// given. kMoment: the rows' moments are accumulated too (the gradient of tau needs them).
+// H[j][:] = sum over softmaxes of e (a + b (u - u_top - delta));  row_sum[i] += sum_j H_ij;  columns[j][0:W] += both
+// halves of H[j], if given. kMoment: the rows' moments are accumulated too (the gradient of tau needs them).
 template <class T, int kSoftmaxes, bool kBounded, bool kMasked, bool kMoment>
 CACR_NOINLINE void tile_gradient(idx n, const T* S, T* H, const T* slope, const RowState<T>* rows, const int32_t* kind,
                                  const TileIds<T>& ids, T* row_sum, T* columns) {
@@ -125,14 +118,15 @@ CACR_NOINLINE void tile_gradient(idx n, const T* S, T* H, const T* slope, const 
   constexpr int W = Lanes<T>::W;
   Membership<T> member[kSoftmaxes];
   V sum0{}, sum1{};
-  V o0[kSoftmaxes], o1[kSoftmaxes], a0[kSoftmaxes], a1[kSoftmaxes], b0[kSoftmaxes], b1[kSoftmaxes];
-  V mean0[kSoftmaxes], mean1[kSoftmaxes], moment0[kSoftmaxes], moment1[kSoftmaxes];
+  V u_top0[kSoftmaxes], u_top1[kSoftmaxes], a0[kSoftmaxes], a1[kSoftmaxes], b0[kSoftmaxes], b1[kSoftmaxes];
+  V delta0[kSoftmaxes], delta1[kSoftmaxes], moment0[kSoftmaxes], moment1[kSoftmaxes];
   for (int s = 0; s < kSoftmaxes; s++) {
     if constexpr (kMasked) member[s] = Membership<T>::make(ids, kind[s]);
     const RowState<T>& r = rows[s];
-    o0[s] = load(r.offset), o1[s] = load(r.offset + W);
+    const T sign = slope[s] < 0 ? T(-1) : T(1);
+    u_top0[s] = sign * load(r.top), u_top1[s] = sign * load(r.top + W);
     a0[s] = load(r.a), a1[s] = load(r.a + W), b0[s] = load(r.b), b1[s] = load(r.b + W);
-    mean0[s] = load(r.mean), mean1[s] = load(r.mean + W);
+    delta0[s] = load(r.delta), delta1[s] = load(r.delta + W);
     if constexpr (kMoment) moment0[s] = load(r.moment), moment1[s] = load(r.moment + W);
   }
 #pragma GCC unroll 2
@@ -140,12 +134,12 @@ CACR_NOINLINE void tile_gradient(idx n, const T* S, T* H, const T* slope, const 
     const V u0 = load(S + 2 * W * j), u1 = load(S + 2 * W * j + W);
     V h0{}, h1{};
     for (int s = 0; s < kSoftmaxes; s++) {
-      V w0, w1;
+      V d0 = u0 - u_top0[s], d1 = u1 - u_top1[s], w0, w1;
       if constexpr (kBounded)
-        w0 = exp2_in_range(slope[s] * u0 + o0[s]), w1 = exp2_in_range(slope[s] * u1 + o1[s]);
+        w0 = exp2_in_range(slope[s] * d0), w1 = exp2_in_range(slope[s] * d1);
       else
-        w0 = exp2_flushed<T>(slope[s] * u0 + o0[s]), w1 = exp2_flushed<T>(slope[s] * u1 + o1[s]);
-      const V d0 = u0 - mean0[s], d1 = u1 - mean1[s];
+        w0 = exp2_flushed<T>(slope[s] * d0), w1 = exp2_flushed<T>(slope[s] * d1);
+      d0 -= delta0[s], d1 -= delta1[s];
       V g0 = w0 * (a0[s] + b0[s] * d0), g1 = w1 * (a1[s] + b1[s] * d1);
       IntVec<T> m0, m1;
       if constexpr (kMasked) {

@@ -50,16 +50,16 @@ struct Scratch {
     s.S = carve<T>(at, tiles * R * K);
     s.H = carve<T>(at, R * K);
     s.q_columns = carve<T>(at, R * p.D);
-    s.q_panels = carve<T>(at, R * Dp);
-    s.dq_panels = carve<T>(at, R * Dp);
+    s.q_panels = carve<T>(at, t.want_dk ? R * Dp : 0);
+    s.dq_panels = carve<T>(at, t.want_dq ? R * Dp : 0);
     s.columns = carve<T>(at, t.want_dk ? (t.key1 - t.key0) * (P / 2) : 0);
     s.row_sum = carve<T>(at, R);
     s.known_sum = carve<T>(at, R);
     s.q_norm = carve<T>(at, R);
     s.q_id = carve<int32_t>(at, R);
     for (RowState<T>& r : s.rows) {
-      T* a = carve<T>(at, 10 * R);
-      r = {a, a + R, a + 2 * R, a + 3 * R, a + 4 * R, a + 5 * R, a + 6 * R, a + 7 * R, a + 8 * R, a + 9 * R};
+      T* a = carve<T>(at, 8 * R);
+      r = {a, a + R, a + 2 * R, a + 3 * R, a + 4 * R, a + 5 * R, a + 6 * R, a + 7 * R};
     }
     return size_t(at - base);
   }
@@ -87,7 +87,6 @@ struct Sweep {
     diagonal = p.period >= P;
     for (int i = 0; i < p.softmaxes; i++) {
       slope[i] = T(-2 * p.tau[i] * kLog2e);
-      if (-1e-30 < p.tau[i] && p.tau[i] < 1e-30) slope[i] = 0;  // its reciprocal must be finite
       diagonal &= p.kind[i] == kOther || p.kind[i] == kAll;
       positive[i] = p.kind[i] == kSame || p.kind[i] == kSameNotSelf;
       any_positive |= positive[i];
@@ -230,59 +229,53 @@ struct Sweep {
     for (int k = 0; k < p.softmaxes; k++) {
       RowState<T>& r = s.rows[k];
       const idx R = panels * P;
-      zero(r.sum, R), zero(r.sum_u, R), zero(r.pivot, R);
-      for (idx i = 0; i < R; i++) r.shift[i] = kHuge<T>;
+      zero(r.sum, R), zero(r.sum_u, R);
+      for (idx i = 0; i < R; i++) r.top[i] = -kHuge<T>;
     }
   }
 
-  // The first tile always looks for its maximum. Where costs are bounded, that shift stays: exponents cannot leave the
-  // range any more, and are close to 0 for the keys that matter.
   void accumulate_statistics(idx c) {
     const idx j0 = tile_key(c);
-    const bool fixed_shift = t.bounded && c > 0;
     for (idx i = 0; i < panels; i++) {
       const T* S = tile(c) + i * t.blocking.keys * P;
       for_parts(i, j0, tile_keys(c), [&](idx j, idx n, bool masked) {
         for (int k = 0; k < p.softmaxes; k++) {
-          auto f = fixed_shift ? (masked ? add_statistics<T, true, true> : add_statistics<T, true, false>)
-                               : (masked ? add_statistics<T, false, true> : add_statistics<T, false, false>);
+          auto f = t.bounded ? (masked ? add_statistics<T, true, true> : add_statistics<T, true, false>)
+                             : (masked ? add_statistics<T, false, true> : add_statistics<T, false, false>);
           f(n, S + (j - j0) * P, slope[k], s.rows[k].from(i * P), p.kind[k], ids(i, j));
         }
       });
     }
-    if (t.bounded && c == 0)
-      for (int k = 0; k < p.softmaxes; k++)
-        for (idx i = 0; i < panels * P; i++)
-          if (s.rows[k].sum[i] == 0) s.rows[k].shift[i] = idle_offset(k, i), s.rows[k].pivot[i] = 0;  // empty tile
   }
 
   void finish_rows() {
     for (idx i = 0; i < panels * P; i++) {
-      double value[kMaxSoftmaxes], lse[kMaxSoftmaxes], factor[kMaxSoftmaxes];
+      double lse[kMaxSoftmaxes], factor[kMaxSoftmaxes];
       for (int k = 0; k < p.softmaxes; k++) {
         RowState<T>& r = s.rows[k];
-        // lse = ln sum - ln2 shift + tau |q|^2, the large terms taken together at the pivot
-        const double sum = r.sum[i], cost = norm_of(k, i) - 2 * double(r.pivot[i]);
-        const double rest = -__builtin_fma(double(slope[k]), double(r.pivot[i]), double(r.shift[i]));
         const bool finite_tau = p.tau[k] - p.tau[k] == 0;  // NaN in 2^x comes out as 0: it shows in tau and in sum_u
-        const bool empty = sum == 0 && r.sum_u[i] == 0 && finite_tau;
-        value[k] = empty ? 0 : cost - 2 * (double(r.sum_u[i]) / sum);
-        lse[k] = empty ? -__builtin_inf() : kLn2 * (__builtin_log2(sum) + rest) + p.tau[k] * cost;
-        if (!empty && (sum == 0 || !finite_tau)) value[k] = __builtin_nan("");
-        if (value[k] != value[k]) lse[k] = value[k];
-        factor[k] = empty ? 0 : 1 / sum;
-        r.offset[i] = empty ? idle_offset(k, i) : r.shift[i];
+        const bool empty = r.sum[i] == 0 && r.sum_u[i] == 0 && finite_tau;
+        const double sum = r.sum[i], delta = empty ? 0 : double(r.sum_u[i]) / sum;
+        const double top_cost = norm_of(k, i) - 2 * sign(k) * double(r.top[i]);
+        double value = empty ? 0 : top_cost - 2 * delta;
+        if (!empty && (sum == 0 || !finite_tau)) value = __builtin_nan("");
+        lse[k] = empty ? -__builtin_inf() : kLn2 * __builtin_log2(sum) + p.tau[k] * top_cost;
+        if (value != value) lse[k] = value;
+        factor[k] = empty ? 0 : 1 / sum + 0 * value;
+        r.delta[i] = T(delta);
+        if (empty) r.top[i] = idle_top(k, i);
         if (i >= rows) continue;
         const idx at = (k * p.pairs + pair) * p.N + row0 + i;
-        t.statistics.value[at] = value[k], t.statistics.lse[at] = lse[k];
-        if (t.statistics.offset)
-          t.statistics.offset[at] = double(r.offset[i]), t.statistics.sum[at] = empty ? 0 : sum + 0 * value[k];
+        t.statistics.value[at] = value, t.statistics.lse[at] = lse[k];
+        if (!t.statistics.top) continue;
+        t.statistics.top[at] = double(r.top[i]), t.statistics.delta[at] = delta;
+        t.statistics.sum[at] = empty ? 0 : sum + 0 * value;
       }
-      if (strip) fused_coefficients(i, value, lse, factor);
+      if (strip) fused_coefficients(i, lse, factor);
     }
   }
 
-  void fused_coefficients(idx i, const double* value, const double* lse, const double* factor) {
+  void fused_coefficients(idx i, const double* lse, const double* factor) {
     double g_value[kMaxSoftmaxes] = {0, 0}, g_lse[kMaxSoftmaxes] = {0, 0};
     if (i < rows && lse[0] != -__builtin_inf()) {
       if (t.gradient == Gradient::kMeanCost) {
@@ -292,25 +285,25 @@ struct Sweep {
         g_lse[0] = -f, g_lse[1] = f;
       }
     }
-    set_coefficients(i, value, g_value, g_lse, factor, false);
+    set_coefficients(i, g_value, g_lse, factor, false);
   }
 
-  // For a row without weights: an exponent that is in range, or flushed to 0.
-  T idle_offset(int k, idx i) const { return t.bounded ? T(kLog2e * p.tau[k] * norm_of(k, i)) : -kHuge<T>; }
+  double sign(int k) const { return slope[k] < 0 ? -1 : 1; }
+
+  // For a row without weights: exponents in range, or flushed to 0.
+  T idle_top(int k, idx i) const { return t.bounded ? T(sign(k) * norm_of(k, i) / 2) : kHuge<T>; }
 
   // ---- backward ----------------------------------------------------------------------------------------------------
-  // dL/dc = w (g_value (1 + tau (c - F)) + g_lse tau), in terms of u: dc/du = -2, c - F = -2 (u - mean).
-  // factor: w = factor 2^(slope u + offset).
-  void set_coefficients(idx i, const double* value, const double* g_value, const double* g_lse, const double* factor,
-                        bool detach) {
+  // dL/dc = w (g_value (1 + tau (c - F)) + g_lse tau), in terms of u: dc/du = -2, c - F = -2 (u - u_top - delta).
+  // factor: w = factor e.
+  void set_coefficients(idx i, const double* g_value, const double* g_lse, const double* factor, bool detach) {
     double sum = 0;
     for (int k = 0; k < p.softmaxes; k++) {
       const RowState<T>& r = s.rows[k];
       const double tau = detach ? 0 : p.tau[k], constant = -2 * (g_value[k] + (detach ? 0 : g_lse[k] * tau));
       r.a[i] = T(factor[k] * constant);
       r.b[i] = T(factor[k] * 4 * g_value[k] * tau);
-      r.factor[i] = T(factor[k]);
-      r.mean[i] = T((norm_of(k, i) - value[k]) / 2), r.moment[i] = 0;
+      r.factor[i] = T(factor[k]), r.moment[i] = 0;
       sum += constant;
     }
     s.known_sum[i] = T(sum);
@@ -319,17 +312,17 @@ struct Sweep {
 
   void given_rows() {
     for (idx i = 0; i < panels * P; i++) {
-      double value[kMaxSoftmaxes] = {0, 0}, g_value[kMaxSoftmaxes] = {0, 0}, g_lse[kMaxSoftmaxes] = {0, 0};
-      double factor[kMaxSoftmaxes] = {0, 0};
+      double g_value[kMaxSoftmaxes] = {0, 0}, g_lse[kMaxSoftmaxes] = {0, 0}, factor[kMaxSoftmaxes] = {0, 0};
       for (int k = 0; k < p.softmaxes; k++) {
         const idx at = (k * p.pairs + pair) * p.N + row0 + i;
-        s.rows[k].offset[i] = idle_offset(k, i);
+        RowState<T>& r = s.rows[k];
+        r.top[i] = idle_top(k, i), r.delta[i] = 0;
         if (i >= rows || t.rows.sum[at] == 0) continue;
-        s.rows[k].offset[i] = T(t.rows.offset[at]);
+        r.top[i] = T(t.rows.top[at]), r.delta[i] = T(t.rows.delta[at]);
         factor[k] = 1 / t.rows.sum[at];
-        value[k] = t.rows.value[at], g_value[k] = t.rows.grad_value[at], g_lse[k] = t.rows.grad_lse[at];
+        g_value[k] = t.rows.grad_value[at], g_lse[k] = t.rows.grad_lse[at];
       }
-      set_coefficients(i, value, g_value, g_lse, factor, t.rows.detach_weights);
+      set_coefficients(i, g_value, g_lse, factor, t.rows.detach_weights);
     }
   }
 

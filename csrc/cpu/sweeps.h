@@ -9,6 +9,7 @@ template <class T>
 void forward_sweep(Engine<T>& e, const Statistics& statistics, int64_t n) {
   Task<T> t = e.task(Gradient::kNone, e.blocking(), false, false);
   t.statistics = statistics;
+  t.blocking = e.tile_fitting(t, n);
   e.sweep(t, n);
 }
 
@@ -40,29 +41,34 @@ void backward_by_owner(Engine<T>& e, const RowGradients& rows, T* dq, T* dk, dou
   std::vector<uint8_t> q_touched(size_t(p.q_views), 1), k_touched(size_t(p.k_views), 1);
   auto run = [&](Task<T> t, auto body) {
     t.rows = rows;
+    int64_t threads = n;
     Task<T> widest = t;
-    widest.key1 = (p.M + n - 1) / n;
-    const size_t scratch = e.kernels.sweep_scratch(t.want_dk ? widest : t);
-    char* base = e.memory.template get<char>(int64_t(scratch) * n);
+    if (t.want_dk) widest.key1 = (p.M + n - 1) / n;
+    t.blocking = e.tile_fitting(widest, threads);
+    if (t.want_dk) widest.key1 = (p.M + threads - 1) / threads;  // fewer threads own more keys each
+    widest.blocking = t.blocking;
+    const size_t scratch = e.kernels.sweep_scratch(widest);
+    char* base = e.memory.template get<char>(int64_t(scratch) * threads);
     t.dq = {q.data, p.N * stride, stride, q_touched.data()};
     t.dk = {k.data, p.M * stride, stride, k_touched.data()};
-    parallel_for(e.parallel, n, [&](int64_t i) {
+    parallel_for(e.parallel, threads, [&](int64_t i) {
       Task<T> mine = t;
       mine.scratch = base + size_t(i) * scratch;
-      body(mine, i);
+      body(mine, i, threads);
     });
   };
   if (dq || variance)
-    run(e.task(Gradient::kGiven, e.blocking(), dq != nullptr, false, variance), [&](Task<T>& t, int64_t i) {
+    run(e.task(Gradient::kGiven, e.blocking(), dq != nullptr, false, variance), [&](Task<T>& t, int64_t i,
+                                                                                    int64_t threads) {
       for (int64_t pair = 0; pair < p.pairs; pair++) {
-        t.unit0 = pair * panels + share(panels, i, n), t.unit1 = pair * panels + share(panels, i + 1, n);
+        t.unit0 = pair * panels + share(panels, i, threads), t.unit1 = pair * panels + share(panels, i + 1, threads);
         e.kernels.sweep(t);
       }
     });
   if (dk)
-    run(e.task(Gradient::kGiven, e.blocking(), false, true), [&](Task<T>& t, int64_t i) {
+    run(e.task(Gradient::kGiven, e.blocking(), false, true), [&](Task<T>& t, int64_t i, int64_t threads) {
       t.unit0 = 0, t.unit1 = e.units();
-      t.key0 = share(p.M, i, n), t.key1 = share(p.M, i + 1, n);
+      t.key0 = share(p.M, i, threads), t.key1 = share(p.M, i + 1, threads);
       if (t.key0 < t.key1) e.kernels.sweep(t);
     });
   const std::vector<std::vector<uint8_t>> touched_q{q_touched}, touched_k{k_touched};

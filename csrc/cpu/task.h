@@ -32,8 +32,7 @@ enum class Gradient : int32_t {
 
 struct RowGradients {   // all [softmaxes][pairs][N]
   const double* value;  // statistics of the forward sweep
-  const double* offset;
-  const double* sum;
+  const double *top, *sum, *delta;
   const double* grad_value;
   const double* grad_lse;
   bool detach_weights;
