@@ -28,13 +28,14 @@ struct Aligned {
   void run() {
     for (idx b = t.b0; b < t.b1; b += W) {
       const idx n = min_of(W, t.b1 - b);
-      zero(cost, t.V * t.V * W);
-      for (idx l = 0; l < n; l++)
-        for (idx v = 0; v < t.V; v++)
-          for (idx u = 0; u < v; u++)
-            at(cost, v, u)[l] = at(cost, u, v)[l] = squared_distance(t.D, row(v, b + l), row(u, b + l));
+      for (idx v = 0; v < t.V; v++)
+        for (idx u = 0; u < v; u++) {
+          const Vec<T> c = distances(v, u, b, n);
+          store<T>(at(cost, v, u), c), store<T>(at(cost, u, v), c);
+        }
       for (idx v = 0; v < t.V; v++) weigh(v, b, n);
       if (!t.dz) continue;
+      combine();
       for (idx l = 0; l < n; l++)
         for (idx v = 0; v < t.V; v++) add_gradient(v, b + l, l);
     }
@@ -69,23 +70,56 @@ struct Aligned {
     }
   }
 
-  void add_gradient(idx v, idx b, idx l) {  // dz_v = sum_u 2 (g_vu + g_uv) (z_v - z_u)
-    constexpr int W = Lanes<T>::W;
-    const T* x = row(v, b);
-    T* out = t.dz + (v * t.B + b) * t.dz_row_stride;
-    bool first = true;
-    for (idx u = 0; u < t.V; u++) {
-      if (u == v) continue;
-      const T g = 2 * (at(gradient, v, u)[l] + at(gradient, u, v)[l]);
-      const T* y = row(u, b);
+  // |z_v - z_u|^2 of instances b, b + 1, ..., one per lane, 0 from the n-th on
+  Vec<T> distances(idx v, idx u, idx b, idx n) const {
+    Vec<T> r[W] = {};
+    for (idx l = 0; l < n; l++) {
+      const T *x = row(v, b + l), *y = row(u, b + l);
+      Vec<T> s0{}, s1{};
       idx d = 0;
-      for (; d + W <= t.D; d += W) {
-        Vec<T> a = g * (load(x + d) - load(y + d));
-        store<T>(out + d, first ? a : load(out + d) + a);
+      for (; d + 2 * W <= t.D; d += 2 * W) {
+        const Vec<T> d0 = load(x + d) - load(y + d), d1 = load(x + d + W) - load(y + d + W);
+        s0 += d0 * d0, s1 += d1 * d1;
       }
-      for (; d < t.D; d++) out[d] = (first ? T(0) : out[d]) + g * (x[d] - y[d]);
-      first = false;
+      for (; d < t.D; d++) s0[d % W] += (x[d] - y[d]) * (x[d] - y[d]);
+      r[l] = s0 + s1;
     }
+    transpose_lanes<T>(r);
+    Vec<T> sum = r[0];
+    for (idx l = 1; l < W; l++) sum += r[l];
+    return sum;
+  }
+
+  // The coefficients of z_v - z_u: 2 (g_vu + g_uv)
+  void combine() const {
+    for (idx v = 0; v < t.V; v++)
+      for (idx u = 0; u < v; u++) {
+        const Vec<T> g = T(2) * (load(at(gradient, v, u)) + load(at(gradient, u, v)));
+        store<T>(at(gradient, v, u), g), store<T>(at(gradient, u, v), g);
+      }
+  }
+
+  void add_gradient(idx v, idx b, idx l) {  // dz_v = sum_u 2 (g_vu + g_uv) (z_v - z_u)
+    idx d = 0;
+    for (; d + 4 * W <= t.D; d += 4 * W) add_gradient<4>(v, b, l, d);
+    for (; d + W <= t.D; d += W) add_gradient<1>(v, b, l, d);
+    for (; d < t.D; d++) {
+      T sum = 0;
+      for (idx u = 0; u < t.V; u++)
+        if (u != v) sum += at(gradient, v, u)[l] * (row(v, b)[d] - row(u, b)[d]);
+      t.dz[(v * t.B + b) * t.dz_row_stride + d] = sum;
+    }
+  }
+  template <int N>
+  void add_gradient(idx v, idx b, idx l, idx d) {  // features [d, d + N W)
+    const T *x = row(v, b) + d, *y = t.z + b * t.row_stride + d, *g = at(gradient, v, 0) + l;
+    Vec<T> sum[N] = {};
+    for (idx u = 0; u < t.V; u++, y += t.view_stride, g += W) {
+      if (u == v) continue;
+      for (int i = 0; i < N; i++) sum[i] += *g * (load(x + i * W) - load(y + i * W));
+    }
+    T* out = t.dz + (v * t.B + b) * t.dz_row_stride + d;
+    for (int i = 0; i < N; i++) store<T>(out + i * W, sum[i]);
   }
 };
 

@@ -65,6 +65,27 @@ struct Engine {
   int64_t padded(int64_t d) const { return (d + kernels.panel - 1) / kernels.panel * kernels.panel; }
   int64_t units() const { return p.pairs * ((p.N + kernels.panel - 1) / kernels.panel); }
 
+  // Are queries and keys the same rows, of the same views in every pair?
+  bool symmetric() const {
+    if (p.q != p.k || p.N != p.M || p.q_view_stride != p.k_view_stride || p.q_row_stride != p.k_row_stride)
+      return false;
+    if (!std::equal(p.q_index, p.q_index + p.pairs, p.k_index)) return false;
+    return p.q_id == p.k_id || std::equal(p.q_id, p.q_id + p.N, p.k_id);
+  }
+
+  // First unit of the i-th of n shares. Symmetric: of equal areas, as the panels of a pair meet fewer and fewer keys.
+  int64_t first_unit(int64_t i, int64_t n, bool triangular) const {
+    if (!triangular) return share(units(), i, n);
+    const int64_t panels = (p.N + kernels.panel - 1) / kernels.panel;
+    const double area = double(panels) * double(panels + 1) / 2,
+                 target = area * double(p.pairs) * double(i) / double(n);
+    const int64_t pair = std::min(p.pairs, int64_t(target / area));
+    int64_t panel = 0;
+    for (double left = target - area * double(pair); pair < p.pairs && left >= double(panels - panel) / 2; panel++)
+      left -= double(panels - panel);
+    return i == n ? units() : std::min(units(), pair * panels + panel);
+  }
+
   // Threads worth their start: a share of at least about 20 us.
   int64_t threads() const {
     const double work = 6.0 * double(p.pairs) * double(p.N) * double(p.M) * double(p.D + 16);
@@ -146,27 +167,28 @@ struct Engine {
   }
 
   void sweep(const Task<T>& t, int64_t n) {  // forward: no gradient memory
-    const size_t scratch = kernels.sweep_scratch(t);
     char* base = sweep_scratch(t, n);
-    const int64_t total = units();
+    in_shares(t, n, base, false, [&](Task<T>& mine, int64_t) { kernels.sweep(mine); });
+  }
+
+  // f(task of the share, i) for all n shares of the units
+  template <class F>
+  void in_shares(const Task<T>& t, int64_t n, char* base, bool triangular, F f) {
+    const size_t scratch = kernels.sweep_scratch(t);
     parallel_for(parallel, n, [&](int64_t i) {
       Task<T> mine = t;
-      mine.unit0 = share(total, i, n), mine.unit1 = share(total, i + 1, n);
+      mine.unit0 = first_unit(i, n, triangular), mine.unit1 = first_unit(i + 1, n, triangular);
       mine.scratch = base + size_t(i) * scratch;
-      kernels.sweep(mine);
+      f(mine, i);
     });
   }
 
   char* sweep_scratch(const Task<T>& t, int64_t n) { return memory.get<char>(int64_t(kernels.sweep_scratch(t)) * n); }
 
   void sweep_with_slices(const Task<T>& t, int64_t n, Slices& s, char* base) {
-    const size_t scratch = kernels.sweep_scratch(t);
-    const int64_t total = units(), stride = padded(p.D);
+    const int64_t stride = padded(p.D);
     const bool shared = s.q[0] == s.k[0];
-    parallel_for(parallel, n, [&](int64_t i) {
-      Task<T> mine = t;
-      mine.unit0 = share(total, i, n), mine.unit1 = share(total, i + 1, n);
-      mine.scratch = base + size_t(i) * scratch;
+    in_shares(t, n, base, t.symmetric, [&](Task<T>& mine, int64_t i) {
       mine.dq = {s.q[i], p.N * stride, stride, s.q_touched[i].data()};
       mine.dk = {s.k[i], p.M * stride, stride, shared ? s.q_touched[i].data() : s.k_touched[i].data()};
       kernels.sweep(mine);
@@ -195,6 +217,13 @@ struct Engine {
     const int64_t most = std::max<int64_t>(kernels.panel, (p.N + kernels.panel - 1) / kernels.panel * kernels.panel);
     const int64_t rows = std::max<int64_t>(kernels.panel, 96 / kernels.panel * kernels.panel);
     return {std::min(rows, most), std::min<int64_t>(144, std::max<int64_t>(p.M, 1))};
+  }
+
+  // The same for the symmetric sweeps, where a square of the block is a tile, and tiles are turned panel by panel.
+  Blocking symmetric_blocking() const {
+    Blocking b = blocking();
+    b.keys = std::max(b.rows, (b.keys + kernels.panel - 1) / kernels.panel * kernels.panel);
+    return b;
   }
 
   // Largest block of rows (or 0) with which `n` strips and `slices` slices stay within the workspace.

@@ -1,5 +1,6 @@
 // Every kernel for one instruction set: compiled once per set, torch-free.
 #include "aligned.h"
+#include "symmetric.h"
 
 namespace cacr::CACR_ISA {
 namespace {
@@ -12,7 +13,22 @@ size_t sweep_scratch(const Task<T>& task) {
 
 template <class T>
 void sweep(const Task<T>& task) {
-  Sweep<T>(task).run();
+  task.symmetric ? SymmetricSweep<T>(task).run() : Sweep<T>(task).run();
+}
+
+template <class T>
+int64_t symmetric_states(const Task<T>& task) {
+  return SymmetricSweep<T>::states(task);
+}
+
+template <class T>
+void finish(const Task<T>& task) {
+  SymmetricSweep<T>(task).finish();
+}
+
+template <class T>
+void prepare(const Task<T>& task) {
+  SymmetricSweep<T>(task).prepare();
 }
 
 template <class T>
@@ -74,7 +90,8 @@ void reduce(const ReduceTask<T>& t) {
 
 template <class T>
 constexpr Kernels<T> table() {
-  return {kPanel<T>, kTileRows, sweep_scratch<T>, Aligned<T>::scratch, pack<T>, sweep<T>, aligned<T>, reduce<T>};
+  return {kPanel<T>,           kTileRows, sweep_scratch<T>, Aligned<T>::scratch, pack<T>,  sweep<T>,
+          symmetric_states<T>, finish<T>, prepare<T>,       aligned<T>,          reduce<T>};
 }
 
 }  // namespace

@@ -112,7 +112,7 @@ struct LossPlan {
     return {some(), some(), some(), some(), some(), some()};
   }
 
-  // Unbounded rbf, or strips and slices beyond the workspace: statistics first, then their backward.
+  // Symmetric or unbounded rbf, or strips and slices beyond the workspace: statistics first, then their backward.
   void two_sweeps(Engine<T>& e, int64_t n) {
     const Contrast<T>& p = e.p;
     const int64_t rows = p.pairs * p.N, all = rows * p.softmaxes;
@@ -196,7 +196,8 @@ struct LossPlan {
       e.find_bound();
       const Gradient fused = loss.rbf ? Gradient::kRbfUnscaled : Gradient::kMeanCost;
       const Blocking b = e.fitting(fused, n, true, true, size_t(n) * e.slice_bytes(true, true, true));
-      const bool one = dz && b.rows > 0 && (!loss.rbf || (e.bounded && loss.rbf_scale >= 0));
+      const bool symmetric = e.p.N >= kSymmetricRows && e.symmetric() && (loss.rbf || !want_tau);  // 2 U instead of 3 U
+      const bool one = dz && !symmetric && b.rows > 0 && (!loss.rbf || (e.bounded && loss.rbf_scale >= 0));
       if (!one)
         two_sweeps(e, n);
       else

@@ -162,4 +162,60 @@ CACR_NOINLINE void tile_gradient(idx n, const T* S, T* H, const T* slope, const 
     for (int s = 0; s < kSoftmaxes; s++) store<T>(rows[s].moment, moment0[s]), store<T>(rows[s].moment + W, moment1[s]);
 }
 
+// As tile_gradient, where queries and keys are the same rows: H[j][i] = dL/du_ij + dL/du_ji, u_ji = u_ij + |k_j|^2/2 -
+// |q_i|^2/2 (or u_ij where `shifted` says no). rows: in the lanes; keys: of the tile's first key. What each row
+// receives as a key of others is added to row_sum (lanes) and columns; `total`: and what it gives as a query, too.
+// `lanes`: how many rows of the panel exist; weights of the others would be anything.
+template <class T, int kSoftmaxes, bool kBounded, bool kMasked>
+CACR_NOINLINE void tile_gradient_symmetric(idx n, const T* S, T* H, const T* slope, const RowState<T>* rows,
+                                           const RowState<T>* keys, const bool* shifted, const T* q_bias,
+                                           const T* k_bias, const int32_t* kind, const TileIds<T>& ids, idx lanes,
+                                           bool total, T* row_sum, T* columns) {
+  using V = Vec<T>;
+  constexpr int W = Lanes<T>::W;
+  Membership<T> member[kSoftmaxes];
+  T sign[kSoftmaxes];
+  for (int s = 0; s < kSoftmaxes; s++) {
+    if constexpr (kMasked) member[s] = Membership<T>::make(ids, kind[s]);
+    sign[s] = slope[s] < 0 ? T(-1) : T(1);
+  }
+  for (int half = 0; half < 2; half++) {
+    const idx l = half * W;
+    const V bias = load(q_bias + l);
+    IntVec<T> exists;
+    for (int x = 0; x < W; x++) exists[x] = -(l + x < lanes);
+    V u_top[kSoftmaxes], a[kSoftmaxes], b[kSoftmaxes], delta[kSoftmaxes], sum{};
+    for (int s = 0; s < kSoftmaxes; s++) {
+      const RowState<T>& r = rows[s];
+      u_top[s] = sign[s] * load(r.top + l), a[s] = load(r.a + l), b[s] = load(r.b + l), delta[s] = load(r.delta + l);
+    }
+#pragma GCC unroll 2
+    for (idx j = 0; j < n; j++) {
+      const V u = load(S + 2 * W * j + l), other = u + (bias - k_bias[j]);
+      V given{}, received{};
+      for (int s = 0; s < kSoftmaxes; s++) {
+        const RowState<T>& r = keys[s];
+        V d = u - u_top[s], d_key = (shifted[s] ? other : u) - sign[s] * r.top[j], w, w_key;
+        if constexpr (kBounded)
+          w = exp2_in_range(slope[s] * d), w_key = exp2_in_range(slope[s] * d_key);
+        else
+          w = exp2_flushed<T>(slope[s] * d), w_key = exp2_flushed<T>(slope[s] * d_key);
+        V g = w * (a[s] + b[s] * (d - delta[s])), g_key = w_key * (r.a[j] + r.b[j] * (d_key - r.delta[j]));
+        if constexpr (kMasked) {
+          IntVec<T> m[2];
+          member[s].masks(j, m[0], m[1]);
+          g = select<T>(m[half], g), g_key = select<T>(m[half], g_key);
+        }
+        given += g, received += g_key;
+      }
+      received = select<T>(exists, received);
+      const V h = given + received;
+      store<T>(H + 2 * W * j + l, h);
+      sum += total ? h : received;
+      if (columns) store<T>(columns + W * j, load(columns + W * j) + (total ? h : given));
+    }
+    store<T>(row_sum + l, load(row_sum + l) + sum);
+  }
+}
+
 }  // namespace cacr::CACR_ISA

@@ -37,6 +37,7 @@ struct Scratch {
   T* row_sum;     // [rows]             sum_j H_ij, added up
   T* known_sum;   // [rows]             the same, from the weights' sum of 1
   T* q_norm;      // [rows]
+  T* turned;      // [rows][P]          symmetric: similarities of one panel of keys with the block
   int32_t* q_id;  // [rows]
   RowState<T> rows[kMaxSoftmaxes];
 
@@ -56,6 +57,7 @@ struct Scratch {
     s.row_sum = carve<T>(at, R);
     s.known_sum = carve<T>(at, R);
     s.q_norm = carve<T>(at, R);
+    s.turned = carve<T>(at, t.symmetric ? R * P : 0);
     s.q_id = carve<int32_t>(at, R);
     for (RowState<T>& r : s.rows) {
       T* a = carve<T>(at, 8 * R);
@@ -122,8 +124,8 @@ struct Sweep {
     if (forward) {
       start_rows();
       for (idx c = 0; c < tiles; c++) {
-        compute_similarities(c);
-        accumulate_statistics(c);
+        compute_similarities(tile(c), tile_key(c), tile_keys(c));
+        accumulate_statistics(tile(c), tile_key(c), tile_keys(c));
       }
       finish_rows();
     } else {
@@ -132,10 +134,12 @@ struct Sweep {
     if (!backward) return;
     if (t.want_dq) zero(s.dq_panels, panels * P * Dp);
     for (idx c = tiles - 1; c >= 0; c--) {
-      if (!strip) compute_similarities(c);
-      gradients(c);
+      if (!strip) compute_similarities(tile(c), tile_key(c), tile_keys(c));
+      tile_gradients(tile(c), tile_key(c), tile_keys(c));
+      if (t.want_dq) multiply_query_gradients(tile_key(c), tile_keys(c));
+      if (t.want_dk) multiply_key_gradients(tile_key(c), tile_keys(c));
     }
-    if (t.want_dq) add_query_gradients();
+    if (t.want_dq) add_query_gradients(cancelling() ? s.row_sum : s.known_sum);
     if (t.want_moment) write_variance();
   }
 
@@ -145,42 +149,46 @@ struct Sweep {
   idx tile_keys(idx c) const { return min_of(t.blocking.keys, t.key1 - tile_key(c)); }
   const T* key_row(idx j) const { return p.k + p.k_index[pair] * p.k_view_stride + j * p.k_row_stride; }
 
-  void compute_similarities(idx c) {
-    const idx j0 = tile_key(c), n = tile_keys(c);
+  // S: tiles of the panels, `blocking.keys` keys apart, of keys [j0, j0 + n)
+  void compute_similarities(T* S, idx j0, idx n) {
     const T* bias = t.packed.k_bias + p.k_index[pair] * p.M + j0;
     for (idx i = 0; i < panels; i++)
-      similarity<T>(n, p.D, key_row(j0), p.k_row_stride, s.q_columns + i * p.D * P, bias,
-                    tile(c) + i * t.blocking.keys * P);
-    if (any_positive) replace_positives(c);
+      similarity<T>(n, p.D, key_row(j0), p.k_row_stride, s.q_columns + i * p.D * P, bias, S + i * t.blocking.keys * P);
+    if (any_positive) replace_positives(S, j0, n);
   }
 
-  void replace_positives(idx c) {
-    const idx j0 = tile_key(c), n = tile_keys(c);
-    const T* q = p.q + p.q_index[pair] * p.q_view_stride + row0 * p.q_row_stride;
-    const T* bias = t.packed.k_bias + p.k_index[pair] * p.M + j0;
-    for (idx i = 0; i < panels; i++)
+  void replace_positives(T* S, idx j0, idx n) {
+    for (idx i = 0; i < panels; i++) {
+      const Membership<T> same = Membership<T>::make({s.q_id + i * P, p.k_id + j0, row0 + i * P, j0}, kSame);
+      IntVec<T> m0, m1;
       for (idx j = 0; j < n; j++) {
-        T* u = tile(c) + i * t.blocking.keys * P + j * P;
-        const int32_t id = p.k_id[j0 + j], *q_id = s.q_id + i * P;
-        for (idx l = 0; l < min_of(P, rows - i * P); l++) {
-          if (q_id[l] != id) continue;
-          const T norm = s.q_norm[i * P + l];
-          T cost = norm - 2 * u[l];
-          if (!p.inner && !(cost > (norm - 2 * bias[j]) / 2))
-            cost = squared_distance(p.D, q + (i * P + l) * p.q_row_stride, key_row(j0 + j));
-          u[l] = -cost / 2;
-        }
+        same.masks(j, m0, m1);
+        if (any_lane<T>(m0 | m1)) replace_positives_of(S + (i * t.blocking.keys + j) * P, i, j0 + j);
       }
+    }
+  }
+
+  void replace_positives_of(T* u, idx i, idx j) {  // panel i, key j
+    const T* q = p.q + p.q_index[pair] * p.q_view_stride + (row0 + i * P) * p.q_row_stride;
+    const T bias = t.packed.k_bias[p.k_index[pair] * p.M + j];
+    for (idx l = 0; l < min_of(P, rows - i * P); l++) {
+      if (s.q_id[i * P + l] != p.k_id[j]) continue;
+      const T norm = s.q_norm[i * P + l];
+      T cost = norm - 2 * u[l];
+      if (!p.inner && !(cost > (norm - 2 * bias) / 2)) cost = squared_distance(p.D, q + l * p.q_row_stride, key_row(j));
+      u[l] = -cost / 2;
+    }
   }
 
   double norm_of(int k, idx i) const { return positive[k] ? 0 : double(s.q_norm[i]); }
 
-  // f(first key, count, masked) over the parts of a tile that do and do not need a mask for panel i.
+  // f(first key, count, masked) over the parts of keys [j0, j0 + n) that do and do not need a mask for the panel of
+  // queries at `row`.
   template <class F>
-  void for_parts(idx i, idx j0, idx n, F f) const {
+  void for_parts(idx row, idx j0, idx n, F f) const {
     if (!p.q_id) return f(j0, n, false);
     if (!diagonal) return f(j0, n, true);
-    const idx first = (row0 + i * P) % p.period, end = j0 + n;
+    const idx first = row % p.period, end = j0 + n;
     idx at = j0;
     for (idx m = (j0 - first - P + 1) / p.period - 1; at < end; m++) {  // diagonal m covers [lo, lo + P)
       const idx lo = m * p.period + first;
@@ -197,20 +205,35 @@ struct Sweep {
   void pack_queries() {
     const idx view = p.q_index[pair], Dn = p.D;
     const T* q = p.q + view * p.q_view_stride + row0 * p.q_row_stride;
-    for (idx i = 0; i < panels; i++) {
-      T* out = s.q_columns + i * Dn * P;
-      const idx n = min_of(P, rows - i * P);
-      if (n < P) zero(out, Dn * P);
-      for (idx l = 0; l < n; l++) {
-        const T* x = q + (i * P + l) * p.q_row_stride;
-        for (idx d = 0; d < Dn; d++) out[d * P + l] = x[d];
-      }
-    }
+    for (idx i = 0; i < panels; i++) pack_columns(q + i * P * p.q_row_stride, rows - i * P, s.q_columns + i * Dn * P);
     if (backward && t.want_dk) pack_panels(q);
-    const T* norm = t.packed.q_norm + view * p.N + row0;
-    for (idx i = 0; i < panels * P; i++) s.q_norm[i] = i < rows ? norm[i] : T(0);
+    load_norms();
     if (p.q_id)
       for (idx i = 0; i < panels * P; i++) s.q_id[i] = i < rows ? p.q_id[row0 + i] : -1;
+  }
+
+  void load_norms() {
+    const T* norm = t.packed.q_norm + p.q_index[pair] * p.N + row0;
+    for (idx i = 0; i < panels * P; i++) s.q_norm[i] = i < rows ? norm[i] : T(0);
+  }
+
+  // out[d][l] = q[l][d] of one panel, of which `n` rows exist
+  void pack_columns(const T* q, idx n, T* out) const {
+    const idx Dn = p.D;
+    if (n < P) zero(out, Dn * P);
+    for (idx l = 0; l < P && l < n; l += W) {
+      idx d = 0;
+      for (; l + W <= n && d + W <= Dn; d += W) {
+        Vec<T> r[W];
+#pragma GCC unroll 16
+        for (idx x = 0; x < W; x++) r[x] = load(q + (l + x) * p.q_row_stride + d);
+        transpose_lanes<T>(r);
+#pragma GCC unroll 16
+        for (idx x = 0; x < W; x++) store<T>(out + (d + x) * P + l, r[x]);
+      }
+      for (idx x = l; x < min_of(n, l + W); x++)
+        for (idx e = d; e < Dn; e++) out[e * P + x] = q[x * p.q_row_stride + e];
+    }
   }
 
   void pack_panels(const T* q) {
@@ -226,26 +249,24 @@ struct Sweep {
   }
 
   void start_rows() {
-    for (int k = 0; k < p.softmaxes; k++) {
-      RowState<T>& r = s.rows[k];
-      const idx R = panels * P;
-      zero(r.sum, R), zero(r.sum_u, R);
-      for (idx i = 0; i < R; i++) r.top[i] = -kHuge<T>;
-    }
+    for (int k = 0; k < p.softmaxes; k++) start_rows(s.rows[k], panels * P);
+  }
+  static void start_rows(const RowState<T>& r, idx n) {
+    zero(r.sum, n), zero(r.sum_u, n);
+    for (idx i = 0; i < n; i++) r.top[i] = -kHuge<T>;
   }
 
-  void accumulate_statistics(idx c) {
-    const idx j0 = tile_key(c);
-    for (idx i = 0; i < panels; i++) {
-      const T* S = tile(c) + i * t.blocking.keys * P;
-      for_parts(i, j0, tile_keys(c), [&](idx j, idx n, bool masked) {
-        for (int k = 0; k < p.softmaxes; k++) {
-          auto f = t.bounded ? (masked ? add_statistics<T, true, true> : add_statistics<T, true, false>)
-                             : (masked ? add_statistics<T, false, true> : add_statistics<T, false, false>);
-          f(n, S + (j - j0) * P, slope[k], s.rows[k].from(i * P), p.kind[k], ids(i, j));
-        }
+  void accumulate_statistics(const T* S, idx j0, idx n) {
+    for (idx i = 0; i < panels; i++)
+      for_parts(row0 + i * P, j0, n, [&](idx j, idx count, bool masked) {
+        const T* part = S + (i * t.blocking.keys + j - j0) * P;
+        for (int k = 0; k < p.softmaxes; k++)
+          pick_statistics(masked)(count, part, slope[k], s.rows[k].from(i * P), p.kind[k], ids(i, j));
       });
-    }
+  }
+  auto pick_statistics(bool masked) const {
+    return t.bounded ? (masked ? add_statistics<T, true, true> : add_statistics<T, true, false>)
+                     : (masked ? add_statistics<T, false, true> : add_statistics<T, false, false>);
   }
 
   void finish_rows() {
@@ -326,17 +347,15 @@ struct Sweep {
     }
   }
 
-  void tile_gradients(idx c) {
-    const idx j0 = tile_key(c);
+  void tile_gradients(const T* S, idx j0, idx n) {
     for (idx i = 0; i < panels; i++) {
-      const T* S = tile(c) + i * t.blocking.keys * P;
-      T* H = s.H + i * t.blocking.keys * P;
       RowState<T> r[kMaxSoftmaxes];
       for (int k = 0; k < p.softmaxes; k++) r[k] = s.rows[k].from(i * P);
-      for_parts(i, j0, tile_keys(c), [&](idx j, idx n, bool masked) {
+      for_parts(row0 + i * P, j0, n, [&](idx j, idx count, bool masked) {
+        const idx at = (i * t.blocking.keys + j - j0) * P;
         auto f = p.softmaxes == 1 ? pick<1>(masked) : pick<2>(masked);
         T* columns = t.want_dk ? s.columns + (j - t.key0) * W : nullptr;
-        f(n, S + (j - j0) * P, H + (j - j0) * P, slope, r, p.kind, ids(i, j), s.row_sum + i * P, columns);
+        f(count, S + at, s.H + at, slope, r, p.kind, ids(i, j), s.row_sum + i * P, columns);
       });
     }
   }
@@ -359,20 +378,19 @@ struct Sweep {
             4 * double(s.rows[k].factor[i]) * double(s.rows[k].moment[i]);
   }
 
-  void gradients(idx c) {
-    tile_gradients(c);
-    const idx j0 = tile_key(c), n = tile_keys(c), ldh = t.blocking.keys * P, R = panels * P;
-    if (t.want_dq) {
-      const T* K = t.packed.k_panels + p.k_index[pair] * p.M * Dp + j0 * P;
-      for (idx f = 0; f < Dp / P; f++)
-        for (idx i = 0; i < panels; i++)
-          query_gradient_panel<T>(n, s.H + i * ldh, K + f * p.M * P, s.dq_panels + (f * R + i * P) * P);
-    }
-    if (t.want_dk) {
-      T* out = view_of(t.dk, p.k_index[pair], p.M) + j0 * t.dk.row_stride;
-      for (idx f = 0; f < Dp / P; f++)
-        key_gradient_panel<T>(n, panels, s.H, ldh, s.q_panels + f * R * P, out + f * P, t.dk.row_stride);
-    }
+  void multiply_query_gradients(idx j0, idx n) {
+    const idx ldh = t.blocking.keys * P, R = panels * P;
+    const T* K = t.packed.k_panels + p.k_index[pair] * p.M * Dp + j0 * P;
+    for (idx f = 0; f < Dp / P; f++)
+      for (idx i = 0; i < panels; i++)
+        query_gradient_panel<T>(n, s.H + i * ldh, K + f * p.M * P, s.dq_panels + (f * R + i * P) * P);
+  }
+
+  void multiply_key_gradients(idx j0, idx n) {
+    const idx ldh = t.blocking.keys * P, R = panels * P;
+    T* out = view_of(t.dk, p.k_index[pair], p.M) + j0 * t.dk.row_stride;
+    for (idx f = 0; f < Dp / P; f++)
+      key_gradient_panel<T>(n, panels, s.H, ldh, s.q_panels + f * R * P, out + f * P, t.dk.row_stride);
   }
 
   T* view_of(const GradientSlice<T>& g, idx view, idx n) const {
@@ -381,16 +399,18 @@ struct Sweep {
     return data;
   }
 
-  void add_query_gradients() {
-    // Two softmaxes over one set (rbf) nearly cancel: their sum must carry the rounding errors of H itself.
-    const bool cancelling = p.softmaxes == 2 && p.kind[0] == p.kind[1];
+  // Two softmaxes over one set (rbf) nearly cancel: their sum must carry the rounding errors of H itself.
+  bool cancelling() const { return p.softmaxes == 2 && p.kind[0] == p.kind[1]; }
+
+  // sum: [rows], of H along the rows
+  void add_query_gradients(const T* sum) {
     const idx view = p.q_index[pair], R = panels * P;
     T* out = view_of(t.dq, view, p.N) + row0 * t.dq.row_stride;
     const T* q = p.q + view * p.q_view_stride + row0 * p.q_row_stride;
     for (idx i = 0; i < rows; i++)
       for (idx f = 0; f < Dp / P; f++) {
         const T* g = s.dq_panels + (f * R + i) * P;
-        const T *x = q + i * p.q_row_stride + f * P, h = p.inner ? T(0) : cancelling ? s.row_sum[i] : s.known_sum[i];
+        const T *x = q + i * p.q_row_stride + f * P, h = p.inner ? T(0) : sum[i];
         T* o = out + i * t.dq.row_stride + f * P;
         const idx n = min_of(P, p.D - f * P);
         for (idx d = 0; d < n; d++) o[d] += g[d] - h * x[d];

@@ -5,8 +5,50 @@
 
 namespace cacr {
 
+// Rows below which the symmetric sweeps do not pay (see benchmarks/NOTES.md).
+constexpr int64_t kSymmetricRows = 192;
+
+// Every similarity once, for both of its rows; false: it does not pay or does not fit.
+template <class T>
+bool symmetric_forward(Engine<T>& e, const Statistics& statistics, int64_t n) {
+  if (e.p.N < kSymmetricRows || !e.symmetric()) return false;
+  Task<T> t = e.task(Gradient::kNone, e.symmetric_blocking(), false, false);
+  t.symmetric = true, t.statistics = statistics;
+  const int64_t states = e.kernels.symmetric_states(t);
+  if (size_t(n) * (size_t(states) * sizeof(T) + e.kernels.sweep_scratch(t)) > kWorkspaceBytes) return false;
+  std::vector<T*> partial;
+  for (int64_t i = 0; i < n; i++) partial.push_back(e.memory.template get<T>(states));
+  char* scratch = e.sweep_scratch(t, n);
+  e.in_shares(t, n, scratch, true, [&](Task<T>& mine, int64_t i) {
+    mine.row_states = partial[size_t(i)];
+    e.kernels.sweep(mine);
+  });
+  t.row_states = partial[0], t.partial_states = partial.data(), t.partials = n;
+  e.in_shares(t, n, scratch, false, [&](Task<T>& mine, int64_t) { e.kernels.finish(mine); });
+  return true;
+}
+
+// dz (+)= what the rows get as queries and as keys
+template <class T>
+bool symmetric_backward(Engine<T>& e, const RowGradients& rows, T* dz, bool accumulate, int64_t n) {
+  if (e.p.N < kSymmetricRows || !e.symmetric()) return false;
+  Task<T> t = e.task(Gradient::kGiven, e.symmetric_blocking(), true, true);
+  t.symmetric = true, t.rows = rows;
+  const int64_t states = e.kernels.symmetric_states(t);
+  const size_t each = e.kernels.sweep_scratch(t) + e.slice_bytes(true, true, true);
+  if (size_t(n) * each + size_t(states) * sizeof(T) > kWorkspaceBytes) return false;
+  t.row_states = e.memory.template get<T>(states);
+  char* scratch = e.sweep_scratch(t, n);
+  e.in_shares(t, n, scratch, false, [&](Task<T>& mine, int64_t) { e.kernels.prepare(mine); });
+  auto s = e.make_slices(n, true, true, true);
+  e.sweep_with_slices(t, n, s, scratch);
+  e.add_slices(s.q, s.q_touched, 0, e.p.q_views, e.p.N, dz, e.p.D, 1, accumulate, n);
+  return true;
+}
+
 template <class T>
 void forward_sweep(Engine<T>& e, const Statistics& statistics, int64_t n) {
+  if (symmetric_forward(e, statistics, n)) return;
   Task<T> t = e.task(Gradient::kNone, e.blocking(), false, false);
   t.statistics = statistics;
   t.blocking = e.tile_fitting(t, n);
@@ -82,6 +124,7 @@ void backward_sweep(Engine<T>& e, const RowGradients& rows, T* dq, T* dk, double
                     int64_t n) {
   const Contrast<T>& p = e.p;
   const bool shared = dq && dq == dk;
+  if (shared && !variance && symmetric_backward(e, rows, dq, accumulate, n)) return;
   const size_t slice_bytes = size_t(n) * e.slice_bytes(dq != nullptr, dk != nullptr, shared);
   const Blocking b = e.fitting(Gradient::kGiven, n, dq != nullptr, dk != nullptr, slice_bytes);
   if (b.rows == 0) return backward_by_owner(e, rows, dq, dk, variance, accumulate, n);

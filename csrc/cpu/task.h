@@ -61,6 +61,13 @@ struct Task {
   bool want_dq, want_dk, want_moment;
   GradientSlice<T> dq, dk;
   void* scratch;
+  // Queries and keys are the same rows, of the same views in every pair (symmetric.h). Kernels then take three steps:
+  // a forward `sweep` into the states of one thread, then `finish` over those of all; or `prepare`, then a backward
+  // one.
+  bool symmetric;
+  T* row_states;             // symmetric_states() of them; forward: of this thread, backward: of all
+  T* const* partial_states;  // [partials], the first of them row_states
+  int64_t partials;
 };
 
 // Aligned positives: instances [b0, b1) of the views.
@@ -106,6 +113,9 @@ struct Kernels {
   size_t (*aligned_scratch)(int64_t views);
   void (*pack)(const PackTask<T>&);
   void (*sweep)(const Task<T>&);
+  int64_t (*symmetric_states)(const Task<T>&);  // how many T
+  void (*finish)(const Task<T>&);
+  void (*prepare)(const Task<T>&);
   void (*aligned)(const AlignedTask<T>&);
   void (*reduce)(const ReduceTask<T>&);
 };

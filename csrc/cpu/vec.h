@@ -85,12 +85,49 @@ CACR_INLINE Vec<T> select(IntVec<T> mask, Vec<T> a) {  // a where the mask is se
   return reinterpret_cast<Vec<T>>(reinterpret_cast<IntVec<T>>(a) & mask);
 }
 template <class T>
+CACR_INLINE bool any_lane(IntVec<T> mask) {
+  typedef int64_t Words __attribute__((vector_size(CACR_VECTOR_BYTES)));
+  const Words words = reinterpret_cast<Words>(mask);
+  int64_t any = 0;
+  for (int i = 0; i < CACR_VECTOR_BYTES / 8; i++) any |= words[i];
+  return any != 0;
+}
+template <class T>
 CACR_INLINE T sum_lanes(Vec<T> v) {  // in a fixed order
   T s[Lanes<T>::W];
   store<T>(s, v);
   for (int n = Lanes<T>::W / 2; n > 0; n /= 2)
     for (int i = 0; i < n; i++) s[i] += s[i + n];
   return s[0];
+}
+
+// r[i][l] <-> r[l][i]: a square of W x W in registers, whose off-diagonal blocks of kBlock x kBlock are exchanged, and
+// so on for the next power of two. (A template: the shuffles need constants.)
+template <class T, int kBlock = 1>
+CACR_INLINE void transpose_lanes(Vec<T> (&r)[Lanes<T>::W]) {
+  constexpr int W = Lanes<T>::W;
+  if constexpr (kBlock < W) {
+    IntVec<T> low{}, high{};
+#pragma GCC unroll 16
+    for (int l = 0; l < W; l++) {
+      low[l] = l & kBlock ? W + l - kBlock : l;
+      high[l] = l & kBlock ? W + l : l + kBlock;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) {
+      if (i & kBlock) continue;
+      const Vec<T> a = r[i], b = r[i + kBlock];
+#if defined(__clang__)
+      for (int l = 0; l < W; l++) {
+        r[i][l] = l & kBlock ? b[l - kBlock] : a[l];
+        r[i + kBlock][l] = l & kBlock ? b[l] : a[l + kBlock];
+      }
+#else
+      r[i] = __builtin_shuffle(a, b, low), r[i + kBlock] = __builtin_shuffle(a, b, high);
+#endif
+    }
+    transpose_lanes<T, 2 * kBlock>(r);
+  }
 }
 
 // 2^x for x in [-126, 127] (float, relative error < 1e-7 = 0.9 eps) or [-1022, 1023] (double, < 3e-16 = 1.4 eps).
