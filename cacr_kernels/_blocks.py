@@ -76,7 +76,7 @@ def _costs(q: Tensor, k: Tensor, kinds: list[int], masks: list[Tensor | None], i
 
 def contrast(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | None,
     q_id: Tensor | None,
     k_id: Tensor | None,
     tau: Tensor,
@@ -90,6 +90,7 @@ def contrast(
 
     The third output holds the maxima of the logits, the sums relative to them, and the values.
     """
+    k, k_id = (q, q_id) if k is None else (k, k_id)
     shape = (len(kinds), len(q_index), q.shape[1])
     # running maximum of the logits, and relative to it: sum of exp, and of exp times cost
     top = q.new_full(shape, -torch.inf)
@@ -121,7 +122,7 @@ def contrast(
 
 def contrast_backward(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | None,
     q_id: Tensor | None,
     k_id: Tensor | None,
     tau: Tensor,
@@ -148,7 +149,7 @@ def contrast_backward(
 
 def _contrast_backward(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | None,
     q_id: Tensor | None,
     k_id: Tensor | None,
     tau: Tensor,
@@ -166,7 +167,10 @@ def _contrast_backward(
     want_tau: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format) if want_q else q.new_empty(0)
-    grad_k = torch.zeros_like(k, memory_format=torch.contiguous_format) if want_k else k.new_empty(0)
+    if k is None:
+        k, k_id, want_k, grad_k = q, q_id, want_q, grad_q
+    else:
+        grad_k = torch.zeros_like(k, memory_format=torch.contiguous_format) if want_k else k.new_empty(0)
     grad_tau = torch.zeros_like(tau) if want_tau else tau.new_empty(0)
     taus = torch.zeros_like(tau, dtype=q.dtype) if detach_weights else tau.to(q.dtype)
     for pair, rows, keys in blocks(len(q_index), q.shape[1], k.shape[1]):
@@ -196,7 +200,7 @@ def _contrast_backward(
         if want_k:
             own = 0.0 if inner else grad_c.sum(0)[:, None] * k[y, keys]
             grad_k[y, keys] += 2 * (own - grad_c.mT @ q[x, rows])
-    return grad_q, grad_k, grad_tau
+    return grad_q, q.new_empty(0) if grad_k is grad_q else grad_k, grad_tau
 
 
 def plain_contrast(q: Tensor, k: Tensor, tau: Tensor, spec: ContrastSpec) -> tuple[Tensor, Tensor]:

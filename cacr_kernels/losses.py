@@ -37,7 +37,7 @@ class Contrast:
     def __call__(
         self,
         q: Tensor,
-        k: Tensor,
+        k: Tensor | None,
         sets: Sequence[tuple[int, Temperature]],
         *,
         q_id: Tensor | None = None,
@@ -46,7 +46,10 @@ class Contrast:
         inner: bool = False,
         detach_weights: bool = False,
     ) -> Softmaxes:
-        """``q`` [Vq, N, D], ``k`` [Vk, M, D]; ``sets``: kind and signed temperature of each softmax."""
+        """``q`` [Vq, N, D], ``k`` [Vk, M, D]; ``sets``: kind and signed temperature of each softmax.
+
+        ``k`` is ``None`` where the queries are the keys, which computes symmetric similarities once.
+        """
         tau = signed_temperatures([t for _, t in sets], q.device)
         kinds = [kind for kind, _ in sets]
         index = [x for x, _ in pairs], [y for _, y in pairs]
@@ -105,10 +108,10 @@ def cacr(
     if pairing == "pooled":
         z = views.reshape(1, num_views * batch, dim)
         ids = instance_ids(batch, views.device).repeat(num_views)
-        negative = compare(z, z, sets, q_id=ids, k_id=ids)
+        negative = compare(z, None, sets, q_id=ids)
     else:
         ids = instance_ids(batch, views.device)
-        negative = compare(views, views, sets, q_id=ids, k_id=ids, pairs=view_pairs(num_views, pairing))
+        negative = compare(views, None, sets, q_id=ids, pairs=view_pairs(num_views, pairing))
     if cost == "rbf":
         log_value = negative.lse[1] - negative.lse[0] + 0.0 * negative.value[0].detach()
         log_mean = log_value.logsumexp(-1) - math.log(log_value.shape[-1])
@@ -154,7 +157,7 @@ def queue(
         pairs = [(v, v) for v in range(num_views)]
         detached = weight_grad == "none"
         batch_value, batch_lse = _softmax(
-            compare(queries, queries, [(OTHER, -tau_neg)], q_id=ids, k_id=ids, pairs=pairs, detach_weights=detached),
+            compare(queries, None, [(OTHER, -tau_neg)], q_id=ids, pairs=pairs, detach_weights=detached),
             detached=detached,
         )
         value, lse = merge(value, lse, batch_value, batch_lse) if queue.shape[0] else (batch_value, batch_lse)
@@ -209,15 +212,14 @@ def supervised(
 ) -> Terms:
     """``reference.supervised``: both sets of a query from one pass over the similarities."""
     own = ref_embeddings is None or ref_labels is None
-    if ref_embeddings is None or ref_labels is None:
-        ref_embeddings, ref_labels = embeddings, labels
     if own and len(labels) == 1:  # in no set: not read
-        embeddings = ref_embeddings = torch.zeros_like(embeddings) + 0.0 * torch.where(
+        embeddings = torch.zeros_like(embeddings) + 0.0 * torch.where(
             torch.ones_like(embeddings, dtype=torch.bool), 0.0, embeddings
         )
+    keys = None if ref_embeddings is None else ref_embeddings[None]
     q_id, k_id = compact_ids(labels, ref_labels)
     same = SAME_NOT_SELF if own else SAME
-    s = compare(embeddings[None], ref_embeddings[None], [(same, tau_pos), (OTHER, -tau_neg)], q_id=q_id, k_id=k_id)
+    s = compare(embeddings[None], keys, [(same, tau_pos), (OTHER, -tau_neg)], q_id=q_id, k_id=k_id)
     value, lse = s.value[:, 0], s.lse[:, 0]
     nonempty = (lse != -torch.inf).sum(-1).clamp(min=1).to(value.dtype)
     factor = value.shape[1] / nonempty
@@ -229,10 +231,11 @@ def supervised(
     )
 
 
-def compact_ids(labels: Tensor, ref_labels: Tensor) -> tuple[Tensor, Tensor]:
+def compact_ids(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """int64 labels as int32 ids that are equal exactly where the labels are."""
-    ids = torch.unique(torch.cat([labels, ref_labels]), return_inverse=True)[1].to(torch.int32)
-    return ids[: len(labels)], ids[len(labels) :]
+    both = labels if ref_labels is None else torch.cat([labels, ref_labels])
+    ids = torch.unique(both, return_inverse=True)[1].to(torch.int32)
+    return ids[: len(labels)], None if ref_labels is None else ids[len(labels) :]
 
 
 __all__ = ["Contrast", "cacr", "merge", "momentum", "queue", "reference", "supervised"]

@@ -29,11 +29,11 @@ CACR_SCHEMA = (
     " bool want_grad_tau) -> (Tensor loss, Tensor parts, Tensor grad_views, Tensor grad_tau)"
 )
 CONTRAST_SCHEMA = (
-    "(Tensor q, Tensor k, Tensor? q_id, Tensor? k_id, Tensor tau, int[] kinds, int[] q_index, int[] k_index,"
+    "(Tensor q, Tensor? k, Tensor? q_id, Tensor? k_id, Tensor tau, int[] kinds, int[] q_index, int[] k_index,"
     " bool inner, bool detach_weights) -> (Tensor value, Tensor lse, Tensor weights)"
 )
 CONTRAST_BACKWARD_SCHEMA = (
-    "(Tensor q, Tensor k, Tensor? q_id, Tensor? k_id, Tensor tau, int[] kinds, int[] q_index, int[] k_index,"
+    "(Tensor q, Tensor? k, Tensor? q_id, Tensor? k_id, Tensor tau, int[] kinds, int[] q_index, int[] k_index,"
     " bool inner, bool detach_weights, Tensor value, Tensor weights, Tensor grad_value, Tensor grad_lse,"
     " bool want_q, bool want_k, bool want_tau) -> (Tensor grad_q, Tensor grad_k, Tensor grad_tau)"
 )
@@ -141,7 +141,7 @@ def cacr_gradient(
 # ---- contrast --------------------------------------------------------------------------------------------------------
 def contrast_fake(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | None,
     q_id: Tensor | None,
     k_id: Tensor | None,
     tau: Tensor,
@@ -153,6 +153,8 @@ def contrast_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes: value and lse [S, P, N], weights [3, S, P, N], float64 whatever the inputs are.
 
+    Without ``k`` the queries are the keys, too, and their gradient is the sum of both.
+
     ``weights`` is what a backend's own backward needs to give every pair the weight it had in forward.
     """
     shape = (len(kinds), len(q_index), q.shape[1])
@@ -161,7 +163,7 @@ def contrast_fake(
 
 def contrast_backward_fake(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | None,
     q_id: Tensor | None,
     k_id: Tensor | None,
     tau: Tensor,
@@ -180,7 +182,9 @@ def contrast_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes: gradients of q, k and tau, [0] where not wanted."""
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format) if want_q else q.new_empty(0)
-    grad_k = torch.empty_like(k, memory_format=torch.contiguous_format) if want_k else k.new_empty(0)
+    grad_k = q.new_empty(0)
+    if k is not None and want_k:
+        grad_k = torch.empty_like(k, memory_format=torch.contiguous_format)
     return grad_q, grad_k, torch.empty_like(tau) if want_tau else tau.new_empty(0)
 
 
@@ -223,19 +227,21 @@ def contrast_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     ctx.rest = kinds, q_index, k_index, inner, detach
 
 
-def contrast_second_order(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+def contrast_second_order(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """Differentiates the gradient of the plain formula w.r.t. q, k, tau and the incoming gradients."""
     q, k, q_id, k_id, tau, grad_value, grad_lse = ctx.saved_tensors
+    own = k is None
+    k, k_id = (q.new_empty(0), q_id) if own else (k, k_id)
     spec = ContrastSpec(q_id, k_id, *ctx.rest)
 
     def gradient(q: Tensor, k: Tensor, tau: Tensor, gv: Tensor, gl: Tensor) -> tuple[Tensor, ...]:
-        (_, lse), pull = _vjp(lambda q, k, tau: _blocks.plain_contrast(q, k, tau, spec), q, k, tau)
+        (_, lse), pull = _vjp(lambda q, k, tau: _blocks.plain_contrast(q, q if own else k, tau, spec), q, k, tau)
         return tuple(pull((gv.to(lse.dtype), torch.where(lse == -torch.inf, 0.0, gl.to(lse.dtype)))))
 
     outputs, pull = _vjp(gradient, q, k, tau, grad_value, grad_lse)
     wanted = [g.to(o.dtype) if w else torch.zeros_like(o) for o, g, w in zip(outputs, grads, ctx.want, strict=True)]
-    second: tuple[Tensor, ...] = pull(tuple(wanted))
-    return second
+    grad_q, grad_k, *others = pull(tuple(wanted))
+    return grad_q, None if own else grad_k, *others
 
 
 def place(grads: tuple[Tensor | None, ...], at: tuple[int, ...], count: int) -> tuple[Tensor | None, ...]:

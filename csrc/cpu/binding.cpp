@@ -96,12 +96,19 @@ struct ContrastArguments {
   const std::vector<int64_t>&kinds, &q_index, &k_index;
   bool inner;
 
-  ContrastArguments(const Tensor& q_, const Tensor& k_, const std::optional<Tensor>& q_id_,
+  ContrastArguments(const Tensor& q_, const std::optional<Tensor>& k_, const std::optional<Tensor>& q_id_,
                     const std::optional<Tensor>& k_id_, const Tensor& tau_, const std::vector<int64_t>& kinds_,
                     const std::vector<int64_t>& q_index_, const std::vector<int64_t>& k_index_, bool inner_)
-      : q(packed(q_)), k(packed(k_)), tau(tau_), kinds(kinds_), q_index(q_index_), k_index(k_index_), inner(inner_) {
+      : q(packed(q_)),
+        k(k_ ? packed(*k_) : q),
+        tau(tau_),
+        kinds(kinds_),
+        q_index(q_index_),
+        k_index(k_index_),
+        inner(inner_) {
     if (q_id_) q_id = packed(*q_id_);
     if (k_id_) k_id = packed(*k_id_);
+    if (!k_) k_id = q_id;
     STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && q.size(2) == k.size(2) && q.scalar_type() == k.scalar_type(),
                     "cacr_kernels: q [Vq, N, D] and k [Vk, M, D] of one dtype expected");
     STD_TORCH_CHECK(q_index.size() == k_index.size(), "cacr_kernels: q_index and k_index of one length expected");
@@ -138,7 +145,7 @@ struct ContrastArguments {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> contrast_cpu(const Tensor& q, const Tensor& k, std::optional<Tensor> q_id,
+std::tuple<Tensor, Tensor, Tensor> contrast_cpu(const Tensor& q, std::optional<Tensor> k, std::optional<Tensor> q_id,
                                                 std::optional<Tensor> k_id, const Tensor& tau,
                                                 std::vector<int64_t> kinds, std::vector<int64_t> q_index,
                                                 std::vector<int64_t> k_index, bool inner, bool /*detach_weights*/) {
@@ -157,13 +164,11 @@ std::tuple<Tensor, Tensor, Tensor> contrast_cpu(const Tensor& q, const Tensor& k
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(const Tensor& q, const Tensor& k, std::optional<Tensor> q_id,
-                                                         std::optional<Tensor> k_id, const Tensor& tau,
-                                                         std::vector<int64_t> kinds, std::vector<int64_t> q_index,
-                                                         std::vector<int64_t> k_index, bool inner, bool detach_weights,
-                                                         const Tensor& any_value, const Tensor& any_weights,
-                                                         const Tensor& any_grad_value, const Tensor& any_grad_lse,
-                                                         bool want_q, bool want_k, bool want_tau) {
+std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(
+    const Tensor& q, std::optional<Tensor> k, std::optional<Tensor> q_id, std::optional<Tensor> k_id, const Tensor& tau,
+    std::vector<int64_t> kinds, std::vector<int64_t> q_index, std::vector<int64_t> k_index, bool inner,
+    bool detach_weights, const Tensor& any_value, const Tensor& any_weights, const Tensor& any_grad_value,
+    const Tensor& any_grad_lse, bool want_q, bool want_k, bool want_tau) {
   const ContrastArguments a(q, k, q_id, k_id, tau, kinds, q_index, k_index, inner);
   const Tensor value = packed(any_value), weights = packed(any_weights), grad_value = packed(any_grad_value),
                grad_lse = packed(any_grad_lse);
@@ -173,7 +178,10 @@ std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(const Tensor& q, const 
     auto shape = [](const Tensor& x, bool wanted) {
       return wanted ? std::vector<int64_t>{x.size(0), x.size(1), x.size(2)} : std::vector<int64_t>{0};
     };
-    Tensor dq = torch::stable::new_empty(q, shape(q, want_q)), dk = torch::stable::new_empty(k, shape(k, want_k));
+    const bool own = !k;  // the queries are the keys: one gradient, the sum of both
+    Tensor dq = torch::stable::new_empty(q, shape(q, want_q)),
+           dk = torch::stable::new_empty(q, shape(a.k, want_k && !own));
+    T* const dq_data = want_q ? out<T>(dq) : nullptr;
     Tensor dtau = torch::stable::new_empty(tau, want_tau ? std::vector<int64_t>{p.softmaxes} : std::vector<int64_t>{0});
     const double* w = data<double>(weights);
     const cacr::RowGradients rows{data<double>(value),
@@ -183,7 +191,10 @@ std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(const Tensor& q, const 
                                   data<double>(grad_value),
                                   data<double>(grad_lse),
                                   detach_weights};
-    cacr::contrast_backward<T>(p, rows, want_q ? out<T>(dq) : nullptr, want_k ? out<T>(dk) : nullptr,
+    cacr::contrast_backward<T>(p, rows, dq_data,
+                               own      ? dq_data
+                               : want_k ? out<T>(dk)
+                                        : nullptr,
                                want_tau ? out<double>(dtau) : nullptr, torch_threads());
     return std::make_tuple(dq, dk, dtau);
   });
