@@ -47,7 +47,7 @@ def _run(op: Any, *args: Any) -> Any:
 
 
 class CACRFunction(Function):
-    """``cacr_loss`` of views [V, B, D], tau [2], with both gradients found in forward.
+    """``cacr_loss`` of views [V, B, D], tau [2] or ``None``, with both gradients found in forward.
 
     Returns loss, parts and the two gradients, of which only the loss is differentiable. ``backward`` calls
     :class:`CACRGradient`, so that a second derivative, also inside a larger graph, is that of the reference.
@@ -56,27 +56,16 @@ class CACRFunction(Function):
     @staticmethod
     @_positional
     def forward(
-        views: Tensor,
-        tau: Tensor,
-        alpha: float,
-        beta: float,
-        pairing: int,
-        rbf: bool,
-        rbf_scale: float,
-        want_grad: bool,
-        want_grad_tau: bool,
-        op: Any,
+        views: Tensor, tau: Tensor | None, options: ops.CACROptions, want_grad: bool, want_grad_tau: bool, op: Any
     ) -> tuple[Tensor, ...]:
         """Runs the operator."""
-        options = alpha, beta, pairing, rbf, rbf_scale, want_grad, want_grad_tau
-        outputs: tuple[Tensor, ...] = _run(op, views, tau, *options)
+        outputs: tuple[Tensor, ...] = _run(op, views, tau, *options, want_grad, want_grad_tau)
         return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Saves inputs and the gradients."""
-        views, tau, alpha, beta, pairing, rbf, rbf_scale, ctx.want_grad, ctx.want_grad_tau, ctx.op = inputs
-        ctx.options = ops.CACROptions(alpha, beta, pairing, rbf, rbf_scale)
+        views, tau, ctx.options, ctx.want_grad, ctx.want_grad_tau, ctx.op = inputs
         _, parts, grad_views, grad_tau = output
         ctx.mark_non_differentiable(parts, grad_views, grad_tau)
         ctx.save_for_backward(views, tau, grad_views, grad_tau)
@@ -86,18 +75,18 @@ class CACRFunction(Function):
     def backward(ctx: Any, g_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
         """Scales the gradients, out of place and in their own dtype."""
         if g_loss is None:
-            return (None,) * 10
+            return (None,) * 6
         views, tau, grad_views, grad_tau = ctx.saved_tensors
-        need_views, need_tau = ctx.needs_input_grad[:2]
+        need_views, need_tau, *_ = ctx.needs_input_grad
         if (need_views and not ctx.want_grad) or (need_tau and not ctx.want_grad_tau):
             _, _, grad_views, grad_tau = _run(ctx.op, views, tau, *ctx.options, need_views, need_tau)
         if not torch.is_grad_enabled():  # nobody differentiates the gradient
-            out_views = g_loss * grad_views if need_views else None
-            return out_views, g_loss.to(grad_tau.dtype) * grad_tau if need_tau else None, *[None] * 8
+            out_tau = g_loss.to(grad_tau.dtype) * grad_tau if need_tau else None
+            return g_loss * grad_views if need_views else None, out_tau, None, None, None, None
         if not need_views:
             grad_views = torch.zeros_like(views)
-        out_views, out_tau = _apply(CACRGradient, g_loss, views, tau, grad_views, grad_tau, *ctx.options)
-        return out_views if need_views else None, out_tau if need_tau else None, *[None] * 8
+        out_views, out_tau = _apply(CACRGradient, g_loss, views, tau, grad_views, grad_tau, ctx.options)
+        return out_views if need_views else None, out_tau if need_tau else None, None, None, None, None
 
 
 class CACRGradient(Function):
@@ -108,14 +97,10 @@ class CACRGradient(Function):
     def forward(
         g_loss: Tensor,
         views: Tensor,
-        tau: Tensor,
+        tau: Tensor | None,
         grad_views: Tensor,
         grad_tau: Tensor,
-        alpha: float,
-        beta: float,
-        pairing: int,
-        rbf: bool,
-        rbf_scale: float,
+        options: ops.CACROptions,
     ) -> tuple[Tensor, Tensor]:
         """Scales."""
         return g_loss * grad_views, g_loss.to(grad_tau.dtype) * grad_tau
@@ -123,8 +108,7 @@ class CACRGradient(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Saves the inputs."""
-        g_loss, views, tau, _, _, alpha, beta, pairing, rbf, rbf_scale = inputs
-        ctx.options = ops.CACROptions(alpha, beta, pairing, rbf, rbf_scale)
+        g_loss, views, tau, _, _, ctx.options = inputs
         ctx.save_for_backward(g_loss, views, tau)
 
     @staticmethod
@@ -132,7 +116,7 @@ class CACRGradient(Function):
         """Derivatives w.r.t. g_loss, views and tau."""
         g_loss, views, tau = ctx.saved_tensors
         g, v, t = ops.cacr_second_order(g_loss, views, tau, gg_views, gg_tau, ctx.options)
-        return g, v, t, *[None] * 7
+        return g, v, t, None, None, None
 
 
 class ContrastFunction(Function):
@@ -302,13 +286,29 @@ def _apply(function: Any, *args: Any) -> Any:
     return function.apply(*args)
 
 
+# Without a transform of torch.func, Function.apply adds 15 us to a small loss and nothing else. What tells whether
+# there is one is not public: where it is missing, Function.apply it is.
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda x: True)
+
+
+def _needs_functorch(*tensors: Tensor | None) -> bool:
+    return _transforms_active() or any(t is not None and _wrapped(t) for t in tensors)
+
+
+def _plain_apply(function: type[Function]) -> Any:
+    return super(Function, function).apply  # type: ignore[misc]
+
+
 # torch.compile takes these calls whole and traces below them: what it would make of the Functions itself is wrong for
 # derivatives of derivatives (a gradient of torch.func.grad would be zero).
 @_opaque
 def fused_cacr(
     backend: str,
     views: Tensor,
-    tau: Tensor,
+    tau: Tensor | None,
+    tau_pos: float,
+    tau_neg: float,
     alpha: float,
     beta: float,
     pairing: int,
@@ -318,10 +318,10 @@ def fused_cacr(
     want_grad_tau: bool,
 ) -> tuple[Tensor, Tensor]:
     """Loss [] and parts [4] by ``cacr_<backend>``."""
+    options = ops.CACROptions(tau_pos, tau_neg, alpha, beta, pairing, rbf, rbf_scale)
     op = ops.operator(f"cacr_{backend}")
-    loss, parts, _, _ = _apply(
-        CACRFunction, views, tau, alpha, beta, pairing, rbf, rbf_scale, want_grad, want_grad_tau, op
-    )
+    apply = CACRFunction.apply if _needs_functorch(views, tau) else _plain_apply(CACRFunction)
+    loss, parts, _, _ = apply(views, tau, options, want_grad, want_grad_tau, op)
     return loss, parts
 
 

@@ -334,26 +334,30 @@ def _prepare(tensors: list[Tensor], normalize: bool, *taus: float | Tensor) -> l
     is_double = any(t.dtype == torch.float64 for t in tensors)
     is_double = is_double or any(isinstance(t, Tensor) and t.dtype == torch.float64 and t.dim() > 0 for t in taus)
     dtype = torch.float64 if is_double else torch.float32
-    tensors = [t.to(dtype) for t in tensors]
+    tensors = [t if t.dtype == dtype else t.to(dtype) for t in tensors]
     return [l2_normalize(t, dim=-1) for t in tensors] if normalize else tensors
 
 
 def _fused(
     name: str, views: Tensor, tau_pos: float | Tensor, tau_neg: float | Tensor, options: Any, return_parts: bool
 ) -> Any:
-    tau = losses.signed_temperatures([tau_pos, tau_neg], views.device)
+    tau = None
+    if isinstance(tau_pos, Tensor) or isinstance(tau_neg, Tensor):
+        tau, tau_pos, tau_neg = losses.signed_temperatures([tau_pos, tau_neg], views.device), 0.0, 0.0
     grad = torch.is_grad_enabled()
     loss, parts = fused_cacr(
         name,
         views,
         tau,
+        tau_pos,
+        tau_neg,
         options["alpha"],
         options["beta"],
         ops.PAIRINGS.index(options["pairing"]),
         options["cost"] == "rbf",
         options["rbf_scale"],
         grad and views.requires_grad,
-        grad and tau.requires_grad,
+        grad and tau is not None and tau.requires_grad,
     )
     return CACRParts(loss, *parts.detach().unbind()) if return_parts else loss
 

@@ -25,8 +25,9 @@ PAIRINGS: tuple[Pairing, ...] = ("unordered", "ordered", "pooled")
 NAMESPACE = "cacr_kernels"
 
 CACR_SCHEMA = (
-    "(Tensor views, Tensor tau, float alpha, float beta, int pairing, bool rbf, float rbf_scale, bool want_grad,"
-    " bool want_grad_tau) -> (Tensor loss, Tensor parts, Tensor grad_views, Tensor grad_tau)"
+    "(Tensor views, Tensor? tau, float tau_pos, float tau_neg, float alpha, float beta, int pairing, bool rbf,"
+    " float rbf_scale, bool want_grad, bool want_grad_tau)"
+    " -> (Tensor loss, Tensor parts, Tensor grad_views, Tensor grad_tau)"
 )
 CONTRAST_SCHEMA = (
     "(Tensor q, Tensor? k, Tensor? q_id, Tensor? k_id, Tensor tau, int[] kinds, int[] q_index, int[] k_index,"
@@ -39,10 +40,12 @@ CONTRAST_BACKWARD_SCHEMA = (
 )
 
 
-# ---- cacr: views [V, B, D], tau [2] float64 = (tau_pos, tau_neg) -----------------------------------------------------
+# ---- cacr: views [V, B, D]; tau [2] float64 = (tau_pos, tau_neg) where one of them is a tensor, else two numbers -----
 class CACROptions(NamedTuple):
-    """What is not a tensor among the arguments of ``cacr_<backend>``."""
+    """What is not a tensor among the arguments of ``cacr_<backend>``; the temperatures count only without ``tau``."""
 
+    tau_pos: float
+    tau_neg: float
     alpha: float
     beta: float
     pairing: int  # index into PAIRINGS
@@ -52,7 +55,9 @@ class CACROptions(NamedTuple):
 
 def cacr_fake(
     views: Tensor,
-    tau: Tensor,
+    tau: Tensor | None,
+    tau_pos: float,
+    tau_neg: float,
     alpha: float,
     beta: float,
     pairing: int,
@@ -61,15 +66,16 @@ def cacr_fake(
     want_grad: bool,
     want_grad_tau: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shapes: loss [], parts [4], grad_views [V, B, D] or [0], grad_tau [2] (zeros unless wanted)."""
+    """Shapes: loss [], parts [4], grad_views [V, B, D] or [0], grad_tau [2] (zeros unless wanted; without tau [0])."""
     grad = torch.empty_like(views, memory_format=torch.contiguous_format) if want_grad else views.new_empty(0)
-    return views.new_empty(()), views.new_empty(4), grad, tau.new_empty(2)
+    grad_tau = views.new_empty(0) if tau is None else tau.new_empty(2)
+    return views.new_empty(()), views.new_empty(4), grad, grad_tau
 
 
-def cacr_reference(views: Tensor, tau: Tensor, options: CACROptions) -> tuple[Tensor, Tensor]:
+def cacr_reference(views: Tensor, tau: Tensor | None, options: CACROptions) -> tuple[Tensor, Tensor]:
     """Loss and parts (attraction, repulsion and their entropies) by the definition."""
     cost: Cost = "rbf" if options.rbf else "sqeuclidean"
-    tau_pos, tau_neg = tau.to(views.dtype)
+    tau_pos, tau_neg = (options.tau_pos, options.tau_neg) if tau is None else tau.to(views.dtype)
     terms = reference.cacr(
         views,
         tau_pos,
@@ -86,18 +92,20 @@ def cacr_reference(views: Tensor, tau: Tensor, options: CACROptions) -> tuple[Te
 
 
 def cacr_second_order(
-    g_loss: Tensor, views: Tensor, tau: Tensor, gg_views: Tensor, gg_tau: Tensor, options: CACROptions
-) -> tuple[Tensor, Tensor, Tensor]:
+    g_loss: Tensor, views: Tensor, tau: Tensor | None, gg_views: Tensor, gg_tau: Tensor, options: CACROptions
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Derivatives of <gg, g_loss grad(loss)> w.r.t. g_loss, views and tau, from the reference."""
+    fixed = tau is None
+    tau = views.new_empty(0) if tau is None else tau
 
     def gradient(g: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        loss, pull = _vjp(lambda v, t: cacr_reference(v, t, options)[0], v, t)
+        loss, pull = _vjp(lambda v, t: cacr_reference(v, None if fixed else t, options)[0], v, t)
         grad_views, grad_tau = pull(g.to(loss.dtype))
         return grad_views, grad_tau
 
     _, pull = _vjp(gradient, g_loss, views, tau)
     g, v, t = pull((gg_views.to(views.dtype), gg_tau.to(tau.dtype)))
-    return g, v, t
+    return g, v, None if fixed else t
 
 
 def cacr_setup(ctx: Any, op: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -119,22 +127,25 @@ def cacr_gradient(
     """
     views, tau, grad_views, grad_tau = ctx.saved_tensors
     need_views, need_tau = ctx.needs_input_grad[:2]
-    out_views, out_tau = torch.zeros_like(views), torch.zeros_like(tau)
+    out_views, out_tau = torch.zeros_like(views), torch.zeros_like(grad_tau)
     if g_loss is not None:
         if (need_views and not ctx.want_grad) or (need_tau and not ctx.want_grad_tau):
             _, _, grad_views, grad_tau = ctx.op(views, tau, *ctx.options, need_views, need_tau)
         out_views = g_loss * grad_views if need_views else out_views
-        out_tau = g_loss.to(tau.dtype) * grad_tau if need_tau else out_tau
+        out_tau = g_loss.to(grad_tau.dtype) * grad_tau if need_tau else out_tau
     if g_parts is not None:
-        _, pull = _vjp(lambda v, t: cacr_reference(v, t, ctx.options)[1], views, tau)
+        fixed = tau is None
+        _, pull = _vjp(
+            lambda v, t: cacr_reference(v, None if fixed else t, ctx.options)[1], views, out_tau if fixed else tau
+        )
         more_views, more_tau = pull(g_parts)
         out_views, out_tau = out_views + more_views, out_tau + more_tau
     g_views, g_tau = g_views if ctx.want_grad else None, g_tau if ctx.want_grad_tau else None
     if g_views is not None or g_tau is not None:
         g_views = torch.zeros_like(views) if g_views is None else g_views
-        g_tau = torch.zeros_like(tau) if g_tau is None else g_tau
+        g_tau = torch.zeros_like(grad_tau) if g_tau is None else g_tau
         _, more_views, more_tau = cacr_second_order(views.new_ones(()), views, tau, g_views, g_tau, ctx.options)
-        out_views, out_tau = out_views + more_views, out_tau + more_tau
+        out_views, out_tau = out_views + more_views, out_tau if more_tau is None else out_tau + more_tau
     return out_views if need_views else None, out_tau if need_tau else None
 
 
@@ -293,7 +304,7 @@ def _register_cacr(backend: str) -> None:
         cacr_setup(ctx, op, inputs, output)
 
     def formula(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return *cacr_gradient(ctx, *grads), *[None] * 7
+        return *cacr_gradient(ctx, *grads), *[None] * 9
 
     torch.library.register_autograd(name, formula, setup_context=setup)
 

@@ -43,12 +43,29 @@ def cacr_arguments(case: tuple[int, bool, bool, bool], dtype: torch.dtype, requi
     pairing, rbf, want_grad, want_grad_tau = case
     views = randn(3, 5, 4, dtype=dtype).requires_grad_(requires_grad and want_grad)
     tau = torch.tensor([0.7, 1.3], dtype=torch.float64, requires_grad=requires_grad and want_grad_tau)
-    return views, tau, 0.9, 1.1, pairing, rbf, 2.0, want_grad, want_grad_tau
+    return views, tau, 0.0, 0.0, 0.9, 1.1, pairing, rbf, 2.0, want_grad, want_grad_tau
+
+
+def with_numbers(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same temperatures as numbers: nothing flows to them."""
+    views, _, _, _, *options, want_grad, _ = arguments
+    return views, None, 0.7, 1.3, *options, want_grad, False
 
 
 @pytest.mark.parametrize(("case", "dtype"), list(zip(CACR_ARGUMENTS[::3], DTYPES, strict=False)), ids=str)
 def test_opcheck_cacr(case: tuple[int, bool, bool, bool], dtype: torch.dtype) -> None:
-    torch.library.opcheck(ops.operator("cacr_cpu"), cacr_arguments(case, dtype, requires_grad=True))
+    arguments = cacr_arguments(case, dtype, requires_grad=True)
+    torch.library.opcheck(ops.operator("cacr_cpu"), arguments)
+    torch.library.opcheck(ops.operator("cacr_cpu"), with_numbers(arguments))
+
+
+@pytest.mark.parametrize("case", CACR_ARGUMENTS, ids=str)
+def test_temperatures_as_numbers(case: tuple[int, bool, bool, bool]) -> None:
+    arguments = cacr_arguments(case, torch.float64, requires_grad=False)
+    *expected, _ = ops.operator("cacr_cpu")(*arguments)
+    *found, grad_tau = ops.operator("cacr_cpu")(*with_numbers(arguments))
+    assert all(map(torch.equal, found, expected))
+    assert grad_tau.shape == (0,)
 
 
 @both_dtypes

@@ -33,6 +33,19 @@ auto with_dtype(const Tensor& x, F f) {
 
 Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
+// A new contiguous CPU tensor. Not torch::stable::new_empty: that looks its operator up by name, which costs a small
+// loss more than its arithmetic.
+template <class T>
+Tensor empty(const std::vector<int64_t>& shape) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, shape[i]);
+  const int32_t dtype = sizeof(T) == 8 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 template <class T>
 const T* data(const Tensor& x) {  // x: packed
   return static_cast<const T*>(x.const_data_ptr());
@@ -47,26 +60,34 @@ double tau_at(const Tensor& tau, int64_t i) {
   return static_cast<const double*>(tau.const_data_ptr())[i * tau.stride(0)];
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_cpu(const Tensor& any_views, const Tensor& tau, double alpha,
-                                                    double beta, int64_t pairing, bool rbf, double rbf_scale,
-                                                    bool want_grad, bool want_grad_tau) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_cpu(const Tensor& any_views, std::optional<Tensor> tau, double tau_pos,
+                                                    double tau_neg, double alpha, double beta, int64_t pairing,
+                                                    bool rbf, double rbf_scale, bool want_grad, bool want_grad_tau) {
   STD_TORCH_CHECK(any_views.dim() == 3, "cacr_kernels: views [V, B, D] expected");
   const Tensor views = packed(any_views);
   return with_dtype(views, [&](auto zero) {
     using T = decltype(zero);
     const int64_t V = views.size(0), B = views.size(1), D = views.size(2);
-    const cacr::CacrLoss<T> problem{
-        data<T>(views), V, B, D, tau_at(tau, 0), tau_at(tau, 1), alpha, beta, static_cast<cacr::Pairing>(pairing), rbf,
-        rbf_scale};
+    const cacr::CacrLoss<T> problem{data<T>(views),
+                                    V,
+                                    B,
+                                    D,
+                                    tau ? tau_at(*tau, 0) : tau_pos,
+                                    tau ? tau_at(*tau, 1) : tau_neg,
+                                    alpha,
+                                    beta,
+                                    static_cast<cacr::Pairing>(pairing),
+                                    rbf,
+                                    rbf_scale};
     const std::vector<int64_t> grad_shape = want_grad ? std::vector<int64_t>{V, B, D} : std::vector<int64_t>{0};
-    Tensor loss = torch::stable::new_empty(views, {}), parts = torch::stable::new_empty(views, {4}),
-           grad = torch::stable::new_empty(views, grad_shape), grad_tau = torch::stable::new_empty(tau, {2});
+    Tensor loss = empty<T>({}), parts = empty<T>({4}), grad = empty<T>(grad_shape),
+           grad_tau = tau ? empty<double>({2}) : empty<T>({0});
     const cacr::CacrResult r =
-        cacr::cacr_loss<T>(problem, want_grad ? out<T>(grad) : nullptr, want_grad_tau, torch_threads());
+        cacr::cacr_loss<T>(problem, want_grad ? out<T>(grad) : nullptr, want_grad_tau && tau, torch_threads());
     *out<T>(loss) = T(r.loss);
     T* p = out<T>(parts);
     p[0] = T(r.attraction), p[1] = T(r.repulsion), p[2] = T(r.attraction_entropy), p[3] = T(r.repulsion_entropy);
-    out<double>(grad_tau)[0] = r.grad_tau_pos, out<double>(grad_tau)[1] = r.grad_tau_neg;
+    if (tau) out<double>(grad_tau)[0] = r.grad_tau_pos, out<double>(grad_tau)[1] = r.grad_tau_neg;
     return std::make_tuple(loss, parts, grad, grad_tau);
   });
 }
@@ -155,8 +176,7 @@ std::tuple<Tensor, Tensor, Tensor> contrast_cpu(const Tensor& q, std::optional<T
     const cacr::Contrast<T> p = a.problem<T>();
     const int64_t rows = p.softmaxes * p.pairs * p.N;
     const std::vector<int64_t> shape{p.softmaxes, p.pairs, p.N}, state{3, p.softmaxes, p.pairs, p.N};
-    Tensor value = torch::stable::new_empty(tau, shape), lse = torch::stable::new_empty(tau, shape),
-           weights = torch::stable::new_empty(tau, state);
+    Tensor value = empty<double>(shape), lse = empty<double>(shape), weights = empty<double>(state);
     double* w = out<double>(weights);
     cacr::contrast_forward<T>(p, {out<double>(value), out<double>(lse), nullptr, w, w + rows, w + 2 * rows},
                               torch_threads());
@@ -179,10 +199,9 @@ std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(
       return wanted ? std::vector<int64_t>{x.size(0), x.size(1), x.size(2)} : std::vector<int64_t>{0};
     };
     const bool own = !k;  // the queries are the keys: one gradient, the sum of both
-    Tensor dq = torch::stable::new_empty(q, shape(q, want_q)),
-           dk = torch::stable::new_empty(q, shape(a.k, want_k && !own));
+    Tensor dq = empty<T>(shape(q, want_q)), dk = empty<T>(shape(a.k, want_k && !own));
     T* const dq_data = want_q ? out<T>(dq) : nullptr;
-    Tensor dtau = torch::stable::new_empty(tau, want_tau ? std::vector<int64_t>{p.softmaxes} : std::vector<int64_t>{0});
+    Tensor dtau = empty<double>(want_tau ? std::vector<int64_t>{p.softmaxes} : std::vector<int64_t>{0});
     const double* w = data<double>(weights);
     const cacr::RowGradients rows{data<double>(value),
                                   w,

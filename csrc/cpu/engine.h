@@ -14,16 +14,17 @@
 
 namespace cacr {
 
-// Aligned memory that lives as long as one call.
+// Aligned memory that lives as long as one call, cut from chunks: a small problem allocates once.
 class Workspace {
  public:
   template <class T>
   T* get(int64_t count) {
     const size_t bytes = (std::max<size_t>(1, size_t(count) * sizeof(T)) + 63) / 64 * 64;
-    void* p = std::aligned_alloc(64, bytes);
-    if (!p) throw std::bad_alloc();
-    blocks_.emplace_back(p);
-    return static_cast<T*>(p);
+    if (bytes > kChunk / 4 && bytes > left_) return static_cast<T*>(chunk(bytes));
+    if (bytes > left_) at_ = static_cast<char*>(chunk(kChunk)), left_ = kChunk;
+    char* p = at_;
+    at_ += bytes, left_ -= bytes;
+    return reinterpret_cast<T*>(p);
   }
   template <class T>
   T* zeros(int64_t count) {
@@ -33,10 +34,21 @@ class Workspace {
   }
 
  private:
+  static constexpr size_t kChunk = size_t(96) << 10;
+
+  void* chunk(size_t bytes) {
+    void* p = std::aligned_alloc(64, bytes);
+    if (!p) throw std::bad_alloc();
+    chunks_.emplace_back(p);
+    return p;
+  }
+
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
-  std::vector<std::unique_ptr<void, Free>> blocks_;
+  std::vector<std::unique_ptr<void, Free>> chunks_;
+  char* at_ = nullptr;
+  size_t left_ = 0;
 };
 
 template <class F>
