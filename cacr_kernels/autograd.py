@@ -79,7 +79,8 @@ class CACRFunction(Function):
         views, tau, grad_views, grad_tau = ctx.saved_tensors
         need_views, need_tau, *_ = ctx.needs_input_grad
         if (need_views and not ctx.want_grad) or (need_tau and not ctx.want_grad_tau):
-            _, _, grad_views, grad_tau = _run(ctx.op, views, tau, *ctx.options, need_views, need_tau)
+            wanted = ctx.options, need_views, need_tau, ctx.op
+            _, _, grad_views, grad_tau = _apply(CACRFunction, views, tau, *wanted)
         if not torch.is_grad_enabled():  # nobody differentiates the gradient
             out_tau = g_loss.to(grad_tau.dtype) * grad_tau if need_tau else None
             return g_loss * grad_views if need_views else None, out_tau, None, None, None, None

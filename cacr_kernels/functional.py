@@ -334,7 +334,9 @@ def _prepare(tensors: list[Tensor], normalize: bool, *taus: float | Tensor) -> l
     is_double = any(t.dtype == torch.float64 for t in tensors)
     is_double = is_double or any(isinstance(t, Tensor) and t.dtype == torch.float64 and t.dim() > 0 for t in taus)
     dtype = torch.float64 if is_double else torch.float32
-    tensors = [t if t.dtype == dtype else t.to(dtype) for t in tensors]
+    # Dynamo takes an argument of torch.func.grad for one that needs no gradient; of a cast it knows better.
+    tracing = torch.compiler.is_compiling()
+    tensors = [t.to(dtype) if tracing or t.dtype != dtype else t for t in tensors]
     return [l2_normalize(t, dim=-1) for t in tensors] if normalize else tensors
 
 
