@@ -5,11 +5,13 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV ?= .venv
 PYTEST_FLAGS ?= -q -n 2
+BENCH ?= baselines # the extra that the benchmarks install; "bench" leaves out the other packages
+BENCH_FLAGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f)
-CLANG_FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CLANG_FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: test demo bench lint format build clean
 .DELETE_ON_ERROR:
@@ -20,8 +22,8 @@ test: $(VENV)/.with-test
 demo: $(VENV)/.with-demo
 	$(BIN)/python -m benchmarks.demo
 
-bench: $(VENV)/.with-bench
-	$(BIN)/python -m benchmarks
+bench: $(VENV)/.with-$(strip $(BENCH))
+	$(BIN)/python -m benchmarks $(BENCH_FLAGS)
 
 lint: $(VENV)/.with-dev
 	$(BIN)/ruff check .

@@ -46,6 +46,11 @@ class Check(NamedTuple):
         )
 
 
+def broken(row: Row, case: str, reason: str) -> Check:
+    """The red check of a row that gives no numbers."""
+    return Check(row.name, case, 0.0, 0.0, 0.0, 0.0, reason)
+
+
 class Draw(NamedTuple):
     """Inputs of a case and the truth, scale and yardstick (error of the definition) of its loss and its gradient."""
 
@@ -116,14 +121,13 @@ class Gate:
                 try:
                     outputs = self.step(instance, row, draw.inputs)()
                 except Exception as error:  # a row that cannot run must not pass unseen
-                    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                    return Check(row.name, instance.key, 0.0, 0.0, 0.0, 0.0, reason)
+                    return broken(row, instance.key, f"{type(error).__name__}: {error}".splitlines()[0])
                 loss_error = max(loss_error, testing.error(outputs[0].detach(), draw.truth[0], draw.scale[0]))
                 found = gradient(outputs, embeddings(draw.inputs))
                 if found is not None:
                     gradient_error = max(gradient_error, testing.error(found, draw.truth[1], draw.scale[1]))
                 elif case.mode == GRADIENTS:
-                    return Check(row.name, instance.key, 0.0, 0.0, 0.0, 0.0, "no gradients")
+                    return broken(row, instance.key, "no gradients")
         slack = 1.0 if row.family == OURS else BASELINE_SLACK
         allowed = [
             slack * testing.tolerance(max(draw.yardstick[i] for draw in draws), case.torch_dtype) for i in (0, 1)

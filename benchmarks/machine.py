@@ -77,29 +77,38 @@ def available_bytes(device: str) -> int:
         return 8 * 2**30
 
 
-def _best(call: Callable[[], object], threads: int, device: str, seconds: float) -> float:
-    """Seconds of the fastest of many calls: what the machine can do while nobody else uses it."""
+def best(rate: Callable[[], float], seconds: float) -> float:
+    """The best of trials: what the machine can do while nobody else uses it."""
+    found, start = rate(), clock()
+    while clock() - start < seconds:
+        found = max(found, rate())
+    return found
+
+
+def _calls_per_second(call: Callable[[], object], threads: int, seconds: float) -> float:
+    """Of the fastest call."""
+
+    def rate() -> float:
+        begin = clock()
+        call()
+        return 1.0 / float(clock() - begin)
+
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    best, start = float("inf"), clock()
     try:
         call()
-        while best == float("inf") or clock() - start < seconds:
-            begin = clock()
-            call()
-            best = min(best, clock() - begin)
+        return best(rate, seconds)
     finally:
         torch.set_num_threads(before)
-    return float(best)
 
 
 @functools.cache
-def ceiling(dtype: torch.dtype, threads: int, device: str, seconds: float = 0.6) -> float:
+def product_gflops(dtype: torch.dtype, threads: int, device: str, seconds: float = 0.6) -> float:
     """GFLOP/s of a large ``torch.mm``."""
     n = 8192 if device != "cpu" else (2048 if dtype == torch.float32 else 1024)
     a, b = (torch.randn(n, n, dtype=torch.float32).to(dtype).to(device) for _ in range(2))
     out = torch.mm(a, b)
-    return 2.0 * n**3 / _best(lambda: torch.mm(a, b, out=out), threads, device, seconds) / 1e9
+    return 2.0 * n**3 / 1e9 * _calls_per_second(lambda: torch.mm(a, b, out=out), threads, seconds)
 
 
 @functools.cache
@@ -107,4 +116,4 @@ def bandwidth(threads: int, device: str, seconds: float = 0.4, mib: int = 512) -
     """GB/s of a copy from memory to memory, reads and writes counted."""
     source = torch.ones(mib * 2**18, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    return 2.0 * source.nbytes / _best(lambda: target.copy_(source), threads, device, seconds) / 1e9
+    return 2.0 * source.nbytes / 1e9 * _calls_per_second(lambda: target.copy_(source), threads, seconds)

@@ -34,10 +34,9 @@ class Budget(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Seconds per call of one row: by round, and of the very first call, which compiles and allocates."""
+    """Seconds per call of one row by round."""
 
     rounds: dict[int, float]
-    cold: float
 
     @property
     def measurement(self) -> Measurement:
@@ -107,20 +106,20 @@ def plan(seconds: dict[str, float], budget: Budget) -> tuple[int, dict[str, int]
 
 def interleave(
     steps: dict[str, Step],
-    cold: dict[str, float],
+    first: dict[str, float],
     budget: Budget,
     thread_count: int,
     device: str,
     compiles: Collection[str] = (),
     on_round: Callable[[float], None] = lambda done: None,
 ) -> dict[str, Timing]:
-    """Times every step. ``cold`` holds the seconds of its first call, made by the caller.
+    """Times every step. ``first`` holds the seconds of its first call, made by the caller.
 
     A step is planned by a second call; one that took seconds the first time, and not to compile, by the first.
     """
     times: dict[str, dict[int, float]] = {name: {} for name in steps}
     with threads(thread_count):
-        seconds = {n: cold[n] if cold[n] > 2.0 and n not in compiles else once(step) for n, step in steps.items()}
+        seconds = {n: first[n] if first[n] > 2.0 and n not in compiles else once(step) for n, step in steps.items()}
         rounds, calls, rows = plan(seconds, budget)
         gc.collect()
         gc.disable()
@@ -138,7 +137,7 @@ def interleave(
                 on_round((r + 1) / rounds)
         finally:
             gc.enable()
-    return {name: Timing(times[name], cold[name]) for name in steps}
+    return {name: Timing(times[name]) for name in steps}
 
 
 def order(names: list[str], r: int) -> list[str]:

@@ -12,8 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from .cases import GRADIENTS
-from .results import TIMED, label
-from .rows import BASELINE, OTHER, OURS, PRODUCTS
+from .goals import GOALS
+from .peak import FMA
+from .results import SINGLE, TIMED, problem_label, where
+from .rows import BASELINE, LESS_WORK, OURS
 
 Results = list[dict[str, Any]]
 
@@ -22,14 +24,22 @@ COLOURS = {
     "eager": "#e07b00", "compiled": "#c2334d", "broadcasting": "#7a4bb3", "keops": "#2a9d5c", "bare mm": "#8b949e",
 }  # fmt: skip
 OTHER_COLOUR = "#c7ccd1"
+NAMES = {
+    "torch": "plain PyTorch backend", "reference": "reference", "eager": "PyTorch, matmul form",
+    "compiled": "torch.compile of it", "broadcasting": "published formulation", "keops": "KeOps",
+    "bare mm": "bare torch.mm, no loss",
+}  # fmt: skip
+MOST_CASES = 14  # in one picture of bars
 
 
 def draw(directory: Path, rows: Results) -> list[Path]:
     """Every picture that the results have data for, as PNG."""
     timed = [row for row in rows if row["status"] == TIMED]
+    measured = [row for row in rows if row["status"] in (TIMED, SINGLE)]
     found = []
-    for name, figure in (("sweep", _sweep(timed)), ("speedup", _speedup(timed)), ("roofline", _roofline(timed))):
+    for name, figure in (("sweep", _sweep(measured)), ("speedup", _speedup(timed)), ("roofline", _roofline(timed))):
         if figure is not None:
+            directory.mkdir(parents=True, exist_ok=True)
             path = directory / f"{name}.png"
             FigureCanvasAgg(figure).print_png(path)
             found.append(path)
@@ -39,6 +49,11 @@ def draw(directory: Path, rows: Results) -> list[Path]:
 def colour(name: str) -> str:
     """The colour of a row in every picture."""
     return COLOURS.get(name, OTHER_COLOUR)
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """What a row is called in every picture."""
+    return f"cacr_kernels ({row['row']})" if row["ours"] else NAMES.get(row["row"], row["row"])
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -53,25 +68,27 @@ def _style(axes: Axes, title: str) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _lines(axes: Axes, rows: Results, column: str) -> bool:
-    """One line against B per measured row; whether there is any with two points."""
+def _lines(axes: Axes, rows: Results, column: str, instead: str = "") -> bool:
+    """One line against B per measured row (``instead``: the column where there is none); whether it is any line."""
     points: dict[str, dict[int, tuple[float, dict[str, Any]]]] = defaultdict(dict)
     for row in rows:
-        if row[column] is not None and row["family"] in (OURS, BASELINE, PRODUCTS):
-            points[row["row"]][row["B"]] = max(row[column], 1e-3), row
+        value = row[column] if row[column] is not None or not instead else row[instead]
+        if value is not None and row["family"] in (OURS, BASELINE, LESS_WORK):
+            points[row["row"]][row["B"]] = max(value, 1e-3), row
     for name, by_batch in points.items():
         B = sorted(by_batch)
         y = [by_batch[b][0] for b in B]
-        ours = any(row["ours"] for _, row in by_batch.values())
-        style = {"linewidth": 2.6 if ours else 1.4, "zorder": 5 if ours else 3, "color": colour(name)}
-        axes.plot(B, y, "o-", markersize=5 if ours else 3.5, label=name + (" (ours)" if ours else ""), **style)
+        some = by_batch[B[0]][1]
+        style = {"linewidth": 2.6 if some["ours"] else 1.4, "zorder": 5 if some["ours"] else 3, "color": colour(name)}
+        axes.plot(B, y, "o-", markersize=5 if some["ours"] else 3.5, label=name_of(some), **style)
         if column == "p50_ms":
-            low, high = ([by_batch[b][1][p] for b in B] for p in ("p20_ms", "p80_ms"))
-            axes.fill_between(B, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            ends = [[by_batch[b][1][p] or by_batch[b][0] for b in B] for p in ("p20_ms", "p80_ms")]
+            axes.fill_between(B, *ends, color=style["color"], alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     batches = sorted({b for by_batch in points.values() for b in by_batch})
     axes.set_xticks(batches, [f"{b}" for b in batches])
+    axes.tick_params(axis="x", labelrotation=45 if len(batches) > 8 else 0)
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}"))
     axes.set_xlabel("B")
@@ -94,58 +111,73 @@ def _sweep(rows: Results) -> Figure | None:
     if not by_options:
         return None
     chosen = max(by_options.values(), key=len)
-    figure = _figure(10.5, 4.4)
+    figure = _figure(10.5, 4.8)
     time, memory = figure.subplots(1, 2)
-    several = _lines(time, chosen, "p50_ms")
+    several = _lines(time, chosen, "p50_ms", "single_ms")
     _lines(memory, chosen, "memory_mib")
+    with_memory = len({row["row"] for row in chosen if row["memory_mib"] is not None}) > 1
     if not several:
         return None
-    where = f"V = 2, D = 128, float32, {threads} thread{'s' * (threads > 1)}"
-    _style(time, f"Loss and gradients, {where}")
-    _style(memory, "Peak memory above the inputs")
-    time.set_ylabel("milliseconds (band: 20–80 %)")
-    memory.set_ylabel("MiB")
-    time.legend(frameon=False, fontsize=8)
+    _style(time, f"Loss and gradients: V = 2, D = 128, float32, {where(chosen[0])}")
+    time.set_ylabel("milliseconds (band: 20–80 % of the rounds)")
+    if with_memory:
+        _style(memory, "Peak memory above the inputs, gradients included")
+        memory.set_ylabel("MiB")
+    else:
+        memory.remove()
+    handles, names = time.get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, fontsize=8.5, ncols=5, loc="outside lower center")
     return figure
 
 
 def _speedup(rows: Results) -> Figure | None:
-    """Bars: how many times faster than each baseline."""
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    groups = []
-    for case in cases:
-        mine = [r for r in rows if r["case"] == case and not r["ours"] and r["ratio"] and r["family"] != OTHER]
-        if mine:
-            groups.append(mine)
+    """Bars: how many times longer each baseline takes. Of many cases those that a goal is set for."""
+    of_interest = (BASELINE, LESS_WORK)
+    groups = {case: [r for r in rows if r["case"] == case and r["family"] in of_interest and r["ratio"]]
+              for case in dict.fromkeys(row["case"] for row in rows)}  # fmt: skip
+    if sum(map(bool, groups.values())) > MOST_CASES:
+        wanted = {goal.case for goal in GOALS}
+        groups = {case: group for case, group in groups.items() if case in wanted}
+    groups = {case: group for case, group in groups.items() if group}
     if not groups:
         return None
-    bars = sum(len(group) for group in groups)
-    figure = _figure(9.0, 1.2 + 0.2 * bars + 0.25 * len(groups))
+    bars = sum(map(len, groups.values()))
+    figure = _figure(9.0, 1.3 + 0.2 * bars + 0.2 * len(groups))
     axes = figure.subplots()
     y, ticks, seen = 0.0, [], set()
-    for group in groups:
+    for group in groups.values():
         start = y
         for row in group:
-            once = None if row["row"] in seen else row["row"]
+            once = None if row["row"] in seen else name_of(row)
             seen.add(row["row"])
             spread = [[max(0.0, row["ratio"] - row["ratio_p20"])], [max(0.0, row["ratio_p80"] - row["ratio"])]]
             style = {"color": colour(row["row"]), "ecolor": "#555", "error_kw": {"lw": 0.8}}
-            axes.barh(y, row["ratio"], 0.8, label=once, xerr=spread, **style)
-            text = f" {row['ratio']:.1f}" if row["ratio"] < 100 else f" {row['ratio']:,.0f}"
-            axes.text(max(row["ratio"], row["ratio_p80"]), y, text, va="center", fontsize=7.5)
+            axes.barh(y, row["ratio"] - 1, 0.8, left=1, label=once, xerr=spread, **style)
+            text = f" {row['ratio']:.1f}×" if row["ratio"] < 10 else f" {row['ratio']:,.0f}×"
+            axes.text(max(row["ratio"], row["ratio_p80"], 1.0), y, text, va="center", fontsize=7.5)
             y += 1
-        ticks.append(((start + y - 1) / 2, label(group[0]).replace(", ", "\n", 1)))
-        y += 1.2
+        ticks.append(((start + y - 1) / 2, _case_text(group[0])))
+        y += 1.0
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(1, color="#333", linewidth=0.8)
     axes.set_yticks([at for at, _ in ticks], [text for _, text in ticks], fontsize=8)
+    axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
-    axes.margins(x=0.08, y=0.01)
-    axes.set_xlabel("time over ours (1 = as fast; median of interleaved rounds, whiskers 20–80 %)")
-    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.1, y=0.01)
+    axes.set_xlabel("time over that of cacr_kernels (median of interleaved rounds, whiskers 20–80 %)", fontsize=9)
+    figure.legend(frameon=False, fontsize=8.5, ncols=3, loc="outside upper center")
+    axes.spines[["top", "right", "left"]].set_visible(False)
     return figure
+
+
+def _case_text(row: dict[str, Any]) -> str:
+    """The problem, and below it what is not float32, loss and gradients."""
+    special = [row["dtype"]] if row["dtype"] != "float32" else []
+    special += ["loss only"] if row["mode"] != GRADIENTS else []
+    name, *options = problem_label(row).split(", ")
+    return "\n".join(filter(None, (name, ", ".join([*options, *special]))))
 
 
 def _intensity(row: dict[str, Any]) -> float:
@@ -158,37 +190,43 @@ def _intensity(row: dict[str, Any]) -> float:
 
 
 def _roofline(rows: Results) -> Figure | None:
-    """GFLOP/s of the library and the baselines below the measured ceiling."""
+    """GFLOP/s of the library and the baselines below what the machine can do."""
     points = [row for row in rows if row["gflops"] and row["dtype"] == "float32"]
     if not points:
         return None
     threads = max(row["threads"] for row in points)
     points = [row for row in points if row["threads"] == threads]
-    figure = _figure(7.5, 4.6)
+    figure = _figure(8.0, 5.0)
     axes = figure.subplots()
-    ceiling = max(row["ceiling_gflops"] for row in points)
-    speed = max(row["bandwidth_gbs"] or 0 for row in points)
+    top = max(points, key=lambda row: row["peak_gflops"])
+    peak, product, speed = top["peak_gflops"], top["mm_gflops"], max(row["bandwidth_gbs"] for row in points)
     reached = [_intensity(row) for row in points]
-    left, right = min(*reached, ceiling / speed) / 2, max(*reached, ceiling / speed) * 2
-    axes.plot([left, ceiling / speed, right], [left * speed, ceiling, ceiling], color="#333", linewidth=1.2)
-    axes.annotate(
-        f"a large copy: {speed:.0f} GB/s", (left, left * speed), (4, -12), textcoords="offset points", fontsize=8
-    )
-    text = f"a large torch.mm: {ceiling:.0f} GFLOP/s"
-    axes.text(right, ceiling * 1.08, text, fontsize=8, ha="right")
+    left, right = min(*reached, peak / speed) / 2, max(*reached, peak / speed) * 2
+    axes.plot([left, peak / speed, right], [left * speed, peak, peak], color="#333", linewidth=1.2)
+    at = left * speed
+    slope = {"rotation": 45, "rotation_mode": "anchor", "transform_rotates_text": True}
+    axes.text(left, at * 1.12, f"large copy: {speed:.0f} GB/s", fontsize=8, **slope)
+    if top["peak_source"] == FMA:
+        axes.text(right, peak * 1.06, f"peak of multiply-adds: {peak:.0f} GFLOP/s", fontsize=8, ha="right")
+        axes.plot([product / speed, right], [product] * 2, color="#888", linewidth=0.9, linestyle="--")
+        axes.text(peak / speed, product / 1.06, f"large torch.mm: {product:.0f}", fontsize=8, va="top", color="#666")
+    else:
+        axes.text(right, peak * 1.06, f"{top['peak_source']}: {peak:.0f} GFLOP/s", fontsize=8, ha="right")
     for name in dict.fromkeys(row["row"] for row in points):
         mine = [row for row in points if row["row"] == name]
-        ours = any(row["ours"] for row in mine)
         for mode, fill in ((GRADIENTS, True), ("loss", False)):
             some = [row for row in mine if row["mode"] == mode]
-            style = {"edgecolors": colour(name), "facecolors": colour(name) if fill else "none"}
-            style |= {"s": 46 if ours else 22, "zorder": 5 if ours else 3, "label": name if fill else None}
-            axes.scatter([_intensity(row) for row in some], [row["gflops"] for row in some], **style)
+            style = {"edgecolors": colour(name), "facecolors": colour(name) if fill else "none", "linewidths": 1.2}
+            style |= {"s": 46 if mine[0]["ours"] else 22, "zorder": 5 if mine[0]["ours"] else 3}
+            x, y = [_intensity(row) for row in some], [row["gflops"] for row in some]
+            axes.scatter(x, y, label=name_of(mine[0]) if fill else None, **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_ylim(top=2 * ceiling)
+    axes.set_ylim(top=1.6 * peak)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.set_xlabel("FLOP per byte of inputs and gradients")
-    axes.set_ylabel("GFLOP/s")
-    _style(axes, f"Share of the machine, float32, {threads} thread{'s' * (threads > 1)} (hollow: loss only)")
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_ylabel("GFLOP/s (of the products alone)")
+    _style(axes, f"Share of the machine, float32, {where(points[0])} (hollow: loss only)")
+    figure.legend(frameon=False, fontsize=8.5, ncols=4, loc="outside lower center")
     return figure

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .cases import GOALS, TEMPERATURES, Case
+from .cases import TEMPERATURES, Case
 from .measure import Timing, quantile, ratios
 from .rows import OURS, Row
 
-SCHEMA = 1
-TIMED, SKIPPED = "timed", "left out"
+SCHEMA = 2
+TIMED, SINGLE, SKIPPED = "timed", "called once", "left out"
 
 # Column: what it holds. Every row has all of them; what was not measured is null (JSON) or empty (CSV).
 FIELDS = {
@@ -20,7 +20,7 @@ FIELDS = {
     "row": "what was measured",
     "family": "cacr_kernels, baseline, products only, another function",
     "ours": "whether ratios are relative to this row",
-    "status": "timed, or left out",
+    "status": "timed, called once (in the process that measures memory), or left out",
     "reason": "why it was left out",
     "loss": "the function",
     "V": "views", "B": "instances", "D": "features", "K": "queue entries", "M": "keys", "C": "classes",
@@ -29,11 +29,14 @@ FIELDS = {
     "dtype": "of the inputs", "threads": "CPU threads", "device": "cpu or a GPU",
     "rounds": "measured",
     "p20_ms": "20 % of the rounds are faster", "p50_ms": "median", "p80_ms": "80 % of the rounds are faster",
-    "cold_ms": "the first call, which compiles and allocates",
+    "cold_ms": "first call of a fresh process, compiler caches empty",
+    "warm_ms": "first call of a fresh process, compiler caches filled; null for rows without",
+    "single_ms": "the one measured call of the process that measures memory",
     "ratio": "time over ours, median over the rounds", "ratio_p20": "its 20 %", "ratio_p80": "its 80 %",
     "gflops": "operations of the products (see Case.flop) per second, 1e9; for rows of another function null",
-    "ceiling_gflops": "of a large torch.mm in the same dtype with as many threads",
-    "fraction": "gflops over ceiling_gflops",
+    "peak_gflops": "of fused multiply-adds in registers, same dtype and threads", "peak_source": "how it was measured",
+    "mm_gflops": "of a large torch.mm, same dtype and threads",
+    "fraction": "gflops over peak_gflops",
     "bandwidth_gbs": "of a large copy with as many threads",
     "memory_mib": "peak above the inputs, gradients included", "memory_reason": "why there is no such figure",
     "loss_error": "of the gate, against float64", "gradient_error": "of the gate, against float64",
@@ -54,18 +57,17 @@ def record(case: Case, row: Row, is_ours: bool, environment: dict[str, Any], **f
     return fields | environment | found
 
 
-def figures(case: Case, row: Row, timing: Timing, ours: Timing | None, ceiling: float) -> dict[str, Any]:
+def figures(case: Case, row: Row, timing: Timing, ours: Timing | None) -> dict[str, Any]:
     """What is derived from the times of a row."""
     p20, p50, p80 = (timing.quantile(q) for q in (0.2, 0.5, 0.8))
     found: dict[str, Any] = {"p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50, "p80_ms": 1e3 * p80}
-    found |= {"rounds": len(timing.rounds), "cold_ms": 1e3 * timing.cold, "ceiling_gflops": ceiling}
+    found["rounds"] = len(timing.rounds)
     if ours is not None:
         by_round = ratios(timing, ours)
         names = ("ratio_p20", 0.2), ("ratio", 0.5), ("ratio_p80", 0.8)
         found |= {name: quantile(by_round, q) for name, q in names}
     if row.checked:  # other functions do other work, the bare products more
         found["gflops"] = case.flop / p50 / 1e9
-        found["fraction"] = found["gflops"] / ceiling
     return found
 
 
@@ -133,41 +135,19 @@ def compare(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[Compar
     return found
 
 
-def label(row: dict[str, Any]) -> str:
-    """What a case is, for people: without the temperatures and what goes without saying."""
+def problem_label(row: dict[str, Any]) -> str:
+    """What a problem is, for people: without the temperatures."""
     shape = " ".join(f"{k}={row[k]}" for k in ("V", "B", "D", "K", "M", "C") if row[k] is not None)
     usual = {f"{k}={v}" for k, v in TEMPERATURES.items()}
     options = " ".join(option for option in row["options"].split() if option not in usual)
-    where = f"{row['threads']} thread{'s' * (row['threads'] > 1)}" if row["device"] == "cpu" else row["device"]
-    return ", ".join(filter(None, (f"{row['loss']} {shape}", options, row["dtype"], row["mode"], where)))
+    return ", ".join(filter(None, (f"{row['loss']} {shape}", options)))
 
 
-class Verdict(NamedTuple):
-    """A goal and what was measured; ``met`` is the required figure, ``aimed`` the aim."""
-
-    label: str
-    row: str
-    required: float | None
-    aim: float
-    found: float
-
-    @property
-    def met(self) -> bool:
-        """Whether what is required is reached (always, where nothing is)."""
-        return self.required is None or self.found >= self.required
-
-    @property
-    def aimed(self) -> bool:
-        """Whether the aim is reached."""
-        return self.found >= self.aim
+def where(row: dict[str, Any]) -> str:
+    """What it runs on."""
+    return f"{row['threads']} thread{'s' * (row['threads'] > 1)}" if row["device"] == "cpu" else str(row["device"])
 
 
-def verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
-    """The goals whose cases were measured."""
-    found = {(row["case"], row["row"]): row for row in rows if row["status"] == TIMED and row["ratio"]}
-    return [
-        Verdict(label(found[case, goal.row]), goal.row, goal.required, goal.aim, found[case, goal.row]["ratio"])
-        for case, goals in GOALS.items()
-        for goal in goals
-        if (case, goal.row) in found
-    ]
+def label(row: dict[str, Any]) -> str:
+    """What a case is, for people."""
+    return ", ".join((problem_label(row), row["dtype"], row["mode"], where(row)))

@@ -6,8 +6,6 @@ tensors [B, D]. A step computes the loss, or the loss and the gradients of all e
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,14 +19,14 @@ import cacr_kernels
 from cacr_kernels import testing
 from cacr_kernels.backends import TABLE
 
-from . import eager
-from .cases import GRADIENTS, LOSS, Case
+from . import eager, others
+from .cases import BROADCASTING, COMPILED, EAGER, GRADIENTS, LOSS, PRODUCTS, SUM, Case
 from .machine import available_bytes
 
 Step = Callable[[], tuple[Tensor, ...]]
 Loss = Callable[..., Tensor]
 
-OURS, BASELINE, PRODUCTS, OTHER = "cacr_kernels", "baseline", "products only", "another function"
+OURS, BASELINE, LESS_WORK, OTHER = "cacr_kernels", "baseline", "products only", "another function"
 BROADCAST_LIMIT = 4 * 2**30
 FLOOR_NUMEL = 2**14
 
@@ -38,7 +36,8 @@ class Row:
     """One way to compute a case. ``why_not`` says in a sentence why it is left out, or ``None``.
 
     ``loss(case)`` takes the tensors of the case by name; ``split`` hands it views as a list. ``compiles``: it is
-    compiled for one shape, so it is checked at the shape that is timed. Only ``checked`` rows compute the same loss.
+    compiled for one shape, so it is checked at the shape that is timed. ``caches``: what it compiles is kept for later
+    processes. Only ``checked`` rows compute the same loss.
     """
 
     name: str
@@ -48,6 +47,7 @@ class Row:
     loss: Callable[[Case], Loss]
     split: bool = True
     compiles: bool = False
+    caches: bool = False
 
     @property
     def checked(self) -> bool:
@@ -63,14 +63,17 @@ class Row:
             parts = [part.detach().clone().requires_grad_(wanted) for part in parts]
             leaves += parts if wanted else []
             tensors[name] = parts if self.split and tensor.dim() == 3 else parts[0]
-        if self.family == PRODUCTS:
+        if self.family == LESS_WORK:
             return partial(loss, **tensors)  # does by hand what autograd would
         if not leaves:
             return lambda: (loss(**tensors),)
 
         def step() -> tuple[Tensor, ...]:
+            for leaf in leaves:
+                leaf.grad = None
             value = loss(**tensors)
-            return value, *torch.autograd.grad(value, leaves)
+            value.backward()
+            return value, *(leaf.grad for leaf in leaves if leaf.grad is not None)
 
         return step
 
@@ -108,25 +111,25 @@ def _broadcasting(case: Case) -> str | None:
     return too_large(case, (P + 3) / P * D)
 
 
-def _missing(module: str) -> str | None:
-    return None if importlib.util.find_spec(module) else f"{module} is not installed"
-
-
 def _keops(case: Case) -> str | None:
     if case.problem.loss != "cacr_loss" or case.problem.options.get("pairing") == "pooled":
         return "measured for cacr_loss of pairs of views"
     if case.problem.options.get("cost") == "rbf":
         return "measured for the squared Euclidean cost"
     P, N, M, D = case.extent
-    if P * N * M * D > 2**32:
-        return "takes minutes at this size"
-    return _missing("pykeops")
+    if P * N * M * D > 2**30:
+        return "takes ten seconds and more per call at this size"
+    return others.why_not("pykeops")
 
 
-def _contrastive(module: str, case: Case) -> str | None:
-    if case.problem.loss != "cacr_loss" or case.problem.shape["V"] != 2 or case.problem.options.get("pairing"):
-        return "a loss of two views"
-    return _missing(module) or too_large(case, 24)  # similarities of 2 B with 2 B embeddings
+def _lightly(case: Case) -> str | None:
+    similarities = 24.0  # arrays of 2 B x 2 B, in units of B x B
+    return others.no_ntxent(case.problem) or too_large(case, similarities) or others.why_not("lightly")
+
+
+def _metric_learning(case: Case) -> str | None:
+    triples = 40.0 * case.problem.shape["B"]  # every positive pair beside every negative pair, in several arrays
+    return others.no_ntxent(case.problem) or too_large(case, triples) or others.why_not("pytorch_metric_learning")
 
 
 def _backend(name: str, case: Case) -> str | None:
@@ -156,39 +159,6 @@ def _compiled(case: Case) -> Loss:
 
 def _broadcast(case: Case) -> Loss:
     return partial(eager.cacr_loss, pair_cost=eager.broadcast_cost, **case.problem.options)
-
-
-def _keops_loss(case: Case) -> Loss:
-    pykeops = importlib.import_module("pykeops")
-    pykeops.set_verbose(False)
-    lazy = importlib.import_module("pykeops.torch").LazyTensor
-    options = dict(case.problem.options)
-    tau_pos, tau_neg = options["tau_pos"], options["tau_neg"]
-    ordered = options.get("pairing") == "ordered"
-
-    def loss(views: list[Tensor]) -> Tensor:
-        views = [eager.single(view) for view in views]
-        V = len(views)
-        index = torch.arange(len(views[0]), dtype=views[0].dtype, device=views[0].device)[:, None]
-        same = (0.25 - (lazy(index[:, None]) - lazy(index[None])) ** 2).step()
-        terms = []
-        for q, k in ((views[x], views[y]) for x in range(V) for y in range(V) if x < y or (ordered and x != y)):
-            c = ((lazy(q[:, None]) - lazy(k[None])) ** 2).sum(-1)
-            terms.append((-tau_neg * c - 1e6 * same).sumsoftmaxweight(c, axis=1).mean())
-        return eager.attraction(views, None, tau_pos) - torch.stack(terms).mean()
-
-    return loss
-
-
-def _lightly(case: Case) -> Loss:
-    criterion = importlib.import_module("lightly.loss").NTXentLoss(temperature=0.5)
-    return lambda views: criterion(eager.single(views[0]), eager.single(views[1]))
-
-
-def _metric_learning(case: Case) -> Loss:
-    criterion = importlib.import_module("pytorch_metric_learning.losses").NTXentLoss(temperature=0.5)
-    labels = torch.arange(case.problem.shape["B"], device=case.device).repeat(2)
-    return lambda views: criterion(torch.cat([eager.single(view) for view in views]), labels)
 
 
 def _products(case: Case) -> Loss:
@@ -233,22 +203,17 @@ def rows(device: str) -> list[Row]:
         Row(name, OURS, summaries[name], partial(_backend, name), partial(_library, name), split=False)
         for name in names
     ]
+    ntxent = "NT-Xent of "
     return [
         *found,
-        Row("eager", BASELINE, "matmul form in PyTorch, autograd", _dense, _eager),
-        Row("compiled", BASELINE, "torch.compile of the eager form", _dense, _compiled, compiles=True),
-        Row("broadcasting", BASELINE, "published formulation, N x M x D arrays", _broadcasting, _broadcast),
-        Row("keops", BASELINE, "KeOps, symbolic N x M arrays", _keops, _keops_loss),
-        Row("bare mm", PRODUCTS, "four torch.mm per pair (loss only: one), nothing else", _products_fit, _products),
-        Row("z.sum()", OTHER, "sum of the views: what autograd costs", _floor, lambda case: _sum, split=False),
-        Row("ntxent lightly", OTHER, "NT-Xent of lightly", partial(_contrastive, "lightly"), _lightly),
-        Row(
-            "ntxent pml",
-            OTHER,
-            "NT-Xent of pytorch-metric-learning",
-            partial(_contrastive, "pytorch_metric_learning"),
-            _metric_learning,
-        ),
+        Row(EAGER, BASELINE, "matmul form in PyTorch, autograd", _dense, _eager),
+        Row(COMPILED, BASELINE, "torch.compile of the eager form", _dense, _compiled, compiles=True, caches=True),
+        Row(BROADCASTING, BASELINE, "published formulation, N x M x D arrays", _broadcasting, _broadcast),
+        Row("keops", BASELINE, "KeOps, symbolic N x M arrays", _keops, others.keops, caches=True),
+        Row(PRODUCTS, LESS_WORK, "four torch.mm per pair (loss only: one), nothing else", _products_fit, _products),
+        Row(SUM, OTHER, "sum of the views: what autograd costs", _floor, lambda case: _sum, split=False),
+        Row("ntxent lightly", OTHER, ntxent + "lightly", _lightly, others.lightly),
+        Row("ntxent pml", OTHER, ntxent + "pytorch-metric-learning", _metric_learning, others.metric_learning),
     ]
 
 

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from . import machine, memory
-from .cases import Case
-from .gate import Check, Gate, agree, embeddings, threads
+from . import machine, processes
+from .cases import BROADCASTING, EAGER, Case
+from .gate import Check, Gate, agree, broken, embeddings, threads
 from .measure import Budget, Timing, clock, interleave
-from .results import SKIPPED, TIMED, figures, record
-from .rows import BASELINE, OURS, Row, Step, ours, rows
+from .peak import Peaks
+from .results import SINGLE, SKIPPED, TIMED, figures, record
+from .rows import Row, Step, ours, rows
 
 
 class Progress(Protocol):
@@ -32,9 +33,11 @@ class RedGateError(Exception):
         super().__init__(f"{len(checks)} checks are red")
 
 
-GATE_WEIGHT, MEMORY_WEIGHT = 0.15, 2.5  # seconds, roughly, per row
+NOT_WANTED = "not measured in this suite"
+GATE_WEIGHT, PROCESS_WEIGHT = 0.15, 2.5  # seconds, roughly, per row
 COMPILE_WEIGHT = 8.0
 LARGE = 2**26  # similarities; two processes with more may not fit beside each other
+Checks = dict[tuple[str, str], Check]
 
 
 @dataclass
@@ -46,15 +49,19 @@ class Suite:
     environment: dict[str, Any]
     progress: Progress
     make_rows: Callable[[str], list[Row]] = rows
-    with_memory: bool = True
+    with_processes: bool = True
     gate: Gate = field(default_factory=Gate)
+    peaks: Peaks = field(default_factory=Peaks)
 
     def __post_init__(self) -> None:
         self.rows = {case.device: self.make_rows(case.device) for case in self.cases}
 
     def reason(self, case: Case, row: Row) -> str | None:
         """Why a row is left out of a case."""
-        return "not measured in this suite" if row.name in case.leave_out else row.why_not(case)
+        wanted = not case.only or row.name in case.only or row.name == ours(case.device)
+        if not wanted or row.name in case.leave_out:
+            return NOT_WANTED
+        return row.why_not(case)
 
     def measured(self, case: Case) -> list[Row]:
         """The rows of a case."""
@@ -65,14 +72,22 @@ class Suite:
         total = 0.0
         for case in self.cases:
             found = self.measured(case)
-            total += self.budget.seconds + sum(self._gate_weight(row) for row in found)
-            total += MEMORY_WEIGHT * len(found) if case.memory and self.with_memory else 0.0
+            total += self.budget.seconds * case.timed + sum(self._gate_weight(row) for row in found)
+            total += PROCESS_WEIGHT * len(self._jobs(case, found)) * self.with_processes
         return total
 
     def _gate_weight(self, row: Row) -> float:
         return COMPILE_WEIGHT if row.compiles else GATE_WEIGHT
 
-    def check(self) -> dict[tuple[str, str], Check]:
+    def _jobs(self, case: Case, found: list[Row]) -> list[tuple[Callable[[Case, Row], dict[str, Any]], Row]]:
+        """The processes to be started for a case."""
+        checked = [row for row in found if row.checked]
+        return [
+            *((processes.memory, row) for row in checked if case.memory),
+            *((processes.start, row) for row in checked if case.start and row.name in (*case.start, ours(case.device))),
+        ]
+
+    def check(self) -> Checks:
         """The gate. Raises ``RedGateError`` if any row is wrong."""
         checks = {}
         for case in self.cases:
@@ -92,50 +107,67 @@ class Suite:
         found = []
         for case in self.cases:
             found += self._case(case, checks)
-        if self.with_memory:
-            self._memory(found)
+        self._fractions(found)
+        if self.with_processes:
+            self._processes(found)
         return found
 
-    def _case(self, case: Case, checks: dict[tuple[str, str], Check]) -> list[dict[str, Any]]:
-        first = ours(case.device)
-        found = self.measured(case)
-        with quiet():
-            timings = self._time(case, found)
+    def _case(self, case: Case, checks: Checks) -> list[dict[str, Any]]:
+        first, timings, failed = ours(case.device), dict[str, Timing](), dict[str, str]()
+        if case.timed:
+            with quiet():
+                timings = self._time(case, failed)
+            self.peaks.see(case.arithmetic, case.threads, case.device)
         results = []
         for row in self.rows[case.device]:
-            reason = self.reason(case, row)
+            reason = self.reason(case, row) or failed.get(row.name)
             values: dict[str, Any] = {"status": SKIPPED, "reason": reason}
             if reason is None:
-                ceiling = machine.ceiling(case.arithmetic, case.threads, case.device)
-                values = figures(case, row, timings[row.name], timings.get(first), ceiling)
-                values["bandwidth_gbs"] = machine.bandwidth(case.threads, case.device)
+                values = {"status": SINGLE}
+                if case.timed:
+                    values = figures(case, row, timings[row.name], timings.get(first))
+                    values["mm_gflops"] = machine.product_gflops(case.arithmetic, case.threads, case.device)
+                    values["bandwidth_gbs"] = machine.bandwidth(case.threads, case.device)
                 check = checks.get((case.key, row.name))
                 if check:
                     values |= {"loss_error": check.loss_error, "gradient_error": check.gradient_error}
             results.append(record(case, row, row.name == first, self.environment, **values))
         return results
 
-    def _time(self, case: Case, found: list[Row]) -> dict[str, Timing]:
-        """Times the rows of a case, after their first results at full size have been compared with each other."""
+    def _time(self, case: Case, failed: dict[str, str]) -> dict[str, Timing]:
+        """Times the rows of a case, after their first results at full size have been compared with each other.
+
+        A row of another function that cannot run ends up in ``failed``; one of ours or a baseline is red.
+        """
         inputs = case.inputs()
         like = embeddings(inputs)
         steps: dict[str, Step] = {}
-        cold: dict[str, float] = {}
+        first: dict[str, float] = {}
         red, others = [], None
+        found = self.measured(case)
         with threads(case.threads):
-            for row in sorted(found, key=lambda row: row.name != "eager"):  # the eager row first: compared with
+            for row in sorted(found, key=lambda row: row.name != EAGER):  # the eager row first: compared with
                 self.progress(f"first call  {row.name}  {case.key}", 0.0)
-                steps[row.name] = self.gate.step(case, row, inputs)
-                start = clock()
-                outputs = steps[row.name]()
-                cold[row.name] = clock() - start
+                try:
+                    step = self.gate.step(case, row, inputs)
+                    start = clock()
+                    outputs = step()
+                    first[row.name] = clock() - start
+                except Exception as error:
+                    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                    if row.checked:
+                        red.append(broken(row, f"{case.key} (full size)", reason))
+                    failed[row.name] = reason
+                    continue
+                steps[row.name] = step
                 if row.checked:
                     others = outputs if others is None else others
                     check = agree(row, case, outputs, like, others)
                     red += [] if check.ok else [check]
+                del outputs
         if red:
             raise RedGateError(red)
-        del others, outputs
+        del others
         told = 0.0
 
         def on_round(done: float) -> None:
@@ -143,27 +175,43 @@ class Suite:
             self.progress(f"timing  {case.key}", self.budget.seconds * (done - told))
             told = done
 
-        order = {row.name: steps[row.name] for row in found}
+        order = {row.name: steps[row.name] for row in found if row.name in steps}
         compiles = {row.name for row in found if row.compiles}
-        return interleave(order, cold, self.budget, case.threads, case.device, compiles, on_round)
+        return interleave(order, first, self.budget, case.threads, case.device, compiles, on_round)
 
-    def _memory(self, results: list[dict[str, Any]]) -> None:
-        """Adds the peak memory, after everything has been timed: two processes at a time, large ones alone."""
-        wanted = {case.key: case for case in self.cases if case.memory}
-        jobs = [r for r in results if r["case"] in wanted and r["status"] == TIMED and r["family"] in (OURS, BASELINE)]
+    def _fractions(self, results: list[dict[str, Any]]) -> None:
+        """Adds the peak and what share of it was reached."""
+        by_key = {case.key: case for case in self.cases}
+        for result in results:
+            if result["status"] == TIMED:
+                case = by_key[result["case"]]
+                highest = self.peaks.highest(case.arithmetic, case.threads, case.device)
+                result |= {"peak_gflops": highest.gflops, "peak_source": highest.source}
+                if result["gflops"] is not None:
+                    result["fraction"] = result["gflops"] / highest.gflops
 
-        def alone(result: dict[str, Any]) -> bool:
-            P, N, M, _ = wanted[result["case"]].extent
-            return result["row"] == "broadcasting" or P * N * M > LARGE
+    def _processes(self, results: list[dict[str, Any]]) -> None:
+        """Adds what takes a process per row, after everything has been timed.
 
-        def measure(result: dict[str, Any]) -> None:
-            peak = memory.measure(wanted[result["case"]], result["row"])
-            result["memory_mib" if isinstance(peak, float) else "memory_reason"] = peak
-            self.progress(f"memory  {result['row']}  {result['case']}", MEMORY_WEIGHT)
+        Memory: two processes at a time where they fit. Starts, which are timed, and large ones: one.
+        """
+        by_row = {(result["case"], result["row"]): result for result in results if result["status"] != SKIPPED}
+        together, alone = [], []
+        for case in self.cases:
+            for task, row in self._jobs(case, [row for row in self.measured(case) if (case.key, row.name) in by_row]):
+                P, N, M, _ = case.extent
+                single = task is processes.start or row.name == BROADCASTING or P * N * M > LARGE
+                (alone if single else together).append((task, case, row))
 
-        for large, workers in ((False, 2), (True, 1)):
+        def run(job: tuple[Callable[[Case, Row], dict[str, Any]], Case, Row]) -> None:
+            task, case, row = job
+            self.progress(f"{task.__name__}  {row.name}  {case.key}", 0.0)
+            by_row[case.key, row.name].update(task(case, row))
+            self.progress("", PROCESS_WEIGHT)
+
+        for jobs, workers in ((together, 2), (alone, 1)):
             with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(measure, [job for job in jobs if alone(job) == large]))
+                list(pool.map(run, jobs))
 
 
 @contextmanager

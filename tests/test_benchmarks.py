@@ -1,8 +1,7 @@
-"""The benchmarks: baselines agree with the reference, a wrong row stops all, results can be read and compared."""
+"""The benchmarks: baselines agree with the reference, a wrong row stops all, times and memory are measured right."""
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Iterator
@@ -12,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarking import BUDGET, ENVIRONMENT, PACKAGES, TINY, row_named, silent, uncompiled
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import cases, eager, gate, machine, measure, memory, plots, results, rows, suite, tables
-from benchmarks.cases import GOALS, GRADIENTS, LOSS, Case
-from benchmarks.rows import BASELINE, OURS, Row
+from benchmarks import cases, eager, gate, measure, others, peak, processes, results, rows, suite
+from benchmarks.cases import GRADIENTS, LOSS, Case
+from benchmarks.rows import BASELINE, OTHER, OURS, Row
 from cacr_kernels import testing
 
 PROBLEMS = [
@@ -35,40 +35,12 @@ PROBLEMS = [
     cases.supervised(29, 9, 4),
     cases.supervised(5, 9, 40),  # most have no positive
 ]
-ENVIRONMENT = machine.environment("cpu")
-TINY = Case(cases.cacr(2, 9, 6))
-BUDGET = measure.Budget(0.05)
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     with gate.threads(1):
         yield
-
-
-def silent(text: str, weight: float) -> None:
-    """No progress bar."""
-
-
-def row_named(name: str) -> Row:
-    return next(row for row in rows.rows("cpu") if row.name == name)
-
-
-def uncompiled(device: str) -> list[Row]:
-    return [row for row in rows.rows(device) if not row.compiles and row.name != "keops"]
-
-
-@pytest.fixture(scope="module")
-def measured() -> list[dict[str, Any]]:
-    """Results of a tiny suite: an ordinary case twice as large as another, and one without gradients."""
-    found = [TINY, replace(TINY, problem=cases.cacr(2, 18, 6)), replace(TINY, mode=LOSS)]
-    found = [replace(case, problem=_features(case.problem, 128)) for case in found]
-    with gate.threads(1):
-        return suite.Suite(found, BUDGET, ENVIRONMENT, silent, uncompiled, with_memory=False).run()
-
-
-def _features(problem: testing.Case, D: int) -> testing.Case:
-    return problem._replace(shape=problem.shape | {"D": D})
 
 
 # ---- baselines -------------------------------------------------------------------------------------------------------
@@ -94,6 +66,16 @@ def test_the_published_formulation_and_the_products_are_measured_where_they_make
     assert row_named("eager").why_not(Case(cases.cacr(2, 10**6, 4)))
 
 
+@pytest.mark.parametrize("name", ["eager", rows.ours("cpu"), "z.sum()"])
+def test_a_step_gives_the_same_gradients_every_time(name: str) -> None:
+    step = row_named(name).step(TINY, TINY.inputs())
+    first, second = step(), step()
+    assert len(first) > 1
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+        assert a is not b
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_inputs_are_computed_in_float32(dtype: str) -> None:
     case = Case(cases.cacr(2, 13, 7), dtype=dtype)
@@ -112,6 +94,32 @@ def test_the_compiled_row_has_a_code_object_of_its_own_and_the_options() -> None
     assert inner.__code__ is not eager.cacr_loss.__code__
     views = list(TINY.inputs()["views"])
     torch.testing.assert_close(inner(views, **loss.keywords), eager.cacr_loss(views, **TINY.problem.options))
+
+
+def test_other_packages_are_left_out_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, large = Case(cases.cacr(2, 16, 8)), Case(cases.cacr(2, 4096, 128))
+    assert "GiB" in (row_named("ntxent pml").why_not(large) or "")  # it compares every two pairs
+    assert row_named("keops").why_not(large)
+    assert row_named("ntxent lightly").why_not(Case(cases.cacr(3, 16, 8))) == "a loss of two views"
+    monkeypatch.setattr(others.importlib.util, "find_spec", lambda name: None)
+    assert all("not installed" in (row_named(name).why_not(case) or "") for name in PACKAGES)
+    others.load.cache_clear()
+    monkeypatch.setattr(others, "_name_torchvision_operators", lambda: None)
+    monkeypatch.setattr(others.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(others.importlib, "import_module", lambda name: _raise(name))
+    assert all("imported: RuntimeError: cannot" in (row_named(name).why_not(case) or "") for name in PACKAGES)
+
+
+def test_a_case_measures_only_the_rows_that_it_names() -> None:
+    def measured(**fields: Any) -> set[str]:
+        case = replace(TINY, **fields)
+        return {row.name for row in suite.Suite([case], BUDGET, ENVIRONMENT, silent, uncompiled).measured(case)}
+
+    ours, everything = rows.ours("cpu"), measured()
+    assert {ours, "torch", "reference", "eager", "broadcasting", "bare mm", "z.sum()"} <= everything
+    assert measured(only=("eager",)) == {ours, "eager"}
+    assert measured(only=cases.OURS_ONLY) == {ours}
+    assert measured(leave_out=("torch",)) == everything - {"torch"}
 
 
 # ---- gate ------------------------------------------------------------------------------------------------------------
@@ -143,7 +151,7 @@ def test_a_wrong_row_is_caught_and_nothing_is_timed(change: Any, family: str, mo
     monkeypatch.setattr(suite, "interleave", lambda *_: pytest.fail("timed"))
     make = lambda device: [*uncompiled(device), replace(planted(change), family=family)]  # noqa: E731
     with pytest.raises(suite.RedGateError) as caught:
-        suite.Suite([TINY, Case(cases.cacr(2, 8, 5))], BUDGET, ENVIRONMENT, silent, make, with_memory=False).run()
+        suite.Suite([TINY, Case(cases.cacr(2, 8, 5))], BUDGET, ENVIRONMENT, silent, make, with_processes=False).run()
     assert {check.row for check in caught.value.checks} == {"planted"}
     assert len(caught.value.checks) == 2
 
@@ -155,9 +163,27 @@ def test_a_row_that_is_wrong_only_at_full_size_is_caught(monkeypatch: pytest.Mon
     make = lambda device: [*uncompiled(device), wrong]  # noqa: E731
     large = Case(cases.cacr(2, 70, 6))
     with pytest.raises(suite.RedGateError) as caught:
-        suite.Suite([large], BUDGET, ENVIRONMENT, silent, make, with_memory=False).run()
+        suite.Suite([large], BUDGET, ENVIRONMENT, silent, make, with_processes=False).run()
     (check,) = caught.value.checks
     assert "full size" in check.case
+
+
+@pytest.mark.parametrize("family", [OURS, BASELINE, OTHER])
+def test_a_row_that_fails_at_full_size_is_red_or_of_another_function_left_out(family: str) -> None:
+    row = row_named("torch")
+
+    def loss(case: Case) -> Any:
+        return row.loss(case) if case.problem.shape["B"] <= 61 else lambda **_: _raise(torch.zeros(()))
+
+    make = lambda device: [*uncompiled(device), replace(row, name="planted", loss=loss, family=family)]  # noqa: E731
+    run = suite.Suite([Case(cases.cacr(2, 70, 6))], BUDGET, ENVIRONMENT, silent, make, with_processes=False).run
+    if family != OTHER:
+        with pytest.raises(suite.RedGateError) as caught:
+            run()
+        assert [(check.row, check.problem) for check in caught.value.checks] == [("planted", "RuntimeError: cannot")]
+        return
+    planted = next(row for row in run() if row["row"] == "planted")
+    assert (planted["status"], planted["reason"]) == (results.SKIPPED, "RuntimeError: cannot")
 
 
 def _beyond(loss: Any, views: Tensor) -> Tensor:
@@ -196,10 +222,10 @@ def test_rounds_are_interleaved_and_a_slow_row_takes_part_in_few() -> None:
 
 
 def test_ratios_are_taken_within_a_round() -> None:
-    ours = measure.Timing({0: 1.0, 1: 10.0, 2: 100.0}, 0.0)
-    other = measure.Timing({0: 2.0, 1: 20.0, 2: 200.0}, 0.0)
+    ours = measure.Timing({0: 1.0, 1: 10.0, 2: 100.0})
+    other = measure.Timing({0: 2.0, 1: 20.0, 2: 200.0})
     assert measure.ratios(other, ours) == [2.0, 2.0, 2.0]
-    assert measure.ratios(measure.Timing({1: 30.0}, 0.0), ours) == [3.0]
+    assert measure.ratios(measure.Timing({1: 30.0}), ours) == [3.0]
     assert ours.quantile(0.5) == ours.measurement.median == 10.0
     assert [measure.quantile([3.0, 1.0, 2.0], q) for q in (0.0, 0.25, 1.0)] == [1.0, 1.5, 3.0]
 
@@ -219,161 +245,133 @@ def test_flop_of_every_loss() -> None:
     assert units(cases.queue(2, 8, 4, 9)) == units(cases.momentum(2, 8, 4, 9)) == 2
 
 
-def test_a_case_survives_json_and_goals_belong_to_cases_of_the_full_suite() -> None:
-    for case in cases.full(2, "cpu"):
-        assert Case.from_json(json.loads(json.dumps(case.to_json()))).key == case.key
-    keys = {case.key for case in cases.full(2, "cpu")}
-    assert set(GOALS) <= keys | {case.key for case in cases.quick(2, "cpu")}
-    required = {goal.row: goal.required for goal in GOALS[Case(cases.cacr(2, 2048, 128), threads=2).key]}
-    assert required == {"eager": 2.5, "compiled": 2.0, "bare mm": None, "broadcasting": None}
-    assert cases.quick(2, "cpu")[0].key in GOALS
+def test_a_case_survives_json() -> None:
+    for make in cases.SUITES.values():
+        for case in make(2, "cpu"):
+            assert Case.from_json(json.loads(json.dumps(case.to_json()))).key == case.key
 
 
+# ---- processes of their own ------------------------------------------------------------------------------------------
 def test_a_process_that_fails_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.sys, "executable", "false")
-    assert isinstance(memory.measure(TINY, "eager"), str)
+    monkeypatch.setattr(processes.sys, "executable", "false")
+    found = processes.memory(TINY, row_named("eager"))
+    assert found.keys() == {"memory_reason"}
+    assert "non-zero exit status" in found["memory_reason"]
+    assert processes.start(TINY, row_named("eager")) == {}
 
 
 def test_peak_memory_is_measured_in_a_process_of_its_own() -> None:
     case = Case(cases.cacr(2, 1024, 16))  # one array N x M: 4 MiB
-    peak = memory.measure(case, "eager")
-    assert isinstance(peak, float), peak
-    assert 8 < peak < 80
+    found = processes.memory(case, row_named("eager"))
+    assert found.keys() == {"memory_mib", "single_ms"}, found
+    assert 8 < found["memory_mib"] < 80
+    assert found["single_ms"] > 0
 
 
-# ---- results ---------------------------------------------------------------------------------------------------------
-def test_json_and_csv_hold_every_field_in_every_row(measured: list[dict[str, Any]], tmp_path: Path) -> None:
-    as_json, as_csv = results.write(tmp_path / "new" / "folder", measured, ENVIRONMENT, "quick")
-    data = results.read(as_json)
-    assert [set(row) for row in data["rows"]] == [set(results.FIELDS)] * len(measured)
-    with as_csv.open(newline="", encoding="utf-8") as file:
-        table = list(csv.DictReader(file))
-    assert list(table[0]) == list(results.FIELDS)
-    assert len(table) == len(measured)
-    for row in data["rows"]:
-        assert {k: row[k] for k in ENVIRONMENT} == ENVIRONMENT
-        if row["status"] == results.TIMED:
-            assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
-            assert row["ratio"] > 0
-            assert (row["gflops"] is None) == (row["family"] not in (OURS, BASELINE))
-        else:
-            assert row["reason"]
-    timed = [row for row in data["rows"] if row["status"] == results.TIMED]
-    assert {row["row"] for row in timed if row["ours"]} == {rows.ours("cpu")}
-    assert all(row["ratio"] == 1.0 for row in timed if row["ours"])
+def test_a_cold_start_is_the_first_call_of_a_fresh_process() -> None:
+    found = processes.start(TINY, row_named("eager"))
+    assert found.keys() == {"cold_ms"}
+    assert 0 < found["cold_ms"] < 60_000
 
 
-def test_the_environment_names_machine_commit_and_instruction_set() -> None:
-    assert set(ENVIRONMENT) <= set(results.FIELDS)
-    assert all(ENVIRONMENT[k] for k in ("machine", "cores", "torch", "isa", "python", "version"))
-    assert 0 < machine.ceiling(torch.float64, 1, "cpu", seconds=0.1) < 1e6
+def test_a_cold_start_has_empty_compiler_caches_and_a_warm_one_those_that_it_filled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[dict[str, str], bool]] = []
+
+    def ask(task: str, case: Case, row: Row, environment: dict[str, str], timeout: float) -> dict[str, float]:
+        assert task == "start"
+        filled = Path(environment["TORCHINDUCTOR_CACHE_DIR"], "kernel")
+        seen.append((environment, filled.exists()))
+        filled.touch()
+        return {"first_ms": float(len(seen))}
+
+    monkeypatch.setattr(processes, "_ask", ask)
+    assert processes.start(TINY, row_named("compiled")) == {"cold_ms": 1.0, "warm_ms": 2.0}
+    assert [filled for _, filled in seen] == [False, True]
+    assert set(seen[0][0]) == {"TORCHINDUCTOR_CACHE_DIR", "KEOPS_CACHE_FOLDER"}
+    assert not Path(seen[0][0]["TORCHINDUCTOR_CACHE_DIR"]).exists()
 
 
-def test_other_files_are_refused_with_a_sentence(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    for text in ("", "[]", '{"schema": 99, "rows": []}', '{"schema": 1, "rows": [{}]}'):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=r"x\.json"):
-            results.read(path)
-    with pytest.raises(ValueError, match="missing"):
-        results.read(tmp_path / "missing.json")
+def test_the_suite_adds_what_processes_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str, str]] = []
+
+    def memory(case: Case, row: Row) -> dict[str, Any]:
+        asked.append(("memory", case.key, row.name))
+        return {"memory_mib": 3.0, "single_ms": 9.0}
+
+    def start(case: Case, row: Row) -> dict[str, Any]:
+        asked.append(("start", case.key, row.name))
+        return {"cold_ms": 7.0}
+
+    monkeypatch.setattr(processes, "memory", memory)
+    monkeypatch.setattr(processes, "start", start)
+    once = replace(TINY, problem=cases.cacr(2, 8, 6), memory=True, timed=False, only=("torch",))
+    both = replace(TINY, memory=True, start=("eager",), only=("eager", "torch", "bare mm"))
+    found = suite.Suite([once, both], BUDGET, ENVIRONMENT, silent, uncompiled).run()
+    ours = rows.ours("cpu")
+    assert sorted(asked) == sorted(
+        [("memory", once.key, name) for name in (ours, "torch")]
+        + [("memory", both.key, name) for name in (ours, "eager", "torch")]
+        + [("start", both.key, name) for name in (ours, "eager")]
+    )
+    by_row = {(row["case"], row["row"]): row for row in found}
+    single = by_row[once.key, ours]
+    assert (single["status"], single["p50_ms"], single["single_ms"]) == (results.SINGLE, None, 9.0)
+    assert by_row[both.key, "eager"]["cold_ms"] == 7.0
+    assert by_row[both.key, "torch"]["cold_ms"] is None
+    assert by_row[both.key, "torch"]["memory_mib"] == 3.0
+    assert by_row[once.key, "eager"]["status"] == results.SKIPPED
 
 
-def changed(rows: list[dict[str, Any]], factors: dict[str, float]) -> list[dict[str, Any]]:
-    """Results with the times of some rows multiplied."""
-    times = ("p20_ms", "p50_ms", "p80_ms")
-    return [
-        row | {t: row[t] * factors.get(row["row"], 1.0) for t in times} if row["status"] == results.TIMED else row
-        for row in rows
-    ]
+# ---- the peak of the machine -----------------------------------------------------------------------------------------
+def test_the_peak_is_that_of_multiply_adds_in_registers() -> None:
+    single, double = (peak.fma_gflops(dtype, 1, seconds=0.4) for dtype in (torch.float32, torch.float64))
+    most = peak._library().fma_peak_vector_bytes() / 4 * 2 * 4 * 6  # four units at 6 GHz: more than any core has
+    assert 1 < single < most
+    assert 1.3 < single / double < 3
+    assert peak.fma_gflops(torch.float32, 64) < 64 * most
+
+
+def test_the_micro_benchmark_is_compiled_once_and_again_for_another_source(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    library = peak.build(tmp_path)
+    modified = library.stat().st_mtime_ns
+    assert peak.build(tmp_path) == library
+    assert library.stat().st_mtime_ns == modified
+    other = tmp_path / "other.cpp"
+    other.write_text("int one() { return 1; }\n")
+    monkeypatch.setattr(peak, "SOURCE", other)
+    assert peak.build(tmp_path) != library
 
 
 @pytest.mark.parametrize(
-    ("factors", "threshold", "code"),
-    [
-        ({}, "1.25", 0),
-        ({"torch": 2.0}, "1.25", 1),
-        ({"torch": 2.0}, "2.5", 0),
-        ({"torch": 0.5}, "1.25", 0),
-        ({"reference": 9.0}, "1.25", 0),  # no backend that is meant to be fast
-        ({"eager": 9.0, "bare mm": 9.0}, "1.25", 0),
-        (
-            dict.fromkeys(("cpu", "torch", "reference", "eager", "broadcasting", "bare mm"), 3.0),
-            "1.25",
-            0,
-        ),  # the machine
-    ],
+    ("compiler", "reason"), [(None, "no C++ compiler"), ("false", "false failed"), ("no-such-c++", "cannot be run")]
 )
-def test_compare_exits_1_when_the_library_got_slower(
-    factors: dict[str, float], threshold: str, code: int, measured: list[dict[str, Any]], tmp_path: Path
+def test_without_a_compiler_a_large_product_is_the_ceiling_and_says_so(
+    compiler: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old, _ = results.write(tmp_path / "old", measured, ENVIRONMENT, "quick")
-    new, _ = results.write(tmp_path / "new", changed(measured, factors), ENVIRONMENT, "quick")
-    arguments = ["--load", str(new), "--compare", str(old), "--threshold", threshold, "--out", str(tmp_path / "none")]
-    assert command.main(arguments) == code
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(peak.shutil, "which", lambda name: None)
+    if compiler:
+        monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(peak.machine, "product_gflops", lambda *_: 7.0)
+    peak._library.cache_clear()
+    try:
+        found = peak.peak(torch.float32, 1, "cpu")
+    finally:
+        peak._library.cache_clear()
+    assert found.gflops == 7.0
+    assert found.source.startswith(peak.PRODUCT)
+    assert reason in found.source
 
 
-def test_compare_without_a_common_case_fails(measured: list[dict[str, Any]], tmp_path: Path) -> None:
-    old, _ = results.write(tmp_path / "old", [row | {"case": "other"} for row in measured], ENVIRONMENT, "quick")
-    new, _ = results.write(tmp_path / "new", measured, ENVIRONMENT, "quick")
-    assert command.main(["--load", str(new), "--compare", str(old), "--out", str(tmp_path / "none")]) == 1
-
-
-def test_the_command_measures_prints_writes_and_draws(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = [Case(cases.cacr(2, B, 128), threads=1) for B in (8, 16)]
-    monkeypatch.setitem(cases.SUITES, "quick", lambda threads, device: found)
-    monkeypatch.setattr(rows, "rows", lambda device, every=rows.rows: [r for r in every(device) if not r.compiles])
-    out = tmp_path / "out"
-    arguments = [
-        "--out",
-        str(out),
-        "--seconds",
-        "0.05",
-        "--no-memory",
-        "--rows",
-        "eager,bare mm",
-        "--filter",
-        "V=2 D=128",
-    ]
-    assert command.main(arguments) == 0
-    assert {path.name for path in out.iterdir()} == {
-        "results.json", "results.csv", "sweep.png", "speedup.png", "roofline.png",
-    }  # fmt: skip
-    assert {row["row"] for row in results.read(out / "results.json")["rows"]} == {rows.ours("cpu"), "eager", "bare mm"}
-    printed = capsys.readouterr().out
-    assert all(f"cacr_loss V=2 B={B} D=128, float32, loss+gradients, 1 thread" in printed for B in (8, 16))
-    assert command.main(["--filter", "no such case"]) == 1
-    assert command.main(["--list", "--threads", "3"]) == 0
-    assert "threads=3" not in capsys.readouterr().out  # the planted suite knows its own
-    with pytest.raises(SystemExit, match="unknown name; accepted: "):
-        command.main(["--rows", "eagre"])
-
-
-@pytest.mark.parametrize("option", ["--threads", "--seconds", "--threshold"])
-@pytest.mark.parametrize("value", ["0", "-1", "nan", "x"])
-def test_options_that_count_refuse_other_values(option: str, value: str) -> None:
-    with pytest.raises(SystemExit) as caught:
-        command.parse_arguments([option, value])
-    assert caught.value.code == 2
-
-
-def test_goals_are_judged(measured: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
-    from rich.console import Console
-
-    case = Case(cases.cacr(2, 2048, 128), threads=2).key
-    fake = [row | {"case": case, "row": name, "ratio": ratio, "status": results.TIMED} for row, name, ratio in zip(
-        measured, ("eager", "compiled", "bare mm"), (2.4, 2.5, 1.6), strict=False)]  # fmt: skip
-    verdicts = {v.row: v for v in results.verdicts(fake)}
-    assert (verdicts["eager"].met, verdicts["eager"].aimed) == (False, False)
-    assert (verdicts["compiled"].met, verdicts["compiled"].aimed) == (True, False)
-    assert (verdicts["bare mm"].met, verdicts["bare mm"].aimed) == (True, True)
-    tables.print_goals(Console(width=120), list(verdicts.values()))
-    printed = capsys.readouterr().out
-    assert "missed" in printed
-    assert "below the aim" in printed
-
-
-def test_pictures_need_data(tmp_path: Path) -> None:
-    assert plots.draw(tmp_path, []) == []
+def test_the_share_is_of_the_highest_peak_seen_in_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = iter([50.0, 80.0, 20.0])
+    monkeypatch.setattr(peak, "peak", lambda *_: peak.Peak(next(seen), peak.FMA))
+    few = [replace(TINY, problem=cases.cacr(2, B, 6), only=("eager",)) for B in (7, 8, 9)]
+    found = suite.Suite(few, BUDGET, ENVIRONMENT, silent, uncompiled, with_processes=False).run()
+    timed = [row for row in found if row["status"] == results.TIMED]
+    assert {row["peak_gflops"] for row in timed} == {80.0}
+    assert all(row["fraction"] == row["gflops"] / 80.0 for row in timed)

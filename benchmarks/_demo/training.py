@@ -124,7 +124,7 @@ def train(loss: LossName, seed: int, split: Split, config: Config, on_epoch: Cal
         order = torch.randperm(len(images), generator=generator)[: steps_per_epoch * batch]
         logged: dict[str, float] = {}
         for rows in order.split(batch):
-            figures = _step(run, images[rows], objective, optimizer, generator, config.views)
+            figures = optimiser_step(run, images[rows], objective, optimizer, generator, config.views)
             schedule.step()
             for name, value in figures.items():
                 logged[name] = logged.get(name, 0.0) + value / steps_per_epoch
@@ -134,7 +134,7 @@ def train(loss: LossName, seed: int, split: Split, config: Config, on_epoch: Cal
     return run
 
 
-def _step(
+def optimiser_step(
     run: Run,
     images: Tensor,
     objective: Objective,
