@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch._C._functorch import TransformType
 
 from . import _extension
 
@@ -23,7 +24,9 @@ class Backend(NamedTuple):
     why_not: Callable[[torch.device | None], str | None]
 
 
-def _always(device: torch.device | None) -> str | None:
+def _any_device(device: torch.device | None) -> str | None:
+    if device is not None and device.type == "meta":
+        return "tensors of the device meta hold no data; shapes alone can be computed with FakeTensorMode"
     return None
 
 
@@ -38,8 +41,8 @@ def _cpu(device: torch.device | None) -> str | None:
 
 # Slowest first. "auto" takes the last that can run on the tensors' device, but never the reference.
 TABLE = (
-    Backend("reference", "the definition in plain PyTorch; N x M arrays, any device", _always),
-    Backend("torch", "plain PyTorch in blocks; bounded memory, any device", _always),
+    Backend("reference", "the definition in plain PyTorch; N x M arrays, any device", _any_device),
+    Backend("torch", "plain PyTorch in blocks; bounded memory, any device", _any_device),
     Backend("cpu", "SIMD kernels in C++ for the CPU", _cpu),
 )
 NAMES = ("auto", *(backend.name for backend in TABLE))
@@ -61,17 +64,44 @@ def select(name: str, device: torch.device) -> str:
     Raises ``ValueError`` for an unknown name, and for a backend named explicitly that cannot run there.
     """
     if name == "auto":
-        usable = [backend for backend in TABLE if backend.why_not(device) is None]
-        if usable[-1].name == "torch":
-            _warn_slow(device.type, "; ".join(f"{b.name}: {b.why_not(device)}" for b in TABLE if b not in usable))
-        return usable[-1].name
-    for backend in TABLE:
-        if backend.name == name:
-            reason = backend.why_not(device)
-            if reason is not None:
-                raise ValueError(f"backend={name!r} cannot run here: {reason}")
-            return name
-    raise ValueError(f"backend={name!r} is unknown; accepted: {', '.join(map(repr, NAMES))}")
+        name = _fastest(device)
+    else:
+        check(name, device)
+    if name != "reference":
+        _refuse_vmap(name)
+    return name
+
+
+def check(name: object, device: torch.device | None = None) -> None:
+    """Refuses what is no backend, and one that cannot run on ``device`` (``None``: on any device of this machine)."""
+    if not isinstance(name, str):
+        raise TypeError(f"backend must be a string, got {type(name).__name__} {name!r}")
+    if name not in ("auto", *(backend.name for backend in TABLE)):
+        raise ValueError(f"backend={name!r} is unknown; accepted: {', '.join(map(repr, NAMES))}")
+    reason = next((backend.why_not(device) for backend in TABLE if backend.name == name), None)
+    if reason is not None:
+        raise ValueError(f"backend={name!r} cannot run here: {reason}")
+
+
+def _fastest(device: torch.device) -> str:
+    usable = [backend for backend in TABLE if backend.why_not(device) is None]
+    if not usable:
+        reasons = dict.fromkeys(str(backend.why_not(device)) for backend in TABLE)
+        raise ValueError(f"backend='auto' finds none that can run on {device.type}: {'; '.join(reasons)}")
+    if usable[-1].name == "torch":
+        _warn_slow(device.type, "; ".join(f"{b.name}: {b.why_not(device)}" for b in TABLE if b not in usable))
+    return usable[-1].name
+
+
+def _refuse_vmap(name: str) -> None:
+    """Neither the kernels nor blocks of data-dependent size have the rule for batches that ``vmap`` needs."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return
+    if any(level.key() == TransformType.Vmap for level in torch._C._functorch.get_interpreter_stack() or ()):
+        raise ValueError(
+            f"backend={name!r} cannot run inside torch.func.vmap: its operators take one problem at a time; "
+            "call the loss in a loop and stack the results, or use backend='reference'"
+        )
 
 
 _warned: set[str] = set()
@@ -82,5 +112,5 @@ def _warn_slow(device: str, reasons: str) -> None:
         return
     _warned.add(device)
     warnings.warn(
-        f"cacr_kernels: only the plain PyTorch backend can run on {device} ({reasons})", RuntimeWarning, stacklevel=5
+        f"cacr_kernels: only the plain PyTorch backend can run on {device} ({reasons})", RuntimeWarning, stacklevel=6
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from .autograd import witness
+from .backends import check as check_backend
+from .types import Cost, Pairing, Reduction, WeightGrad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
@@ -145,3 +147,51 @@ def labels(name: str, value: Any, of: str, embeddings: Tensor) -> Tensor:
         )
     same_device(name, value, of, embeddings)
     return value.view(torch.int64) if value.dtype == torch.uint64 else value.to(torch.int64)
+
+
+# ---- options of the modules, before there is any tensor --------------------------------------------------------------
+def options(given: Mapping[str, Any]) -> None:
+    """What a module holds, refused as the function refuses it; the device of the tensors is not known yet."""
+    for name, value in given.items():
+        _OPTIONS[name](name, value)
+
+
+def non_negative(name: str, value: Any) -> float:
+    """A finite Python number >= 0."""
+    number = real(name, value)
+    if number < 0:
+        raise ValueError(f"{name} must be >= 0, got {value!r}")
+    return number
+
+
+def reduction_of_rbf(cost: str, reduction: str) -> None:
+    """``cacr_loss(cost="rbf")`` is mean only."""
+    if cost == "rbf" and reduction != "mean":
+        raise ValueError(f"reduction={reduction!r} is not defined for cost=\"rbf\" (a log of a mean); accepted: 'mean'")
+
+
+def _held_temperature(name: str, value: Any) -> None:
+    device = value.device if isinstance(value, Tensor) else torch.device("cpu")
+    temperature(name, value, device, positive=name == "temperature")
+
+
+def _one_of(literal: Any) -> Callable[[str, Any], None]:
+    return lambda name, value: option(name, value, get_args(literal))
+
+
+_OPTIONS: dict[str, Callable[[str, Any], Any]] = {
+    "tau_pos": _held_temperature,
+    "tau_neg": _held_temperature,
+    "temperature": _held_temperature,
+    "alpha": real,
+    "beta": real,
+    "rbf_scale": non_negative,
+    "pairing": _one_of(Pairing),
+    "cost": _one_of(Cost),
+    "weight_grad": _one_of(WeightGrad),
+    "reduction": _one_of(Reduction),
+    "in_batch": flag,
+    "normalize": flag,
+    "return_parts": flag,
+    "backend": lambda _, value: check_backend(value),
+}

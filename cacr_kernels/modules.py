@@ -17,10 +17,11 @@ from .types import Cost, Pairing, Reduction, WeightGrad
 
 
 class _Loss(nn.Module):
-    """Options by name; numbers and strings as attributes, parameters and tensors registered."""
+    """Options by name, checked; numbers and strings as attributes, parameters and tensors registered."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
+        checks.options(options)
         self._names = tuple(options)
         for name, value in options.items():
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
@@ -77,6 +78,7 @@ class CACRLoss(_Loss):
             return_parts=return_parts,
             backend=backend,
         )
+        checks.reduction_of_rbf(cost, reduction)
 
     def forward(self, *views: Tensor | Sequence[Tensor]) -> Any:
         """The loss of the views."""
@@ -88,19 +90,35 @@ class CACRQueueLoss(_Loss):
 
     ``CACRQueueLoss()(queries, keys, queue)`` uses the caller's queue [K, D]. ``CACRQueueLoss(queue_size=K, dim=D)``
     keeps the last K keys itself: ``loss_fn(queries, keys)`` compares with the keys of earlier calls, and the keys of
-    this call enter the queue at the next one, so that nothing a pending backward needs is ever changed. Until it is
-    full, the queue holds the keys that came so far. The keys are stored normalised (if ``normalize``).
+    this call enter the queue at the next one, all V B of them, the oldest leave. Until it is full, the queue holds the
+    keys that came so far. A tensor that a pending backward reads is never changed, so any number of forwards may come
+    before their backwards. The keys are stored normalised (if ``normalize``), in the dtype of the module. In evaluation
+    mode (``eval()``) the queue is read, and no key is added.
 
-    The queue is a persistent buffer: it is in ``state_dict()``, with the keys of the last call, and a resumed run goes
-    on exactly. Under ``DistributedDataParallel`` every rank keeps its own queue: pass ``broadcast_buffers=False``, or
-    rank 0's queue replaces the others at every forward. In evaluation mode (``eval()``) the queue is read, not changed.
+    The queue is a persistent buffer, oldest key first: ``state_dict()`` holds it with the keys of the last call, and a
+    resumed run goes on exactly. Under ``DistributedDataParallel`` every rank keeps its own queue: pass
+    ``broadcast_buffers=False``, or rank 0's queue replaces the others at every forward; and load a checkpoint of the
+    ranks after wrapping, because wrapping copies the buffers of rank 0 once in any case.
+
+    ``torch.compile`` breaks the graph where the keys of the last call enter, at a change of Python state, and compiles
+    the loss for any number of keys; ``fullgraph=True`` needs the caller's queue, or ``eval()``.
+
+    Args:
+        queue_size: K, how many keys to keep; 0: none.
+        dim: D, the number of features, together with ``queue_size``.
 
     Raises:
         ValueError: a queue is given although the module keeps one, or the reverse; features that are not ``dim``.
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> loss_fn = cacr_kernels.CACRQueueLoss(queue_size=32, dim=16)
+        >>> for _ in range(3):
+        ...     loss = loss_fn(torch.randn(2, 8, 16), torch.randn(2, 8, 16))
     """
 
     queue: Tensor
-    queue_state: Tensor
+    queue_length: Tensor
 
     def __init__(
         self,
@@ -133,76 +151,70 @@ class CACRQueueLoss(_Loss):
         self.queue_size = checks.integer("queue_size", queue_size, 0, 2**62)
         if (dim is None) != (queue_size == 0):
             raise ValueError(f"dim must be given together with queue_size > 0, got dim={dim}, queue_size={queue_size}")
-        self._pending: list[Tensor] = []
+        self.dim = dim
+        self._held = 0  # the first keys of the buffer are filled: that number, here where no device has to be asked
+        self._pending: Tensor | None = None  # keys [V, B, D] of the last call
         if dim is not None:
             checks.integer("dim", dim, 1, 2**31)
             self.register_buffer("queue", torch.zeros(queue_size, dim))
-            self.register_buffer(
-                "queue_state", torch.zeros(2, dtype=torch.int64, device="cpu")
-            )  # keys held, next place
-            self._held, self._place = 0, 0
-            hooked: Any = self  # torch does not annotate the hooks
-            hooked.register_state_dict_post_hook(_saving)
-            hooked.register_load_state_dict_post_hook(_after_loading)
+            self.register_buffer("queue_length", torch.zeros((), dtype=torch.int64))
 
     def forward(
         self, queries: Tensor | Sequence[Tensor], keys: Tensor | Sequence[Tensor], queue: Tensor | None = None
     ) -> Any:
         """The loss of queries and keys [V, B, D] with a queue [K, D]: the caller's, or the module's own."""
-        if self.queue_size == 0:
+        if self.dim is None:
             if queue is None:
                 raise ValueError("queue must be a tensor [K, D], got None; or let the module keep one with queue_size=")
             return functional.cacr_queue_loss(queries, keys, queue, **self.options())
         if queue is not None:
             raise ValueError(f"queue must not be given: this module keeps its own of queue_size={self.queue_size}")
         q, k = checks.views("queries", queries, at_least=2), checks.views("keys", keys, at_least=2)
-        if k.shape[-1] != self.queue.shape[1]:
-            raise ValueError(f"keys must have dim = {self.queue.shape[1]} features, got {k.shape[-1]}")
-        if self.training:
-            self._enqueue()
+        if k.shape[-1] != self.dim:
+            raise ValueError(f"keys must have dim = {self.dim} features, got {k.shape[-1]}")
+        own = self.queue[: self._held] if self._pending is None else self._enqueue()
         options = self.options()
         if options.pop("normalize"):
             q, k = (l2_normalize(x if x.dtype == torch.float64 else x.float(), dim=-1) for x in (q, k.detach()))
-        loss = functional.cacr_queue_loss(q, k, self.queue[: self._held], **options)
+        loss = functional.cacr_queue_loss(q, k, own, **options)
         if self.training:
-            self._pending = [k.detach()]
+            self._pending = k.detach().clone()
         return loss
 
     def extra_repr(self) -> str:
         """The options."""
-        return f"queue_size={self.queue_size}, {super().extra_repr()}" if self.queue_size else super().extra_repr()
+        own = f"queue_size={self.queue_size}, dim={self.dim}, " if self.queue_size else ""
+        return own + super().extra_repr()
 
-    def _enqueue(self) -> None:
-        """Lets the pending keys enter: a pending backward still reads the old tensor."""
-        self.queue, self._held, self._place = self._after_pending()
-        self._pending = []
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="the keys of the last call enter the queue of CACRQueueLoss between two graphs"
+    )
+    def _enqueue(self) -> Tensor:
+        """Lets the pending keys enter; returns the keys held. New tensors: a pending backward still reads the old."""
+        assert self._pending is not None
+        with torch.inference_mode(False), torch.no_grad():
+            fresh = self._pending.flatten(0, 1)[-self.queue_size :].to(self.queue)
+            leaving = max(0, self._held + len(fresh) - self.queue_size)
+            kept = self.queue[leaving : self._held]
+            self._held = len(kept) + len(fresh)
+            self.queue = torch.cat([kept, fresh, self.queue[self._held :]])
+            self.queue_length = self.queue_length.new_full((), self._held)
+        self._pending = None
+        return self.queue[: self._held]
 
-    @torch.no_grad()
-    def _after_pending(self) -> tuple[Tensor, int, int]:
-        """The queue as it will be with the pending keys, how many keys it holds and where the next goes."""
-        size, queue, held, place = self.queue_size, self.queue, self._held, self._place
-        for keys in self._pending:
-            fresh = keys.reshape(-1, keys.shape[-1])[-size:].to(queue)
-            queue, n = queue.clone(), fresh.shape[0]
-            first = min(n, size - place)
-            queue[place : place + first] = fresh[:first]
-            queue[: n - first] = fresh[first:]
-            place, held = (place + n) % size, min(size, held + n)
-        return queue, held, place
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self._pending is not None:
+            self._enqueue()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
-
-def _saving(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: object) -> None:
-    """The state is that of the next call, so that no key is lost; the module itself does not change."""
-    assert isinstance(module, CACRQueueLoss)
-    queue, held, place = module._after_pending()
-    state_dict[f"{prefix}queue"] = queue
-    state_dict[f"{prefix}queue_state"] = torch.tensor([held, place])
-
-
-def _after_loading(module: nn.Module, incompatible: object) -> None:
-    assert isinstance(module, CACRQueueLoss)
-    module._pending = []
-    module._held, module._place = (int(n) for n in module.queue_state.tolist())
+    def _load_from_state_dict(self, *args: Any) -> None:
+        if self._pending is not None:
+            self._enqueue()
+        if self.dim is not None:  # loading copies in place
+            self.queue, self.queue_length = self.queue.clone(), self.queue_length.clone()
+        super()._load_from_state_dict(*args)
+        if self.dim is not None:
+            self._held = int(self.queue_length)
 
 
 class CACRMomentumLoss(_Loss):
