@@ -207,14 +207,18 @@ class CACRQueueLoss(_Loss):
             self._enqueue()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if self._pending is not None:
             self._enqueue()
-        if self.dim is not None:  # loading copies in place
-            self.queue, self.queue_length = self.queue.clone(), self.queue_length.clone()
-        super()._load_from_state_dict(*args)
-        if self.dim is not None:
-            self._held = int(self.queue_length)
+        if self.dim is None:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            return
+        length, given = self.queue_length, state_dict.get(f"{prefix}queue")
+        self.queue, self.queue_length = self.queue.clone(), length.clone()  # loading copies in place
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if given is None or given.shape != self.queue.shape:  # torch has said so; a length belongs to its queue
+            self.queue_length = length
+        self._held = int(self.queue_length)
 
 
 class CACRMomentumLoss(_Loss):
