@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
@@ -61,12 +62,20 @@ def views(name: str, value: Any, at_least: int) -> Tensor:
         dtype = parts[0].dtype
         for z in parts[1:]:
             dtype = torch.promote_types(dtype, z.dtype)
-        x = torch.stack([z.to(dtype) for z in parts])
+        with without_autocast(parts[0].device):  # whose rule for stack refuses float16 on a CPU
+            x = torch.stack([z.to(dtype) for z in parts])
     else:
         raise TypeError(f"{name} must be a tensor [V, B, D] or a sequence of tensors [B, D], got {_what(value)}")
     if x.shape[0] < at_least:
         raise ValueError(f"{name} must hold at least {at_least} views, got V = {x.shape[0]}")
     return nonempty(name, x, "[V, B, D]")
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The losses choose their own precision, also inside ``torch.autocast``."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize as l2_normalize
 from . import checks, ops
 from ._blocks import BLOCK, block_cost
 from .autograd import aligned_cost
+from .backends import check as check_backend
 from .losses import attraction
 from .reference import view_pairs
 from .types import Pairing
@@ -47,13 +48,13 @@ def cacr_weights(
     """The weights that ``cacr_loss`` gives to positives and negatives, as the paper plots them.
 
     w+ = softmax_u(tau_pos c), u != v, of all queries, and the ``top_k`` largest of w- = softmax_j(-tau_neg c), j != b,
-    of the chosen ones. Keys are read in blocks: memory is O(N D + Q (K + block)), no N x M array.
+    of the chosen ones. Keys are read in blocks: beside the inputs and the result, memory is that of one block.
 
     Args:
         views: see :func:`cacr_kernels.cacr_loss`.
-        queries: indices [Q] of the instances whose negatives are wanted (for ``"pooled"``: positions v * B + b);
-            ``None``: all.
-        top_k: how many, at most the number of negatives (fewer are returned if there are fewer).
+        queries: indices [Q] of the instances whose negatives are wanted (for ``"pooled"``: positions v * B + b), a
+            tensor or a sequence of integers; ``None``: all.
+        top_k: how many of the negatives; all, if there are fewer. Equal weights come in any order.
         tau_pos, tau_neg, pairing, normalize: see :func:`cacr_kernels.cacr_loss`.
 
     Raises:
@@ -62,25 +63,26 @@ def cacr_weights(
     Source: Zheng et al., TMLR 2023, the conditional distributions pi+ and pi-.
     """
     z = checks.views("views", views, at_least=2)
+    check_backend("torch", z.device)
     tau_pos = checks.temperature("tau_pos", tau_pos, z.device)
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
     checks.option("pairing", pairing, ops.PAIRINGS)
     checks.flag("normalize", normalize)
     checks.integer("top_k", top_k, 1, 2**31)
-    z = z if z.dtype == torch.float64 else z.float()
-    z = l2_normalize(z, dim=-1) if normalize else z
-    num_views, batch, dim = z.shape
-    c = aligned_cost(z, z)
-    positive = attraction(c, tau_pos * c).weights
     pooled = pairing == "pooled"
-    rows = num_views * batch if pooled else batch
-    chosen = _chosen(queries, rows, z.device)
-    pairs = [] if pooled else view_pairs(num_views, pairing)
-    if pooled:
-        flat = z.reshape(rows, dim)
-        found = [_top(flat, flat, chosen, top_k, tau_neg, batch)]
-    else:
-        found = [_top(z[x], z[y], chosen, top_k, tau_neg, batch) for x, y in pairs]
+    num_views, batch, dim = z.shape
+    chosen = _chosen(queries, num_views * batch if pooled else batch, z.device)
+    with checks.without_autocast(z.device):
+        z = z if z.dtype == torch.float64 else z.float()
+        z = l2_normalize(z, dim=-1) if normalize else z
+        c = aligned_cost(z, z)
+        positive = attraction(c, tau_pos * c).weights
+        pairs = [] if pooled else view_pairs(num_views, pairing)
+        if pooled:
+            flat = z.reshape(num_views * batch, dim)
+            found = [_top(flat, flat, chosen, top_k, tau_neg, batch)]
+        else:
+            found = [_top(z[x], z[y], chosen, top_k, tau_neg, batch) for x, y in pairs]
     weights, indices = (torch.stack(part) for part in zip(*found, strict=True))
     return CACRWeights(positive, weights, indices, pairs)
 
@@ -88,31 +90,46 @@ def cacr_weights(
 def _chosen(queries: Tensor | Sequence[int] | None, rows: int, device: torch.device) -> Tensor:
     if queries is None:
         return torch.arange(rows, device=device)
-    index = torch.as_tensor(queries, device=device)
+    if isinstance(queries, Tensor):
+        index = queries.to(device)
+    elif isinstance(queries, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in queries):
+        index = torch.tensor([checks.integer(f"queries[{n}]", i, 0, rows - 1) for n, i in enumerate(queries)]).long()
+    else:
+        raise TypeError(f"queries must be an integer tensor [Q] or a sequence of integers, got {queries!r}")
     if index.dtype not in checks.INTEGERS:
-        raise TypeError(f"queries must be integers, got {index.dtype}")
-    if index.dim() != 1 or bool(((index < 0) | (index >= rows)).any()):
-        raise ValueError(f"queries must be a list of indices in [0, {rows - 1}], got shape {list(index.shape)}")
-    return index.long()
+        raise TypeError(f"queries must have an integer dtype, got {index.dtype}")
+    if index.dim() != 1:
+        raise ValueError(f"queries must have shape [Q], got {list(index.shape)}")
+    index = index.to(device, torch.int64)
+    if bool(((index < 0) | (index >= rows)).any()):
+        raise ValueError(f"queries must be in [0, {rows - 1}], got {index.min().item()} to {index.max().item()}")
+    return index
 
 
 def _top(
     q: Tensor, k: Tensor, chosen: Tensor, top_k: int, tau_neg: float | Tensor, batch: int
 ) -> tuple[Tensor, Tensor]:
-    """The largest weights [Q, K] and whose they are, over blocks of keys; instance of row i: i % batch."""
+    """The largest weights [Q, K] and whose they are; instance of row i: i % batch.
+
+    Blocks of keys one after the other: the largest logits so far, and the sum of all relative to the top one.
+    """
     most = min(top_k, k.shape[0] - k.shape[0] // batch)
+    keys_per_block = min(k.shape[0], BLOCK)
     weights, indices = [], []
-    for some in chosen.split(max(1, BLOCK // min(k.shape[0], BLOCK))):
-        lse = q.new_full((some.numel(),), -torch.inf)
+    for some in chosen.split(max(1, BLOCK // keys_per_block)):
         best = q.new_full((some.numel(), 0), -torch.inf)
         where = some.new_empty((some.numel(), 0))
-        for start in range(0, k.shape[0], BLOCK):
-            keys = torch.arange(start, min(k.shape[0], start + BLOCK), device=q.device)
+        top, total = q.new_full((some.numel(), 1), -torch.inf), q.new_zeros((some.numel(), 1))
+        for keys in torch.arange(k.shape[0], device=q.device).split(keys_per_block):
             logit = -tau_neg * block_cost(q[some], k[keys], False, None)
+            logit = logit.clamp(min=torch.finfo(logit.dtype).min)  # an infinite cost is no reason to pass for no member
             logit = logit.masked_fill(some[:, None] % batch == keys % batch, -torch.inf)
-            lse = torch.logaddexp(lse, logit.logsumexp(-1))
+            new_top = torch.maximum(top, logit.amax(1, keepdim=True))
+            base = torch.where(new_top == -torch.inf, 0.0, new_top)
+            total = total * (top - base).exp() + (logit - base).exp().sum(1, keepdim=True)
+            top = new_top
             best, at = torch.cat([best, logit], 1).topk(min(most, best.shape[1] + logit.shape[1]), dim=1)
             where = torch.cat([where, keys.expand(some.numel(), -1)], 1).gather(1, at)
-        weights.append((best - lse[:, None]).exp())
+        weights.append((best - top).exp() / total)
         indices.append(where)
     return torch.cat(weights), torch.cat(indices)
