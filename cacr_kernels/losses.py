@@ -212,7 +212,7 @@ def supervised(
 ) -> Terms:
     """``reference.supervised``: both sets of a query from one pass over the similarities."""
     own = ref_embeddings is None or ref_labels is None
-    if own and len(labels) == 1:  # in no set: not read
+    if own and labels.shape[0] == 1:  # in no set: not read
         embeddings = torch.zeros_like(embeddings) + 0.0 * torch.where(
             torch.ones_like(embeddings, dtype=torch.bool), 0.0, embeddings
         )
@@ -235,7 +235,7 @@ def compact_ids(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tens
     """int64 labels as int32 ids that are equal exactly where the labels are."""
     both = labels if ref_labels is None else torch.cat([labels, ref_labels])
     ids = torch.unique(both, return_inverse=True)[1].to(torch.int32)
-    return ids[: len(labels)], None if ref_labels is None else ids[len(labels) :]
+    return ids[: labels.shape[0]], None if ref_labels is None else ids[labels.shape[0] :]
 
 
 __all__ = ["Contrast", "cacr", "merge", "momentum", "queue", "reference", "supervised"]
