@@ -73,7 +73,7 @@ def views(name: str, value: Any, at_least: int) -> Tensor:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The losses choose their own precision, also inside ``torch.autocast``."""
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

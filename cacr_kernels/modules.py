@@ -1,6 +1,8 @@
 """The losses as modules: they hold the options and delegate to :mod:`cacr_kernels.functional`.
 
-``normalize`` is ``True`` here. A temperature may be a 0-dim ``torch.nn.Parameter``, which the module then owns.
+``normalize`` is ``True`` here. A temperature may be a 0-dim ``torch.nn.Parameter``, which the module then owns. Options
+are checked when the module is made. A number is a constant to ``torch.compile``, which compiles again when it changes:
+a temperature that follows a schedule is better a tensor.
 """
 
 from __future__ import annotations
@@ -101,7 +103,8 @@ class CACRQueueLoss(_Loss):
     ranks after wrapping, because wrapping copies the buffers of rank 0 once in any case.
 
     ``torch.compile`` breaks the graph where the keys of the last call enter, at a change of Python state, and compiles
-    the loss for any number of keys; ``fullgraph=True`` needs the caller's queue, or ``eval()``.
+    the loss for any number of keys; ``fullgraph=True`` needs the caller's queue, or a queue that is only read: ``eval()``
+    after one call. ``torch.export`` takes the latter too.
 
     Args:
         queue_size: K, how many keys to keep; 0: none.
@@ -172,6 +175,8 @@ class CACRQueueLoss(_Loss):
         q, k = checks.views("queries", queries, at_least=2), checks.views("keys", keys, at_least=2)
         if k.shape[-1] != self.dim:
             raise ValueError(f"keys must have dim = {self.dim} features, got {k.shape[-1]}")
+        if self.training and torch.compiler.is_exporting():
+            raise ValueError("CACRQueueLoss that keeps its queue can only be exported in eval(): a program keeps no queue")
         own = self.queue[: self._held] if self._pending is None else self._enqueue()
         options = self.options()
         if options.pop("normalize"):
