@@ -103,8 +103,8 @@ class CACRQueueLoss(_Loss):
     ranks after wrapping, because wrapping copies the buffers of rank 0 once in any case.
 
     ``torch.compile`` breaks the graph where the keys of the last call enter, at a change of Python state, and compiles
-    the loss for any number of keys; ``fullgraph=True`` needs the caller's queue, or a queue that is only read: ``eval()``
-    after one call. ``torch.export`` takes the latter too.
+    the loss for any number of keys; ``fullgraph=True`` needs the caller's queue, or a queue that is only read:
+    ``eval()``, after one call. ``torch.export`` takes the latter too.
 
     Args:
         queue_size: K, how many keys to keep; 0: none.
@@ -176,7 +176,9 @@ class CACRQueueLoss(_Loss):
         if k.shape[-1] != self.dim:
             raise ValueError(f"keys must have dim = {self.dim} features, got {k.shape[-1]}")
         if self.training and torch.compiler.is_exporting():
-            raise ValueError("CACRQueueLoss that keeps its queue can only be exported in eval(): a program keeps no queue")
+            raise ValueError(
+                "CACRQueueLoss that keeps its queue can only be exported in eval(): a program keeps no queue"
+            )
         own = self.queue[: self._held] if self._pending is None else self._enqueue()
         options = self.options()
         if options.pop("normalize"):
