@@ -51,6 +51,7 @@ class Contrast:
         ``k`` is ``None`` where the queries are the keys, which computes symmetric similarities once.
         """
         tau = signed_temperatures([t for _, t in sets], q.device)
+        tau = tau.detach() if detach_weights else tau
         kinds = [kind for kind, _ in sets]
         index = [x for x, _ in pairs], [y for _, y in pairs]
         return Softmaxes(*contrast(self.backend, q, k, q_id, k_id, tau, kinds, *index, inner, detach_weights))
