@@ -100,12 +100,32 @@ def _print_rich(rows: list[tuple[str, str]]) -> None:
     Console().print(table)
 
 
+def _print_table(file: str) -> None:
+    from cacr_kernels import support  # takes seconds
+
+    if file == "-":
+        print(support.markdown())
+    else:
+        support.update(Path(file))
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Print the report, as text or with ``--json`` as JSON."""
+    """Print the report, as text or with ``--json`` as JSON, or the table of what is supported."""
     parser = argparse.ArgumentParser(prog="python -m cacr_kernels", description="What can run here, and why not.")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--table",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="print instead what each loss supports on each backend, or put it between its markers in FILE",
+    )
+    options = parser.parse_args(arguments)
+    if options.table is not None:
+        _print_table(options.table)
+        return
     data = report()
-    if parser.parse_args(arguments).json:
+    if options.json:
         print(json.dumps(data, indent=2))
         return
     pretty = sys.stdout.isatty() and importlib.util.find_spec("rich") is not None

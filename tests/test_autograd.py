@@ -362,10 +362,37 @@ def test_func_grad(loss: Loss, backend: str) -> None:
 
 
 @both_backends
-@named([PLAIN, *COMPOSED[:1], *COMPOSED[-1:]])
+@named([PLAIN, *ROWS, *COMPOSED])
 def test_vmap_is_refused(loss: Loss, backend: str) -> None:
-    """The kernels have no batching rule: an error that says so, not a wrong number."""
+    """Whatever is batched, and inside another transform: what to do instead stands in the error."""
     inputs = [t.detach() for t in loss.inputs()]
     batched = [torch.stack([t, 2 * t]) for t in inputs]
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.func.vmap(lambda *x: loss.call(*x, backend=backend))(*batched)
+
+    def call(*x: Tensor) -> Tensor:
+        return loss.call(*x, backend=backend).sum()
+
+    words = f"backend='{backend}' cannot run inside torch.func.vmap: .* in a loop .* backend='reference'"
+    for of in (call, torch.func.grad(call)):
+        with pytest.raises(ValueError, match=words):
+            torch.func.vmap(of)(*batched)
+        with pytest.raises(ValueError, match=words):
+            torch.func.vmap(of, in_dims=(0, *[None] * (len(inputs) - 1)))(batched[0], *inputs[1:])
+    with pytest.raises(ValueError, match=words):
+        torch.func.grad(lambda *x: torch.func.vmap(call)(*x).sum())(*batched)
+    assert call(*inputs).isfinite()  # nothing of it lasts
+
+
+@named([PLAIN, *ROWS, *COMPOSED])
+def test_vmap_of_the_reference(loss: Loss) -> None:
+    """What the refusal recommends: values and gradients of each problem by itself."""
+    inputs = [t.detach() for t in loss.inputs()]
+    batched = [torch.stack([t, 2 * t, 0.5 * t]) for t in inputs]
+
+    def call(*x: Tensor) -> Tensor:
+        return loss.call(*x, backend="reference").sum()
+
+    for of in (call, torch.func.grad(call, tuple(range(len(inputs))))):
+        found = torch.func.vmap(of)(*batched)
+        single = [of(*(t[i] for t in batched)) for i in range(3)]
+        expected = torch.stack(single) if of is call else tuple(map(torch.stack, zip(*single, strict=True)))
+        torch.testing.assert_close(found, expected)
