@@ -163,6 +163,29 @@ def test_supervised_any_shape(n: int, d: int, classes: int, m: int, options: dic
     compare("supervised", tensors, **options)
 
 
+# How the labels of queries and references lie to each other: sets full, empty, and of one
+LABELLINGS: dict[str, Any] = {
+    "random": lambda size, own, g: torch.randint(4, (size,), generator=g),
+    "all the same": lambda size, own, g: torch.full((size,), 7),
+    "all different": lambda size, own, g: torch.randperm(size, generator=g),
+    "disjoint": lambda size, own, g: torch.randint(3, (size,), generator=g) + (0 if own else 100),
+    "one apart": lambda size, own, g: (torch.arange(size) == 0).long(),
+    "sorted blocks": lambda size, own, g: torch.arange(size) // 3,
+    "far apart": lambda size, own, g: torch.randint(3, (size,), generator=g) * 2**61 - 2**62,
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), DIMS, st.integers(0, 30), st.sampled_from(list(LABELLINGS)), common(), SEEDS)
+def test_supervised_any_labels(n: int, d: int, m: int, labelling: str, options: dict[str, Any], seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    label = LABELLINGS[labelling]
+    tensors = {"embeddings": 1.5 * randn(n, d, seed=seed), "labels": label(n, True, g)}
+    if m:
+        tensors |= {"ref_embeddings": randn(m, d, seed=seed + 1), "ref_labels": label(m, False, g)}
+    compare("supervised", tensors, **options)
+
+
 # Reductions and parts
 
 ROWS = {"cacr": (3, 7), "queue": (3, 7), "momentum": (7,), "supervised": (7,)}

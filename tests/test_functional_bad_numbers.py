@@ -10,6 +10,8 @@ import torch
 from agreement import LOSSES, cast, each_backend, randn, run, small_inputs, unit
 from torch import Tensor
 
+from cacr_kernels import CACRQueueLoss
+
 torch.set_num_threads(1)
 BAD = (math.nan, math.inf, -math.inf)
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -142,6 +144,41 @@ def test_bad_temperatures_reach_the_loss(loss: str, backend: str) -> None:
             for dtype in (torch.float32, torch.float64):
                 tau = {name: torch.tensor(math.nan, dtype=dtype)}
                 assert loss_of(loss, small_inputs(loss) | tau, backend, **options).isnan(), (options, name)
+
+
+@each_backend
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("bad", [math.inf, -math.inf])
+def test_infinite_temperatures_reach_the_loss(loss: str, bad: float, backend: str) -> None:
+    """Infinity times a cost is no number; an infinite divisor T makes the weights uniform, where that is finite."""
+    variants = [options for name, options in VARIANTS if name == loss and not any("tau" in o for o in options)]
+    for options in variants or [{}]:
+        for name in ("temperature",) if loss == "momentum" else ("tau_pos", "tau_neg"):
+            for dtype in (torch.float32, torch.float64):
+                tensors = cast(small_inputs(loss), dtype) | {name: torch.tensor(bad, dtype=dtype)}
+                value = loss_of(loss, tensors, backend, **options)
+                expected = loss_of(loss, tensors, "reference", **options)
+                assert value.isfinite() == expected.isfinite(), (options, name, dtype)
+                if value.isfinite():
+                    assert loss == "momentum"
+                    torch.testing.assert_close(value, expected)
+
+
+@each_backend
+@pytest.mark.parametrize("cost", ["rbf", "sqeuclidean"])
+def test_a_momentum_temperature_of_zero_reaches_the_loss(cost: str, backend: str) -> None:
+    zero = {"temperature": torch.tensor(0.0)}
+    assert not loss_of("momentum", small_inputs("momentum") | zero, backend, cost=cost).isfinite()
+
+
+@each_backend
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_temperatures_of_the_kept_queue(bad: float, backend: str) -> None:
+    """And the module, where the loss is a module's."""
+    loss_fn = CACRQueueLoss(queue_size=20, dim=5, tau_neg=torch.tensor(bad), backend=backend)
+    q = unit(2, 7, 5)
+    for _ in range(3):
+        assert not loss_fn(q, q.flip(1)).isfinite()
 
 
 @each_backend

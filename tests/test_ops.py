@@ -350,3 +350,15 @@ def test_fakes_of_noncontiguous_inputs(memory: str) -> None:
     views = randn(5, 3, 4).transpose(0, 1) if memory == "strided" else randn(1, 5, 4).expand(3, 5, 4)
     arguments = (views, *cacr_arguments(CACR_ARGUMENTS[0], torch.float64, requires_grad=False)[1:])
     assert_like(ops.cacr_fake(*as_fake(arguments)), ops.operator("cacr_cpu")(*arguments))
+
+
+def test_opcheck_witness() -> None:
+    torch.library.opcheck(ops.operator("witness"), (randn(3, 4).requires_grad_(), randn(3, 4, seed=1).requires_grad_()))
+
+
+def test_every_operator_is_checked() -> None:
+    """A new operator needs an ``opcheck`` of its own above."""
+    names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names()
+             if name.startswith(f"{ops.NAMESPACE}::")}  # fmt: skip
+    contrasts = {f"{name}_{backend}" for name in ("contrast", "contrast_backward") for backend, *_ in CHECKED}
+    assert names == {"cacr_cpu", "witness", *contrasts}

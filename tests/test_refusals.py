@@ -180,7 +180,57 @@ def test_options_are_keywords(loss: str, call: dict[str, Callable[..., Any]]) ->
         call[loss](**(small_inputs(loss) if call is LOSSES else {}), temperature_of_the_room=1.0)
 
 
+def message(call: Callable[[], Any]) -> tuple[type[Exception], str] | None:
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return type(error), str(error)
+    return None
+
+
+@check([r for r in [*of_temperatures(), *of_numbers(), *of_options()] if "key_offset" not in r.change])
+def test_modules_refuse_when_they_are_made(refusal: Refusal, loss: str) -> None:
+    """In the words of the function; only what depends on the device of the tensors waits for them."""
+    refused = message(lambda: MODULES[loss](**refusal.change))
+    if any(isinstance(x, torch.Tensor) and x.is_meta for x in refusal.change.values()):
+        assert refused is None
+        return
+    assert refused is not None
+    assert refused == message(lambda: call_function(loss, small_inputs(loss) | refusal.change))
+
+
 # Backends
+
+
+def test_unusable_backend_is_refused_when_a_module_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = importlib.import_module("cacr_kernels.backends")
+    broken = [b._replace(why_not=lambda _: "it needs a screw") if b.name == "cpu" else b for b in table.TABLE]
+    monkeypatch.setattr(table, "TABLE", tuple(broken))
+    for loss, module in MODULES.items():
+        with pytest.raises(ValueError, match="backend='cpu' cannot run here: it needs a screw"):
+            module(backend="cpu")
+        assert message(lambda loss=loss: call_function(loss, small_inputs(loss) | {"backend": "cpu"})) == (
+            ValueError,
+            "backend='cpu' cannot run here: it needs a screw",
+        )
+        for name in ("auto", "torch", "reference"):
+            assert module(backend=name).backend == name
+
+
+@each_call
+@each_loss
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_meta_tensors(loss: str, backend: str, call: Callable[..., Any]) -> None:
+    """They hold no data: refused in words, with and without gradients, alone and in lists."""
+    tensors: dict[str, Any] = {name: t.to("meta") for name, t in small_inputs(loss).items()}
+    words = (f"backend='{backend}'", "meta", "no data")
+    refuse(Refusal((loss,), tensors | {"backend": backend}, ValueError, words), loss, call)
+    first = FIRST[loss]
+    tensors[first] = tensors[first].requires_grad_()
+    refuse(Refusal((loss,), tensors | {"backend": backend}, ValueError, words), loss, call)
+    if loss != "supervised":
+        listed = tensors | {first: list(tensors[first]), "backend": backend}
+        refuse(Refusal((loss,), listed, ValueError, words), loss, call)
 
 
 @each_call
