@@ -374,11 +374,11 @@ def test_vmap_is_refused(loss: Loss, backend: str) -> None:
     words = f"backend='{backend}' cannot run inside torch.func.vmap: .* in a loop .* backend='reference'"
     for of in (call, torch.func.grad(call)):
         with pytest.raises(ValueError, match=words):
-            torch.func.vmap(of)(*batched)
+            torch.func.vmap(of, randomness="same")(*batched)
         with pytest.raises(ValueError, match=words):
-            torch.func.vmap(of, in_dims=(0, *[None] * (len(inputs) - 1)))(batched[0], *inputs[1:])
+            torch.func.vmap(of, in_dims=(0, *[None] * (len(inputs) - 1)), randomness="same")(batched[0], *inputs[1:])
     with pytest.raises(ValueError, match=words):
-        torch.func.grad(lambda *x: torch.func.vmap(call)(*x).sum())(*batched)
+        torch.func.grad(lambda *x: torch.func.vmap(call, randomness="same")(*x).sum())(*batched)
     assert call(*inputs).isfinite()  # nothing of it lasts
 
 
@@ -392,7 +392,7 @@ def test_vmap_of_the_reference(loss: Loss) -> None:
         return loss.call(*x, backend="reference").sum()
 
     for of in (call, torch.func.grad(call, tuple(range(len(inputs))))):
-        found = torch.func.vmap(of)(*batched)
+        found = torch.func.vmap(of, randomness="same")(*batched)
         single = [of(*(t[i] for t in batched)) for i in range(3)]
         expected = torch.stack(single) if of is call else tuple(map(torch.stack, zip(*single, strict=True)))
         torch.testing.assert_close(found, expected)
