@@ -91,6 +91,7 @@ def contrast(
     The third output holds the maxima of the logits, the sums relative to them, and the values.
     """
     k, k_id = (q, q_id) if k is None else (k, k_id)
+    q, k = q.contiguous(), k.contiguous()  # sums of strided numbers have another order, and other bits
     shape = (len(kinds), len(q_index), q.shape[1])
     # running maximum of the logits, and relative to it: sum of exp, and of exp times cost
     top = q.new_full(shape, -torch.inf)
@@ -166,6 +167,7 @@ def _contrast_backward(
     want_k: bool,
     want_tau: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    q, k = q.contiguous(), None if k is None else k.contiguous()
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format) if want_q else q.new_empty(0)
     if k is None:
         k, k_id, want_k, grad_k = q, q_id, want_q, grad_q
