@@ -186,6 +186,17 @@ def test_without_gradients_the_queue_goes_on(mode: Callable[[], Any]) -> None:
         assert torch.equal(query.grad, other.grad)
 
 
+def test_keys_that_entered_in_inference_mode_can_be_saved_for_backward() -> None:
+    loss_fn, twin = filled(), filled()
+    q, k = batches(4)[-1]
+    with torch.inference_mode():
+        loss_fn.eval()(q, k)
+    mine, expected = q.clone().requires_grad_(), q.clone().requires_grad_()
+    loss_fn.train()(mine, k).backward()
+    twin(expected, k).backward()
+    assert torch.equal(mine.grad, expected.grad)
+
+
 def test_autocast_keeps_full_precision() -> None:
     loss_fn, plain = CACRQueueLoss(queue_size=8, dim=D), CACRQueueLoss(queue_size=8, dim=D)
     for q, k in batches(4):
