@@ -99,8 +99,8 @@ class CACRQueueLoss(_Loss):
 
     The queue is a persistent buffer, oldest key first: ``state_dict()`` holds it with the keys of the last call, and a
     resumed run goes on exactly. Under ``DistributedDataParallel`` every rank keeps its own queue: pass
-    ``broadcast_buffers=False``, or rank 0's queue replaces the others at every forward. (Where that is deprecated,
-    ``forward_sync_buffers=False`` copies rank 0's buffers once, when wrapping: load the checkpoint of a rank after that.)
+    ``broadcast_buffers=False``, or rank 0's queue replaces the others at every forward. (Its successor
+    ``forward_sync_buffers=False`` copies rank 0's buffers once, when wrapping: load a rank's checkpoint after that.)
 
     ``torch.compile`` breaks the graph where the keys of the last call enter, at a change of Python state, and compiles
     the loss for any number of keys; ``fullgraph=True`` needs the caller's queue, or a queue that is only read:
