@@ -17,8 +17,11 @@ from torch import Tensor
 from . import reference
 from ._blocks import ALL, OTHER, SAME, SAME_NOT_SELF
 from .autograd import aligned_cost, contrast
+from .frozen import contrast_frozen
 from .reference import Statistics, Temperature, mean_entropy, rows_of_pairs, statistics, view_pairs
 from .types import Cost, Pairing, Terms, WeightGrad
+
+FROZEN = ("cpu",)  # backends with the operator contrast_frozen_<backend>
 
 
 class Softmaxes(NamedTuple):
@@ -55,6 +58,35 @@ class Contrast:
         kinds = [kind for kind, _ in sets]
         index = [x for x, _ in pairs], [y for _, y in pairs]
         return Softmaxes(*contrast(self.backend, q, k, q_id, k_id, tau, kinds, *index, inner, detach_weights))
+
+    def frozen(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        kind: int,
+        tau: Temperature,
+        *,
+        q_id: Tensor | None = None,
+        k_id: Tensor | None = None,
+        inner: bool = False,
+        detach_weights: bool = False,
+        detach_value: bool = False,
+    ) -> Softmaxes:
+        """Queries [V, B, D] against ``keys`` [M, D], which get no gradient: statistics [1, V, B] of one softmax.
+
+        ``detach_weights``: only the value carries a gradient, by the costs; ``detach_value``: only the lse does.
+        """
+        k, pairs = keys.detach()[None], [(v, 0) for v in range(queries.shape[0])]
+        if self.backend in FROZEN:
+            taus, grad = signed_temperatures([tau], queries.device), torch.is_grad_enabled()
+            index = [x for x, _ in pairs], [y for _, y in pairs]
+            flags = inner, detach_weights, detach_value
+            wanted = grad and queries.requires_grad, grad and taus.requires_grad
+            s = Softmaxes(*contrast_frozen(self.backend, queries, k, q_id, k_id, taus, [kind], *index, *flags, *wanted))
+        else:
+            options = {"inner": inner, "detach_weights": detach_weights}
+            s = self(queries, k, [(kind, tau)], q_id=q_id, k_id=k_id, pairs=pairs, **options)
+        return Softmaxes(s.value.detach() if detach_value else s.value, s.lse.detach() if detach_weights else s.lse)
 
 
 def signed_temperatures(taus: Sequence[Temperature], device: torch.device) -> Tensor:
@@ -143,30 +175,16 @@ def queue(
 
     value, lse = torch.zeros_like(attracted.value), torch.full_like(attracted.value, -torch.inf)
     if queue.shape[0]:
-        value, lse = _softmax(
-            compare(
-                queries,
-                queue.detach()[None],
-                [(ALL, -tau_neg)],
-                pairs=[(v, 0) for v in range(num_views)],
-                detach_weights=weight_grad != "full",
-            ),
-            detached=weight_grad != "full",
-        )
+        s = compare.frozen(queries, queue, ALL, -tau_neg, detach_weights=weight_grad != "full")
+        value, lse = s.value[0], s.lse[0]
     if in_batch and batch > 1:
         ids = instance_ids(batch, queries.device)
         pairs = [(v, v) for v in range(num_views)]
         detached = weight_grad == "none"
-        batch_value, batch_lse = _softmax(
-            compare(queries, None, [(OTHER, -tau_neg)], q_id=ids, pairs=pairs, detach_weights=detached),
-            detached=detached,
-        )
+        s = compare(queries, None, [(OTHER, -tau_neg)], q_id=ids, pairs=pairs, detach_weights=detached)
+        batch_value, batch_lse = s.value[0], s.lse[0].detach() if detached else s.lse[0]
         value, lse = merge(value, lse, batch_value, batch_lse) if queue.shape[0] else (batch_value, batch_lse)
     return Terms(alpha * attracted.value, -beta * value, mean_entropy(attracted), entropy_of(value, lse, -tau_neg))
-
-
-def _softmax(s: Softmaxes, detached: bool) -> tuple[Tensor, Tensor]:
-    return s.value[0], s.lse[0].detach() if detached else s.lse[0]
 
 
 def merge(value_a: Tensor, lse_a: Tensor, value_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,21 +198,20 @@ def momentum(
 ) -> Terms:
     """``reference.momentum``: q.k / T is -1 / (2T) times the inner cost -2 q.k."""
     keys = keys.detach()
-    num_views, batch, _ = queries.shape
+    batch = queries.shape[1]
     positive = keys[key_offset : key_offset + batch]
     c_pos = aligned_cost(queries, positive[None])[:, 0].mT  # [B, V]
     attracted = statistics((c_pos / temperature).detach(), c_pos, torch.ones_like(c_pos, dtype=torch.bool))
     p = attracted.weights.mT  # [V, B]
     tau = -0.5 / temperature
-    pairs = [(v, 0) for v in range(num_views)]
     if cost == "rbf":
-        w = compare(queries, keys[None], [(ALL, tau)], pairs=pairs, inner=True)
+        w = compare.frozen(queries, keys, ALL, tau, inner=True, detach_value=True)
         inner_product = (queries * positive).sum(-1)
-        rows = -2 * (p * inner_product).sum(0), 2 * temperature * (p * (w.lse[0] + 0.0 * w.value[0].detach())).sum(0)
+        rows = -2 * (p * inner_product).sum(0), 2 * temperature * (p * (w.lse[0] + 0.0 * w.value[0])).sum(0)
     else:
         ids = instance_ids(keys.shape[0], keys.device)
         q_id = ids[key_offset : key_offset + batch]
-        w = compare(queries, keys[None], [(OTHER, tau)], q_id=q_id, k_id=ids, pairs=pairs, detach_weights=True)
+        w = compare.frozen(queries, keys, OTHER, tau, q_id=q_id, k_id=ids, detach_weights=True)
         rows = attracted.value / 2, -(p * w.value[0]).sum(0) / 2
     return Terms(*rows, mean_entropy(attracted), entropy_of(w.value[0], w.lse[0], tau))
 

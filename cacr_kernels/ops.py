@@ -3,6 +3,7 @@
     cacr_<backend>               cacr_loss of all views with its gradients, in one go (the fused path)
     contrast_<backend>           row statistics of one or two softmaxes (the general path)
     contrast_backward_<backend>  their gradients
+    contrast_frozen_...          both in one go, for keys without a gradient: frozen.py
 
 C++ implements, this file declares: the package works without the compiled libraries. Formulas point to
 ``reference.py``; derivatives of derivatives are taken from the reference itself, which any user of a gradient penalty

@@ -281,6 +281,32 @@ value, lse, _ = torch.ops.cacr_kernels.contrast_cpu(q, k, None, None, tau, [0], 
     assert grown(setup, call) <= 256 * MIB + 4 * 49 * MIB + 10 * MIB + 16 * MIB
 
 
+FROZEN = """
+op = torch.ops.cacr_kernels.contrast_frozen_cpu
+op(q, k, None, None, tau, [0], [0], [0], False, False, False, True, True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "dim", "outputs"),
+    [
+        # many keys, which the 64 threads share out: no packed copy of them, no states beyond the workspace
+        (64, 400_000, 64, 0),
+        # many queries: both means [N, D] are the answer
+        (200_000, 640, 64, 2 * 200_000 * 64 * 4),
+        # rows that are longer than the caches: 64 blocks of 256 queries would be 64 * 256 * 3 * 16384 floats = 3 GiB
+        (2048, 2048, 16_384, 2 * 2048 * 16_384 * 4),
+    ],
+)
+def test_workspace_of_frozen_keys(n: int, m: int, dim: int, outputs: int) -> None:
+    """Beside 256 MiB: the answers, 3 doubles per query among them, and 16 MiB of threads' stacks."""
+    setup = f"""
+q, k = torch.randn(1, {n}, {dim}), torch.randn(1, {m}, {dim})
+tau = torch.tensor([-1.0], dtype=torch.float64)
+"""
+    assert grown(setup, FROZEN) <= 256 * MIB + outputs + 3 * 8 * n + 16 * MIB
+
+
 def test_more_than_2_31_pairs() -> None:
     """N M = 2.2e9: offsets are 64-bit. Some rows, the last among them, against plain PyTorch."""
     n, dim = 46_901, 1

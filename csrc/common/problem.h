@@ -49,4 +49,13 @@ struct Statistics {
                               // backward gives every pair the very weight it had: an lse has been rounded
 };
 
+// What one softmax over keys without a gradient yields: `value`, `lse`, `variance` [pairs][N], and the means that its
+// gradient w.r.t. a query is made of, [pairs][N][D]; null: not wanted (variance and spread: both or none).
+template <class T>
+struct FrozenStatistics {
+  double *value, *lse, *variance;
+  T* mean;    // sum_j w_j k_j
+  T* spread;  // sum_j w_j (c_ij - F_i) k_j
+};
+
 }  // namespace cacr

@@ -219,10 +219,35 @@ std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(
   });
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_frozen_cpu(
+    const Tensor& q, const Tensor& k, std::optional<Tensor> q_id, std::optional<Tensor> k_id, const Tensor& tau,
+    std::vector<int64_t> kinds, std::vector<int64_t> q_index, std::vector<int64_t> k_index, bool inner,
+    bool detach_weights, bool detach_value, bool want_q, bool want_tau) {
+  const ContrastArguments a(q, k, q_id, k_id, tau, kinds, q_index, k_index, inner);
+  STD_TORCH_CHECK(kinds.size() == 1 && (kinds[0] == cacr::kAll || kinds[0] == cacr::kOther),
+                  "cacr_kernels: one softmax over all or other keys expected");
+  const bool moments = (want_q || want_tau) && !detach_weights && !detach_value;
+  return with_dtype(q, [&](auto zero) {
+    using T = decltype(zero);
+    const cacr::Contrast<T> p = a.problem<T>();
+    const std::vector<int64_t> rows{1, p.pairs, p.N}, none{0};
+    Tensor value = empty<double>(rows), lse = empty<double>(rows),
+           means = empty<T>(want_q ? std::vector<int64_t>{1 + moments, p.pairs, p.N, p.D} : none),
+           variance = empty<double>(moments ? rows : none);
+    cacr::FrozenStatistics<T> found{out<double>(value), out<double>(lse), nullptr, nullptr, nullptr};
+    if (moments) found.variance = out<double>(variance);
+    if (want_q) found.mean = out<T>(means);
+    if (want_q && moments) found.spread = found.mean + p.pairs * p.N * p.D;
+    cacr::contrast_frozen<T>(p, found, torch_threads());
+    return std::make_tuple(value, lse, means, variance);
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cacr_kernels, CPU, m) {
   m.impl("cacr_cpu", TORCH_BOX(&cacr_cpu));
   m.impl("contrast_cpu", TORCH_BOX(&contrast_cpu));
   m.impl("contrast_backward_cpu", TORCH_BOX(&contrast_backward_cpu));
+  m.impl("contrast_frozen_cpu", TORCH_BOX(&contrast_frozen_cpu));
 }

@@ -80,10 +80,13 @@ CACR_NOINLINE void query_gradient_panel(idx n, const T* H, const T* K, T* dQ) {
   constexpr int W = Lanes<T>::W;
   for_tiles(2 * W, [&](idx i, auto rows) __attribute__((always_inline)) {
     constexpr int R = decltype(rows)::value;
-    Vec<T> c0[R], c1[R];
-    for (int r = 0; r < R; r++) c0[r] = load(dQ + (i + r) * 2 * W), c1[r] = load(dQ + (i + r) * 2 * W + W);
+    Vec<T> c0[R] = {},
+           c1[R] = {};  // added up on their own first: the sum over a tile loses less than one over all keys
     multiply_tile<T, R>(n, H + i, 1, 2 * W, K, c0, c1);
-    for (int r = 0; r < R; r++) store<T>(dQ + (i + r) * 2 * W, c0[r]), store<T>(dQ + (i + r) * 2 * W + W, c1[r]);
+    for (int r = 0; r < R; r++) {
+      T* out = dQ + (i + r) * 2 * W;
+      store<T>(out, load(out) + c0[r]), store<T>(out + W, load(out + W) + c1[r]);
+    }
   });
 }
 

@@ -1,5 +1,6 @@
 // Every kernel for one instruction set: compiled once per set, torch-free.
 #include "aligned.h"
+#include "frozen.h"
 #include "symmetric.h"
 
 namespace cacr::CACR_ISA {
@@ -37,38 +38,6 @@ void aligned(const AlignedTask<T>& task) {
 }
 
 template <class T>
-T dot(idx D, const T* x) {
-  constexpr int W = Lanes<T>::W;
-  Vec<T> s0{}, s1{};
-  idx d = 0;
-  for (; d + 2 * W <= D; d += 2 * W) {
-    Vec<T> a = load(x + d), b = load(x + d + W);
-    s0 += a * a, s1 += b * b;
-  }
-  T s = sum_lanes<T>(s0 + s1);
-  for (; d < D; d++) s += x[d] * x[d];
-  return s;
-}
-
-template <class T>
-void pack(const PackTask<T>& t) {
-  constexpr int W = Lanes<T>::W, P = 2 * W;
-  for (idx i = t.row0; i < t.row1; i++) {
-    const T* x = t.x + i * t.row_stride;
-    if (t.norm) t.norm[i] = t.factor == 0 ? T(0) : t.factor * dot(t.D, x);
-    if (!t.panels) continue;
-    for (idx f = 0; f * P < t.D; f++) {
-      T* out = t.panels + (f * t.rows + i) * P;
-      if ((f + 1) * P <= t.D) {
-        store<T>(out, load(x + f * P)), store<T>(out + W, load(x + f * P + W));
-      } else {
-        for (idx l = 0; l < P; l++) out[l] = f * P + l < t.D ? x[f * P + l] : T(0);
-      }
-    }
-  }
-}
-
-template <class T>
 void reduce(const ReduceTask<T>& t) {
   constexpr int W = Lanes<T>::W;
   const T scale = T(t.scale);
@@ -89,9 +58,38 @@ void reduce(const ReduceTask<T>& t) {
 }
 
 template <class T>
+size_t frozen_scratch(const FrozenTask<T>& task) {
+  FrozenScratch<T> s;
+  return FrozenScratch<T>::layout(task, nullptr, s);
+}
+
+template <class T>
+void frozen(const FrozenTask<T>& task) {
+  Frozen<T>(task).run();
+}
+
+template <class T>
+void frozen_merge(const FrozenTask<T>& task) {
+  Frozen<T>(task).merge();
+}
+
+template <class T>
 constexpr Kernels<T> table() {
-  return {kPanel<T>,           kTileRows, sweep_scratch<T>, Aligned<T>::scratch, pack<T>,  sweep<T>,
-          symmetric_states<T>, finish<T>, prepare<T>,       aligned<T>,          reduce<T>};
+  return {kPanel<T>,
+          kTileRows,
+          sweep_scratch<T>,
+          Aligned<T>::scratch,
+          pack<T>,
+          sweep<T>,
+          symmetric_states<T>,
+          finish<T>,
+          prepare<T>,
+          aligned<T>,
+          reduce<T>,
+          frozen_scratch<T>,
+          FrozenState<T>::bytes,
+          frozen<T>,
+          frozen_merge<T>};
 }
 
 }  // namespace

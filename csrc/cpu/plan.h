@@ -46,6 +46,11 @@ template <class T>
 void contrast_backward(const Contrast<T>& problem, const RowGradients& rows, T* dq, T* dk, double* dtau,
                        const Parallel& parallel);
 
+// One softmax over all or other keys, which carry no gradient: one sweep over the similarities for statistics and
+// gradients alike.
+template <class T>
+void contrast_frozen(const Contrast<T>& problem, const FrozenStatistics<T>& out, const Parallel& parallel);
+
 // Bytes that one call may use beside packed copies of its inputs and outputs, whatever M and the number of threads.
 constexpr size_t kWorkspaceBytes = size_t(224) << 20;
 

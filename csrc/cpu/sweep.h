@@ -7,25 +7,12 @@
 // backward of statistics known already, one tile stands for the strip.
 #pragma once
 
-#include "gemm.h"
+#include "pack.h"
 #include "softmax.h"
-#include "task.h"
 
 namespace cacr::CACR_ISA {
 
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
-
-template <class T>
-CACR_INLINE T* carve(char*& at, idx count) {
-  T* p = reinterpret_cast<T*>(at);
-  at += (size_t(count) * sizeof(T) + 63) / 64 * 64;
-  return p;
-}
-
-template <class T>
-CACR_INLINE void zero(T* p, idx n) {
-  __builtin_memset(static_cast<void*>(p), 0, size_t(n) * sizeof(T));
-}
 
 template <class T>
 struct Scratch {
@@ -205,7 +192,9 @@ struct Sweep {
   void pack_queries() {
     const idx view = p.q_index[pair], Dn = p.D;
     const T* q = p.q + view * p.q_view_stride + row0 * p.q_row_stride;
-    for (idx i = 0; i < panels; i++) pack_columns(q + i * P * p.q_row_stride, rows - i * P, s.q_columns + i * Dn * P);
+    for (idx i = 0; i < panels; i++)
+      transpose_panel(min_of(P, rows - i * P), Dn, q + i * P * p.q_row_stride, p.q_row_stride,
+                      s.q_columns + i * Dn * P);
     if (backward && t.want_dk) pack_panels(q);
     load_norms();
     if (p.q_id)
@@ -215,25 +204,6 @@ struct Sweep {
   void load_norms() {
     const T* norm = t.packed.q_norm + p.q_index[pair] * p.N + row0;
     for (idx i = 0; i < panels * P; i++) s.q_norm[i] = i < rows ? norm[i] : T(0);
-  }
-
-  // out[d][l] = q[l][d] of one panel, of which `n` rows exist
-  void pack_columns(const T* q, idx n, T* out) const {
-    const idx Dn = p.D;
-    if (n < P) zero(out, Dn * P);
-    for (idx l = 0; l < P && l < n; l += W) {
-      idx d = 0;
-      for (; l + W <= n && d + W <= Dn; d += W) {
-        Vec<T> r[W];
-#pragma GCC unroll 16
-        for (idx x = 0; x < W; x++) r[x] = load(q + (l + x) * p.q_row_stride + d);
-        transpose_lanes<T>(r);
-#pragma GCC unroll 16
-        for (idx x = 0; x < W; x++) store<T>(out + (d + x) * P + l, r[x]);
-      }
-      for (idx x = l; x < min_of(n, l + W); x++)
-        for (idx e = d; e < Dn; e++) out[e * P + x] = q[x * p.q_row_stride + e];
-    }
   }
 
   void pack_panels(const T* q) {

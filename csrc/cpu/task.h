@@ -105,6 +105,19 @@ struct ReduceTask {
   int64_t count, slice_stride;
 };
 
+// Units (panels of queries, pair by pair) [unit0, unit1) against keys [key0, key1), whose gradient nobody wants.
+template <class T>
+struct FrozenTask {
+  const Contrast<T>* problem;
+  Blocking blocking;
+  bool want_mean, want_moments;  // moments: variance, and with the mean also the spread
+  int64_t unit0, unit1, key0, key1;
+  FrozenStatistics<T> out;
+  char* states;  // [parts][units] of frozen_state bytes: keys are shared out and merged later; null: all keys are here
+  int64_t part, parts, units;
+  void* scratch;
+};
+
 template <class T>
 struct Kernels {
   int64_t panel;      // queries (and features) side by side
@@ -118,6 +131,10 @@ struct Kernels {
   void (*prepare)(const Task<T>&);
   void (*aligned)(const AlignedTask<T>&);
   void (*reduce)(const ReduceTask<T>&);
+  size_t (*frozen_scratch)(const FrozenTask<T>&);
+  size_t (*frozen_state)(const FrozenTask<T>&);
+  void (*frozen)(const FrozenTask<T>&);
+  void (*frozen_merge)(const FrozenTask<T>&);  // the parts of units [unit0, unit1)
 };
 
 }  // namespace cacr
