@@ -91,7 +91,7 @@ def contrast(
     The third output holds the maxima of the logits, the sums relative to them, and the values.
     """
     k, k_id = (q, q_id) if k is None else (k, k_id)
-    q, k = q.contiguous(), k.contiguous()  # sums of strided numbers have another order, and other bits
+    q, k = q.contiguous(), k.contiguous()  # a BLAS rounds strided operands differently
     shape = (len(kinds), len(q_index), q.shape[1])
     # running maximum of the logits, and relative to it: sum of exp, and of exp times cost
     top = q.new_full(shape, -torch.inf)
@@ -167,12 +167,12 @@ def _contrast_backward(
     want_k: bool,
     want_tau: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k = q.contiguous(), None if k is None else k.contiguous()
-    grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format) if want_q else q.new_empty(0)
+    q, k = q.contiguous(), k if k is None else k.contiguous()
+    grad_q = torch.zeros_like(q) if want_q else q.new_empty(0)
     if k is None:
         k, k_id, want_k, grad_k = q, q_id, want_q, grad_q
     else:
-        grad_k = torch.zeros_like(k, memory_format=torch.contiguous_format) if want_k else k.new_empty(0)
+        grad_k = torch.zeros_like(k) if want_k else k.new_empty(0)
     grad_tau = torch.zeros_like(tau) if want_tau else tau.new_empty(0)
     taus = torch.zeros_like(tau, dtype=q.dtype) if detach_weights else tau.to(q.dtype)
     for pair, rows, keys in blocks(len(q_index), q.shape[1], k.shape[1]):
@@ -201,7 +201,8 @@ def _contrast_backward(
             grad_q[x, rows] += 2 * (own - grad_c @ k[y, keys])
         if want_k:
             own = 0.0 if inner else grad_c.sum(0)[:, None] * k[y, keys]
-            grad_k[y, keys] += 2 * (own - grad_c.mT @ q[x, rows])
+            # The product as autograd has it in the eager form: a BLAS may round its transpose twice as badly.
+            grad_k[y, keys] += 2 * (own - (q[x, rows].mT @ grad_c).mT)
     return grad_q, q.new_empty(0) if grad_k is grad_q else grad_k, grad_tau
 
 

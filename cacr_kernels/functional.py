@@ -365,7 +365,7 @@ def _fused(
 
 
 def _reduce(terms: Terms, reduction: Reduction, return_parts: bool, dtype: torch.dtype) -> Any:
-    terms = Terms(*(t.to(dtype) for t in terms))
+    """The terms cancel in their sum: it is taken in the dtype they come in, float64 from ``contrast``."""
     attraction, repulsion = terms.attraction.mean(), terms.repulsion.mean()
     if reduction == "mean":
         loss = attraction + repulsion
@@ -373,5 +373,6 @@ def _reduce(terms: Terms, reduction: Reduction, return_parts: bool, dtype: torch
         loss = terms.attraction + terms.repulsion
         loss = loss.sum() if reduction == "sum" else loss
     if not return_parts:
-        return loss
-    return CACRParts(loss, attraction.detach(), repulsion.detach(), terms.attraction_entropy, terms.repulsion_entropy)
+        return loss.to(dtype)
+    parts = attraction.detach(), repulsion.detach(), terms.attraction_entropy, terms.repulsion_entropy
+    return CACRParts(loss.to(dtype), *(part.to(dtype) for part in parts))
