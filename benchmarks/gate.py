@@ -141,10 +141,10 @@ def _draw(case: Case, seed: int) -> Draw:
     name = next(k for k in inputs if k in testing.DIFFERENTIABLE)
     count = 1 if case.problem.loss == "cacr_momentum_loss" else case.problem.shape.get("V", 1)
     count *= case.problem.shape["B"]
-    truth, scale = testing.true_quantities(case.problem, inputs, torch.float64)
+    truth, scale = testing.true_quantities(case.problem, inputs)
     single = testing.rounded(inputs, torch.float32, case.device) if case.dtype == "float64" else inputs
-    exact = testing.true_quantities(case.problem, single, torch.float64)[0] if single is not inputs else truth
-    eager = testing.true_quantities(case.problem, single, torch.float32)[0]
+    exact = testing.true_quantities(case.problem, single)[0] if single is not inputs else truth
+    eager = testing.eager_quantities(case.problem, single, torch.float32)
     yardstick = [testing.error(eager[k], exact[k], scale[k]) for k in ("loss", name)]
     if case.dtype == "float64":  # where the definition is the truth, see ``testing``
         ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ALL, SAME, OTHER, SAME_NOT_SELF = range(4)  # kinds of key sets, see csrc/common/problem.h
 BLOCK = 1 << 21  # costs in a block: 8 MiB each in float32, about ten such arrays live at once
+PIECE = 256  # terms of a sum that is left to BLAS
 REFINE_BELOW = 0.5  # positives closer than this share of |q|^2 + |k|^2 are recomputed as differences
 
 
@@ -67,6 +68,14 @@ def block_cost(q: Tensor, k: Tensor, inner: bool, positives: Tensor | None) -> T
             ii, jj = i[s : s + step], j[s : s + step]
             c[ii, jj] = (q[ii] - k[jj]).square().sum(-1)
     return c
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` with the sum in pieces: a BLAS may make it one running sum, which loses digits as it grows."""
+    total = a[:, :PIECE] @ b[:PIECE]
+    for i in range(PIECE, b.shape[0], PIECE):
+        total += a[:, i : i + PIECE] @ b[i : i + PIECE]
+    return total
 
 
 def _costs(q: Tensor, k: Tensor, kinds: list[int], masks: list[Tensor | None], inner: bool) -> Tensor:
@@ -198,11 +207,10 @@ def _contrast_backward(
                 grad_tau[s] += moment.sum(dtype=grad_tau.dtype)
         if want_q:
             own = 0.0 if inner else grad_c.sum(1)[:, None] * q[x, rows]
-            grad_q[x, rows] += 2 * (own - grad_c @ k[y, keys])
+            grad_q[x, rows] += 2 * (own - product(grad_c, k[y, keys]))
         if want_k:
             own = 0.0 if inner else grad_c.sum(0)[:, None] * k[y, keys]
-            # The product as autograd has it in the eager form: a BLAS may round its transpose twice as badly.
-            grad_k[y, keys] += 2 * (own - (q[x, rows].mT @ grad_c).mT)
+            grad_k[y, keys] += 2 * (own - product(grad_c.mT, q[x, rows]))
     return grad_q, q.new_empty(0) if grad_k is grad_q else grad_k, grad_tau
 
 

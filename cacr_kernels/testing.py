@@ -1,4 +1,4 @@
-"""Cases, tolerances and the measure of error: one list and one rule for the tests, ``verify`` and the benchmarks.
+"""Tolerances and the measure of error: one rule for the tests, ``verify`` and the benchmarks (problems: ``_cases.py``).
 
 What is compared
 ----------------
@@ -12,12 +12,14 @@ for the loss, its gradient w.r.t. every differentiable input, and its derivative
 The measure
 -----------
     error(x) = max |x - truth| / scale,        yardstick likewise,        both dimensionless
-    scale    = max(max |attraction|, max |repulsion|) of the truth, where for a gradient or a derivative the two terms
-               stand for their contributions to it
     x is right  <=>  error <= 2 yardstick + 8 eps,       eps of the dtype of the arithmetic
 
-The scale belongs to the terms because they cancel in the sum: an error of eps in each is all one can ask for. A
-quantity whose scale is 0 (nothing flows to it) has to be exactly 0. Anything not finite has an infinite error.
+Scale. An error of eps in each summand is all one can ask for, so the scale is that of the summands, not of what is left
+when they have cancelled: the larger of what attraction and repulsion contribute (to a gradient: in its largest entry).
+A number is summed over the queries as well, and is measured against the sum of what each query contributes in size: the
+derivative of ``cacr_queue_loss`` w.r.t. tau_neg with detached queue logits has both signs among the queries, and
+where they happened to cancel to a thirtieth, errors would seem thirty times as large. A quantity whose scale is 0
+(nothing flows to it) has to be exactly 0. Anything not finite has an infinite error.
 
 - The incoming gradient is the number of values under the mean or, per query, a random number of [0.5, 1.5): gradients
   have the size of one query's and do not vanish in float16.
@@ -25,17 +27,22 @@ quantity whose scale is 0 (nothing flows to it) has to be exactly 0. Anything no
   the interval of numbers that round to it, so that the last cast costs nothing and hides nothing.
 - The derivative of 2T lse w.r.t. T (``cacr_momentum_loss``, rbf) is itself a difference, of 2 lse and the mean logit:
   the first of them belongs to its scale.
-- An error of a scalar can be small by chance: error and yardstick alike are the worst of ``DRAWS`` draws of the inputs.
-- In float64 the truth is the eager form itself, and its errors count as errors of what is measured. As rounding errors
-  are proportional to eps, the error y of the eager form in float64 is taken to be that in float32 (of four times as
-  many draws) times the ratio of the two eps; the allowance is 2 y for the backend and y for the truth.
+
+Draws. The error of one number is itself random: of two equally good computations one is more than twice as wrong as
+the other in 30 % of all draws of the inputs, and in 12 % if the worst of four draws is taken of both. The largest error
+of a tensor may hang on the rounding of one cost, too. So error and yardstick are the worst of the same ``DRAWS`` draws,
+and a miss that could be chance is looked at again on ``CONFIRM`` draws, those included: it counts if it is
+still there. That leaves 1 in 1000, while what is wrong by more than ``CHANCE`` tolerances fails at once.
+
+float64. There the truth is the eager form itself, and its errors count as errors of what is measured. As rounding
+errors are proportional to eps, the error y of the eager form in float64 is taken to be that in float32 times the ratio
+of the two eps; the allowance is 2 y for the backend and y for the truth.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -44,12 +51,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from . import functional, reference
+from ._cases import NEAR, Case, cases, make_inputs
 from .types import Terms
 
 FACTOR = 2.0  # tolerance = FACTOR yardstick + EPSILONS eps
 EPSILONS = 8.0
 DRAWS = 4
-NEAR = 1e-3  # distance of near-equal views, in lengths of the vectors, up to a factor of about one
+CONFIRM = (16, 64)
+CHANCE = 4.0
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
 DIFFERENTIABLE = ("views", "queries", "embeddings", "ref_embeddings")
@@ -68,35 +77,6 @@ DEFINITIONS: Mapping[str, tuple[Callable[..., Terms], dict[str, Any]]] = {
 }
 
 
-class Case(NamedTuple):
-    """A problem: a public loss, its sizes, its keywords (temperatures among them) and the kind of its data.
-
-    Sizes: V views, B instances (supervised: embeddings), D features, K queue entries, M keys (momentum, in all) or
-    reference embeddings (supervised), C classes. Data: ``"unit"`` vectors, ``"clustered"`` around 5 centres,
-    ``"near-equal"`` views of an instance (or embeddings of a class), ``"long"``: not unit vectors.
-    """
-
-    loss: str
-    shape: dict[str, int]
-    options: dict[str, Any]
-    data: str = "unit"
-    quick: bool = False
-
-    @property
-    def name(self) -> str:
-        """Readable and unique."""
-        words = [f"{key}={value}" for key, value in (self.shape | self.options).items()]
-        return " ".join([self.loss, *words, *([] if self.data == "unit" else [self.data])])
-
-    def __hash__(self) -> int:
-        return hash(self.name)
-
-    @property
-    def per_query(self) -> bool:
-        """Whether the loss is one value per query."""
-        return self.options.get("reduction") == "none"
-
-
 class Result(NamedTuple):
     """One measured quantity; ``error``, ``yardstick`` and ``tolerance`` are relative to the scale of the quantity."""
 
@@ -111,136 +91,7 @@ class Result(NamedTuple):
         return self.error <= self.tolerance
 
 
-# ---- cases: every axis has its own odd or prime size -----------------------------------------------------------------
-def _taus(pos: float, neg: float) -> dict[str, Any]:
-    return {"tau_pos": pos, "tau_neg": neg}
-
-
-def _cases_of(loss: str, axes: str, **defaults: Any) -> Callable[..., Case]:
-    """Makes cases of ``loss`` from the sizes of ``axes``; options not given are ``defaults``."""
-
-    def case(*sizes: int, data: str = "unit", quick: bool = False, **options: Any) -> Case:
-        return Case(loss, dict(zip(axes, sizes, strict=True)), defaults | options, data, quick)
-
-    return case
-
-
-def _cacr_cases() -> list[Case]:
-    case = _cases_of("cacr_loss", "VBD", **_taus(1.0, 2.0))
-    both_costs = [
-        case(3, 7, 5, quick=True),
-        case(2, 1, 3, quick=True),
-        case(2, 2, 1),
-        case(3, 23, 1, data="long"),
-        case(5, 13, 11),
-        case(2, 67, 33, data="clustered", quick=True, **_taus(2.0, 5.0)),
-        case(3, 41, 19, data="near-equal", quick=True),
-        case(3, 29, 31, data="near-equal", beta=0.0),
-        case(2, 43, 21, data="clustered", alpha=0.0),
-        case(3, 53, 29, quick=True, **_taus(20.0, 40.0)),
-        case(3, 19, 9, **_taus(0.0, 0.0)),
-        case(3, 31, 23, data="long", quick=True),
-        case(3, 17, 13, data="long", normalize=True, alpha=0.7, beta=1.3),
-        case(2, 11, 1031),
-        case(2, 257, 129, **_taus(1.0, 5.0)),
-    ]
-    rows = [
-        case(3, 11, 7, quick=True, reduction="none"),
-        case(4, 21, 15, data="near-equal", reduction="none", **_taus(5.0, 10.0)),
-        case(3, 1, 2, reduction="none"),
-    ]
-    return [
-        base._replace(options=base.options | {"pairing": pairing, "cost": cost})
-        for pairing in ("unordered", "ordered", "pooled")
-        for cost in ("sqeuclidean", "rbf")
-        for base in both_costs + (rows if cost == "sqeuclidean" else [])
-    ]
-
-
-def _queue_cases() -> list[Case]:
-    case = _cases_of("cacr_queue_loss", "VBDK", **_taus(1.0, 2.0))
-    bases = (
-        case(3, 7, 5, 13, quick=True),
-        case(2, 1, 3, 0),
-        case(2, 9, 4, 0),
-        case(3, 11, 7, 29, in_batch=False),
-        case(3, 17, 19, 67, data="near-equal", quick=True, **_taus(5.0, 10.0)),
-        case(2, 23, 31, 59, **_taus(20.0, 40.0)),
-        case(3, 19, 9, 37, data="long", normalize=True, reduction="none"),
-        case(2, 61, 65, 521, **_taus(1.0, 5.0)),
-    )
-    return [b._replace(options=b.options | {"weight_grad": w}) for w in ("in_batch", "full", "none") for b in bases]
-
-
-def _momentum_cases() -> list[Case]:
-    case = _cases_of("cacr_momentum_loss", "VBDM")
-    bases = (
-        case(3, 7, 5, 13, quick=True, temperature=0.5, key_offset=3),
-        case(1, 1, 3, 1, temperature=1.0),
-        case(2, 43, 19, 43, data="near-equal", quick=True, temperature=0.2),
-        case(3, 29, 21, 37, temperature=0.05, reduction="none"),
-        case(4, 17, 11, 19, data="long", temperature=1.0, normalize=True),
-        case(2, 127, 65, 387, temperature=0.2, key_offset=127),
-    )
-    return [base._replace(options=base.options | {"cost": cost}) for cost in ("rbf", "sqeuclidean") for base in bases]
-
-
-def _supervised_cases() -> list[Case]:
-    case = _cases_of("supervised_cacr_loss", "BDCM", **_taus(1.0, 2.0))
-    return [
-        case(21, 5, 4, 0, quick=True),
-        case(1, 3, 1, 0),
-        case(13, 6, 1, 0),
-        case(17, 7, 97, 0),
-        case(27, 11, 5, 41, quick=True),
-        case(43, 19, 11, 0, data="near-equal", reduction="none", **_taus(5.0, 10.0)),
-        case(75, 33, 9, 0, data="clustered", **_taus(2.0, 5.0)),
-        case(37, 17, 3, 53, **_taus(20.0, 40.0)),
-        case(29, 8, 7, 0, data="long", normalize=True),
-    ]
-
-
-def cases(quick: bool = False) -> list[Case]:
-    """All cases, or the quick ones."""
-    found = [*_cacr_cases(), *_queue_cases(), *_momentum_cases(), *_supervised_cases()]
-    return [case for case in found if case.quick or not quick]
-
-
 # ---- inputs ----------------------------------------------------------------------------------------------------------
-def make_inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
-    """The tensors of a case by argument name, float64 (labels: int64) on the CPU; the same for the same seed."""
-    generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()) + seed)
-    sizes = {"V": 1, "K": 0, "M": 0, "C": 1} | case.shape
-    V, B, D, M = (sizes[axis] for axis in "VBDM")
-    centres = torch.randn(max(B + sizes["K"], M, 5), D, dtype=torch.float64, generator=generator)
-
-    def make(*shape: int, owner: Tensor | None = None) -> Tensor:
-        """``owner``: for near-equal data, whose copy each row is."""
-        noise = torch.randn(*shape, D, dtype=torch.float64, generator=generator)
-        if case.data == "long":
-            return 0.4 * noise
-        if case.data == "near-equal":
-            own = normalize(centres[: shape[-1]] if owner is None else centres[owner], dim=-1)
-            noise = own + NEAR / math.sqrt(D) * noise
-        elif case.data == "clustered":
-            noise = centres[torch.arange(shape[-1]) % 5] + 0.1 * noise
-        return normalize(noise, dim=-1)
-
-    if case.loss == "cacr_loss":
-        return {"views": make(V, B)}
-    if case.loss == "cacr_queue_loss":
-        strangers = torch.arange(B, B + sizes["K"])  # the queue holds other instances
-        return {"queries": make(V, B), "keys": make(V, B), "queue": make(sizes["K"], owner=strangers)}
-    if case.loss == "cacr_momentum_loss":
-        owner = torch.arange(M) - case.options.get("key_offset", 0)
-        return {"queries": make(V, B), "keys": make(M, owner=owner % len(centres))}
-    labels = torch.randint(sizes["C"], (B,), generator=generator)
-    own = {"embeddings": make(B, owner=labels % len(centres)), "labels": labels}
-    if not M:
-        return own
-    return own | {"ref_embeddings": make(M), "ref_labels": torch.randint(sizes["C"], (M,), generator=generator)}
-
-
 def rounded(inputs: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """The inputs in ``dtype`` (labels as they are) on ``device``."""
     return {n: (t.to(dtype) if t.is_floating_point() else t).to(device) for n, t in inputs.items()}
@@ -257,18 +108,21 @@ def _leaves(case: Case, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], d
     options = dict(case.options)
     first = next(iter(inputs.values()))
     for name in options.keys() & set(TEMPERATURES):
-        tau = torch.tensor(options.pop(name), dtype=torch.float32, device=first.device)
-        tensors[name] = tau.to(arithmetic_dtype(first.dtype)).requires_grad_()
+        tau = torch.tensor(options[name], dtype=torch.float32, device=first.device)
+        options[name] = tau.item()
+        if case.learnable:
+            del options[name]
+            tensors[name] = tau.to(arithmetic_dtype(first.dtype)).requires_grad_()
     return tensors, options
 
 
-def _incoming(case: Case, value: Tensor) -> Tensor:
+def _incoming(case: Case, inputs: dict[str, Tensor], value: Tensor) -> Tensor:
     """The gradient that flows into a loss or a term under test, see the head of this file."""
-    if not case.per_query:
-        count = case.shape["B"] * (case.shape.get("V", 1) if case.loss != "cacr_momentum_loss" else 1)
-        return torch.full_like(value, count)
-    weights = torch.rand(value.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(value.numel()))
-    return (0.5 + weights).to(value)
+    if case.per_query:
+        weights = torch.rand(value.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(value.numel()))
+        return (0.5 + weights).to(value)
+    queries = next(iter(inputs.values())).shape[:-1]
+    return torch.full_like(value, (queries[1:] if case.loss == "cacr_momentum_loss" else queries).numel())
 
 
 def _gradients(value: Tensor, tensors: dict[str, Tensor], incoming: Tensor) -> dict[str, Tensor]:
@@ -285,13 +139,11 @@ def actual_quantities(case: Case, inputs: dict[str, Tensor], backend: str) -> di
     """The loss and its gradients as a user gets them, dtypes included, with the incoming gradient of this file."""
     tensors, options = _leaves(case, inputs)
     loss = getattr(functional, case.loss)(**tensors, **options, backend=backend)
-    return {"loss": loss.detach(), **_gradients(loss, tensors, _incoming(case, loss))}
+    return {"loss": loss.detach(), **_gradients(loss, tensors, _incoming(case, inputs, loss))}
 
 
-def true_quantities(
-    case: Case, inputs: dict[str, Tensor], dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The same by the definition in ``dtype``, and the scale of each: the larger of what the two terms contribute."""
+def _terms(case: Case, inputs: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], Terms]:
+    """Leaves, and the two terms by the definition in ``dtype``."""
     tensors, options = _leaves(case, rounded(inputs, dtype, next(iter(inputs.values())).device))
     function, defaults = DEFINITIONS[case.loss]
     arguments = defaults | tensors | options
@@ -299,19 +151,52 @@ def true_quantities(
     if arguments.pop("normalize", False):
         floats = [n for n, t in tensors.items() if t.is_floating_point() and t.dim()]
         arguments |= {n: normalize(tensors[n], dim=-1) for n in floats}
-    terms = function(**arguments)
+    return tensors, function(**arguments)
+
+
+def eager_quantities(case: Case, inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The loss and its gradients by the definition in ``dtype``."""
+    tensors, terms = _terms(case, inputs, dtype)
     parts = terms.attraction, terms.repulsion
-    if not case.per_query:
-        parts = parts[0].mean(), parts[1].mean()
-    loss = parts[0] + parts[1]
-    incoming = _incoming(case, loss)
-    values = {"loss": loss.detach(), **_gradients(loss, tensors, incoming)}
-    shares = [{"loss": part.detach(), **_gradients(part, tensors, incoming)} for part in parts]
-    scale = {name: max(share[name].abs().max().item() for share in shares) for name in values}
-    if case.loss == "cacr_momentum_loss" and arguments["cost"] == "rbf":
-        summand = (parts[1] * incoming).sum().abs() / case.options["temperature"]
+    loss = parts[0] + parts[1] if case.per_query else parts[0].mean() + parts[1].mean()
+    return {"loss": loss.detach(), **_gradients(loss, tensors, _incoming(case, inputs, loss))}
+
+
+def true_quantities(case: Case, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The same in float64, and the scale of each: the larger of what the two terms contribute."""
+    tensors, terms = _terms(case, inputs, torch.float64)
+    values: dict[str, Tensor] = {}
+    scale: dict[str, float] = {}
+    for rows in (terms.attraction, terms.repulsion):
+        part = rows if case.per_query else rows.mean()
+        incoming = _incoming(case, inputs, part)
+        found = {"loss": part.detach(), **_gradients(part, tensors, incoming)}
+        sizes = {name: g.abs().max().item() for name, g in found.items()}
+        if not case.per_query:
+            sizes["loss"] = rows.abs().mean().item()
+        sizes |= _derivative_sizes(rows, tensors, incoming if case.per_query else incoming / rows.numel())
+        values = {name: values[name] + g for name, g in found.items()} if values else found
+        scale = {name: max(scale.get(name, 0.0), size) for name, size in sizes.items()}
+    if "temperature" in scale and case.options.get("cost", "rbf") == "rbf":
+        part = terms.repulsion if case.per_query else terms.repulsion.mean()
+        summand = (part * _incoming(case, inputs, part)).sum().abs() / case.options["temperature"]
         scale["temperature"] = max(scale["temperature"], summand.item())
     return values, scale
+
+
+def _derivative_sizes(rows: Tensor, tensors: dict[str, Tensor], weight: Tensor) -> dict[str, float]:
+    """For each temperature ``sum |weight d rows / d tau|``, by differentiating the derivative w.r.t. what flows in."""
+    sizes = {}
+    for name in (n for n in TEMPERATURES if n in tensors):
+        incoming = weight.detach().expand_as(rows).clone().requires_grad_()
+        sizes[name] = 0.0
+        if not rows.requires_grad:
+            continue
+        (d_tau,) = torch.autograd.grad(rows, tensors[name], incoming, create_graph=True, allow_unused=True)
+        if d_tau is not None and d_tau.requires_grad:
+            (each,) = torch.autograd.grad(d_tau, incoming)
+            sizes[name] = (each * incoming).abs().sum().item()
+    return sizes
 
 
 # ---- the measure -----------------------------------------------------------------------------------------------------
@@ -377,26 +262,23 @@ def _as_asked_for(case: Case, dtype: torch.dtype) -> Case:
     return case._replace(options=case.options | {"normalize": True}) if normalizes else case
 
 
-def _draws(case: Case, dtype: torch.dtype, device: torch.device | str, count: int) -> list[Draw]:
-    inputs = [rounded(make_inputs(case, seed), dtype, device) for seed in range(count)]
-    return [Draw(draw, *true_quantities(_as_asked_for(case, dtype), draw, torch.float64)) for draw in inputs]
-
-
 @functools.lru_cache(maxsize=4096)
-def expect(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu") -> Expected:
+def expect(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", count: int = DRAWS) -> Expected:
     """Truth, scale and yardstick of a case for inputs of ``dtype``: found once, for all backends."""
+    asked = _as_asked_for(case, dtype)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors too small to share out
     try:
-        draws, asked, double = _draws(case, dtype, device, DRAWS), _as_asked_for(case, dtype), dtype == torch.float64
-        singles = _draws(case, torch.float32, device, 4 * DRAWS) if double else draws
-        yardstick = _worst([draw.errors(true_quantities(asked, draw.inputs, torch.float32)[0]) for draw in singles])
+        inputs = [rounded(make_inputs(case, seed), dtype, device) for seed in range(count)]
+        draws = [Draw(draw, *true_quantities(asked, draw)) for draw in inputs]
+        if dtype == torch.float64:
+            ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps * (FACTOR + 1) / FACTOR
+            single = expect(case, torch.float32, device, count).yardstick
+            return Expected(draws, {name: ratio * value for name, value in single.items()})
+        found = [draw.errors(eager_quantities(asked, draw.inputs, torch.float32)) for draw in draws]
     finally:
         torch.set_num_threads(threads)
-    if double:
-        ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps * (FACTOR + 1) / FACTOR
-        yardstick = {name: ratio * value for name, value in yardstick.items()}
-    return Expected(draws, yardstick)
+    return Expected(draws, _worst(found))
 
 
 def measure(case: Case, expected: Expected, backend: str, dtype: torch.dtype) -> list[Result]:
@@ -410,5 +292,17 @@ def measure(case: Case, expected: Expected, backend: str, dtype: torch.dtype) ->
 
 
 def compare(case: Case, backend: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[Result]:
-    """Error, yardstick and tolerance of the loss, of each input gradient and of each temperature derivative."""
-    return measure(case, expect(case, dtype, device), backend, dtype)
+    """Error, yardstick and tolerance of the loss, of each input gradient and of each temperature derivative.
+
+    Misses are confirmed as the head of this file says.
+    """
+    results = measure(case, expect(case, dtype, device), backend, dtype)
+    for count in CONFIRM:
+        misses = [result for result in results if not result.ok]
+        if not misses or any(not result.error <= CHANCE * result.tolerance for result in misses):
+            break
+        results = measure(case, expect(case, dtype, device, count), backend, dtype)
+    return results
+
+
+__all__ = ["NEAR", "Case", "Draw", "Expected", "Result", "cases", "compare", "expect", "make_inputs", "measure"]

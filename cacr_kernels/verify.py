@@ -8,12 +8,13 @@ check failed, 2 the arguments cannot be used.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -48,8 +49,10 @@ def group_of(case: testing.Case) -> str:
     return case.loss
 
 
-def check_group(backend: str, dtype: str, group: str, cases: list[testing.Case], device: str) -> Row:
-    """Compares all cases of a group; an exception counts as a failure."""
+def check_group(
+    backend: str, dtype: str, group: str, cases: list[testing.Case], device: str, advance: Callable[[], None]
+) -> Row:
+    """Compares all cases of a group, calling ``advance`` after each; an exception counts as a failure."""
     checks = failures = 0
     worst = ("", "", -1.0, 0.0, 1.0)
     for case in cases:
@@ -63,81 +66,161 @@ def check_group(backend: str, dtype: str, group: str, cases: list[testing.Case],
             share = r.error / r.tolerance if r.tolerance > 0 else math.inf
             if share > (worst[2] / worst[4] if worst[4] > 0 else math.inf):
                 worst = (r.quantity, case.name, r.error, r.yardstick, r.tolerance)
+        advance()
     return Row(backend, dtype, group, checks, failures, *worst)
 
 
-def gradchecks(backend: str, device: str) -> list[tuple[str, Callable[[], bool]]]:
-    """``torch.autograd.gradcheck`` on the backend itself, float64, embeddings and temperatures."""
+class Numeric(NamedTuple):
+    """One ``gradcheck``: a loss, its keywords, how many views, keys and so on, and which temperatures are tensors."""
 
-    def check(loss: str, **options: Any) -> Callable[[], bool]:
-        def run() -> bool:
-            g = torch.Generator().manual_seed(1)
-            tau = torch.tensor([0.8, 1.3], dtype=torch.float64, device=device, requires_grad=True)
+    label: str
+    loss: str
+    options: dict[str, Any]
+    sizes: tuple[int, ...] = ()
+    taus: tuple[str, ...] = ("tau_pos", "tau_neg")
 
-            def make(*shape: int) -> Tensor:
-                return torch.randn(shape, generator=g, dtype=torch.float64).div(shape[-1] ** 0.5).to(device)
+    def run(self, backend: str, device: str) -> bool:
+        """``torch.autograd.gradcheck`` of the backend itself in float64, w.r.t. embeddings and temperatures."""
+        g = torch.Generator().manual_seed(1)
 
-            z = make(3, 5, 4) if loss != "supervised_cacr_loss" else make(7, 4)
-            extra: dict[str, tuple[Any, ...]] = {
-                "cacr_loss": (),
-                "cacr_queue_loss": (make(3, 5, 4), make(6, 4)),
-                "cacr_momentum_loss": (make(9, 4),),
-                "supervised_cacr_loss": (torch.arange(7, device=device) % 3,),
-            }
-            function = getattr(functional, loss)
+        def make(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=g, dtype=torch.float64).div(shape[-1] ** 0.5).to(device)
 
-            def f(z: Tensor, tau: Tensor) -> Tensor:
-                if loss == "cacr_momentum_loss":
-                    kw: dict[str, Any] = {"temperature": tau[0], "normalize": True}
-                else:
-                    kw = {"tau_pos": tau[0], "tau_neg": tau[1]}
-                result: Tensor = function(z, *extra[loss], **kw, backend=backend, **options)
-                return result
+        fixed: dict[str, Tensor] = {}
+        if self.loss == "cacr_loss":
+            leaves = {"views": make(3, 5, 4)}
+        elif self.loss == "cacr_queue_loss":
+            leaves, fixed = {"queries": make(3, 5, 4)}, {"keys": make(3, 5, 4), "queue": make(*self.sizes, 4)}
+        elif self.loss == "cacr_momentum_loss":
+            V, B, M = self.sizes
+            leaves, fixed = {"queries": make(V, B, 4)}, {"keys": make(M, 4)}
+        else:
+            leaves, fixed = {"embeddings": make(7, 4)}, {"labels": torch.arange(7, device=device) % 3}
+            if self.sizes:
+                (M,) = self.sizes
+                leaves["ref_embeddings"], fixed["ref_labels"] = make(M, 4), torch.arange(M, device=device) % 4
+        for name, value in zip(self.taus, (0.8, 1.3), strict=False):
+            leaves[name] = torch.tensor(value, dtype=torch.float64, device=device)
 
-            arguments = (z.requires_grad_(), tau)
-            return bool(torch.autograd.gradcheck(f, arguments, raise_exception=False))
+        def f(*tensors: Tensor) -> Tensor:
+            arguments = dict(zip(leaves, tensors, strict=True)) | fixed | self.options
+            result: Tensor = getattr(functional, self.loss)(**arguments, backend=backend)
+            return result
 
-        return run
+        inputs = tuple(leaf.requires_grad_() for leaf in leaves.values())
+        return bool(torch.autograd.gradcheck(f, inputs, raise_exception=False))
 
-    found = []
+
+def numeric_checks() -> list[Numeric]:
+    """Every loss where its gradient is a derivative of its value.
+
+    It is not where weights that vary are detached. ``cacr_queue_loss`` is checked with constant weights instead
+    (temperature 0; all of its attraction), or with nothing detached (weight_grad="full", no queue);
+    ``cacr_momentum_loss`` with one view, so that p = 1, and under "sqeuclidean" with one negative, so that w = 1. The
+    rest of these two is compared with the reference, whose own derivation is tested.
+    """
+    checks = []
     for pairing in ("unordered", "ordered", "pooled"):
         for cost in ("sqeuclidean", "rbf"):
-            found.append((f"cacr_loss {pairing} {cost}", check("cacr_loss", pairing=pairing, cost=cost)))
-        found.append((f"cacr_loss {pairing} rows", check("cacr_loss", pairing=pairing, reduction="none")))
-    # Detached weights are not derivatives of the value, so that only these can be checked numerically.
-    found.append(("supervised_cacr_loss", check("supervised_cacr_loss")))
-    return found
+            checks.append(Numeric(f"cacr_loss {pairing} {cost}", "cacr_loss", {"pairing": pairing, "cost": cost}))
+        for reduction in ("none", "sum"):
+            options = {"pairing": pairing, "reduction": reduction}
+            checks.append(Numeric(f"cacr_loss {pairing} {reduction}", "cacr_loss", options))
+    name, neg = "cacr_queue_loss", ("tau_neg",)
+    for weight_grad in ("in_batch", "none"):
+        constant: dict[str, Any] = {"weight_grad": weight_grad, "tau_pos": 0.0, "tau_neg": 0.0}
+        checks.append(Numeric(f"{name} {weight_grad}, constant weights", name, constant, (6,), ()))
+    full: dict[str, Any] = {"weight_grad": "full", "tau_pos": 0.0}
+    checks += [
+        Numeric(f"{name} in_batch, no queue", name, {"weight_grad": "in_batch", "tau_pos": 0.0}, (0,), neg),
+        Numeric(f"{name} full", name, full, (6,), neg),
+        Numeric(f"{name} full, queue only", name, full | {"in_batch": False}, (6,), neg),
+        Numeric(f"{name} full none", name, full | {"reduction": "none"}, (6,), neg),
+    ]
+    name = "cacr_momentum_loss"
+    for cost, sizes in (("rbf", (1, 5, 9)), ("sqeuclidean", (1, 2, 2))):
+        for reduction in ("mean", "none"):
+            single: dict[str, Any] = {"cost": cost, "reduction": reduction, "normalize": True}
+            checks.append(Numeric(f"{name} {cost} {reduction}", name, single, sizes, ("temperature",)))
+    name = "supervised_cacr_loss"
+    checks += [Numeric(f"{name} {r}", name, {"reduction": r}) for r in ("mean", "none", "sum")]
+    return [*checks, Numeric(f"{name} reference set", name, {}, (9,))]
 
 
 def run_checks(
-    names: Iterable[str], device: str, quick: bool, progress: Callable[[str], None]
+    names: Iterable[str], device: str, quick: bool, progress: Progress
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """All comparisons and gradchecks."""
     rows, numeric = [], []
     groups: dict[str, list[testing.Case]] = {}
     for case in testing.cases(quick):
         groups.setdefault(group_of(case), []).append(case)
+    checks, names = numeric_checks(), list(names)
+    progress.start(len(names) * (len(DTYPES) * sum(map(len, groups.values())) + len(checks)))
     for name in names:
         for dtype in DTYPES:
             for group, cases in groups.items():
-                progress(f"{name} {dtype} {group}")
-                rows.append(check_group(name, dtype, group, cases, device))
-        for label, check in gradchecks(name, device):
-            progress(f"{name} gradcheck {label}")
-            numeric.append({"backend": name, "check": label, "ok": check()})
+                progress.now(f"{name} {dtype} {group}")
+                rows.append(check_group(name, dtype, group, cases, device, progress.advance))
+        for check in checks:
+            progress.now(f"{name} gradcheck {check.label}")
+            try:
+                problem = "" if check.run(name, device) else "numerical and analytical gradients differ"
+            except Exception as error:  # as in check_group
+                problem = f"{type(error).__name__}: {error}"
+            numeric.append({"backend": name, "check": check.label, "ok": not problem, "problem": problem})
+            progress.advance()
     return rows, numeric
 
 
-@contextmanager
-def progress_line() -> Iterator[Callable[[str], None]]:
-    """A line that shows what is being checked; only on a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda text: None
-        return
-    try:
-        yield lambda text: print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-    finally:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+class Progress:
+    """Says on stderr what is being checked and how far it is; silent unless that is a terminal."""
+
+    def __init__(self) -> None:
+        self._total = self._done = 0
+        self._text = ""
+        self._bar: Any = None
+        self._visible = sys.stderr.isatty()
+
+    def start(self, total: int) -> None:
+        """``total``: how often ``advance`` will be called."""
+        self._total = total
+        if not self._visible:
+            return
+        try:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+        except ImportError:
+            return
+        columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+        self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
+        self._bar.start()
+        self._task = self._bar.add_task("", total=total)
+
+    def now(self, text: str) -> None:
+        """What comes next."""
+        self._text = text
+        self._show(0)
+
+    def advance(self) -> None:
+        """One step is done."""
+        self._done += 1
+        self._show(1)
+
+    def _show(self, steps: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, advance=steps, description=self._text)
+        elif self._visible:
+            percent = 100 * self._done // max(1, self._total)
+            print(f"\r\x1b[K{percent:3d} %  {self._text}", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves no trace on the terminal."""
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._visible:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def print_table(rows: list[Row]) -> None:
@@ -212,10 +295,13 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     try:
         names, skipped = usable(options.backend, options.device)
-    except (ValueError, RuntimeError) as error:
+        if options.json:
+            Path(options.json).touch()  # now, not after minutes
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"cacr-verify: {error}", file=sys.stderr)
         return 2
-    with progress_line() as progress, warnings.catch_warnings():
+    progress = Progress()
+    with contextlib.closing(progress), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rows, numeric = run_checks(names, options.device, options.quick, progress)
     about = environment(options.device)
@@ -226,14 +312,14 @@ def main(argv: list[str] | None = None) -> int:
     for r in wrong:
         print(f"FAILED {r.backend} {r.dtype}: {r.quantity} of {r.case}: error {r.error:.2e} > {r.tolerance:.2e}")
     for n in wrong_numeric:
-        print(f"FAILED {n['backend']} gradcheck: {n['check']}")
+        print(f"FAILED {n['backend']} gradcheck: {n['check']}: {n['problem']}")
     for line in skipped:
         print(line)
     if options.json:
         report = {"environment": about, "backends": backends(), "ok": not (wrong or wrong_numeric)}
         rows_json = [r._asdict() | {"ok": r.failures == 0} for r in rows]
-        with open(options.json, "w", encoding="utf-8") as file:  # noqa: PTH123
-            json.dump(report | {"checks": rows_json, "gradcheck": numeric}, file, indent=1)
+        text = json.dumps(report | {"checks": rows_json, "gradcheck": numeric}, indent=1)
+        Path(options.json).write_text(text, encoding="utf-8")
     count = sum(r.checks for r in rows)
     verdict = "all within tolerance" if not (wrong or wrong_numeric) else "NOT within tolerance"
     print(f"{count} checks, {len(numeric)} gradchecks: {verdict}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import cacr_kernels
-from cacr_kernels import CACRParts
+from cacr_kernels import CACRParts, testing
 
 BACKENDS = [name for name, reason in cacr_kernels.backends().items() if reason is None and name != "reference"]
 LOSSES: dict[str, Callable[..., Any]] = {
@@ -97,6 +97,12 @@ def assert_agree(actual: Outcome, expected: Outcome, tolerance: float, what: str
         torch.testing.assert_close(
             x.double(), y.double(), rtol=0, atol=tolerance * size, msg=lambda m, name=name: f"{what} d/d{name}: {m}"
         )
+
+
+def assert_within_budget(case: testing.Case, backend: str, dtype: torch.dtype = torch.float32) -> None:
+    """The promise of ``cacr_kernels.testing`` for a problem of a test's own."""
+    wrong = [result for result in testing.compare(case, backend, dtype, device_of(backend)) if not result.ok]
+    assert not wrong, (backend, case.name, wrong)
 
 
 def compare(loss: str, tensors: dict[str, Tensor], tolerance: float = 1e-10, **options: Any) -> None:

@@ -39,17 +39,3 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     report = yield
     _fail_unexpected_skip(report)
     return report
-
-
-# Known violations of what the package promises, each a bug to mend; a strict one fails here when it is mended.
-KNOWN_BUGS = {
-    "test_verify.py::test_quick_run_passes[torch]": ("float16 queue, derivative of tau_neg: 5e-5, budget 3e-5", False),
-}  # fmt: skip
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        name = item.nodeid.split("/")[-1]
-        if name in KNOWN_BUGS:
-            reason, strict = KNOWN_BUGS[name]
-            item.add_marker(pytest.mark.xfail(reason=reason, strict=strict))

@@ -117,10 +117,78 @@ def test_tolerance_is_that_of_the_specification(dtype: torch.dtype, eps: float):
 
 def test_scale_is_that_of_the_terms_not_of_their_difference():
     inputs = testing.make_inputs(ODD)
-    _, scale = testing.true_quantities(ODD, inputs, torch.float64)
+    _, scale = testing.true_quantities(ODD, inputs)
     tau_pos, tau_neg = ODD.options["tau_pos"], ODD.options["tau_neg"]
     parts = functional.cacr_loss(**inputs, tau_pos=tau_pos, tau_neg=tau_neg, backend="reference", return_parts=True)
     assert scale["loss"] == pytest.approx(max(abs(parts.attraction.item()), abs(parts.repulsion.item())))
+
+
+def test_derivative_of_a_temperature_is_measured_against_what_the_queries_contribute():
+    options = {"tau_pos": 0.0, "tau_neg": 10.0}
+    case = Case("cacr_queue_loss", {"V": 2, "B": 7, "D": 5, "K": 11}, options)
+    values, scale = testing.true_quantities(case, testing.make_inputs(case))
+    tensors = testing.make_inputs(case)
+    each = []
+    for v in range(2):
+        for b in range(7):  # each query alone, by the definition
+            tau = torch.tensor(10.0, dtype=torch.float64, requires_grad=True)
+            loss = functional.cacr_queue_loss(
+                **tensors, tau_pos=0.0, tau_neg=tau, reduction="none", backend="reference"
+            )
+            each.append(torch.autograd.grad(loss[v, b], tau)[0].item())
+    assert min(each) < 0 < max(each)
+    assert values["tau_neg"].item() == pytest.approx(sum(each))
+    assert scale["tau_neg"] == pytest.approx(sum(abs(x) for x in each))
+
+
+def test_temperatures_that_are_numbers_are_not_measured():
+    assert {r.quantity for r in testing.compare(ODD._replace(learnable=False), "torch", torch.float32)} == {
+        "loss",
+        "gradient of views",
+    }
+
+
+def test_inputs_of_a_tests_own_are_measured():
+    def make(seed: int) -> dict[str, Tensor]:
+        return {"views": torch.full((2, 3, 2), float(seed), dtype=torch.float64) + torch.eye(3, 2).double()}
+
+    case = Case("cacr_loss", {}, {"tau_pos": 1.0, "tau_neg": 1.0}, make)
+    expected = testing.expect(case, torch.float32)
+    assert [draw.inputs["views"][0, 0, 1].item() for draw in expected.draws] == [0.0, 1.0, 2.0, 3.0]
+    assert all(r.ok for r in testing.compare(case, "torch", torch.float32))
+
+
+# Chance: a miss on few draws is looked at again on more
+
+
+def planted_misses(monkeypatch: pytest.MonkeyPatch, errors: dict[int, float]) -> list[int]:
+    """The error found on each number of draws, in tolerances; returns the numbers that were asked for."""
+    asked: list[int] = []
+
+    def measure(case, expected, backend, dtype):
+        asked.append(len(expected.draws))
+        return [testing.Result("loss", errors[asked[-1]], 0.0, 1.0)]
+
+    monkeypatch.setattr(testing, "measure", measure)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("errors", "asked", "ok"),
+    [
+        ({4: 0.9}, [4], True),
+        ({4: 1.1, 16: 0.9}, [4, 16], True),
+        ({4: 1.1, 16: 1.2, 64: 0.9}, [4, 16, 64], True),
+        ({4: 1.1, 16: 1.2, 64: 1.1}, [4, 16, 64], False),
+        ({4: 4.1}, [4], False),
+        ({4: math.inf}, [4], False),
+        ({4: math.nan}, [4], False),
+    ],
+)
+def test_a_miss_is_confirmed(monkeypatch: pytest.MonkeyPatch, errors: dict[int, float], asked: list[int], ok: bool):
+    seen = planted_misses(monkeypatch, errors)
+    assert [r.ok for r in testing.compare(ODD, "torch", torch.float32)] == [ok]
+    assert seen == asked
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
@@ -33,7 +34,7 @@ def _one_thread():
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of seconds: two cases and no gradcheck."""
     monkeypatch.setattr(testing, "cases", lambda quick=False: FEW)
-    monkeypatch.setattr(verify, "gradchecks", lambda backend, device: [])
+    monkeypatch.setattr(verify, "numeric_checks", list)
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, backend: str, factor: float) -> None:
@@ -102,9 +103,67 @@ def test_wrong_gradient_is_found_by_gradcheck(monkeypatch: pytest.MonkeyPatch):
 
     right = functional.cacr_loss
     monkeypatch.setattr(functional, "cacr_loss", lambda views, **kw: right(Off.apply(views), **kw))
-    checks = dict(verify.gradchecks("torch", "cpu"))
-    assert not checks["cacr_loss unordered sqeuclidean"]()
-    assert checks["supervised_cacr_loss"]()
+    checks = {check.label: check for check in verify.numeric_checks()}
+    assert not checks["cacr_loss unordered sqeuclidean"].run("torch", "cpu")
+    assert checks["supervised_cacr_loss mean"].run("torch", "cpu")
+
+
+@pytest.mark.parametrize("check", verify.numeric_checks(), ids=lambda check: check.label)
+def test_reference_passes_gradcheck(check: verify.Numeric):
+    assert check.run("reference", "cpu")
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("how", ["wrong", "raises"])
+def test_failed_gradcheck_exits_1_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str
+):
+    def gradcheck(*args, **kw):
+        if how == "raises":
+            raise RuntimeError("kernel on fire")
+        return False
+
+    monkeypatch.setattr(verify, "numeric_checks", lambda: [verify.Numeric("this one", "cacr_loss", {})])
+    monkeypatch.setattr(torch.autograd, "gradcheck", gradcheck)
+    assert verify.main(["--backend", "torch"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED torch gradcheck: this one" in out
+    assert ("kernel on fire" in out) is (how == "raises")
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("rich", [True, False])
+def test_progress_is_shown_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rich: bool
+):
+    if rich:
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setitem(sys.modules, "rich", None)
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+        monkeypatch.setitem(sys.modules, "rich.progress", None)
+    assert verify.main(["--backend", "torch"]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "150")
+    monkeypatch.setattr(sys, "stderr", _Terminal())
+    assert verify.main(["--backend", "torch"]) == 0
+    shown = sys.stderr.getvalue()
+    assert "torch float16 supervised_cacr_loss" in shown
+    assert ("8/8" if rich else " 87 %  torch float16 supervised_cacr_loss") in shown  # two cases in four dtypes
+
+
+def test_report_that_cannot_be_written_exits_2_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(verify, "run_checks", None)
+    assert verify.main(["--json", str(tmp_path / "nowhere" / "report.json")]) == 2
+    assert "report.json" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("few")
