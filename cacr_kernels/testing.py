@@ -17,11 +17,11 @@ The measure
 Scale. An error of eps in each summand is all one can ask for, so the scale is that of the summands, not of what is left
 when they have cancelled: the larger of what attraction and repulsion contribute (to a gradient: in its largest entry).
 A number is summed over the queries as well, and is measured against the sum of what each query contributes in size: the
-derivative of ``cacr_queue_loss`` w.r.t. tau_neg with detached queue logits has both signs among the queries, and
-where they happened to cancel to a thirtieth, errors would seem thirty times as large. It is also a variance of costs, found
-as a difference of terms c^2: what is below eps(float64) / eps(float32) of the largest c^2, where one key has all the
-weight, is not known to a float32 eps even in float64, so the scale is no smaller. A quantity whose scale is 0 (nothing
-flows to it) has to be exactly 0. Anything not finite has an infinite error.
+derivative of ``cacr_queue_loss`` w.r.t. tau_neg with detached queue logits has both signs among the queries, and where
+they happened to cancel to a thirtieth, errors would seem thirty times as large. It is also a variance of costs, a
+difference of terms c^2: what is below eps(float64) / eps(float32) of the largest c^2, where one key has all the weight,
+is not known to a float32 eps even in float64, so the scale is no smaller. A quantity whose scale is 0 (nothing flows to
+it) has to be exactly 0. Anything not finite has an infinite error.
 
 - The incoming gradient is the number of values under the mean or, per query, a random number of [0.5, 1.5): gradients
   have the size of one query's and do not vanish in float16.
@@ -39,9 +39,9 @@ still there. That leaves 1 in 1000, while what is wrong by more than ``CHANCE`` 
 float64. There the truth is the eager form itself, and its errors count as errors of what is measured. As rounding
 errors are proportional to eps, the error y of the eager form in float64 is taken to be that in float32 times the ratio
 of the two eps; the allowance is 2 y for the backend and y for the truth.
-This presumes that BLAS sums alike in both precisions. It does not over thousands of clustered keys (seen: MKL, 4128
-keys, 300 features; the eager form was wrong by 3.6e-14, ten times its share, and both backends by 4e-15 against long
-double): such sums are checked in float32 only, in ``tests/test_extremes.py``.
+This presumes that BLAS sums alike in both precisions, and is too strict where it does not: over thousands of clustered
+keys (seen: MKL, 4128 keys, 300 features) the eager form was wrong by 3.6e-14 in float64, ten times its share, and two
+backends by 4e-15 against long double.
 """
 
 from __future__ import annotations
