@@ -212,7 +212,7 @@ CACR_NOINLINE void tile_gradient_symmetric(idx n, const T* S, T* H, const T* slo
       const V h = given + received;
       store<T>(H + 2 * W * j + l, h);
       sum += total ? h : received;
-      if (columns) store<T>(columns + W * j, load(columns + W * j) + (total ? h : given));
+      store<T>(columns + W * j, load(columns + W * j) + (total ? h : given));
     }
     store<T>(row_sum + l, load(row_sum + l) + sum);
   }

@@ -1,9 +1,12 @@
 // Queries and keys are the same rows: every similarity serves both, once per sweep.
 //
-// A block of rows meets the keys from its own first row on. The square on the diagonal is computed whole and serves its
-// rows only; a tile right of it also serves its keys as queries: on the way forward it is turned, so that keys stand in
-// the lanes, and added to their statistics; on the way back H_ij + H_ji multiplies both sides. Two sweeps of U/2 for
-// the similarities and U for both gradients: 2 U in all, where the strip needs 3 U.
+// A block of rows meets the keys from its own first row on. The square on the diagonal is treated as any other tile;
+// one right of it also serves its keys as queries: on the way forward it is turned, so that keys stand in the lanes,
+// and added to their statistics; on the way back H_ij + H_ji multiplies both sides. Two sweeps of U/2 for the
+// similarities and U for both gradients: 2 U in all, where the strip needs 3 U.
+//
+// Similarities have the same bits both times, u_ji derived from u_ij or not: at large temperatures and norms a weight
+// that differs by the rounding of its exponent is not the one the row was normalised with.
 #pragma once
 
 #include "sweep.h"
@@ -123,9 +126,9 @@ struct SymmetricSweep : Sweep<T> {
   void meet(idx j0, idx n, bool on_diagonal) {  // keys [j0, j0 + n)
     Base::compute_similarities(s.S, j0, n);
     if (backward) {
-      gradients(j0, n, on_diagonal);
+      on_diagonal ? square_gradients(j0, n) : gradients(j0, n);
       Base::multiply_query_gradients(j0, n);
-      if (!on_diagonal) Base::multiply_key_gradients(j0, n);
+      Base::multiply_key_gradients(j0, n);
     } else {
       Base::accumulate_statistics(s.S, j0, n);
       for (idx j = 0; j < n && !on_diagonal; j += P) accumulate_keys(j0 + j, min_of<idx>(P, n - j), s.S + j * P);
@@ -185,7 +188,14 @@ struct SymmetricSweep : Sweep<T> {
   }
 
   // ---- backward ----------------------------------------------------------------------------------------------------
-  void gradients(idx j0, idx n, bool on_diagonal) {
+  void square_gradients(idx j0, idx n) {
+    T* const sums = s.row_sum;
+    if (!Base::cancelling()) s.row_sum = s.turned;  // these are known
+    Base::tile_gradients(s.S, j0, n);
+    s.row_sum = sums;
+  }
+
+  void gradients(idx j0, idx n) {
     bool shifted[kMaxSoftmaxes];
     for (int k = 0; k < p.softmaxes; k++) shifted[k] = !positive[k];
     for (idx i = 0; i < panels; i++) {
@@ -199,8 +209,7 @@ struct SymmetricSweep : Sweep<T> {
         for (int k = 0; k < p.softmaxes; k++) keys[k] = all[k].from(pair * padded + j);
         auto f = p.softmaxes == 1 ? pick_symmetric<1>(masked) : pick_symmetric<2>(masked);
         f(m, s.S + at, s.H + at, slope, r, keys, shifted, q_bias, t.packed.k_bias + p.k_index[pair] * p.M + j, p.kind,
-          Base::ids(i, j), min_of<idx>(P, rows - i * P), Base::cancelling(), s.row_sum + i * P,
-          on_diagonal ? nullptr : s.columns + j * W);
+          Base::ids(i, j), min_of<idx>(P, rows - i * P), Base::cancelling(), s.row_sum + i * P, s.columns + j * W);
       });
     }
   }
