@@ -116,7 +116,7 @@ def _queue_cases() -> list[Case]:
         case(3, 19, 9, 37, data="long", normalize=True, reduction="none"),
         case(2, 61, 65, 521, **_taus(1.0, 5.0)),
         case(2, 29, 33, 2053, data="clustered", **_taus(1.0, 5.0)),
-        case(2, 29, 300, 521, data="clustered", **_taus(1.0, 5.0)),
+        case(2, 29, 300, 4099, data="clustered", **_taus(1.0, 5.0)),
     )
     large = case(2, 13, 33, 2053, data="clustered", quick=True, **_taus(1.0, 5.0))
     return [large] + [

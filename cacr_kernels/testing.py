@@ -33,15 +33,14 @@ it) has to be exactly 0. Anything not finite has an infinite error.
 Draws. The error of one number is itself random: of two equally good computations one is more than twice as wrong as
 the other in 30 % of all draws of the inputs, and in 12 % if the worst of four draws is taken of both. The largest error
 of a tensor may hang on the rounding of one cost, too. So error and yardstick are the worst of the same ``DRAWS`` draws,
-and a miss that could be chance is looked at again on ``CONFIRM`` draws, those included: it counts if it is
-still there. That leaves 1 in 1000, while what is wrong by more than ``CHANCE`` tolerances fails at once.
+and a miss is looked at again on ``CONFIRM`` draws, those included: it counts if it is still there. That leaves 1 in
+1000.
 
-float64. There the truth is the eager form itself, and its errors count as errors of what is measured. As rounding
-errors are proportional to eps, the error y of the eager form in float64 is taken to be that in float32 times the ratio
-of the two eps; the allowance is 2 y for the backend and y for the truth.
-This presumes that BLAS sums alike in both precisions, and is too strict where it does not: over thousands of clustered
-keys (seen: MKL, 4128 keys, 300 features) the eager form was wrong by 3.6e-14 in float64, ten times its share, and two
-backends by 4e-15 against long double.
+float64. There the truth is the eager form itself, and its errors count as errors of what is measured: the allowance is
+2 y for the backend and y for the truth. As rounding errors are proportional to eps, the error y of the eager form in
+float64 is taken to be that in float32 times the ratio of the two eps, but no less than what changes in float64 when
+all instances come in the opposite order: BLAS need not sum alike in both precisions. (Seen with 4128 clustered keys and
+MKL: the eager form wrong by 3.6e-14 in float64, ten times its share, and two backends by 4e-15, against long double.)
 """
 
 from __future__ import annotations
@@ -63,7 +62,6 @@ FACTOR = 2.0  # tolerance = FACTOR yardstick + EPSILONS eps
 EPSILONS = 8.0
 DRAWS = 4
 CONFIRM = (16, 64)
-CHANCE = 4.0
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
 DIFFERENTIABLE = ("views", "queries", "embeddings", "ref_embeddings")
@@ -189,6 +187,19 @@ def true_quantities(case: Case, inputs: dict[str, Tensor]) -> tuple[dict[str, Te
     return values, scale
 
 
+def _in_opposite_order(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The loss and its gradients by the definition in float64, all instances and keys in the opposite order."""
+    turned = {name: t.flip(0 if t.dim() == 1 else -2) for name, t in inputs.items()}
+    options = dict(case.options)
+    if case.loss == "cacr_momentum_loss":
+        options["key_offset"] = len(inputs["keys"]) - inputs["queries"].shape[1] - options.get("key_offset", 0)
+    tensors, terms = _terms(case._replace(options=options), turned, torch.float64)
+    parts = terms.attraction, terms.repulsion
+    loss = (parts[0] + parts[1]).flip(-1) if case.per_query else parts[0].mean() + parts[1].mean()
+    found = _gradients(loss, tensors, _incoming(case, inputs, loss))
+    return {"loss": loss.detach(), **{n: g.flip(-2) if g.dim() else g for n, g in found.items()}}
+
+
 def _derivative_sizes(rows: Tensor, tensors: dict[str, Tensor], weight: Tensor) -> dict[str, float]:
     """For each temperature ``sum |weight d rows / d tau|``, by differentiating the derivative w.r.t. what flows in."""
     sizes = {}
@@ -280,9 +291,11 @@ def expect(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", c
         inputs = [rounded(make_inputs(case, seed), dtype, device) for seed in range(count)]
         draws = [Draw(draw, *true_quantities(asked, draw)) for draw in inputs]
         if dtype == torch.float64:
-            ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps * (FACTOR + 1) / FACTOR
+            ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
             single = expect(case, torch.float32, device, count).yardstick
-            return Expected(draws, {name: ratio * value for name, value in single.items()})
+            own = _worst([draw.errors(_in_opposite_order(case, draw.inputs)) for draw in draws])
+            share = (FACTOR + 1) / FACTOR
+            return Expected(draws, {n: share * max(ratio * value, own[n]) for n, value in single.items()})
         found = [draw.errors(eager_quantities(asked, draw.inputs, torch.float32)) for draw in draws]
     finally:
         torch.set_num_threads(threads)
@@ -307,7 +320,7 @@ def compare(case: Case, backend: str, dtype: torch.dtype, device: torch.device |
     results = measure(case, expect(case, dtype, device), backend, dtype)
     for count in CONFIRM:
         misses = [result for result in results if not result.ok]
-        if not misses or any(not result.error <= CHANCE * result.tolerance for result in misses):
+        if not misses or any(math.isinf(result.error) for result in misses):
             break
         results = measure(case, expect(case, dtype, device, count), backend, dtype)
     return results

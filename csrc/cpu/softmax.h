@@ -19,12 +19,15 @@ struct RowState {
   T* sum;    // sum e,  e_ij = 2^(slope (u_ij - u_top))
   T* sum_u;  // sum e (u - u_top)
   T* delta;  // sum w (u - u_top), on the way back
-  T* a;      // dL/du_ij = e_ij (a_i + b_i (u_ij - u_top - delta_i))
+  T* a;      // dL/du_ij = e_ij (a_i + b_i (u_ij - u_top - delta_i)), the sum over both softmaxes where there are two
   T* b;
   T* moment;  // sum e (u - u_top - delta)^2
   T* factor;  // w = factor e
+  T* ratio;   // of the second softmax: a_1 multiplies e_1 - ratio e_0, a_0 has what is left (see set_coefficients)
 
-  RowState from(idx i) const { return {top + i, sum + i, sum_u + i, delta + i, a + i, b + i, moment + i, factor + i}; }
+  RowState from(idx i) const {
+    return {top + i, sum + i, sum_u + i, delta + i, a + i, b + i, moment + i, factor + i, ratio + i};
+  }
 };
 
 template <class T>
@@ -119,7 +122,8 @@ CACR_NOINLINE void tile_gradient(idx n, const T* S, T* H, const T* slope, const 
   Membership<T> member[kSoftmaxes];
   V sum0{}, sum1{};
   V u_top0[kSoftmaxes], u_top1[kSoftmaxes], a0[kSoftmaxes], a1[kSoftmaxes], b0[kSoftmaxes], b1[kSoftmaxes];
-  V delta0[kSoftmaxes], delta1[kSoftmaxes], moment0[kSoftmaxes], moment1[kSoftmaxes];
+  V delta0[kSoftmaxes], delta1[kSoftmaxes], moment0[kSoftmaxes], moment1[kSoftmaxes], ratio0{}, ratio1{};
+  if constexpr (kSoftmaxes == 2) ratio0 = load(rows[1].ratio), ratio1 = load(rows[1].ratio + W);
   for (int s = 0; s < kSoftmaxes; s++) {
     if constexpr (kMasked) member[s] = Membership<T>::make(ids, kind[s]);
     const RowState<T>& r = rows[s];
@@ -132,7 +136,7 @@ CACR_NOINLINE void tile_gradient(idx n, const T* S, T* H, const T* slope, const 
 #pragma GCC unroll 2
   for (idx j = 0; j < n; j++) {
     const V u0 = load(S + 2 * W * j), u1 = load(S + 2 * W * j + W);
-    V h0{}, h1{};
+    V h0{}, h1{}, first0{}, first1{};
     for (int s = 0; s < kSoftmaxes; s++) {
       V d0 = u0 - u_top0[s], d1 = u1 - u_top1[s], w0, w1;
       if constexpr (kBounded)
@@ -140,17 +144,21 @@ CACR_NOINLINE void tile_gradient(idx n, const T* S, T* H, const T* slope, const 
       else
         w0 = exp2_flushed<T>(slope[s] * d0), w1 = exp2_flushed<T>(slope[s] * d1);
       d0 -= delta0[s], d1 -= delta1[s];
-      V g0 = w0 * (a0[s] + b0[s] * d0), g1 = w1 * (a1[s] + b1[s] * d1);
       IntVec<T> m0, m1;
       if constexpr (kMasked) {
         member[s].masks(j, m0, m1);
-        g0 = select<T>(m0, g0), g1 = select<T>(m1, g1);
+        w0 = select<T>(m0, w0), w1 = select<T>(m1, w1);
+        d0 = select<T>(m0, d0), d1 = select<T>(m1, d1);
       }
-      h0 += g0, h1 += g1;
+      if constexpr (kSoftmaxes == 1) {
+        h0 = w0 * (a0[s] + b0[s] * d0), h1 = w1 * (a1[s] + b1[s] * d1);
+      } else {
+        const V x0 = s ? w0 - ratio0 * first0 : w0, x1 = s ? w1 - ratio1 * first1 : w1;
+        h0 += a0[s] * x0 + b0[s] * (w0 * d0), h1 += a1[s] * x1 + b1[s] * (w1 * d1);
+        first0 = w0, first1 = w1;
+      }
       if constexpr (kMoment) {
-        V v0 = w0 * d0 * d0, v1 = w1 * d1 * d1;
-        if constexpr (kMasked) v0 = select<T>(m0, v0), v1 = select<T>(m1, v1);
-        moment0[s] += v0, moment1[s] += v1;
+        moment0[s] += w0 * d0 * d0, moment1[s] += w1 * d1 * d1;
       }
     }
     store<T>(H + 2 * W * j, h0), store<T>(H + 2 * W * j + W, h1);
@@ -184,7 +192,8 @@ CACR_NOINLINE void tile_gradient_symmetric(idx n, const T* S, T* H, const T* slo
     const V bias = load(q_bias + l);
     IntVec<T> exists;
     for (int x = 0; x < W; x++) exists[x] = -(l + x < lanes);
-    V u_top[kSoftmaxes], a[kSoftmaxes], b[kSoftmaxes], delta[kSoftmaxes], sum{};
+    V u_top[kSoftmaxes], a[kSoftmaxes], b[kSoftmaxes], delta[kSoftmaxes], ratio{}, sum{};
+    if constexpr (kSoftmaxes == 2) ratio = load(rows[1].ratio + l);
     for (int s = 0; s < kSoftmaxes; s++) {
       const RowState<T>& r = rows[s];
       u_top[s] = sign[s] * load(r.top + l), a[s] = load(r.a + l), b[s] = load(r.b + l), delta[s] = load(r.delta + l);
@@ -192,7 +201,7 @@ CACR_NOINLINE void tile_gradient_symmetric(idx n, const T* S, T* H, const T* slo
 #pragma GCC unroll 2
     for (idx j = 0; j < n; j++) {
       const V u = load(S + 2 * W * j + l), other = u + (bias - k_bias[j]);
-      V given{}, received{};
+      V given{}, received{}, first{}, first_key{};
       for (int s = 0; s < kSoftmaxes; s++) {
         const RowState<T>& r = keys[s];
         V d = u - u_top[s], d_key = (shifted[s] ? other : u) - sign[s] * r.top[j], w, w_key;
@@ -200,13 +209,20 @@ CACR_NOINLINE void tile_gradient_symmetric(idx n, const T* S, T* H, const T* slo
           w = exp2_in_range(slope[s] * d), w_key = exp2_in_range(slope[s] * d_key);
         else
           w = exp2_flushed<T>(slope[s] * d), w_key = exp2_flushed<T>(slope[s] * d_key);
-        V g = w * (a[s] + b[s] * (d - delta[s])), g_key = w_key * (r.a[j] + r.b[j] * (d_key - r.delta[j]));
+        d -= delta[s], d_key -= r.delta[j];
         if constexpr (kMasked) {
           IntVec<T> m[2];
           member[s].masks(j, m[0], m[1]);
-          g = select<T>(m[half], g), g_key = select<T>(m[half], g_key);
+          w = select<T>(m[half], w), w_key = select<T>(m[half], w_key);
+          d = select<T>(m[half], d), d_key = select<T>(m[half], d_key);
         }
-        given += g, received += g_key;
+        if constexpr (kSoftmaxes == 1) {
+          given = w * (a[s] + b[s] * d), received = w_key * (r.a[j] + r.b[j] * d_key);
+        } else {
+          const V x = s ? w - ratio * first : w, x_key = s ? w_key - r.ratio[j] * first_key : w_key;
+          given += a[s] * x + b[s] * (w * d), received += r.a[j] * x_key + r.b[j] * (w_key * d_key);
+          first = w, first_key = w_key;
+        }
       }
       received = select<T>(exists, received);
       const V h = given + received;

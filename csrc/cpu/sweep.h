@@ -47,8 +47,8 @@ struct Scratch {
     s.turned = carve<T>(at, t.symmetric ? R * P : 0);
     s.q_id = carve<int32_t>(at, R);
     for (RowState<T>& r : s.rows) {
-      T* a = carve<T>(at, 8 * R);
-      r = {a, a + R, a + 2 * R, a + 3 * R, a + 4 * R, a + 5 * R, a + 6 * R, a + 7 * R};
+      T* a = carve<T>(at, 9 * R);
+      r = {a, a + R, a + 2 * R, a + 3 * R, a + 4 * R, a + 5 * R, a + 6 * R, a + 7 * R, a + 8 * R};
     }
     return size_t(at - base);
   }
@@ -287,6 +287,8 @@ struct Sweep {
   // ---- backward ----------------------------------------------------------------------------------------------------
   // dL/dc = w (g_value (1 + tau (c - F)) + g_lse tau), in terms of u: dc/du = -2, c - F = -2 (u - u_top - delta).
   // factor: w = factor e.
+  // Where two softmaxes over one set nearly cancel (rbf), c_0 w_0 + c_1 w_1 = c_1 (w_1 - w_0) + (c_0 + c_1) w_0 keeps
+  // what the two rounded coefficients would lose.
   void set_coefficients(idx i, const double* g_value, const double* g_lse, const double* factor, bool detach) {
     double sum = 0;
     for (int k = 0; k < p.softmaxes; k++) {
@@ -294,9 +296,11 @@ struct Sweep {
       const double tau = detach ? 0 : p.tau[k], constant = -2 * (g_value[k] + (detach ? 0 : g_lse[k] * tau));
       r.a[i] = T(factor[k] * constant);
       r.b[i] = T(factor[k] * 4 * g_value[k] * tau);
-      r.factor[i] = T(factor[k]), r.moment[i] = 0;
+      r.factor[i] = T(factor[k]), r.moment[i] = 0, r.ratio[i] = 0;
       sum += constant;
     }
+    if (cancelling() && factor[1] != 0)
+      s.rows[0].a[i] = T(factor[0] * sum), s.rows[1].ratio[i] = T(factor[0] / factor[1]);
     s.known_sum[i] = T(sum);
     s.row_sum[i] = 0;
   }

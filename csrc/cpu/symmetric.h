@@ -16,15 +16,23 @@ namespace cacr::CACR_ISA {
 // Views of the memory behind Task::row_states, [softmaxes][fields][row_count].
 template <class T>
 struct SymmetricRows {
-  static constexpr int kForward = 3, kBackward = 8;
+  static constexpr int kForward = 3, kBackward = 9;
 
   static RowState<T> forward(T* base, int softmax, idx count) {
     T* x = base + idx(softmax) * kForward * count;
-    return {x, x + count, x + 2 * count, nullptr, nullptr, nullptr, nullptr, nullptr};
+    return {x, x + count, x + 2 * count, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
   }
   static RowState<T> backward(T* base, int softmax, idx count) {
     T* x = base + idx(softmax) * kBackward * count;
-    return {x, x + count, x + 2 * count, x + 3 * count, x + 4 * count, x + 5 * count, x + 6 * count, x + 7 * count};
+    return {x,
+            x + count,
+            x + 2 * count,
+            x + 3 * count,
+            x + 4 * count,
+            x + 5 * count,
+            x + 6 * count,
+            x + 7 * count,
+            x + 8 * count};
   }
   static T* known_sum(T* base, int softmaxes, idx count) { return base + idx(softmaxes) * kBackward * count; }
 };
