@@ -27,6 +27,8 @@ it) has to be exactly 0. Anything not finite has an infinite error.
   have the size of one query's and do not vanish in float16.
 - A float16 or bfloat16 gradient has been rounded once more, on its way out: its error is the distance from the truth to
   the interval of numbers that round to it, so that the last cast costs nothing and hides nothing.
+- The repulsion under rbf is a difference of two lse, about log of the number of negatives each where costs are small:
+  that belongs to the scale of the loss.
 - The derivative of 2T lse w.r.t. T (``cacr_momentum_loss``, rbf) is itself a difference, of 2 lse and the mean logit:
   the first of them belongs to its scale.
 
@@ -180,6 +182,11 @@ def true_quantities(case: Case, inputs: dict[str, Tensor]) -> tuple[dict[str, Te
         sizes |= _derivative_sizes(rows, tensors, incoming if case.per_query else incoming / rows.numel())
         values = {name: values[name] + g for name, g in found.items()} if values else found
         scale = {name: max(scale.get(name, 0.0), size) for name, size in sizes.items()}
+    if case.loss == "cacr_loss" and case.options.get("cost") == "rbf":
+        views, batch, _ = tensors["views"].shape
+        negatives = (views if case.options.get("pairing") == "pooled" else 1) * (batch - 1)
+        beta = abs(case.options.get("beta", 1.0))
+        scale["loss"] = max(scale["loss"], beta * math.log(max(1, negatives)))
     if "temperature" in scale and case.options.get("cost", "rbf") == "rbf":
         part = terms.repulsion if case.per_query else terms.repulsion.mean()
         summand = (part * _incoming(case, inputs, part)).sum().abs() / case.options["temperature"]
