@@ -184,11 +184,17 @@ def _contrast_backward(
         grad_k = torch.zeros_like(k) if want_k else k.new_empty(0)
     grad_tau = torch.zeros_like(tau) if want_tau else tau.new_empty(0)
     taus = torch.zeros_like(tau, dtype=q.dtype) if detach_weights else tau.to(q.dtype)
+    grad_lse = torch.where(weights[1] == 0, 0.0, grad_lse)
+    constants = grad_value + (0.0 if detach_weights else grad_lse * tau[:, None, None])
+    # Two softmaxes over one set (rbf) nearly cancel: a w_0 + b w_1 = (a + b) w_0 + b (w_1 - w_0)
+    cancelling = len(kinds) == 2 and kinds[0] == kinds[1]
+    if cancelling:
+        constants = torch.stack([constants.sum(0), constants[1]])
     for pair, rows, keys in blocks(len(q_index), q.shape[1], k.shape[1]):
         x, y = q_index[pair], k_index[pair]
         masks = [members(kind, q_id, k_id, rows, keys) for kind in kinds]
         c = _costs(q[x, rows], k[y, keys], kinds, masks, inner)
-        grad_c = torch.zeros_like(c)
+        grad_c = first = torch.zeros_like(c)
         for s, mask in enumerate(masks):
             at = (s, pair, rows)
             cost = c if mask is None else c.masked_fill(~mask, 0.0)
@@ -200,9 +206,11 @@ def _contrast_backward(
                 w = w.masked_fill_(~mask, 0.0)
             centred = cost - value[at][:, None].to(q.dtype)
             g_value = grad_value[at][:, None].to(q.dtype)
-            g_lse = torch.where(empty, 0.0, grad_lse[at][:, None]).to(q.dtype)
-            grad_c += w * (g_value * (1 + taus[s] * centred) + g_lse * taus[s])
+            share = w - first if cancelling and s else w
+            grad_c = grad_c + share * constants[at][:, None].to(q.dtype) + w * (g_value * taus[s] * centred)
+            first = w
             if want_tau and not detach_weights:
+                g_lse = grad_lse[at][:, None].to(q.dtype)
                 moment = w * (g_value * centred.square() + g_lse * cost)
                 grad_tau[s] += moment.sum(dtype=grad_tau.dtype)
         if want_q:

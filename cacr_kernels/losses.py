@@ -79,6 +79,7 @@ class Contrast:
         k, pairs = keys.detach()[None], [(v, 0) for v in range(queries.shape[0])]
         if self.backend in FROZEN:
             taus, grad = signed_temperatures([tau], queries.device), torch.is_grad_enabled()
+            taus = taus.detach() if detach_weights else taus
             index = [x for x, _ in pairs], [y for _, y in pairs]
             flags = inner, detach_weights, detach_value
             wanted = grad and queries.requires_grad, grad and taus.requires_grad

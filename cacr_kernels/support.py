@@ -116,7 +116,13 @@ def _gradients(case: Case, arguments: dict[str, Any], backend: str, **more: Any)
     return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
 
 
-_WORDS = {(): "plain", ("cacr",): "one sweep", ("contrast", "contrast_backward"): "tiles"}
+_WORDS = {
+    (): "plain",
+    ("cacr",): "one sweep",
+    ("contrast", "contrast_backward"): "tiles",
+    ("contrast_frozen", "contrast_frozen_backward"): "one sweep",
+    ("contrast", "contrast_backward", "contrast_frozen", "contrast_frozen_backward"): "one sweep, batch in tiles",
+}
 
 
 def way(case: Case, backend: str) -> str:

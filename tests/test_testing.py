@@ -180,7 +180,7 @@ def planted_misses(monkeypatch: pytest.MonkeyPatch, errors: dict[int, float]) ->
         ({4: 1.1, 16: 0.9}, [4, 16], True),
         ({4: 1.1, 16: 1.2, 64: 0.9}, [4, 16, 64], True),
         ({4: 1.1, 16: 1.2, 64: 1.1}, [4, 16, 64], False),
-        ({4: 4.1}, [4], False),
+        ({4: 9.0, 16: 0.9}, [4, 16], True),
         ({4: math.inf}, [4], False),
         ({4: math.nan}, [4], False),
     ],

@@ -77,6 +77,30 @@ Result<T> frozen(const Kernels<T>& kernels, int64_t n, int64_t d, double tau, in
   return r;
 }
 
+// Statistics and gradient of symmetric sweeps, in two shares: one softmax over others, or a second one beside it.
+template <class T>
+Result<T> symmetric(const Kernels<T>& kernels, int64_t n, int64_t d, double tau, int second, bool bounded,
+                    bool sorted) {
+  const Parallel serial{1, nullptr};
+  Problem<T> problem(n, d, tau, kOther, sorted);
+  problem.k_index[0] = 0;  // the keys are the queries
+  problem.p.softmaxes = second < 0 ? 1 : 2, problem.p.kind[1] = second, problem.p.tau[1] = -tau;
+  Engine<T> e(problem.p, serial, kernels);
+  e.allocate_packed(true);
+  e.pack(0, 1);
+  e.bounded = bounded;
+  Result<T> r;
+  const int64_t rows = problem.p.softmaxes * n;
+  r.value.resize(size_t(rows)), r.lse.resize(size_t(rows)), r.gradient.resize(problem.z.size());
+  double* state = e.memory.template get<double>(5 * rows);
+  const Statistics s{r.value.data(), r.lse.data(), nullptr, state, state + rows, state + 2 * rows};
+  symmetric_forward(e, s, 2);
+  for (int64_t i = 0; i < rows; i++) state[3 * rows + i] = 1.0 / double(n), state[4 * rows + i] = 0.5 / double(n);
+  const RowGradients g{s.value, s.top, s.sum, s.delta, state + 3 * rows, state + 4 * rows, false};
+  symmetric_backward(e, g, r.gradient.data(), false, 2);
+  return r;
+}
+
 template <class T>
 bool close(const std::vector<T>& a, const std::vector<T>& b, double tolerance, double scale = 0) {
   for (T x : b)
@@ -119,6 +143,22 @@ bool frozen_agree(const Kernels<T>& kernels, const Kernels<T>& trusted, int64_t 
   return true;
 }
 
+template <class T>
+bool symmetric_agree(const Kernels<T>& kernels, const Kernels<T>& trusted, int64_t n, int64_t d) {
+  const double tolerance = sizeof(T) == 4 ? 2e-5 : 1e-12;
+  for (double tau : {-1.0, 2.0})
+    for (int second : {-1, int(kOther), int(kSameNotSelf)})
+      for (int layout = 0; layout < 4; layout++) {
+        const bool bounded = layout & 1, sorted = layout & 2;
+        const Result<T> a = symmetric(kernels, n, d, tau, second, bounded, sorted),
+                        b = symmetric(trusted, n, d, tau, second, bounded, sorted);
+        if (!close(a.value, b.value, tolerance) || !close(a.lse, b.lse, tolerance) ||
+            !close(a.gradient, b.gradient, tolerance, 1.0 / double(n)))
+          return false;
+      }
+  return true;
+}
+
 // The aligned kernel: three views, n instances.
 template <class T>
 std::vector<double> aligned(const Kernels<T>& kernels, int64_t n, int64_t d) {
@@ -145,6 +185,7 @@ template <class T>
 bool self_check_passes(const Kernels<T>& kernels, const Kernels<T>& trusted, int64_t n, int64_t d) {
   const double tolerance = sizeof(T) == 4 ? 2e-5 : 1e-12;
   return self_check::agree(kernels, trusted, n, d) && self_check::frozen_agree(kernels, trusted, n, d) &&
+         self_check::symmetric_agree(kernels, trusted, n, d) &&
          self_check::close(self_check::aligned(kernels, n, d), self_check::aligned(trusted, n, d), tolerance);
 }
 

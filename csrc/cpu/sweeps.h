@@ -8,10 +8,14 @@ namespace cacr {
 // Rows below which the symmetric sweeps do not pay (see benchmarks/NOTES.md).
 constexpr int64_t kSymmetricRows = 192;
 
-// Every similarity once, for both of its rows; false: it does not pay or does not fit.
+template <class T>
+bool symmetric_pays(const Engine<T>& e) {
+  return e.p.N >= kSymmetricRows && e.symmetric();
+}
+
+// Every similarity once, for both of its rows; false: it does not fit into the workspace.
 template <class T>
 bool symmetric_forward(Engine<T>& e, const Statistics& statistics, int64_t n) {
-  if (e.p.N < kSymmetricRows || !e.symmetric()) return false;
   Task<T> t = e.task(Gradient::kNone, e.symmetric_blocking(), false, false);
   t.symmetric = true, t.statistics = statistics;
   const int64_t states = e.kernels.symmetric_states(t);
@@ -31,7 +35,6 @@ bool symmetric_forward(Engine<T>& e, const Statistics& statistics, int64_t n) {
 // dz (+)= what the rows get as queries and as keys
 template <class T>
 bool symmetric_backward(Engine<T>& e, const RowGradients& rows, T* dz, bool accumulate, int64_t n) {
-  if (e.p.N < kSymmetricRows || !e.symmetric()) return false;
   Task<T> t = e.task(Gradient::kGiven, e.symmetric_blocking(), true, true);
   t.symmetric = true, t.rows = rows;
   const int64_t states = e.kernels.symmetric_states(t);
@@ -48,7 +51,7 @@ bool symmetric_backward(Engine<T>& e, const RowGradients& rows, T* dz, bool accu
 
 template <class T>
 void forward_sweep(Engine<T>& e, const Statistics& statistics, int64_t n) {
-  if (symmetric_forward(e, statistics, n)) return;
+  if (symmetric_pays(e) && symmetric_forward(e, statistics, n)) return;
   Task<T> t = e.task(Gradient::kNone, e.blocking(), false, false);
   t.statistics = statistics;
   t.blocking = e.tile_fitting(t, n);
@@ -124,7 +127,7 @@ void backward_sweep(Engine<T>& e, const RowGradients& rows, T* dq, T* dk, double
                     int64_t n) {
   const Contrast<T>& p = e.p;
   const bool shared = dq && dq == dk;
-  if (shared && !variance && symmetric_backward(e, rows, dq, accumulate, n)) return;
+  if (shared && !variance && symmetric_pays(e) && symmetric_backward(e, rows, dq, accumulate, n)) return;
   const size_t slice_bytes = size_t(n) * e.slice_bytes(dq != nullptr, dk != nullptr, shared);
   const Blocking b = e.fitting(Gradient::kGiven, n, dq != nullptr, dk != nullptr, slice_bytes);
   if (b.rows == 0) return backward_by_owner(e, rows, dq, dk, variance, accumulate, n);
