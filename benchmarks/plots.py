@@ -111,22 +111,19 @@ def _sweep(rows: Results) -> Figure | None:
     if not by_options:
         return None
     chosen = max(by_options.values(), key=len)
-    figure = _figure(10.5, 4.8)
-    time, memory = figure.subplots(1, 2)
-    several = _lines(time, chosen, "p50_ms", "single_ms")
-    _lines(memory, chosen, "memory_mib")
     with_memory = len({row["row"] for row in chosen if row["memory_mib"] is not None}) > 1
-    if not several:
+    figure = _figure(10.5 if with_memory else 7.5, 4.8)
+    time, *memory = figure.subplots(1, 1 + with_memory, squeeze=False)[0]
+    if not _lines(time, chosen, "p50_ms", "single_ms"):
         return None
     _style(time, f"Loss and gradients: V = 2, D = 128, float32, {where(chosen[0])}")
     time.set_ylabel("milliseconds (band: 20–80 % of the rounds)")
-    if with_memory:
-        _style(memory, "Peak memory above the inputs, gradients included")
-        memory.set_ylabel("MiB")
-    else:
-        memory.remove()
+    for axes in memory:
+        _lines(axes, chosen, "memory_mib")
+        _style(axes, "Peak memory above the inputs, gradients included")
+        axes.set_ylabel("MiB")
     handles, names = time.get_legend_handles_labels()
-    figure.legend(handles, names, frameon=False, fontsize=8.5, ncols=5, loc="outside lower center")
+    figure.legend(handles, names, frameon=False, fontsize=8.5, ncols=5 if memory else 3, loc="outside lower center")
     return figure
 
 
