@@ -45,24 +45,37 @@ def ids(n: int, layout: str) -> Tensor:
     return {"diagonals": index % max(1, n // 2), "few": index % 3, "sorted": index // 5, "one": 0 * index}[layout]
 
 
+def temperatures(name: str) -> Tensor:
+    return torch.tensor([tau for _, tau in SETS[name]], dtype=torch.float64)
+
+
 def statistics(
-    name: str, backend: str, q: Tensor, k: Tensor | None, label: Tensor, pairs: list[tuple[int, int]]
+    name: str,
+    backend: str,
+    q: Tensor,
+    k: Tensor | None,
+    label: Tensor,
+    pairs: list[tuple[int, int]],
+    tau: Tensor | None = None,
 ) -> Any:
-    kinds, taus = [kind for kind, _ in SETS[name]], [tau for _, tau in SETS[name]]
+    kinds, tau = [kind for kind, _ in SETS[name]], temperatures(name) if tau is None else tau
     index = [x for x, _ in pairs], [y for _, y in pairs]
-    tau = torch.tensor(taus, dtype=torch.float64)
     k_id = None if k is None else label
     op = ops.operator(f"contrast_{backend}")
     return op(q, k, label, k_id, tau, kinds, *index, name == "inner", name.endswith("detached"))[:2]
 
 
 def with_gradient(name: str, backend: str, z: Tensor, own: bool, label: Tensor, pairs: Any = PAIRS) -> list[Tensor]:
-    """Value, lse and the gradient of all rows; not ``own``: the keys are a copy, the two gradients are added here."""
-    q = z.clone().requires_grad_()
-    value, lse = statistics(name, backend, q, None if own else q.clone(), label, pairs)
+    """Value, lse, the gradients of all rows, alone and with those of the temperatures.
+
+    Not ``own``: the keys are a copy, the two gradients are added here.
+    """
+    q, tau = z.clone().requires_grad_(), temperatures(name).requires_grad_()
+    value, lse = statistics(name, backend, q, None if own else q.clone(), label, pairs, tau)
     incoming = randn(*value.shape, 1, seed=5)[..., 0] if value.shape[-1] else value
     loss = (incoming * value).sum() + (incoming.flip(0, -1) * lse.masked_fill(lse == -torch.inf, 0.0)).sum()
-    return [value.detach(), lse.detach(), grad(loss, q)[0]]
+    both = grad(loss, (q, tau), retain_graph=True)
+    return [value.detach(), lse.detach(), grad(loss, q)[0], *both]
 
 
 def assert_close(mine: list[Tensor], expected: list[Tensor], dtype: torch.dtype, size: float = 1.0) -> None:
@@ -126,7 +139,7 @@ def test_second_derivative() -> None:
         z = randn(2, 9, 4).requires_grad_()
         if backend == "plain":
             spec = ops.ContrastSpec(label, label, [SAME_NOT_SELF, OTHER], [0, 1], [0, 1], False, False)
-            tau = torch.tensor([t for _, t in SETS["supervised"]], dtype=torch.float64)
+            tau = temperatures("supervised")
             value, lse = _blocks.plain_contrast(z, z, tau, spec)
         else:
             value, lse = statistics("supervised", backend, z, None, label, PAIRS)

@@ -197,10 +197,13 @@ struct Engine {
 
   char* sweep_scratch(const Task<T>& t, int64_t n) { return memory.get<char>(int64_t(kernels.sweep_scratch(t)) * n); }
 
-  void sweep_with_slices(const Task<T>& t, int64_t n, Slices& s, char* base) {
+  // key_moments: [n][moments], or null
+  void sweep_with_slices(const Task<T>& t, int64_t n, Slices& s, char* base, T* key_moments = nullptr,
+                         int64_t moments = 0) {
     const int64_t stride = padded(p.D);
     const bool shared = s.q[0] == s.k[0];
     in_shares(t, n, base, t.symmetric, [&](Task<T>& mine, int64_t i) {
+      mine.key_moments = key_moments ? key_moments + i * moments : nullptr;
       mine.dq = {s.q[i], p.N * stride, stride, s.q_touched[i].data()};
       mine.dk = {s.k[i], p.M * stride, stride, shared ? s.q_touched[i].data() : s.k_touched[i].data()};
       kernels.sweep(mine);

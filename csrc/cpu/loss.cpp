@@ -196,7 +196,7 @@ struct LossPlan {
       e.find_bound();
       const Gradient fused = loss.rbf ? Gradient::kRbfUnscaled : Gradient::kMeanCost;
       const Blocking b = e.fitting(fused, n, true, true, size_t(n) * e.slice_bytes(true, true, true));
-      const bool symmetric = symmetric_pays(e) && (loss.rbf || !want_tau);  // 2 U instead of 3 U
+      const bool symmetric = symmetric_pays(e);  // 2 U instead of 3 U
       const bool one = dz && !symmetric && b.rows > 0 && (!loss.rbf || (e.bounded && loss.rbf_scale >= 0));
       if (!one)
         two_sweeps(e, n);

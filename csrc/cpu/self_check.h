@@ -91,13 +91,14 @@ Result<T> symmetric(const Kernels<T>& kernels, int64_t n, int64_t d, double tau,
   e.bounded = bounded;
   Result<T> r;
   const int64_t rows = problem.p.softmaxes * n;
-  r.value.resize(size_t(rows)), r.lse.resize(size_t(rows)), r.gradient.resize(problem.z.size());
+  r.value.resize(size_t(rows)), r.lse.resize(size_t(rows)), r.variance.resize(size_t(rows)),
+      r.gradient.resize(problem.z.size());
   double* state = e.memory.template get<double>(5 * rows);
   const Statistics s{r.value.data(), r.lse.data(), nullptr, state, state + rows, state + 2 * rows};
   symmetric_forward(e, s, 2);
   for (int64_t i = 0; i < rows; i++) state[3 * rows + i] = 1.0 / double(n), state[4 * rows + i] = 0.5 / double(n);
   const RowGradients g{s.value, s.top, s.sum, s.delta, state + 3 * rows, state + 4 * rows, false};
-  symmetric_backward(e, g, r.gradient.data(), false, 2);
+  symmetric_backward(e, g, r.gradient.data(), r.variance.data(), false, 2);
   return r;
 }
 
@@ -153,7 +154,7 @@ bool symmetric_agree(const Kernels<T>& kernels, const Kernels<T>& trusted, int64
         const Result<T> a = symmetric(kernels, n, d, tau, second, bounded, sorted),
                         b = symmetric(trusted, n, d, tau, second, bounded, sorted);
         if (!close(a.value, b.value, tolerance) || !close(a.lse, b.lse, tolerance) ||
-            !close(a.gradient, b.gradient, tolerance, 1.0 / double(n)))
+            !close(a.variance, b.variance, tolerance, 1) || !close(a.gradient, b.gradient, tolerance, 1.0 / double(n)))
           return false;
       }
   return true;

@@ -173,12 +173,13 @@ CACR_NOINLINE void tile_gradient(idx n, const T* S, T* H, const T* slope, const 
 // As tile_gradient, where queries and keys are the same rows: H[j][i] = dL/du_ij + dL/du_ji, u_ji = u_ij + |k_j|^2/2 -
 // |q_i|^2/2 (or u_ij where `shifted` says no). rows: in the lanes; keys: of the tile's first key. What each row
 // receives as a key of others is added to row_sum (lanes) and columns; `total`: and what it gives as a query, too.
-// `lanes`: how many rows of the panel exist; weights of the others would be anything.
-template <class T, int kSoftmaxes, bool kBounded, bool kMasked>
+// `lanes`: how many rows of the panel exist; weights of the others would be anything. kMoment: moments of the rows are
+// accumulated, and those of the keys, by lanes, in key_moments [softmaxes][moment_stride].
+template <class T, int kSoftmaxes, bool kBounded, bool kMasked, bool kMoment>
 CACR_NOINLINE void tile_gradient_symmetric(idx n, const T* S, T* H, const T* slope, const RowState<T>* rows,
                                            const RowState<T>* keys, const bool* shifted, const T* q_bias,
                                            const T* k_bias, const int32_t* kind, const TileIds<T>& ids, idx lanes,
-                                           bool total, T* row_sum, T* columns) {
+                                           bool total, T* row_sum, T* columns, T* key_moments, idx moment_stride) {
   using V = Vec<T>;
   constexpr int W = Lanes<T>::W;
   Membership<T> member[kSoftmaxes];
@@ -192,11 +193,12 @@ CACR_NOINLINE void tile_gradient_symmetric(idx n, const T* S, T* H, const T* slo
     const V bias = load(q_bias + l);
     IntVec<T> exists;
     for (int x = 0; x < W; x++) exists[x] = -(l + x < lanes);
-    V u_top[kSoftmaxes], a[kSoftmaxes], b[kSoftmaxes], delta[kSoftmaxes], ratio{}, sum{};
+    V u_top[kSoftmaxes], a[kSoftmaxes], b[kSoftmaxes], delta[kSoftmaxes], moment[kSoftmaxes], ratio{}, sum{};
     if constexpr (kSoftmaxes == 2) ratio = load(rows[1].ratio + l);
     for (int s = 0; s < kSoftmaxes; s++) {
       const RowState<T>& r = rows[s];
       u_top[s] = sign[s] * load(r.top + l), a[s] = load(r.a + l), b[s] = load(r.b + l), delta[s] = load(r.delta + l);
+      if constexpr (kMoment) moment[s] = load(r.moment + l);
     }
 #pragma GCC unroll 2
     for (idx j = 0; j < n; j++) {
@@ -216,6 +218,11 @@ CACR_NOINLINE void tile_gradient_symmetric(idx n, const T* S, T* H, const T* slo
           w = select<T>(m[half], w), w_key = select<T>(m[half], w_key);
           d = select<T>(m[half], d), d_key = select<T>(m[half], d_key);
         }
+        if constexpr (kMoment) {
+          T* m = key_moments + s * moment_stride + W * j;
+          moment[s] += w * d * d;
+          store<T>(m, load(m) + select<T>(exists, w_key * d_key * d_key));
+        }
         if constexpr (kSoftmaxes == 1) {
           given = w * (a[s] + b[s] * d), received = w_key * (r.a[j] + r.b[j] * d_key);
         } else {
@@ -231,6 +238,8 @@ CACR_NOINLINE void tile_gradient_symmetric(idx n, const T* S, T* H, const T* slo
       store<T>(columns + W * j, load(columns + W * j) + (total ? h : given));
     }
     store<T>(row_sum + l, load(row_sum + l) + sum);
+    if constexpr (kMoment)
+      for (int s = 0; s < kSoftmaxes; s++) store<T>(rows[s].moment + l, moment[s]);
   }
 }
 

@@ -25,6 +25,7 @@ struct Scratch {
   T* known_sum;   // [rows]             the same, from the weights' sum of 1
   T* q_norm;      // [rows]
   T* turned;      // [rows][P]          symmetric: similarities of one panel of keys with the block
+  T* moments;     // [softmaxes][keys of the task][W]  symmetric, where wanted: of the keys, by lanes
   int32_t* q_id;  // [rows]
   RowState<T> rows[kMaxSoftmaxes];
 
@@ -45,6 +46,7 @@ struct Scratch {
     s.known_sum = carve<T>(at, R);
     s.q_norm = carve<T>(at, R);
     s.turned = carve<T>(at, t.symmetric ? R * P : 0);
+    s.moments = carve<T>(at, t.symmetric && t.want_moment ? p.softmaxes * (t.key1 - t.key0) * (P / 2) : 0);
     s.q_id = carve<int32_t>(at, R);
     for (RowState<T>& r : s.rows) {
       T* a = carve<T>(at, 9 * R);

@@ -32,20 +32,25 @@ bool symmetric_forward(Engine<T>& e, const Statistics& statistics, int64_t n) {
   return true;
 }
 
-// dz (+)= what the rows get as queries and as keys
+// dz (+)= what the rows get as queries and as keys; variance [softmaxes][pairs][N], or null: not wanted
 template <class T>
-bool symmetric_backward(Engine<T>& e, const RowGradients& rows, T* dz, bool accumulate, int64_t n) {
-  Task<T> t = e.task(Gradient::kGiven, e.symmetric_blocking(), true, true);
+bool symmetric_backward(Engine<T>& e, const RowGradients& rows, T* dz, double* variance, bool accumulate, int64_t n) {
+  Task<T> t = e.task(Gradient::kGiven, e.symmetric_blocking(), true, true, variance);
   t.symmetric = true, t.rows = rows;
   const int64_t states = e.kernels.symmetric_states(t);
-  const size_t each = e.kernels.sweep_scratch(t) + e.slice_bytes(true, true, true);
+  const int64_t moments = variance ? e.p.softmaxes * e.p.pairs * e.p.N : 0;
+  const size_t each = e.kernels.sweep_scratch(t) + e.slice_bytes(true, true, true) + size_t(moments) * sizeof(T);
   if (size_t(n) * each + size_t(states) * sizeof(T) > kWorkspaceBytes) return false;
   t.row_states = e.memory.template get<T>(states);
   char* scratch = e.sweep_scratch(t, n);
   e.in_shares(t, n, scratch, false, [&](Task<T>& mine, int64_t) { e.kernels.prepare(mine); });
   auto s = e.make_slices(n, true, true, true);
-  e.sweep_with_slices(t, n, s, scratch);
+  T* key_moments = e.memory.template zeros<T>(moments * n);
+  e.sweep_with_slices(t, n, s, scratch, moments ? key_moments : nullptr, moments);
   e.add_slices(s.q, s.q_touched, 0, e.p.q_views, e.p.N, dz, e.p.D, 1, accumulate, n);
+  for (int64_t i = 0; i < moments; i++)  // as queries, and as keys of other rows' tiles, in the order of the threads
+    for (int64_t x = 0; x < n; x++)
+      if (rows.sum[i] != 0) variance[i] += 4 / rows.sum[i] * double(key_moments[x * moments + i]);
   return true;
 }
 
@@ -127,7 +132,7 @@ void backward_sweep(Engine<T>& e, const RowGradients& rows, T* dq, T* dk, double
                     int64_t n) {
   const Contrast<T>& p = e.p;
   const bool shared = dq && dq == dk;
-  if (shared && !variance && symmetric_pays(e) && symmetric_backward(e, rows, dq, accumulate, n)) return;
+  if (shared && symmetric_pays(e) && symmetric_backward(e, rows, dq, variance, accumulate, n)) return;
   const size_t slice_bytes = size_t(n) * e.slice_bytes(dq != nullptr, dk != nullptr, shared);
   const Blocking b = e.fitting(Gradient::kGiven, n, dq != nullptr, dk != nullptr, slice_bytes);
   if (b.rows == 0) return backward_by_owner(e, rows, dq, dk, variance, accumulate, n);

@@ -67,8 +67,10 @@ struct SymmetricSweep : Sweep<T> {
       for (int k = 0; k < p.softmaxes; k++) Base::start_rows(all[k], count);
     for_blocks([&](bool first_of_pair, bool last_of_pair) {
       if (backward && first_of_pair) zero(s.columns, p.N * W);
+      if (t.want_moment && first_of_pair) zero(s.moments, p.softmaxes * p.N * W);
       block();
       if (backward && last_of_pair && !p.inner) Base::subtract_key_terms();
+      if (t.want_moment && last_of_pair) add_moments();
     });
   }
 
@@ -129,6 +131,7 @@ struct SymmetricSweep : Sweep<T> {
     if (!Base::cancelling())
       for (idx i = 0; i < panels * P; i++) s.row_sum[i] += s.known_sum[i];
     Base::add_query_gradients(s.row_sum);
+    if (t.want_moment) Base::write_variance();  // of what the rows met as queries so far
   }
 
   void meet(idx j0, idx n, bool on_diagonal) {  // keys [j0, j0 + n)
@@ -203,6 +206,13 @@ struct SymmetricSweep : Sweep<T> {
     s.row_sum = sums;
   }
 
+  // What the pair's rows and keys add to sum e (u - u_top - delta)^2, without the factor of the weights
+  void add_moments() const {
+    for (int k = 0; k < p.softmaxes; k++)
+      for (idx j = 0; j < p.N; j++)
+        t.key_moments[(k * p.pairs + pair) * p.N + j] += sum_lanes<T>(load(s.moments + (k * p.N + j) * W));
+  }
+
   void gradients(idx j0, idx n) {
     bool shifted[kMaxSoftmaxes];
     for (int k = 0; k < p.softmaxes; k++) shifted[k] = !positive[k];
@@ -217,16 +227,21 @@ struct SymmetricSweep : Sweep<T> {
         for (int k = 0; k < p.softmaxes; k++) keys[k] = all[k].from(pair * padded + j);
         auto f = p.softmaxes == 1 ? pick_symmetric<1>(masked) : pick_symmetric<2>(masked);
         f(m, s.S + at, s.H + at, slope, r, keys, shifted, q_bias, t.packed.k_bias + p.k_index[pair] * p.M + j, p.kind,
-          Base::ids(i, j), min_of<idx>(P, rows - i * P), Base::cancelling(), s.row_sum + i * P, s.columns + j * W);
+          Base::ids(i, j), min_of<idx>(P, rows - i * P), Base::cancelling(), s.row_sum + i * P, s.columns + j * W,
+          s.moments + j * W, p.N * W);
       });
     }
   }
   template <int kSoftmaxes>
   auto pick_symmetric(bool masked) const {
-    return t.bounded ? (masked ? tile_gradient_symmetric<T, kSoftmaxes, true, true>
-                               : tile_gradient_symmetric<T, kSoftmaxes, true, false>)
-                     : (masked ? tile_gradient_symmetric<T, kSoftmaxes, false, true>
-                               : tile_gradient_symmetric<T, kSoftmaxes, false, false>);
+    return t.want_moment ? pick_symmetric<kSoftmaxes, true>(masked) : pick_symmetric<kSoftmaxes, false>(masked);
+  }
+  template <int kSoftmaxes, bool kMoment>
+  auto pick_symmetric(bool masked) const {
+    return t.bounded ? (masked ? tile_gradient_symmetric<T, kSoftmaxes, true, true, kMoment>
+                               : tile_gradient_symmetric<T, kSoftmaxes, true, false, kMoment>)
+                     : (masked ? tile_gradient_symmetric<T, kSoftmaxes, false, true, kMoment>
+                               : tile_gradient_symmetric<T, kSoftmaxes, false, false, kMoment>);
   }
 };
 

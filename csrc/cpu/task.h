@@ -65,7 +65,8 @@ struct Task {
   // a forward `sweep` into the states of one thread, then `finish` over those of all; or `prepare`, then a backward
   // one.
   bool symmetric;
-  T* row_states;             // symmetric_states() of them; forward: of this thread, backward: of all
+  T* key_moments;  // symmetric, where the moment is wanted: [softmaxes][pairs][N] of this thread, what its tiles add
+  T* row_states;   // symmetric_states() of them; forward: of this thread, backward: of all
   T* const* partial_states;  // [partials], the first of them row_states
   int64_t partials;
 };
