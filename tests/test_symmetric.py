@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import grad, gradcheck
 
-from cacr_kernels import _blocks, ops
+from cacr_kernels import _blocks, cacr_loss, ops, supervised_cacr_loss
 
 ALL, SAME, OTHER, SAME_NOT_SELF = range(4)
 PAIRS = [(0, 0), (1, 1)]
@@ -179,3 +179,30 @@ def test_same_bits_for_the_same_threads(count: int, threads: Any) -> None:
     first = with_gradient("rbf", "cpu", z, True, label)
     for _ in range(3):
         assert all(map(torch.equal, first, with_gradient("rbf", "cpu", z, True, label)))
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize(("forward", "backward"), [(2, 2), (2, 1), (1, 64), (64, 3)])
+def test_a_row_keeps_the_weights_it_was_normalised_with(
+    forward: int, backward: int, learnable: bool, threads: Any
+) -> None:
+    """One key has all the weight: any other bits of its similarity on the way back would be another weight."""
+    z = torch.nn.functional.normalize(randn(300, 33), dim=-1).float().requires_grad_()
+    taus = [torch.tensor(1e6, requires_grad=True) if learnable else 1e6 for _ in range(2)]
+    labels = torch.arange(300) % 5
+    threads(forward)
+    loss = supervised_cacr_loss(z, labels, tau_pos=taus[0], tau_neg=taus[1], backend="cpu")
+    threads(backward)
+    (found,) = grad(loss, z)
+    exact = z.detach().double().requires_grad_()
+    (expected,) = grad(supervised_cacr_loss(exact, labels, tau_pos=1e6, tau_neg=1e6, backend="reference"), exact)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_only_the_temperature_is_differentiated() -> None:
+    z, taus = randn(300, 7), [torch.tensor(t, dtype=torch.float64, requires_grad=True) for t in (0.7, 1.9)]
+    for call in (
+        lambda name: cacr_loss(z.view(2, 150, 7), tau_pos=taus[0], tau_neg=taus[1], pairing="pooled", backend=name),
+        lambda name: supervised_cacr_loss(z, torch.arange(300) % 5, tau_pos=taus[0], tau_neg=taus[1], backend=name),
+    ):
+        torch.testing.assert_close(grad(call("cpu"), taus), grad(call("reference"), taus), rtol=1e-9, atol=1e-12)

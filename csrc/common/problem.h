@@ -37,6 +37,7 @@ struct Contrast {
   int32_t softmaxes;       // 1 or 2
   int32_t kind[kMaxSoftmaxes];
   double tau[kMaxSoftmaxes];  // signed: attraction > 0, repulsion < 0
+  bool own;                   // the keys are the queries, and what flows to both is one gradient
   bool inner;                 // c = -2 q.k instead of |q - k|^2
 };
 

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -115,7 +116,7 @@ struct ContrastArguments {
   std::optional<Tensor> q_id, k_id;
   const Tensor& tau;
   const std::vector<int64_t>&kinds, &q_index, &k_index;
-  bool inner;
+  bool inner, own;
 
   ContrastArguments(const Tensor& q_, const std::optional<Tensor>& k_, const std::optional<Tensor>& q_id_,
                     const std::optional<Tensor>& k_id_, const Tensor& tau_, const std::vector<int64_t>& kinds_,
@@ -126,7 +127,8 @@ struct ContrastArguments {
         kinds(kinds_),
         q_index(q_index_),
         k_index(k_index_),
-        inner(inner_) {
+        inner(inner_),
+        own(!k_) {
     if (q_id_) q_id = packed(*q_id_);
     if (k_id_) k_id = packed(*k_id_);
     if (!k_) k_id = q_id;
@@ -161,7 +163,7 @@ struct ContrastArguments {
       p.q_id = data<int32_t>(*q_id), p.k_id = data<int32_t>(*k_id);
       p.period = period_of(p.q_id, p.N, p.k_id, p.M);
     }
-    p.inner = inner;
+    p.inner = inner, p.own = own;
     return p;
   }
 };

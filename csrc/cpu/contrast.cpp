@@ -18,7 +18,7 @@ void contrast_backward(const Contrast<T>& problem, const RowGradients& rows, T* 
                        const Parallel& parallel) {
   Engine<T> e(problem, parallel);
   const int64_t n = e.threads();
-  e.allocate_packed(dq != nullptr);
+  e.allocate_packed(dq || dtau);
   parallel_for(parallel, n, [&](int64_t i) { e.pack(i, n); });
   e.find_bound();
   const int64_t per_softmax = problem.pairs * problem.N;

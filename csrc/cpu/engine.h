@@ -78,14 +78,10 @@ struct Engine {
   int64_t units() const { return p.pairs * ((p.N + kernels.panel - 1) / kernels.panel); }
 
   // Are queries and keys the same rows, of the same views in every pair?
-  bool symmetric() const {
-    if (p.q != p.k || p.N != p.M || p.q_view_stride != p.k_view_stride || p.q_row_stride != p.k_row_stride)
-      return false;
-    if (!std::equal(p.q_index, p.q_index + p.pairs, p.k_index)) return false;
-    return p.q_id == p.k_id || std::equal(p.q_id, p.q_id + p.N, p.k_id);
-  }
+  bool symmetric() const { return p.own && std::equal(p.q_index, p.q_index + p.pairs, p.k_index); }
 
-  // First unit of the i-th of n shares. Symmetric: of equal areas, as the panels of a pair meet fewer and fewer keys.
+  // First unit of the i-th of n shares. Symmetric: of equal areas, as the panels of a pair meet fewer and fewer keys,
+  // and in whole blocks, so that the same squares lie on the diagonal for any number of threads (symmetric.h says why).
   int64_t first_unit(int64_t i, int64_t n, bool triangular) const {
     if (!triangular) return share(units(), i, n);
     const int64_t panels = (p.N + kernels.panel - 1) / kernels.panel;
@@ -95,7 +91,8 @@ struct Engine {
     int64_t panel = 0;
     for (double left = target - area * double(pair); pair < p.pairs && left >= double(panels - panel) / 2; panel++)
       left -= double(panels - panel);
-    return i == n ? units() : std::min(units(), pair * panels + panel);
+    const int64_t block = symmetric_blocking().rows / kernels.panel;
+    return i == n ? units() : std::min(units(), pair * panels + panel / block * block);
   }
 
   // Threads worth their start: a share of at least about 20 us.

@@ -270,7 +270,8 @@ struct Frozen {
     for (idx f = 0; f < Dp; f += P)
       for (idx l = 0; l < P; l++) {
         T *mean = state.mean + (f + l) * P, *spread = state.spread + (f + l) * P;
-        for (idx d = 0; t.want_moments && d < P; d++) spread[d] = (spread[d] + sums.moved[l] * mean[d]) * sums.scale[l];
+        for (idx d = 0; t.want_moments && d < P; d++)
+          spread[d] = spread[d] * sums.scale[l] + sums.moved[l] * (mean[d] * sums.scale[l]);
         for (idx d = 0; d < P; d++) mean[d] *= sums.scale[l];
       }
   }
@@ -312,7 +313,7 @@ struct Frozen {
       r.sum_dd += scale * (part.sum_dd[l] + m * (2 * ed + m * e));
     }
     const double tau = p.tau[0], sign = slope < 0 ? -1 : 1;
-    const bool finite_tau = tau - tau == 0;  // NaN in 2^x comes out as 0: it shows in tau and in sum_d
+    const bool finite_tau = slope - slope == 0;  // NaN in 2^x comes out as 0: it shows in slope and in sum_d
     if (r.sum == 0 && r.sum_d == 0 && finite_tau) {
       r.lse = -__builtin_inf();
       return r;

@@ -27,8 +27,13 @@ struct LossPlan {
     t.V = loss.V, t.B = loss.B, t.D = loss.D;
     t.tau = loss.tau_pos, t.scale = loss.alpha / double(rows);
     t.statistics = out, t.dz = dz, t.dz_row_stride = loss.D;
-    t.scratch = memory.get<char>(int64_t(kernels.aligned_scratch(loss.V)) * n);
+    t.scratch = memory.get<char>(int64_t(kernels.aligned_scratch(loss.V)) * aligned_threads(kernels, n));
     return t;
+  }
+
+  // Costs of V^2 pairs of views: of many views only some threads' fit the workspace.
+  int64_t aligned_threads(const Kernels<T>& kernels, int64_t n) const {
+    return std::max<int64_t>(1, std::min<int64_t>(n, int64_t(kWorkspaceBytes / kernels.aligned_scratch(loss.V))));
   }
 
   void run_aligned(const Kernels<T>& kernels, AlignedTask<T> t, int64_t i, int64_t n) {
@@ -63,7 +68,7 @@ struct LossPlan {
     ids.resize(size_t(p.N));
     for (int64_t i = 0; i < p.N; i++) ids[size_t(i)] = int32_t(i % B);
     p.q_id = p.k_id = ids.data(), p.period = B;
-    p.softmaxes = loss.rbf ? 2 : 1;
+    p.own = true, p.softmaxes = loss.rbf ? 2 : 1;
     p.kind[0] = p.kind[1] = kOther;
     p.tau[0] = -loss.tau_neg, p.tau[1] = -(loss.tau_neg + loss.rbf_scale);
     return p;
@@ -186,9 +191,10 @@ struct LossPlan {
     const int64_t n = e.threads();
     Statistics positive;
     AlignedTask<T> aligned = aligned_task(e.kernels, n, positive);
-    if (repels) e.allocate_packed(dz != nullptr);
+    if (repels) e.allocate_packed(dz || want_tau);
     parallel_for(parallel, n, [&](int64_t i) {
-      run_aligned(e.kernels, aligned, i, n);
+      const int64_t some = aligned_threads(e.kernels, n);
+      if (i < some) run_aligned(e.kernels, aligned, i, some);
       if (repels) e.pack(i, n);
     });
     sum_attraction(positive);

@@ -83,7 +83,7 @@ Result<T> symmetric(const Kernels<T>& kernels, int64_t n, int64_t d, double tau,
                     bool sorted) {
   const Parallel serial{1, nullptr};
   Problem<T> problem(n, d, tau, kOther, sorted);
-  problem.k_index[0] = 0;  // the keys are the queries
+  problem.k_index[0] = 0, problem.p.own = true;
   problem.p.softmaxes = second < 0 ? 1 : 2, problem.p.kind[1] = second, problem.p.tau[1] = -tau;
   Engine<T> e(problem.p, serial, kernels);
   e.allocate_packed(true);

@@ -108,8 +108,8 @@ CACR_NOINLINE void add_statistics(idx n, const T* S, T slope, const RowState<T>&
   }
   const V sum0 = load(r.sum), sum1 = load(r.sum + W);
   store<T>(r.sum, sum0 * scale0 + e0), store<T>(r.sum + W, sum1 * scale1 + e1);
-  store<T>(r.sum_u, (load(r.sum_u) + sum0 * (sign * moved0)) * scale0 + eu0);
-  store<T>(r.sum_u + W, (load(r.sum_u + W) + sum1 * (sign * moved1)) * scale1 + eu1);
+  store<T>(r.sum_u, load(r.sum_u) * scale0 + sum0 * scale0 * (sign * moved0) + eu0);
+  store<T>(r.sum_u + W, load(r.sum_u + W) * scale1 + sum1 * scale1 * (sign * moved1) + eu1);
 }
 
 // H[j][:] = sum over softmaxes of e (a + b (u - u_top - delta));  row_sum[i] += sum_j H_ij;  columns[j][0:W] += both

@@ -246,7 +246,7 @@ struct Sweep {
       double lse[kMaxSoftmaxes], factor[kMaxSoftmaxes];
       for (int k = 0; k < p.softmaxes; k++) {
         RowState<T>& r = s.rows[k];
-        const bool finite_tau = p.tau[k] - p.tau[k] == 0;  // NaN in 2^x comes out as 0: it shows in tau and in sum_u
+        const bool finite_tau = slope[k] - slope[k] == 0;  // NaN in 2^x comes out as 0: it shows in slope and in sum_u
         const bool empty = r.sum[i] == 0 && r.sum_u[i] == 0 && finite_tau;
         const double sum = r.sum[i], delta = empty ? 0 : double(r.sum_u[i]) / sum;
         const double top_cost = norm_of(k, i) - 2 * sign(k) * double(r.top[i]);

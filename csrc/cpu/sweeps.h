@@ -9,54 +9,73 @@ namespace cacr {
 constexpr int64_t kSymmetricRows = 192;
 
 template <class T>
-bool symmetric_pays(const Engine<T>& e) {
-  return e.p.N >= kSymmetricRows && e.symmetric();
+Task<T> symmetric_task(const Engine<T>& e, Gradient gradient, double* variance = nullptr) {
+  const bool backward = gradient != Gradient::kNone;
+  Task<T> t = e.task(gradient, e.symmetric_blocking(), backward, backward, variance);
+  t.symmetric = true;
+  return t;
 }
 
-// Every similarity once, for both of its rows; false: it does not fit into the workspace.
+// Threads, no more than n, whose memory fits the workspace in both sweeps; 0: not even that of one.
 template <class T>
-bool symmetric_forward(Engine<T>& e, const Statistics& statistics, int64_t n) {
-  Task<T> t = e.task(Gradient::kNone, e.symmetric_blocking(), false, false);
-  t.symmetric = true, t.statistics = statistics;
-  const int64_t states = e.kernels.symmetric_states(t);
-  if (size_t(n) * (size_t(states) * sizeof(T) + e.kernels.sweep_scratch(t)) > kWorkspaceBytes) return false;
+int64_t symmetric_threads(const Engine<T>& e, int64_t n) {
+  double some = 0;  // not null: as if the moments were wanted, so that no sweep decides unlike another
+  const Task<T> forward = symmetric_task(e, Gradient::kNone), backward = symmetric_task(e, Gradient::kGiven, &some);
+  const size_t moments = size_t(e.p.softmaxes * e.p.pairs * e.p.N) * sizeof(T);
+  const size_t shared = size_t(e.kernels.symmetric_states(backward)) * sizeof(T);
+  const size_t there = size_t(e.kernels.symmetric_states(forward)) * sizeof(T) + e.kernels.sweep_scratch(forward);
+  const size_t back = e.kernels.sweep_scratch(backward) + e.slice_bytes(true, true, true) + moments;
+  if (shared >= kWorkspaceBytes) return 0;
+  return std::min<int64_t>(n, int64_t((kWorkspaceBytes - shared) / std::max(there, back)));
+}
+
+// The same answer for the forward and the backward of one problem, whatever the threads and the wanted gradients: a row
+// must get the similarities it was normalised with.
+template <class T>
+bool symmetric_pays(const Engine<T>& e) {
+  return e.p.N >= kSymmetricRows && e.symmetric() && symmetric_threads(e, 1) == 1;
+}
+
+// Every similarity once, for both of its rows.
+template <class T>
+void symmetric_forward(Engine<T>& e, const Statistics& statistics, int64_t threads) {
+  const int64_t n = symmetric_threads(e, threads);
+  Task<T> t = symmetric_task(e, Gradient::kNone);
+  t.statistics = statistics;
+  Workspace memory;  // given back before a backward sweep needs its own
   std::vector<T*> partial;
-  for (int64_t i = 0; i < n; i++) partial.push_back(e.memory.template get<T>(states));
-  char* scratch = e.sweep_scratch(t, n);
+  for (int64_t i = 0; i < n; i++) partial.push_back(memory.get<T>(e.kernels.symmetric_states(t)));
+  char* scratch = memory.get<char>(int64_t(e.kernels.sweep_scratch(t)) * n);
   e.in_shares(t, n, scratch, true, [&](Task<T>& mine, int64_t i) {
     mine.row_states = partial[size_t(i)];
     e.kernels.sweep(mine);
   });
   t.row_states = partial[0], t.partial_states = partial.data(), t.partials = n;
   e.in_shares(t, n, scratch, false, [&](Task<T>& mine, int64_t) { e.kernels.finish(mine); });
-  return true;
 }
 
 // dz (+)= what the rows get as queries and as keys; variance [softmaxes][pairs][N], or null: not wanted
 template <class T>
-bool symmetric_backward(Engine<T>& e, const RowGradients& rows, T* dz, double* variance, bool accumulate, int64_t n) {
-  Task<T> t = e.task(Gradient::kGiven, e.symmetric_blocking(), true, true, variance);
-  t.symmetric = true, t.rows = rows;
-  const int64_t states = e.kernels.symmetric_states(t);
-  const int64_t moments = variance ? e.p.softmaxes * e.p.pairs * e.p.N : 0;
-  const size_t each = e.kernels.sweep_scratch(t) + e.slice_bytes(true, true, true) + size_t(moments) * sizeof(T);
-  if (size_t(n) * each + size_t(states) * sizeof(T) > kWorkspaceBytes) return false;
-  t.row_states = e.memory.template get<T>(states);
+void symmetric_backward(Engine<T>& e, const RowGradients& rows, T* dz, double* variance, bool accumulate,
+                        int64_t threads) {
+  const int64_t n = symmetric_threads(e, threads), moments = variance ? e.p.softmaxes * e.p.pairs * e.p.N : 0;
+  Task<T> t = symmetric_task(e, Gradient::kGiven, variance);
+  t.rows = rows;
+  t.row_states = e.memory.template get<T>(e.kernels.symmetric_states(t));
   char* scratch = e.sweep_scratch(t, n);
   e.in_shares(t, n, scratch, false, [&](Task<T>& mine, int64_t) { e.kernels.prepare(mine); });
   auto s = e.make_slices(n, true, true, true);
   T* key_moments = e.memory.template zeros<T>(moments * n);
   e.sweep_with_slices(t, n, s, scratch, moments ? key_moments : nullptr, moments);
-  e.add_slices(s.q, s.q_touched, 0, e.p.q_views, e.p.N, dz, e.p.D, 1, accumulate, n);
+  if (dz) e.add_slices(s.q, s.q_touched, 0, e.p.q_views, e.p.N, dz, e.p.D, 1, accumulate, n);
   for (int64_t i = 0; i < moments; i++)  // as queries, and as keys of other rows' tiles, in the order of the threads
     for (int64_t x = 0; x < n; x++)
       if (rows.sum[i] != 0) variance[i] += 4 / rows.sum[i] * double(key_moments[x * moments + i]);
-  return true;
 }
 
 template <class T>
 void forward_sweep(Engine<T>& e, const Statistics& statistics, int64_t n) {
-  if (symmetric_pays(e) && symmetric_forward(e, statistics, n)) return;
+  if (symmetric_pays(e)) return symmetric_forward(e, statistics, n);
   Task<T> t = e.task(Gradient::kNone, e.blocking(), false, false);
   t.statistics = statistics;
   t.blocking = e.tile_fitting(t, n);
@@ -132,7 +151,7 @@ void backward_sweep(Engine<T>& e, const RowGradients& rows, T* dq, T* dk, double
                     int64_t n) {
   const Contrast<T>& p = e.p;
   const bool shared = dq && dq == dk;
-  if (shared && symmetric_pays(e) && symmetric_backward(e, rows, dq, variance, accumulate, n)) return;
+  if (symmetric_pays(e)) return symmetric_backward(e, rows, dq, variance, accumulate, n);
   const size_t slice_bytes = size_t(n) * e.slice_bytes(dq != nullptr, dk != nullptr, shared);
   const Blocking b = e.fitting(Gradient::kGiven, n, dq != nullptr, dk != nullptr, slice_bytes);
   if (b.rows == 0) return backward_by_owner(e, rows, dq, dk, variance, accumulate, n);

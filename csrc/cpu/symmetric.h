@@ -20,7 +20,7 @@ struct SymmetricRows {
 
   static RowState<T> forward(T* base, int softmax, idx count) {
     T* x = base + idx(softmax) * kForward * count;
-    return {x, x + count, x + 2 * count, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+    return {x, x + count, x + 2 * count, x, x, x, x, x, x};  // the others are not used
   }
   static RowState<T> backward(T* base, int softmax, idx count) {
     T* x = base + idx(softmax) * kBackward * count;
@@ -172,7 +172,7 @@ struct SymmetricSweep : Sweep<T> {
         for (idx b = 0; b < P; b += W) {
           Vec<T> r[W];
 #pragma GCC unroll 16
-          for (idx x = 0; x < W; x++) r[x] = load(in + (a + x) * P + b);
+          for (idx x = 0; x < W; x++) r[x] = a + x < n ? load(in + (a + x) * P + b) : Vec<T>{};
           transpose_lanes<T>(r);
           const Vec<T> other = load(key_bias + a);
 #pragma GCC unroll 16
@@ -193,8 +193,8 @@ struct SymmetricSweep : Sweep<T> {
                    scale1 = exp2_flushed<T>(sign * slope[k] * moved1);
       const Vec<T> sum0 = load(into.sum + i), sum1 = load(from.sum + i);
       store<T>(into.top + i, top), store<T>(into.sum + i, sum0 * scale0 + sum1 * scale1);
-      store<T>(into.sum_u + i, (load(into.sum_u + i) + sum0 * (sign * moved0)) * scale0 +
-                                   (load(from.sum_u + i) + sum1 * (sign * moved1)) * scale1);
+      store<T>(into.sum_u + i, load(into.sum_u + i) * scale0 + sum0 * scale0 * (sign * moved0) +
+                                   load(from.sum_u + i) * scale1 + sum1 * scale1 * (sign * moved1));
     }
   }
 

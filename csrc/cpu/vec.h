@@ -26,6 +26,7 @@ struct Lanes<float> {
   static constexpr int W = CACR_VECTOR_BYTES / 4;
   typedef float V __attribute__((vector_size(CACR_VECTOR_BYTES)));
   typedef int32_t I __attribute__((vector_size(CACR_VECTOR_BYTES)));
+  typedef uint32_t Bits __attribute__((vector_size(CACR_VECTOR_BYTES)));
   typedef float U __attribute__((vector_size(CACR_VECTOR_BYTES), aligned(4), may_alias));
   using Int = int32_t;
 };
@@ -35,6 +36,7 @@ struct Lanes<double> {
   static constexpr int W = CACR_VECTOR_BYTES / 8;
   typedef double V __attribute__((vector_size(CACR_VECTOR_BYTES)));
   typedef int64_t I __attribute__((vector_size(CACR_VECTOR_BYTES)));
+  typedef uint64_t Bits __attribute__((vector_size(CACR_VECTOR_BYTES)));
   typedef double U __attribute__((vector_size(CACR_VECTOR_BYTES), aligned(8), may_alias));
   using Int = int64_t;
 };
@@ -142,7 +144,8 @@ CACR_INLINE Vec<float> exp2_in_range(Vec<float> x) {
   p = p * f + 2.4022646891194166815e-1f;
   p = p * f + 6.9314720573633318805e-1f;
   p = p * f + 1.0000000005541032446f;
-  return reinterpret_cast<Vec<float>>(reinterpret_cast<IntVec<float>>(p) + (reinterpret_cast<IntVec<float>>(r) << 23));
+  using Bits = Lanes<float>::Bits;  // unsigned: of a key that is masked later the exponent may overflow
+  return reinterpret_cast<Vec<float>>(reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(r) << 23));
 }
 CACR_INLINE Vec<double> exp2_in_range(Vec<double> x) {
   const double magic = 6755399441055744.0;  // 1.5 * 2^52
@@ -159,8 +162,8 @@ CACR_INLINE Vec<double> exp2_in_range(Vec<double> x) {
   p = p * f + 2.4022650695910156194e-1;
   p = p * f + 6.9314718055994533045e-1;
   p = p * f + 0.9999999999999999971;
-  return reinterpret_cast<Vec<double>>(reinterpret_cast<IntVec<double>>(p) +
-                                       (reinterpret_cast<IntVec<double>>(r) << 52));
+  using Bits = Lanes<double>::Bits;  // unsigned: of a key that is masked later the exponent may overflow
+  return reinterpret_cast<Vec<double>>(reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(r) << 52));
 }
 
 template <class T>
