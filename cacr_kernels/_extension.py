@@ -40,6 +40,8 @@ def _load(name: str) -> Extension:
         return Extension(path, "the compiled extension is disabled by the environment variable CACR_DISABLE_EXTENSION")
     if not path.exists():
         reason = "this is a pure Python installation; install again with a C++ compiler at hand"
+        if (path.parent.parent / "setup.py").exists():
+            reason = "this is a source tree that was not built; leave it, or build it with pip install -e ."
         return Extension(path, f"the compiled library {path.name} does not exist: {reason}")
     try:
         torch.ops.load_library(str(path))

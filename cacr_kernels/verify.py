@@ -297,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
         names, skipped = usable(options.backend, options.device)
         if options.json:
             Path(options.json).touch()  # now, not after minutes
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, AssertionError) as error:  # torch asserts that it knows CUDA
         print(f"cacr-verify: {error}", file=sys.stderr)
         return 2
     progress = Progress()
