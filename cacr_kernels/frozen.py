@@ -17,7 +17,7 @@ from torch.autograd import Function
 
 from ._blocks import plain_contrast
 from .autograd import _apply, _opaque, _positional, _run
-from .ops import NAMESPACE, ContrastSpec, _vjp, operator, place
+from .ops import NAMESPACE, ContrastSpec, _vjp, operator, own_precision, place
 
 FROZEN_SCHEMA = (
     "(Tensor q, Tensor k, Tensor? q_id, Tensor? k_id, Tensor tau, int[] kinds, int[] q_index, int[] k_index,"
@@ -165,6 +165,7 @@ def frozen_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.rest = kinds, q_index, k_index, inner, detach
 
 
+@own_precision
 def frozen_second_order(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
     """Derivatives of the gradient w.r.t. q, tau and the incoming gradients, from the plain formula."""
     q, k, q_id, k_id, tau, grad_value, grad_lse = ctx.saved_tensors

@@ -12,7 +12,9 @@ gets in eager mode and under ``torch.compile`` alike.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +23,20 @@ from . import _blocks, reference
 from .types import Cost, Pairing
 
 _vjp: Any = torch.func.vjp  # its annotations leave out how many values it returns
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def own_precision(second_order: F) -> F:
+    """A second derivative is taken from the reference in its own dtype, also where ``backward`` runs under autocast."""
+
+    @functools.wraps(second_order)
+    def wrapped(*args: Any) -> Any:
+        device = next(t for t in (*args, *getattr(args[0], "saved_tensors", ())) if isinstance(t, Tensor)).device
+        with torch.autocast(device.type, enabled=False):
+            return second_order(*args)
+
+    return cast("F", wrapped)
+
 
 PAIRINGS: tuple[Pairing, ...] = ("unordered", "ordered", "pooled")
 NAMESPACE = "cacr_kernels"
@@ -92,6 +108,7 @@ def cacr_reference(views: Tensor, tau: Tensor | None, options: CACROptions) -> t
     return attraction + repulsion, parts
 
 
+@own_precision
 def cacr_second_order(
     g_loss: Tensor, views: Tensor, tau: Tensor | None, gg_views: Tensor, gg_tau: Tensor, options: CACROptions
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -239,6 +256,7 @@ def contrast_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     ctx.rest = kinds, q_index, k_index, inner, detach
 
 
+@own_precision
 def contrast_second_order(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """Differentiates the gradient of the plain formula w.r.t. q, k, tau and the incoming gradients."""
     q, k, q_id, k_id, tau, grad_value, grad_lse = ctx.saved_tensors
