@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch._C._functorch import TransformType
 
 from . import _extension
 
@@ -94,14 +93,23 @@ def _fastest(device: torch.device) -> str:
 
 
 def _refuse_vmap(name: str) -> None:
-    """Neither the kernels nor blocks of data-dependent size have the rule for batches that ``vmap`` needs."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+    """Neither the kernels nor blocks of data-dependent size have the rule for batches that ``vmap`` needs.
+
+    What tells that one is active is not public; without it the Functions refuse (``autograd.SingleProblem``).
+    """
+    levels = getattr(torch._C._functorch, "get_interpreter_stack", lambda: None)
+    if torch.compiler.is_compiling():
         return
-    if any(level.key() == TransformType.Vmap for level in torch._C._functorch.get_interpreter_stack() or ()):
-        raise ValueError(
-            f"backend={name!r} cannot run inside torch.func.vmap: its operators take one problem at a time; "
-            "call the loss in a loop and stack the results, or use backend='reference'"
-        )
+    if any(str(level.key()).endswith("Vmap") for level in levels() or ()):
+        raise ValueError(no_vmap(f"backend={name!r}"))
+
+
+def no_vmap(what: str) -> str:
+    """Why ``what`` cannot be called inside ``torch.func.vmap``."""
+    return (
+        f"{what} cannot run inside torch.func.vmap: its operators take one problem at a time; "
+        "call the loss in a loop and stack the results, or use backend='reference'"
+    )
 
 
 _warned: set[str] = set()

@@ -109,7 +109,8 @@ def temperature(name: str, value: Any, device: torch.device, *, positive: bool =
     number = real(name, value)
     if number < 0 or (positive and number == 0):
         raise ValueError(f"{name} must be {'> 0' if positive else '>= 0'}, got {value!r}")
-    return number
+    # As a number it would be a constant of the compiled code, which a schedule compiles again at every step.
+    return number * torch.ones((), dtype=torch.float64) if torch.compiler.is_compiling() else number
 
 
 def real(name: str, value: Any) -> float:
@@ -156,6 +157,12 @@ def labels(name: str, value: Any, of: str, embeddings: Tensor) -> Tensor:
         )
     same_device(name, value, of, embeddings)
     return value.view(torch.int64) if value.dtype == torch.uint64 else value.to(torch.int64)
+
+
+def comparable(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """int64 cannot hold all of uint64: such labels are compared with their like only."""
+    if (value.dtype == torch.uint64) != (other.dtype == torch.uint64):
+        raise TypeError(f"{name} must be uint64 where {other_name} are, got {value.dtype} and {other.dtype}")
 
 
 # ---- options of the modules, before there is any tensor --------------------------------------------------------------

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from ._blocks import plain_contrast
-from .autograd import _apply, _opaque, _positional, _run
+from .autograd import SingleProblem, _apply, _opaque, _positional, _run
 from .ops import NAMESPACE, ContrastSpec, _vjp, operator, own_precision, place
 
 FROZEN_SCHEMA = (
@@ -219,7 +218,7 @@ _register_frozen("cpu")
 
 
 # ---- Functions -------------------------------------------------------------------------------------------------------
-class FrozenFunction(Function):
+class FrozenFunction(SingleProblem):
     """``contrast_frozen``: ``apply(*arguments of the operator, op)``.
 
     Of the four outputs only value and lse are differentiable, as far as they carry a gradient.
@@ -267,7 +266,7 @@ class FrozenFunction(Function):
         return place(found, FROZEN_DIFFERENTIABLE, 14)
 
 
-class FrozenGradient(Function):
+class FrozenGradient(SingleProblem):
     """``contrast_frozen_backward``, whose own backward differentiates the plain formula."""
 
     @staticmethod

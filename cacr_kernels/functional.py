@@ -122,7 +122,7 @@ def cacr_loss(
         raise ValueError(f"reduction={reduction!r} is not defined for cost=\"rbf\" (a log of a mean); accepted: 'mean'")
     name = _select(backend, z.device)
     with _no_autocast(z.device):
-        (z,) = _prepare([z], normalize, tau_pos, tau_neg)
+        (z,) = _prepare([z], normalize)
         options: Any = {"alpha": alpha, "beta": beta, "pairing": pairing, "cost": cost, "rbf_scale": float(rbf_scale)}
         if name in FUSED and reduction == "mean":
             return _fused(name, z, tau_pos, tau_neg, options, return_parts)
@@ -185,7 +185,7 @@ def cacr_queue_loss(
     _check_shared(normalize, reduction, return_parts)
     name = _select(backend, q.device)
     with _no_autocast(q.device):
-        q, k, n = _prepare([q, k.detach(), n.detach()], normalize, tau_pos, tau_neg)
+        q, k, n = _prepare([q, k.detach(), n.detach()], normalize)
         options: Any = {"alpha": alpha, "beta": beta, "in_batch": in_batch, "weight_grad": weight_grad}
         if name == "reference":
             terms = reference.queue(q, k, n, tau_pos, tau_neg, **options)
@@ -241,7 +241,7 @@ def cacr_momentum_loss(
     _check_shared(normalize, reduction, return_parts)
     name = _select(backend, q.device)
     with _no_autocast(q.device):
-        q, k = _prepare([q, k.detach()], normalize, temperature)
+        q, k = _prepare([q, k.detach()], normalize)
         if name == "reference":
             terms = reference.momentum(q, k, temperature, cost=cost, key_offset=key_offset)
         else:
@@ -292,7 +292,9 @@ def supervised_cacr_loss(
         r = checks.nonempty("ref_embeddings", checks.float_tensor("ref_embeddings", ref_embeddings, "[M, D]"), "[M, D]")
         checks.same_device("ref_embeddings", r, "embeddings", z)
         checks.same_dim("ref_embeddings", r, "embeddings", z)
-        ref_labels = checks.labels("ref_labels", ref_labels, "ref_embeddings", r)
+        as_int64 = checks.labels("ref_labels", ref_labels, "ref_embeddings", r)
+        checks.comparable("ref_labels", ref_labels, "labels", labels)  # type: ignore[arg-type]
+        ref_labels = as_int64
         tensors.append(r)
     tau_pos = checks.temperature("tau_pos", tau_pos, z.device)
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
@@ -300,7 +302,7 @@ def supervised_cacr_loss(
     _check_shared(normalize, reduction, return_parts)
     name = _select(backend, z.device)
     with _no_autocast(z.device):
-        z, *ref = _prepare(tensors, normalize, tau_pos, tau_neg)
+        z, *ref = _prepare(tensors, normalize)
         arguments: Any = (ref[0] if ref else None, ref_labels, tau_pos, tau_neg)
         if name == "reference":
             terms = reference.supervised(z, y, *arguments, alpha=alpha, beta=beta)
@@ -329,14 +331,18 @@ def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]
     return contextlib.nullcontext()
 
 
-def _prepare(tensors: list[Tensor], normalize: bool, *taus: float | Tensor) -> list[Tensor]:
-    """One dtype for all: float64 if any input is, else float32; half types are computed in float32."""
-    is_double = any(t.dtype == torch.float64 for t in tensors)
-    is_double = is_double or any(isinstance(t, Tensor) and t.dtype == torch.float64 and t.dim() > 0 for t in taus)
-    dtype = torch.float64 if is_double else torch.float32
+def _prepare(tensors: list[Tensor], normalize: bool) -> list[Tensor]:
+    """One dtype for all: float64 if any input is, else float32; half types are computed in float32.
+
+    Temperatures, being 0-dimensional, do not count. Keys of an encoder that ran in inference mode are copied: autograd
+    would not keep them.
+    """
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     # Dynamo takes an argument of torch.func.grad for one that needs no gradient; of a cast it knows better.
     tracing = torch.compiler.is_compiling()
     tensors = [t.to(dtype) if tracing or t.dtype != dtype else t for t in tensors]
+    if not tracing and not torch.is_inference_mode_enabled():
+        tensors = [t.clone() if t.is_inference() else t for t in tensors]
     return [l2_normalize(t, dim=-1) for t in tensors] if normalize else tensors
 
 

@@ -253,7 +253,10 @@ def supervised(
 def compact_ids(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """int64 labels as int32 ids that are equal exactly where the labels are."""
     both = labels if ref_labels is None else torch.cat([labels, ref_labels])
-    ids = torch.unique(both, return_inverse=True)[1].to(torch.int32)
+    # Not torch.unique: its size depends on the data, which synchronises, and torch 2.10 cannot trace it in torch.func.
+    ordered, where = both.sort()
+    rank = (ordered != ordered.roll(1)).cumsum(0, dtype=torch.int32)
+    ids = torch.zeros_like(rank).scatter(0, where, rank - rank[:1])
     return ids[: labels.shape[0]], None if ref_labels is None else ids[labels.shape[0] :]
 
 

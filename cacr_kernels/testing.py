@@ -93,7 +93,7 @@ class Result(NamedTuple):
     @property
     def ok(self) -> bool:
         """Whether the quantity is right (not if the error is NaN)."""
-        return self.error <= self.tolerance
+        return math.isfinite(self.error) and self.error <= self.tolerance
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------

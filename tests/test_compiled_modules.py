@@ -70,7 +70,11 @@ def with_gradients(call: Callable[..., Tensor], module: nn.Module, tensors: list
     module.zero_grad()
     value = call(*tensors)
     value.sum().backward()
-    return [value.detach(), *(t.grad for t in tensors), *(p.grad.clone() for p in module.parameters() if p.grad)]
+    return [
+        value.detach(),
+        *(t.grad for t in tensors),
+        *(p.grad.clone() for p in module.parameters() if p.grad is not None),
+    ]
 
 
 def assert_same(found: list[Tensor | None], expected: list[Tensor | None]) -> None:
