@@ -1,8 +1,8 @@
 """The losses as modules: they hold the options and delegate to :mod:`cacr_kernels.functional`.
 
 ``normalize`` is ``True`` here. A temperature may be a 0-dim ``torch.nn.Parameter``, which the module then owns. Options
-are checked when the module is made. A number is a constant to ``torch.compile``, which compiles again when it changes:
-a temperature that follows a schedule is better a tensor.
+are checked when the module is made. ``alpha``, ``beta`` and ``rbf_scale`` are constants to ``torch.compile``, which
+compiles again when they change; temperatures may follow a schedule.
 """
 
 from __future__ import annotations
