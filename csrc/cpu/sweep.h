@@ -243,7 +243,7 @@ struct Sweep {
 
   void finish_rows() {
     for (idx i = 0; i < panels * P; i++) {
-      double lse[kMaxSoftmaxes], factor[kMaxSoftmaxes];
+      double lse[kMaxSoftmaxes] = {}, factor[kMaxSoftmaxes] = {};
       for (int k = 0; k < p.softmaxes; k++) {
         RowState<T>& r = s.rows[k];
         const bool finite_tau = slope[k] - slope[k] == 0;  // NaN in 2^x comes out as 0: it shows in slope and in sum_u
