@@ -378,7 +378,8 @@ def witness(x: Tensor) -> Tensor:
     """``x``; under ``torch.compile`` such that a second derivative taken outside the compiled code is refused.
 
     AOTAutograd refuses to differentiate a compiled backward only if that reads a tensor which requires grad. Ours may
-    read nothing but gradients found in forward, and the second-order term would be missing without a word. A loss of
-    an intermediate result of the same compiled function is out of reach here.
+    read nothing but gradients found in forward, and the second-order term would be missing without a word. Where the
+    loss is of an intermediate result of the compiled function, ``backward()`` of the penalty is still refused, but
+    ``autograd.grad(penalty, inputs)`` is out of reach here.
     """
     return _witness(x) if torch.compiler.is_compiling() and x.requires_grad else x
