@@ -61,12 +61,24 @@ def block_cost(q: Tensor, k: Tensor, inner: bool, positives: Tensor | None) -> T
         return -2 * (q @ k.mT)
     norms = q.square().sum(-1)[:, None] + k.square().sum(-1)
     c = norms - 2 * (q @ k.mT)
-    if positives is not None:
-        i, j = (positives & ~(c > REFINE_BELOW * norms)).nonzero(as_tuple=True)
-        step = max(1, BLOCK // q.shape[1])
-        for s in range(0, i.numel(), step):
-            ii, jj = i[s : s + step], j[s : s + step]
-            c[ii, jj] = (q[ii] - k[jj]).square().sum(-1)
+    if positives is None:
+        return c
+    close = positives & ~(c > REFINE_BELOW * norms)
+    return (close_by_index if q.device.type == "cpu" else close_by_mask)(c, q, k, close)
+
+
+def close_by_mask(c: Tensor, q: Tensor, k: Tensor, close: Tensor) -> Tensor:
+    """``c`` with the ``close`` ones from differences, which are taken of all: counting would wait for a GPU."""
+    return torch.where(close, torch.cdist(q, k, compute_mode="donot_use_mm_for_euclid_dist").square_(), c)
+
+
+def close_by_index(c: Tensor, q: Tensor, k: Tensor, close: Tensor) -> Tensor:
+    """The same, of the ``close`` alone and in place."""
+    i, j = close.nonzero(as_tuple=True)
+    step = max(1, BLOCK // q.shape[1])
+    for s in range(0, i.numel(), step):
+        ii, jj = i[s : s + step], j[s : s + step]
+        c[ii, jj] = (q[ii] - k[jj]).square().sum(-1)
     return c
 
 

@@ -61,7 +61,7 @@ class SingleProblem(Function):
 
 
 class CACRFunction(SingleProblem):
-    """``cacr_loss`` of views [V, B, D], tau [2] or ``None``, with both gradients found in forward.
+    """``cacr_loss`` of views [V, B, D], numbers [5] or ``None``, with both gradients found in forward.
 
     Returns loss, parts and the two gradients, of which only the loss is differentiable. ``backward`` calls
     :class:`CACRGradient`, so that a second derivative, also inside a larger graph, is that of the reference.
@@ -70,19 +70,24 @@ class CACRFunction(SingleProblem):
     @staticmethod
     @_positional
     def forward(
-        views: Tensor, tau: Tensor | None, options: ops.CACROptions, want_grad: bool, want_grad_tau: bool, op: Any
+        views: Tensor,
+        numbers: Tensor | None,
+        options: ops.CACROptions,
+        want_grad: bool,
+        want_grad_numbers: bool,
+        op: Any,
     ) -> tuple[Tensor, ...]:
         """Runs the operator."""
-        outputs: tuple[Tensor, ...] = _run(op, views, tau, *options, want_grad, want_grad_tau)
+        outputs: tuple[Tensor, ...] = _run(op, views, numbers, *options, want_grad, want_grad_numbers)
         return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Saves inputs and the gradients."""
-        views, tau, ctx.options, ctx.want_grad, ctx.want_grad_tau, ctx.op = inputs
-        _, parts, grad_views, grad_tau = output
-        ctx.mark_non_differentiable(parts, grad_views, grad_tau)
-        ctx.save_for_backward(views, tau, grad_views, grad_tau)
+        views, numbers, ctx.options, ctx.want_grad, ctx.want_grad_numbers, ctx.op = inputs
+        _, parts, grad_views, grad_numbers = output
+        ctx.mark_non_differentiable(parts, grad_views, grad_numbers)
+        ctx.save_for_backward(views, numbers, grad_views, grad_numbers)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -90,18 +95,18 @@ class CACRFunction(SingleProblem):
         """Scales the gradients, out of place and in their own dtype."""
         if g_loss is None:
             return (None,) * 6
-        views, tau, grad_views, grad_tau = ctx.saved_tensors
-        need_views, need_tau, *_ = ctx.needs_input_grad
-        if (need_views and not ctx.want_grad) or (need_tau and not ctx.want_grad_tau):
-            wanted = ctx.options, need_views, need_tau, ctx.op
-            _, _, grad_views, grad_tau = _apply(CACRFunction, views, tau, *wanted)
+        views, numbers, grad_views, grad_numbers = ctx.saved_tensors
+        need_views, need_numbers, *_ = ctx.needs_input_grad
+        if (need_views and not ctx.want_grad) or (need_numbers and not ctx.want_grad_numbers):
+            wanted = ctx.options, need_views, need_numbers, ctx.op
+            _, _, grad_views, grad_numbers = _apply(CACRFunction, views, numbers, *wanted)
         if not torch.is_grad_enabled():  # nobody differentiates the gradient
-            out_tau = g_loss.to(grad_tau.dtype) * grad_tau if need_tau else None
-            return g_loss * grad_views if need_views else None, out_tau, None, None, None, None
+            out_numbers = g_loss.to(grad_numbers.dtype) * grad_numbers if need_numbers else None
+            return g_loss * grad_views if need_views else None, out_numbers, None, None, None, None
         if not need_views:
             grad_views = torch.zeros_like(views)
-        out_views, out_tau = _apply(CACRGradient, g_loss, views, tau, grad_views, grad_tau, ctx.options)
-        return out_views if need_views else None, out_tau if need_tau else None, None, None, None, None
+        out_views, out_numbers = _apply(CACRGradient, g_loss, views, numbers, grad_views, grad_numbers, ctx.options)
+        return out_views if need_views else None, out_numbers if need_numbers else None, None, None, None, None
 
 
 class CACRGradient(SingleProblem):
@@ -112,25 +117,25 @@ class CACRGradient(SingleProblem):
     def forward(
         g_loss: Tensor,
         views: Tensor,
-        tau: Tensor | None,
+        numbers: Tensor | None,
         grad_views: Tensor,
-        grad_tau: Tensor,
+        grad_numbers: Tensor,
         options: ops.CACROptions,
     ) -> tuple[Tensor, Tensor]:
         """Scales."""
-        return g_loss * grad_views, g_loss.to(grad_tau.dtype) * grad_tau
+        return g_loss * grad_views, g_loss.to(grad_numbers.dtype) * grad_numbers
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Saves the inputs."""
-        g_loss, views, tau, _, _, ctx.options = inputs
-        ctx.save_for_backward(g_loss, views, tau)
+        g_loss, views, numbers, _, _, ctx.options = inputs
+        ctx.save_for_backward(g_loss, views, numbers)
 
     @staticmethod
-    def backward(ctx: Any, gg_views: Tensor, gg_tau: Tensor) -> tuple[Any, ...]:
-        """Derivatives w.r.t. g_loss, views and tau."""
-        g_loss, views, tau = ctx.saved_tensors
-        g, v, t = ops.cacr_second_order(g_loss, views, tau, gg_views, gg_tau, ctx.options)
+    def backward(ctx: Any, gg_views: Tensor, gg_numbers: Tensor) -> tuple[Any, ...]:
+        """Derivatives w.r.t. g_loss, views and numbers."""
+        g_loss, views, numbers = ctx.saved_tensors
+        g, v, t = ops.cacr_second_order(g_loss, views, numbers, gg_views, gg_numbers, ctx.options)
         return g, v, t, None, None, None
 
 
@@ -321,7 +326,7 @@ def _plain_apply(function: type[Function]) -> Any:
 def fused_cacr(
     backend: str,
     views: Tensor,
-    tau: Tensor | None,
+    numbers: Tensor | None,
     tau_pos: float,
     tau_neg: float,
     alpha: float,
@@ -330,13 +335,13 @@ def fused_cacr(
     rbf: bool,
     rbf_scale: float,
     want_grad: bool,
-    want_grad_tau: bool,
+    want_grad_numbers: bool,
 ) -> tuple[Tensor, Tensor]:
     """Loss [] and parts [4] by ``cacr_<backend>``."""
     options = ops.CACROptions(tau_pos, tau_neg, alpha, beta, pairing, rbf, rbf_scale)
     op = ops.operator(f"cacr_{backend}")
-    apply = CACRFunction.apply if _needs_functorch(views, tau) else _plain_apply(CACRFunction)
-    loss, parts, _, _ = apply(views, tau, options, want_grad, want_grad_tau, op)
+    apply = CACRFunction.apply if _needs_functorch(views, numbers) else _plain_apply(CACRFunction)
+    loss, parts, _, _ = apply(views, numbers, options, want_grad, want_grad_numbers, op)
     return loss, parts
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
+import reprlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
@@ -22,7 +24,7 @@ INTEGERS = (*SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 def _what(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {list(value.shape)}"
-    return f"{type(value).__name__} {value!r}"
+    return f"{type(value).__name__} {reprlib.repr(value)}"  # not all the data that may be in it
 
 
 def float_tensor(name: str, x: Any, shape: str) -> Tensor:
@@ -109,14 +111,24 @@ def temperature(name: str, value: Any, device: torch.device, *, positive: bool =
     number = real(name, value)
     if number < 0 or (positive and number == 0):
         raise ValueError(f"{name} must be {'> 0' if positive else '>= 0'}, got {value!r}")
-    # As a number it would be a constant of the compiled code, which a schedule compiles again at every step.
-    return number * torch.ones((), dtype=torch.float64) if torch.compiler.is_compiling() else number
+    return variable(number, device)
+
+
+def variable(number: float, device: torch.device) -> float | Tensor:
+    """``number``; while compiling, a 0-dim tensor of it.
+
+    As a number it would be a constant of the compiled code, which a schedule compiles again at every step.
+    """
+    if torch.compiler.is_compiling():
+        return number * torch.ones((), dtype=torch.float64, device=device)
+    return number
 
 
 def real(name: str, value: Any) -> float:
     """A finite Python number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float | numbers.Real):
         raise TypeError(f"{name} must be a number, got {_what(value)}")
+    value = value if isinstance(value, int | float) else float(value)  # of NumPy, say
     if not -sys.float_info.max <= value <= sys.float_info.max:  # integers may be larger
         raise ValueError(f"{name} must be finite, got {value!r}")
     return float(value)
@@ -187,6 +199,8 @@ def reduction_of_rbf(cost: str, reduction: str) -> None:
 
 
 def _held_temperature(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) and not value.is_leaf:
+        raise ValueError(f"{name} of a module must be a number or a leaf tensor, got the result {_what(value)}")
     device = value.device if isinstance(value, Tensor) else torch.device("cpu")
     temperature(name, value, device, positive=name == "temperature")
 

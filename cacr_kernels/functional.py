@@ -112,18 +112,17 @@ def cacr_loss(
     z = checks.views("views", views, at_least=2)
     tau_pos = checks.temperature("tau_pos", tau_pos, z.device)
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
-    alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
+    factors = _factors(alpha, beta, z.device)
     checks.option("pairing", pairing, ops.PAIRINGS)
     checks.option("cost", cost, ("sqeuclidean", "rbf"))
-    if checks.real("rbf_scale", rbf_scale) < 0:
-        raise ValueError(f"rbf_scale must be >= 0, got {rbf_scale!r}")
+    scale = checks.variable(checks.non_negative("rbf_scale", rbf_scale), z.device)
     _check_shared(normalize, reduction, return_parts)
     if cost == "rbf" and reduction != "mean":
         raise ValueError(f"reduction={reduction!r} is not defined for cost=\"rbf\" (a log of a mean); accepted: 'mean'")
     name = _select(backend, z.device)
     with _no_autocast(z.device):
         (z,) = _prepare([z], normalize)
-        options: Any = {"alpha": alpha, "beta": beta, "pairing": pairing, "cost": cost, "rbf_scale": float(rbf_scale)}
+        options: Any = {**factors, "pairing": pairing, "cost": cost, "rbf_scale": scale}
         if name in FUSED and reduction == "mean":
             return _fused(name, z, tau_pos, tau_neg, options, return_parts)
         if name == "reference":
@@ -179,14 +178,14 @@ def cacr_queue_loss(
     checks.same_dim("queue", n, "queries", q)
     tau_pos = checks.temperature("tau_pos", tau_pos, q.device)
     tau_neg = checks.temperature("tau_neg", tau_neg, q.device)
-    alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
+    factors = _factors(alpha, beta, q.device)
     checks.flag("in_batch", in_batch)
     checks.option("weight_grad", weight_grad, ("in_batch", "full", "none"))
     _check_shared(normalize, reduction, return_parts)
     name = _select(backend, q.device)
     with _no_autocast(q.device):
         q, k, n = _prepare([q, k.detach(), n.detach()], normalize)
-        options: Any = {"alpha": alpha, "beta": beta, "in_batch": in_batch, "weight_grad": weight_grad}
+        options: Any = {**factors, "in_batch": in_batch, "weight_grad": weight_grad}
         if name == "reference":
             terms = reference.queue(q, k, n, tau_pos, tau_neg, **options)
         else:
@@ -298,16 +297,16 @@ def supervised_cacr_loss(
         tensors.append(r)
     tau_pos = checks.temperature("tau_pos", tau_pos, z.device)
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
-    alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
+    factors = _factors(alpha, beta, z.device)
     _check_shared(normalize, reduction, return_parts)
     name = _select(backend, z.device)
     with _no_autocast(z.device):
         z, *ref = _prepare(tensors, normalize)
         arguments: Any = (ref[0] if ref else None, ref_labels, tau_pos, tau_neg)
         if name == "reference":
-            terms = reference.supervised(z, y, *arguments, alpha=alpha, beta=beta)
+            terms = reference.supervised(z, y, *arguments, **factors)
         else:
-            terms = losses.supervised(losses.Contrast(name), z, y, *arguments, alpha=alpha, beta=beta)
+            terms = losses.supervised(losses.Contrast(name), z, y, *arguments, **factors)
         return _reduce(terms, reduction, return_parts, z.dtype)
 
 
@@ -316,6 +315,10 @@ def _check_shared(normalize: object, reduction: object, return_parts: object) ->
     checks.flag("normalize", normalize)
     checks.option("reduction", reduction, ("mean", "sum", "none"))
     checks.flag("return_parts", return_parts)
+
+
+def _factors(alpha: float, beta: float, device: torch.device) -> Any:
+    return {n: checks.variable(checks.real(n, x), device) for n, x in (("alpha", alpha), ("beta", beta))}
 
 
 def _select(backend: object, device: torch.device) -> str:
@@ -349,23 +352,25 @@ def _prepare(tensors: list[Tensor], normalize: bool) -> list[Tensor]:
 def _fused(
     name: str, views: Tensor, tau_pos: float | Tensor, tau_neg: float | Tensor, options: Any, return_parts: bool
 ) -> Any:
-    tau = None
-    if isinstance(tau_pos, Tensor) or isinstance(tau_neg, Tensor):
-        tau, tau_pos, tau_neg = losses.signed_temperatures([tau_pos, tau_neg], views.device), 0.0, 0.0
+    given: list[Any] = [tau_pos, tau_neg, options["alpha"], options["beta"], options["rbf_scale"]]
+    numbers = None
+    if any(isinstance(x, Tensor) for x in given):
+        numbers, given = losses.vector(given, views.device), [0.0] * len(given)
+    plain_tau_pos, plain_tau_neg, alpha, beta, rbf_scale = given
     grad = torch.is_grad_enabled()
     loss, parts = fused_cacr(
         name,
         views,
-        tau,
-        tau_pos,
-        tau_neg,
-        options["alpha"],
-        options["beta"],
+        numbers,
+        plain_tau_pos,
+        plain_tau_neg,
+        alpha,
+        beta,
         ops.PAIRINGS.index(options["pairing"]),
         options["cost"] == "rbf",
-        options["rbf_scale"],
+        rbf_scale,
         grad and views.requires_grad,
-        grad and tau is not None and tau.requires_grad,
+        grad and numbers is not None and numbers.requires_grad,
     )
     return CACRParts(loss, *parts.detach().unbind()) if return_parts else loss
 

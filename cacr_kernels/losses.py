@@ -53,7 +53,7 @@ class Contrast:
 
         ``k`` is ``None`` where the queries are the keys, which computes symmetric similarities once.
         """
-        tau = signed_temperatures([t for _, t in sets], q.device)
+        tau = vector([t for _, t in sets], q.device)
         tau = tau.detach() if detach_weights else tau
         kinds = [kind for kind, _ in sets]
         index = [x for x, _ in pairs], [y for _, y in pairs]
@@ -78,7 +78,7 @@ class Contrast:
         """
         k, pairs = keys.detach()[None], [(v, 0) for v in range(queries.shape[0])]
         if self.backend in FROZEN:
-            taus, grad = signed_temperatures([tau], queries.device), torch.is_grad_enabled()
+            taus, grad = vector([tau], queries.device), torch.is_grad_enabled()
             taus = taus.detach() if detach_weights else taus
             index = [x for x, _ in pairs], [y for _, y in pairs]
             flags = inner, detach_weights, detach_value
@@ -90,12 +90,13 @@ class Contrast:
         return Softmaxes(s.value.detach() if detach_value else s.value, s.lse.detach() if detach_weights else s.lse)
 
 
-def signed_temperatures(taus: Sequence[Temperature], device: torch.device) -> Tensor:
+def vector(numbers: Sequence[Temperature], device: torch.device) -> Tensor:
     """One float64 tensor of all, differentiable w.r.t. those that are tensors."""
-    if not any(isinstance(t, Tensor) for t in taus):
-        return torch.tensor(taus, dtype=torch.float64, device=device)
-    parts = [t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64) for t in taus]
-    return torch.stack([t.to(device=device, dtype=torch.float64) for t in parts])
+    if device.type == "cpu" and not any(isinstance(x, Tensor) for x in numbers):
+        return torch.tensor(numbers, dtype=torch.float64)
+    # not torch.tensor on another device: a copy from here waits for it
+    parts = [x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=device) for x in numbers]
+    return torch.stack([x.to(device=device, dtype=torch.float64, non_blocking=True) for x in parts])
 
 
 def entropy_of(value: Tensor, lse: Tensor, tau: Temperature) -> Tensor:

@@ -1,8 +1,7 @@
 """The losses as modules: they hold the options and delegate to :mod:`cacr_kernels.functional`.
 
 ``normalize`` is ``True`` here. A temperature may be a 0-dim ``torch.nn.Parameter``, which the module then owns. Options
-are checked when the module is made. ``alpha``, ``beta`` and ``rbf_scale`` are constants to ``torch.compile``, which
-compiles again when they change; temperatures may follow a schedule.
+are checked when the module is made. Those that are numbers may follow a schedule, also under ``torch.compile``.
 """
 
 from __future__ import annotations

@@ -42,9 +42,9 @@ PAIRINGS: tuple[Pairing, ...] = ("unordered", "ordered", "pooled")
 NAMESPACE = "cacr_kernels"
 
 CACR_SCHEMA = (
-    "(Tensor views, Tensor? tau, float tau_pos, float tau_neg, float alpha, float beta, int pairing, bool rbf,"
-    " float rbf_scale, bool want_grad, bool want_grad_tau)"
-    " -> (Tensor loss, Tensor parts, Tensor grad_views, Tensor grad_tau)"
+    "(Tensor views, Tensor? numbers, float tau_pos, float tau_neg, float alpha, float beta, int pairing, bool rbf,"
+    " float rbf_scale, bool want_grad, bool want_grad_numbers)"
+    " -> (Tensor loss, Tensor parts, Tensor grad_views, Tensor grad_numbers)"
 )
 CONTRAST_SCHEMA = (
     "(Tensor q, Tensor? k, Tensor? q_id, Tensor? k_id, Tensor tau, int[] kinds, int[] q_index, int[] k_index,"
@@ -57,9 +57,9 @@ CONTRAST_BACKWARD_SCHEMA = (
 )
 
 
-# ---- cacr: views [V, B, D]; tau [2] float64 = (tau_pos, tau_neg) where one of them is a tensor, else two numbers -----
+# ---- cacr: views [V, B, D]; numbers [5] float64 = (tau_pos, tau_neg, alpha, beta, rbf_scale) if one is a tensor ------
 class CACROptions(NamedTuple):
-    """What is not a tensor among the arguments of ``cacr_<backend>``; the temperatures count only without ``tau``."""
+    """What is not a tensor among the arguments of ``cacr_<backend>``; its numbers count only without ``numbers``."""
 
     tau_pos: float
     tau_neg: float
@@ -69,10 +69,15 @@ class CACROptions(NamedTuple):
     rbf: bool
     rbf_scale: float
 
+    @property
+    def numbers(self) -> Any:
+        """In the order of the tensor."""
+        return self.tau_pos, self.tau_neg, self.alpha, self.beta, self.rbf_scale
+
 
 def cacr_fake(
     views: Tensor,
-    tau: Tensor | None,
+    numbers: Tensor | None,
     tau_pos: float,
     tau_neg: float,
     alpha: float,
@@ -81,27 +86,34 @@ def cacr_fake(
     rbf: bool,
     rbf_scale: float,
     want_grad: bool,
-    want_grad_tau: bool,
+    want_grad_numbers: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shapes: loss [], parts [4], grad_views [V, B, D] or [0], grad_tau [2] (zeros unless wanted; without tau [0])."""
+    """Shapes: loss [], parts [4], grad_views [V, B, D] or [0], grad_numbers [5] or [0].
+
+    Only the temperatures have a gradient: the other ``numbers`` are constants, and theirs is 0.
+    """
     grad = torch.empty_like(views, memory_format=torch.contiguous_format) if want_grad else views.new_empty(0)
-    grad_tau = views.new_empty(0) if tau is None else tau.new_empty(2)
-    return views.new_empty(()), views.new_empty(4), grad, grad_tau
+    grad_numbers = views.new_empty(0) if numbers is None else numbers.new_empty(5)
+    return views.new_empty(()), views.new_empty(4), grad, grad_numbers
 
 
-def cacr_reference(views: Tensor, tau: Tensor | None, options: CACROptions) -> tuple[Tensor, Tensor]:
+def cacr_reference(views: Tensor, numbers: Tensor | None, options: CACROptions) -> tuple[Tensor, Tensor]:
     """Loss and parts (attraction, repulsion and their entropies) by the definition."""
     cost: Cost = "rbf" if options.rbf else "sqeuclidean"
-    tau_pos, tau_neg = (options.tau_pos, options.tau_neg) if tau is None else tau.to(views.dtype)
+    if numbers is None:
+        tau_pos, tau_neg, alpha, beta, rbf_scale = options.numbers
+    else:
+        tau_pos, tau_neg = numbers[:2].to(views.dtype)
+        alpha, beta, rbf_scale = numbers[2:].detach().to(views.dtype)
     terms = reference.cacr(
         views,
         tau_pos,
         tau_neg,
-        alpha=options.alpha,
-        beta=options.beta,
+        alpha=alpha,
+        beta=beta,
         pairing=PAIRINGS[options.pairing],
         cost=cost,
-        rbf_scale=options.rbf_scale,
+        rbf_scale=rbf_scale,
     )
     attraction, repulsion = terms.attraction.mean(), terms.repulsion.mean()
     parts = torch.stack([attraction, repulsion, terms.attraction_entropy, terms.repulsion_entropy])
@@ -110,61 +122,68 @@ def cacr_reference(views: Tensor, tau: Tensor | None, options: CACROptions) -> t
 
 @own_precision
 def cacr_second_order(
-    g_loss: Tensor, views: Tensor, tau: Tensor | None, gg_views: Tensor, gg_tau: Tensor, options: CACROptions
+    g_loss: Tensor, views: Tensor, numbers: Tensor | None, gg_views: Tensor, gg_numbers: Tensor, options: CACROptions
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Derivatives of <gg, g_loss grad(loss)> w.r.t. g_loss, views and tau, from the reference."""
-    fixed = tau is None
-    tau = views.new_empty(0) if tau is None else tau
+    """Derivatives of <gg, g_loss grad(loss)> w.r.t. g_loss, views and numbers, from the reference."""
+    fixed = numbers is None
+    numbers = views.new_empty(0) if numbers is None else numbers
 
     def gradient(g: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         loss, pull = _vjp(lambda v, t: cacr_reference(v, None if fixed else t, options)[0], v, t)
-        grad_views, grad_tau = pull(g.to(loss.dtype))
-        return grad_views, grad_tau
+        grad_views, grad_numbers = pull(g.to(loss.dtype))
+        return grad_views, grad_numbers
 
-    _, pull = _vjp(gradient, g_loss, views, tau)
-    g, v, t = pull((gg_views.to(views.dtype), gg_tau.to(tau.dtype)))
+    _, pull = _vjp(gradient, g_loss, views, numbers)
+    g, v, t = pull((gg_views.to(views.dtype), gg_numbers.to(numbers.dtype)))
     return g, v, None if fixed else t
 
 
 def cacr_setup(ctx: Any, op: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keeps what ``cacr_gradient`` needs."""
-    views, tau, *options, ctx.want_grad, ctx.want_grad_tau = inputs
+    views, numbers, *options, ctx.want_grad, ctx.want_grad_numbers = inputs
     ctx.op, ctx.options = op, CACROptions(*options)
-    _, _, grad_views, grad_tau = output
-    ctx.save_for_backward(views, tau, grad_views, grad_tau)
+    _, _, grad_views, grad_numbers = output
+    ctx.save_for_backward(views, numbers, grad_views, grad_numbers)
     ctx.set_materialize_grads(False)
 
 
 def cacr_gradient(
-    ctx: Any, g_loss: Tensor | None, g_parts: Tensor | None, g_views: Tensor | None, g_tau: Tensor | None
+    ctx: Any, g_loss: Tensor | None, g_parts: Tensor | None, g_views: Tensor | None, g_numbers: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients found in forward, scaled out of place.
 
     They are outputs of the operator and saved as such, so that a second derivative arrives as ``g_views`` and
-    ``g_tau``: those, like gradients of the parts, are answered by differentiating the reference.
+    ``g_numbers``: those, like gradients of the parts, are answered by differentiating the reference.
     """
-    views, tau, grad_views, grad_tau = ctx.saved_tensors
-    need_views, need_tau = ctx.needs_input_grad[:2]
-    out_views, out_tau = torch.zeros_like(views), torch.zeros_like(grad_tau)
+    views, numbers, grad_views, grad_numbers = ctx.saved_tensors
+    need_views, need_numbers = ctx.needs_input_grad[:2]
+    out_views, out_numbers = torch.zeros_like(views), torch.zeros_like(grad_numbers)
     if g_loss is not None:
-        if (need_views and not ctx.want_grad) or (need_tau and not ctx.want_grad_tau):
-            _, _, grad_views, grad_tau = ctx.op(views, tau, *ctx.options, need_views, need_tau)
+        if (need_views and not ctx.want_grad) or (need_numbers and not ctx.want_grad_numbers):
+            _, _, grad_views, grad_numbers = ctx.op(views, numbers, *ctx.options, need_views, need_numbers)
         out_views = g_loss * grad_views if need_views else out_views
-        out_tau = g_loss.to(grad_tau.dtype) * grad_tau if need_tau else out_tau
+        out_numbers = g_loss.to(grad_numbers.dtype) * grad_numbers if need_numbers else out_numbers
     if g_parts is not None:
-        fixed = tau is None
+        fixed = numbers is None
         _, pull = _vjp(
-            lambda v, t: cacr_reference(v, None if fixed else t, ctx.options)[1], views, out_tau if fixed else tau
+            lambda v, t: cacr_reference(v, None if fixed else t, ctx.options)[1],
+            views,
+            out_numbers if fixed else numbers,
         )
-        more_views, more_tau = pull(g_parts)
-        out_views, out_tau = out_views + more_views, out_tau + more_tau
-    g_views, g_tau = g_views if ctx.want_grad else None, g_tau if ctx.want_grad_tau else None
-    if g_views is not None or g_tau is not None:
+        more_views, more_numbers = pull(g_parts)
+        out_views, out_numbers = out_views + more_views, out_numbers + more_numbers
+    g_views, g_numbers = g_views if ctx.want_grad else None, g_numbers if ctx.want_grad_numbers else None
+    if g_views is not None or g_numbers is not None:
         g_views = torch.zeros_like(views) if g_views is None else g_views
-        g_tau = torch.zeros_like(grad_tau) if g_tau is None else g_tau
-        _, more_views, more_tau = cacr_second_order(views.new_ones(()), views, tau, g_views, g_tau, ctx.options)
-        out_views, out_tau = out_views + more_views, out_tau if more_tau is None else out_tau + more_tau
-    return out_views if need_views else None, out_tau if need_tau else None
+        g_numbers = torch.zeros_like(grad_numbers) if g_numbers is None else g_numbers
+        _, more_views, more_numbers = cacr_second_order(
+            views.new_ones(()), views, numbers, g_views, g_numbers, ctx.options
+        )
+        out_views, out_numbers = (
+            out_views + more_views,
+            out_numbers if more_numbers is None else out_numbers + more_numbers,
+        )
+    return out_views if need_views else None, out_numbers if need_numbers else None
 
 
 # ---- contrast --------------------------------------------------------------------------------------------------------

@@ -19,10 +19,12 @@ from cacr_kernels.losses import compact_ids
 def test_a_schedule_of_numbers_compiles_twice_at_most(loss: str, backend: str) -> None:
     """Once for the first number, once for any number; not at every step."""
     tensors, counter = small_inputs(loss), CompileCounter()
-    names = ["temperature"] if loss == "momentum" else ["tau_pos", "tau_neg"]
+    names = ["temperature"] if loss == "momentum" else ["tau_pos", "tau_neg", "alpha", "beta"]
+    rbf: dict[str, Any] = {"cost": "rbf"} if loss == "cacr" else {}
 
     def call(value: float) -> torch.Tensor:
-        return LOSSES[loss](**tensors, **dict.fromkeys(names, value), backend=backend)
+        scale = {"rbf_scale": 2 * value} if rbf else {}
+        return LOSSES[loss](**tensors, **dict.fromkeys(names, value), **scale, **rbf, backend=backend)
 
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, backend=counter)

@@ -166,6 +166,14 @@ def test_state_dict_holds_the_tensor_temperatures(loss: str) -> None:
 
 
 @each_loss
+def test_a_computed_temperature_is_refused(loss: str) -> None:
+    """A module could neither copy nor train it."""
+    log_tau = nn.Parameter(torch.tensor(0.0))
+    with pytest.raises(ValueError, match="number or a leaf tensor"):
+        MODULES[loss](**{temperatures(loss)[-1]: log_tau.exp()})
+
+
+@each_loss
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_copies(loss: str, again: Callable[[Any], Any]) -> None:
     names = temperatures(loss)

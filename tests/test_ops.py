@@ -27,9 +27,9 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
 
 
 # ---- cacr ------------------------------------------------------------------------------------------------------------
-DTYPES = [torch.float32, torch.float64] * 2
+DTYPES = [torch.float32, torch.float64] * 3
 CACR_ARGUMENTS = [
-    # pairing, rbf, want_grad, want_grad_tau
+    # pairing, rbf, want_grad, want_grad_numbers
     (0, False, True, True),
     (1, False, True, False),
     (2, False, False, True),
@@ -40,19 +40,21 @@ CACR_ARGUMENTS = [
 
 
 def cacr_arguments(case: tuple[int, bool, bool, bool], dtype: torch.dtype, requires_grad: bool) -> tuple[Any, ...]:
-    pairing, rbf, want_grad, want_grad_tau = case
+    pairing, rbf, want_grad, want_grad_numbers = case
     views = randn(3, 5, 4, dtype=dtype).requires_grad_(requires_grad and want_grad)
-    tau = torch.tensor([0.7, 1.3], dtype=torch.float64, requires_grad=requires_grad and want_grad_tau)
-    return views, tau, 0.0, 0.0, 0.9, 1.1, pairing, rbf, 2.0, want_grad, want_grad_tau
+    numbers = torch.tensor([0.7, 1.3, 0.9, 1.1, 2.0], dtype=torch.float64)
+    numbers.requires_grad_(requires_grad and want_grad_numbers)
+    return views, numbers, 0.0, 0.0, 0.0, 0.0, pairing, rbf, 0.0, want_grad, want_grad_numbers
 
 
 def with_numbers(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same temperatures as numbers: nothing flows to them."""
-    views, _, _, _, *options, want_grad, _ = arguments
-    return views, None, 0.7, 1.3, *options, want_grad, False
+    """The same outside of a tensor: nothing flows to the temperatures."""
+    views, numbers, _, _, _, _, pairing, rbf, _, want_grad, _ = arguments
+    tau_pos, tau_neg, alpha, beta, rbf_scale = numbers.tolist()
+    return views, None, tau_pos, tau_neg, alpha, beta, pairing, rbf, rbf_scale, want_grad, False
 
 
-@pytest.mark.parametrize(("case", "dtype"), list(zip(CACR_ARGUMENTS[::3], DTYPES, strict=False)), ids=str)
+@pytest.mark.parametrize(("case", "dtype"), list(zip(CACR_ARGUMENTS, DTYPES, strict=True)), ids=str)
 def test_opcheck_cacr(case: tuple[int, bool, bool, bool], dtype: torch.dtype) -> None:
     arguments = cacr_arguments(case, dtype, requires_grad=True)
     torch.library.opcheck(ops.operator("cacr_cpu"), arguments)
@@ -60,42 +62,44 @@ def test_opcheck_cacr(case: tuple[int, bool, bool, bool], dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("case", CACR_ARGUMENTS, ids=str)
-def test_temperatures_as_numbers(case: tuple[int, bool, bool, bool]) -> None:
+def test_numbers_outside_of_a_tensor(case: tuple[int, bool, bool, bool]) -> None:
     arguments = cacr_arguments(case, torch.float64, requires_grad=False)
     *expected, _ = ops.operator("cacr_cpu")(*arguments)
-    *found, grad_tau = ops.operator("cacr_cpu")(*with_numbers(arguments))
+    *found, grad_numbers = ops.operator("cacr_cpu")(*with_numbers(arguments))
     assert all(map(torch.equal, found, expected))
-    assert grad_tau.shape == (0,)
+    assert grad_numbers.shape == (0,)
 
 
 @both_dtypes
 @pytest.mark.parametrize("case", CACR_ARGUMENTS, ids=str)
 def test_cacr_against_reference(case: tuple[int, bool, bool, bool], dtype: torch.dtype) -> None:
-    views, tau, *options, want_grad, want_grad_tau = cacr_arguments(case, dtype, requires_grad=False)
-    loss, parts, grad_views, grad_tau = ops.operator("cacr_cpu")(views, tau, *options, want_grad, want_grad_tau)
-    views, tau = views.double().requires_grad_(), tau.requires_grad_()
-    true_loss, true_parts = ops.cacr_reference(views, tau, ops.CACROptions(*options))
-    true_views, true_tau = grad(true_loss, (views, tau))
+    views, numbers, *options, want_grad, want_grad_numbers = cacr_arguments(case, dtype, requires_grad=False)
+    loss, parts, grad_views, grad_numbers = ops.operator("cacr_cpu")(
+        views, numbers, *options, want_grad, want_grad_numbers
+    )
+    views, numbers = views.double().requires_grad_(), numbers.requires_grad_()
+    true_loss, true_parts = ops.cacr_reference(views, numbers, ops.CACROptions(*options))
+    true_views, true_numbers = grad(true_loss, (views, numbers))
     assert_close([loss, parts], [true_loss, true_parts], dtype)
     if want_grad:
         assert_close([grad_views], [true_views], dtype)
-    if want_grad_tau:
-        assert_close([grad_tau], [true_tau], dtype)
+    if want_grad_numbers:
+        assert_close([grad_numbers], [true_numbers], dtype)
 
 
 @pytest.mark.parametrize("case", [c for c in CACR_ARGUMENTS if c[2] and c[3]], ids=str)
 def test_autograd_of_every_output_of_cacr(case: tuple[int, bool, bool, bool]) -> None:
     """The registered formula: loss, parts and both gradients are outputs, each differentiable, in any mixture."""
-    views, tau, *rest = cacr_arguments(case, torch.float64, requires_grad=True)
+    views, numbers, *rest = cacr_arguments(case, torch.float64, requires_grad=True)
     gg, options = randn(*views.shape, seed=3), ops.CACROptions(*rest[:-2])
 
-    def mixture(loss: Tensor, parts: Tensor, grad_views: Tensor, grad_tau: Tensor) -> Tensor:
-        return loss.sin() + (parts[:2] * parts[:2]).sum() + (gg * grad_views).sum() + grad_tau.square().sum()
+    def mixture(loss: Tensor, parts: Tensor, grad_views: Tensor, grad_numbers: Tensor) -> Tensor:
+        return loss.sin() + (parts[:2] * parts[:2]).sum() + (gg * grad_views).sum() + grad_numbers.square().sum()
 
-    mine = grad(mixture(*ops.operator("cacr_cpu")(views, tau, *rest)), (views, tau))
-    loss, parts = ops.cacr_reference(views, tau, options)
-    first = grad(loss, (views, tau), create_graph=True)
-    assert_close(mine, grad(mixture(loss, parts, *first), (views, tau)), torch.float64)
+    mine = grad(mixture(*ops.operator("cacr_cpu")(views, numbers, *rest)), (views, numbers))
+    loss, parts = ops.cacr_reference(views, numbers, options)
+    first = grad(loss, (views, numbers), create_graph=True)
+    assert_close(mine, grad(mixture(loss, parts, *first), (views, numbers)), torch.float64)
 
 
 # ---- contrast --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import importlib
 import math
 from collections.abc import Callable
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -279,6 +280,13 @@ def test_values_of_tensor_temperatures_are_not_inspected(loss: str) -> None:
 def test_numbers_of_numpy_and_integers(loss: str) -> None:
     names = ("temperature",) if loss == "momentum" else ("tau_pos", "tau_neg", "alpha", "beta")
     expected = LOSSES[loss](**small_inputs(loss), **dict.fromkeys(names, 2.0))
-    for two in (2, np.float64(2)):
+    for two in (2, np.float64(2), np.float32(2), np.int64(2), Fraction(2)):
         value = LOSSES[loss](**small_inputs(loss), **dict.fromkeys(names, two))
         torch.testing.assert_close(value, expected, rtol=0, atol=0)
+
+
+def test_a_message_does_not_print_all_the_data() -> None:
+    for views in (np.ones((100, 100)), [[1.0] * 100] * 100, "x" * 10000):
+        with pytest.raises(TypeError) as error:
+            cacr_kernels.cacr_loss(views)
+        assert len(str(error.value)) < 300

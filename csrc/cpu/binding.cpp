@@ -56,16 +56,18 @@ T* out(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
-double tau_at(const Tensor& tau, int64_t i) {
-  STD_TORCH_CHECK(tau.scalar_type() == ScalarType::Double && i < tau.numel(), "cacr_kernels: tau must be float64");
-  return static_cast<const double*>(tau.const_data_ptr())[i * tau.stride(0)];
+double double_at(const Tensor& x, int64_t i) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double && i < x.numel(), "cacr_kernels: temperatures must be float64");
+  return static_cast<const double*>(x.const_data_ptr())[i * x.stride(0)];
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_cpu(const Tensor& any_views, std::optional<Tensor> tau, double tau_pos,
-                                                    double tau_neg, double alpha, double beta, int64_t pairing,
-                                                    bool rbf, double rbf_scale, bool want_grad, bool want_grad_tau) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_cpu(const Tensor& any_views, std::optional<Tensor> numbers,
+                                                    double tau_pos, double tau_neg, double alpha, double beta,
+                                                    int64_t pairing, bool rbf, double rbf_scale, bool want_grad,
+                                                    bool want_grad_numbers) {
   STD_TORCH_CHECK(any_views.dim() == 3, "cacr_kernels: views [V, B, D] expected");
   const Tensor views = packed(any_views);
+  const auto number = [&](int64_t i, double given) { return numbers ? double_at(*numbers, i) : given; };
   return with_dtype(views, [&](auto zero) {
     using T = decltype(zero);
     const int64_t V = views.size(0), B = views.size(1), D = views.size(2);
@@ -73,23 +75,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_cpu(const Tensor& any_views, std
                                     V,
                                     B,
                                     D,
-                                    tau ? tau_at(*tau, 0) : tau_pos,
-                                    tau ? tau_at(*tau, 1) : tau_neg,
-                                    alpha,
-                                    beta,
+                                    number(0, tau_pos),
+                                    number(1, tau_neg),
+                                    number(2, alpha),
+                                    number(3, beta),
                                     static_cast<cacr::Pairing>(pairing),
                                     rbf,
-                                    rbf_scale};
+                                    number(4, rbf_scale)};
     const std::vector<int64_t> grad_shape = want_grad ? std::vector<int64_t>{V, B, D} : std::vector<int64_t>{0};
     Tensor loss = empty<T>({}), parts = empty<T>({4}), grad = empty<T>(grad_shape),
-           grad_tau = tau ? empty<double>({2}) : empty<T>({0});
+           grad_numbers = numbers ? empty<double>({5}) : empty<T>({0});
     const cacr::CacrResult r =
-        cacr::cacr_loss<T>(problem, want_grad ? out<T>(grad) : nullptr, want_grad_tau && tau, torch_threads());
+        cacr::cacr_loss<T>(problem, want_grad ? out<T>(grad) : nullptr, want_grad_numbers && numbers, torch_threads());
     *out<T>(loss) = T(r.loss);
     T* p = out<T>(parts);
     p[0] = T(r.attraction), p[1] = T(r.repulsion), p[2] = T(r.attraction_entropy), p[3] = T(r.repulsion_entropy);
-    if (tau) out<double>(grad_tau)[0] = r.grad_tau_pos, out<double>(grad_tau)[1] = r.grad_tau_neg;
-    return std::make_tuple(loss, parts, grad, grad_tau);
+    if (numbers) {
+      const double of_numbers[5] = {r.grad_tau_pos, r.grad_tau_neg, 0, 0, 0};
+      std::copy(of_numbers, of_numbers + 5, out<double>(grad_numbers));
+    }
+    return std::make_tuple(loss, parts, grad, grad_numbers);
   });
 }
 
@@ -158,7 +163,7 @@ struct ContrastArguments {
     p.q_view_stride = p.N * p.D, p.k_view_stride = p.M * p.D, p.q_row_stride = p.k_row_stride = p.D;
     p.pairs = int64_t(q_index.size()), p.q_index = q_index.data(), p.k_index = k_index.data();
     p.softmaxes = int32_t(kinds.size());
-    for (size_t s = 0; s < kinds.size(); s++) p.kind[s] = int32_t(kinds[s]), p.tau[s] = tau_at(tau, int64_t(s));
+    for (size_t s = 0; s < kinds.size(); s++) p.kind[s] = int32_t(kinds[s]), p.tau[s] = double_at(tau, int64_t(s));
     if (q_id) {
       p.q_id = data<int32_t>(*q_id), p.k_id = data<int32_t>(*k_id);
       p.period = period_of(p.q_id, p.N, p.k_id, p.M);
