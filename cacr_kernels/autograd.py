@@ -63,8 +63,10 @@ class SingleProblem(Function):
 class CACRFunction(SingleProblem):
     """``cacr_loss`` of views [V, B, D], numbers [5] or ``None``, with both gradients found in forward.
 
-    Returns loss, parts and the two gradients, of which only the loss is differentiable. ``backward`` calls
-    :class:`CACRGradient`, so that a second derivative, also inside a larger graph, is that of the reference.
+    Returns loss, parts and the two gradients, of which only the loss is differentiable. ``backward`` hands the
+    gradients out once, scaled in place; another one through the same graph computes them again. Where it is
+    differentiated it calls :class:`CACRGradient`, so that a second derivative, also inside a larger graph, is that of
+    the reference.
     """
 
     @staticmethod
@@ -84,29 +86,50 @@ class CACRFunction(SingleProblem):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Saves inputs and the gradients."""
-        views, numbers, ctx.options, ctx.want_grad, ctx.want_grad_numbers, ctx.op = inputs
-        _, parts, grad_views, grad_numbers = output
-        ctx.mark_non_differentiable(parts, grad_views, grad_numbers)
-        ctx.save_for_backward(views, numbers, grad_views, grad_numbers)
+        views, numbers, ctx.options, *ctx.wanted, ctx.op = inputs
+        _, parts, *found = output
+        ctx.mark_non_differentiable(parts, *found)
         ctx.set_materialize_grads(False)
+        if type(views) in _PLAIN and not _needs_functorch(views, numbers):
+            ctx.save_for_backward(views, numbers)
+            ctx.found = found  # nobody else's: not to be saved, which would keep them from being changed
+        else:
+            ctx.save_for_backward(views, numbers, *found)
+            ctx.found = None
 
     @staticmethod
     def backward(ctx: Any, g_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-        """Scales the gradients, out of place and in their own dtype."""
+        """Scales the gradients, in their own dtype."""
         if g_loss is None:
             return (None,) * 6
-        views, numbers, grad_views, grad_numbers = ctx.saved_tensors
-        need_views, need_numbers, *_ = ctx.needs_input_grad
-        if (need_views and not ctx.want_grad) or (need_numbers and not ctx.want_grad_numbers):
-            wanted = ctx.options, need_views, need_numbers, ctx.op
-            _, _, grad_views, grad_numbers = _apply(CACRFunction, views, numbers, *wanted)
+        need = ctx.needs_input_grad[:2]
+        known = all(w or not n for n, w in zip(need, ctx.wanted, strict=True))
+        owned = ctx.found
+        if owned and known and not torch.is_grad_enabled() and not _needs_functorch(g_loss):
+            ctx.found = None
+            return *(_scaled_in_place(grad, g_loss) if n else None for n, grad in zip(need, owned, strict=True)), *_REST
+        views, numbers, *found = ctx.saved_tensors
+        found = found or owned
+        if not found or not known:
+            _, _, *found = _apply(CACRFunction, views, numbers, ctx.options, *need, ctx.op)
+        grad_views, grad_numbers = found
         if not torch.is_grad_enabled():  # nobody differentiates the gradient
-            out_numbers = g_loss.to(grad_numbers.dtype) * grad_numbers if need_numbers else None
-            return g_loss * grad_views if need_views else None, out_numbers, None, None, None, None
-        if not need_views:
+            out_numbers = g_loss.to(grad_numbers.dtype) * grad_numbers if need[1] else None
+            return g_loss * grad_views if need[0] else None, out_numbers, *_REST
+        if not need[0]:
             grad_views = torch.zeros_like(views)
         out_views, out_numbers = _apply(CACRGradient, g_loss, views, numbers, grad_views, grad_numbers, ctx.options)
-        return out_views if need_views else None, out_numbers if need_numbers else None, None, None, None, None
+        return out_views if need[0] else None, out_numbers if need[1] else None, *_REST
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)  # no subclass, such as those that trace
+_REST = None, None, None, None
+
+
+def _scaled_in_place(grad: Tensor, factor: Tensor) -> Tensor:
+    if grad.is_cpu and factor.item() == 1:
+        return grad
+    return grad.mul_(factor)
 
 
 class CACRGradient(SingleProblem):
@@ -310,10 +333,11 @@ def _apply(function: Any, *args: Any) -> Any:
 # there is one is not public: where it is missing, Function.apply it is.
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda x: True)
+_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda x: True)  # autograd.grad(is_grads_batched=)
 
 
 def _needs_functorch(*tensors: Tensor | None) -> bool:
-    return _transforms_active() or any(t is not None and _wrapped(t) for t in tensors)
+    return _transforms_active() or any(t is not None and (_wrapped(t) or _batched(t)) for t in tensors)
 
 
 def _plain_apply(function: type[Function]) -> Any:

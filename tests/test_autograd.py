@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad, gradcheck
 from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
 
 from cacr_kernels import cacr_loss, cacr_momentum_loss, cacr_queue_loss, supervised_cacr_loss
 
@@ -257,7 +258,7 @@ def test_gradient_asked_for_later(backend: str) -> None:
 @both_backends
 @named([PLAIN, views_loss(cost="rbf"), *COMPOSED])
 def test_backward_twice(loss: Loss, backend: str) -> None:
-    """The stored gradients are scaled out of place, and the incoming gradient is only read."""
+    """A gradient is handed out once, and the incoming one is only read."""
     inputs = loss.inputs()
     value, incoming = loss.call(*inputs, backend=backend), torch.tensor(3.0, dtype=torch.float64)
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
@@ -270,6 +271,51 @@ def test_backward_twice(loss: Loss, backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(again, grad(value, inputs, incoming, **options), strict=True))
     single = grad(value, inputs, **options)
     assert_same(tuple(again), tuple(3 * g for g in single))
+
+
+@both_backends
+@pytest.mark.parametrize("factor", [1.0, -3.0])
+def test_a_gradient_belongs_to_who_asked_for_it(factor: float, backend: str) -> None:
+    """Changing one in place changes no other one of the same graph, whether kept by autograd or by the leaf."""
+    leaf = unit(2, 5, 3).requires_grad_()
+    tau = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    loss = factor * cacr_loss(1.0 * leaf, tau_neg=tau, backend=backend)
+    expected = [g.clone() for g in grad(loss, (leaf, tau), retain_graph=True)]
+    for _ in range(3):
+        found = grad(loss, (leaf, tau), retain_graph=True)
+        for g, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(g, e, rtol=0, atol=0)
+            g.fill_(9.0)
+    loss.backward()
+    assert torch.equal(leaf.grad, expected[0])
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_gradients_found_in_forward_are_not_kept_after_backward() -> None:
+    """A loss kept for a log holds no embeddings' worth of memory."""
+    leaf = unit(2, 5, 3).requires_grad_()
+    loss = cacr_loss(leaf, backend="cpu")
+    assert loss.grad_fn.found is not None
+    loss.backward()
+    assert loss.grad_fn.found is None
+
+
+@both_backends
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_batch_of_incoming_gradients(backend: str) -> None:
+    leaf = unit(2, 5, 3).requires_grad_()
+    incoming = torch.tensor([1.0, -2.0, 1.0], dtype=torch.float64)
+    (found,) = grad(cacr_loss(leaf, backend=backend), leaf, incoming, is_grads_batched=True)
+    (single,) = grad(cacr_loss(leaf, backend=backend), leaf)
+    assert_same(tuple(found), tuple(g * single for g in incoming))
+
+
+def test_checkpointed() -> None:
+    leaves = [unit(2, 5, 3).requires_grad_() for _ in range(2)]
+    checkpoint(lambda z: cacr_loss(2 * z, backend="cpu"), leaves[0], use_reentrant=False).backward()
+    cacr_loss(2 * leaves[1], backend="cpu").backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=0, atol=0)
 
 
 @both_backends
