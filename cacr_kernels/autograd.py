@@ -78,58 +78,58 @@ class CACRFunction(SingleProblem):
         want_grad: bool,
         want_grad_numbers: bool,
         op: Any,
+        plain: bool,
     ) -> tuple[Tensor, ...]:
-        """Runs the operator."""
+        """Runs the operator. ``plain``: nothing traces, nothing transforms."""
         outputs: tuple[Tensor, ...] = _run(op, views, numbers, *options, want_grad, want_grad_numbers)
         return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Saves inputs and the gradients."""
-        views, numbers, ctx.options, *ctx.wanted, ctx.op = inputs
-        _, parts, *found = output
-        ctx.mark_non_differentiable(parts, *found)
+        views, numbers, ctx.options, ctx.want_grad, ctx.want_grad_numbers, ctx.op, plain = inputs
+        _, parts, grad_views, grad_numbers = output
+        ctx.mark_non_differentiable(parts, grad_views, grad_numbers)
         ctx.set_materialize_grads(False)
-        if type(views) in _PLAIN and not _needs_functorch(views, numbers):
+        if plain:
             ctx.save_for_backward(views, numbers)
-            ctx.found = found  # nobody else's: not to be saved, which would keep them from being changed
+            ctx.found = grad_views, grad_numbers  # nobody else's: what is saved must not be changed
         else:
-            ctx.save_for_backward(views, numbers, *found)
+            ctx.save_for_backward(views, numbers, grad_views, grad_numbers)
             ctx.found = None
 
     @staticmethod
     def backward(ctx: Any, g_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
         """Scales the gradients, in their own dtype."""
         if g_loss is None:
-            return (None,) * 6
-        need = ctx.needs_input_grad[:2]
-        known = all(w or not n for n, w in zip(need, ctx.wanted, strict=True))
-        owned = ctx.found
-        if owned and known and not torch.is_grad_enabled() and not _needs_functorch(g_loss):
+            return (None,) * 7
+        need_views, need_numbers, *_ = ctx.needs_input_grad
+        known = (ctx.want_grad or not need_views) and (ctx.want_grad_numbers or not need_numbers)
+        owned, differentiable = ctx.found, torch.is_grad_enabled()
+        if owned and known and not differentiable and not _needs_functorch(g_loss):
             ctx.found = None
-            return *(_scaled_in_place(grad, g_loss) if n else None for n, grad in zip(need, owned, strict=True)), *_REST
+            out_views, out_numbers = owned
+            out_views = _scaled_in_place(out_views, g_loss) if need_views else None
+            return out_views, _scaled_in_place(out_numbers, g_loss) if need_numbers else None, *_REST
         views, numbers, *found = ctx.saved_tensors
         found = found or owned
         if not found or not known:
-            _, _, *found = _apply(CACRFunction, views, numbers, ctx.options, *need, ctx.op)
+            _, _, *found = _apply(CACRFunction, views, numbers, ctx.options, need_views, need_numbers, ctx.op, False)
         grad_views, grad_numbers = found
-        if not torch.is_grad_enabled():  # nobody differentiates the gradient
-            out_numbers = g_loss.to(grad_numbers.dtype) * grad_numbers if need[1] else None
-            return g_loss * grad_views if need[0] else None, out_numbers, *_REST
-        if not need[0]:
+        if not differentiable:
+            out_numbers = g_loss.to(grad_numbers.dtype) * grad_numbers if need_numbers else None
+            return g_loss * grad_views if need_views else None, out_numbers, *_REST
+        if not need_views:
             grad_views = torch.zeros_like(views)
         out_views, out_numbers = _apply(CACRGradient, g_loss, views, numbers, grad_views, grad_numbers, ctx.options)
-        return out_views if need[0] else None, out_numbers if need[1] else None, *_REST
+        return out_views if need_views else None, out_numbers if need_numbers else None, *_REST
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)  # no subclass, such as those that trace
-_REST = None, None, None, None
+_REST = (None,) * 5
 
 
 def _scaled_in_place(grad: Tensor, factor: Tensor) -> Tensor:
-    if grad.is_cpu and factor.item() == 1:
-        return grad
-    return grad.mul_(factor)
+    return grad if grad.is_cpu and factor.item() == 1 else grad.mul_(factor)
 
 
 class CACRGradient(SingleProblem):
@@ -336,8 +336,11 @@ _wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda x:
 _batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda x: True)  # autograd.grad(is_grads_batched=)
 
 
-def _needs_functorch(*tensors: Tensor | None) -> bool:
-    return _transforms_active() or any(t is not None and (_wrapped(t) or _batched(t)) for t in tensors)
+_PLAIN = (Tensor, torch.nn.Parameter)  # no subclass, such as those that trace
+
+
+def _needs_functorch(x: Tensor, y: Tensor | None = None) -> bool:
+    return _transforms_active() or _wrapped(x) or _batched(x) or (y is not None and (_wrapped(y) or _batched(y)))
 
 
 def _plain_apply(function: type[Function]) -> Any:
@@ -364,8 +367,10 @@ def fused_cacr(
     """Loss [] and parts [4] by ``cacr_<backend>``."""
     options = ops.CACROptions(tau_pos, tau_neg, alpha, beta, pairing, rbf, rbf_scale)
     op = ops.operator(f"cacr_{backend}")
-    apply = CACRFunction.apply if _needs_functorch(views, numbers) else _plain_apply(CACRFunction)
-    loss, parts, _, _ = apply(views, numbers, options, want_grad, want_grad_numbers, op)
+    functorch = _needs_functorch(views, numbers)
+    plain = type(views) in _PLAIN and not functorch
+    apply = CACRFunction.apply if functorch else _plain_apply(CACRFunction)
+    loss, parts, _, _ = apply(views, numbers, options, want_grad, want_grad_numbers, op, plain)
     return loss, parts
 
 

@@ -111,21 +111,24 @@ def temperature(name: str, value: Any, device: torch.device, *, positive: bool =
     number = real(name, value)
     if number < 0 or (positive and number == 0):
         raise ValueError(f"{name} must be {'> 0' if positive else '>= 0'}, got {value!r}")
-    return variable(number, device)
-
-
-def variable(number: float, device: torch.device) -> float | Tensor:
-    """``number``; while compiling, a 0-dim tensor of it.
-
-    As a number it would be a constant of the compiled code, which a schedule compiles again at every step.
-    """
-    if torch.compiler.is_compiling():
-        return number * torch.ones((), dtype=torch.float64, device=device)
     return number
+
+
+def variables(device: torch.device, *values: float | Tensor) -> tuple[Any, ...]:
+    """``values``; while compiling, numbers as 0-dim tensors.
+
+    A number would be a constant of the compiled code, which a schedule compiles again at every step.
+    """
+    if not torch.compiler.is_compiling():
+        return values
+    one = torch.ones((), dtype=torch.float64, device=device)
+    return tuple(x if isinstance(x, Tensor) else x * one for x in values)
 
 
 def real(name: str, value: Any) -> float:
     """A finite Python number."""
+    if type(value) is float and value - value == 0:  # not to spend more on the usual case
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float | numbers.Real):
         raise TypeError(f"{name} must be a number, got {_what(value)}")
     value = value if isinstance(value, int | float) else float(value)  # of NumPy, say

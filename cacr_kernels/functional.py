@@ -112,17 +112,18 @@ def cacr_loss(
     z = checks.views("views", views, at_least=2)
     tau_pos = checks.temperature("tau_pos", tau_pos, z.device)
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
-    factors = _factors(alpha, beta, z.device)
+    alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
     checks.option("pairing", pairing, ops.PAIRINGS)
     checks.option("cost", cost, ("sqeuclidean", "rbf"))
-    scale = checks.variable(checks.non_negative("rbf_scale", rbf_scale), z.device)
+    rbf_scale = checks.non_negative("rbf_scale", rbf_scale)
     _check_shared(normalize, reduction, return_parts)
     if cost == "rbf" and reduction != "mean":
         raise ValueError(f"reduction={reduction!r} is not defined for cost=\"rbf\" (a log of a mean); accepted: 'mean'")
     name = _select(backend, z.device)
     with _no_autocast(z.device):
         (z,) = _prepare([z], normalize)
-        options: Any = {**factors, "pairing": pairing, "cost": cost, "rbf_scale": scale}
+        tau_pos, tau_neg, alpha, beta, rbf_scale = checks.variables(z.device, tau_pos, tau_neg, alpha, beta, rbf_scale)
+        options: Any = {"alpha": alpha, "beta": beta, "pairing": pairing, "cost": cost, "rbf_scale": rbf_scale}
         if name in FUSED and reduction == "mean":
             return _fused(name, z, tau_pos, tau_neg, options, return_parts)
         if name == "reference":
@@ -178,14 +179,15 @@ def cacr_queue_loss(
     checks.same_dim("queue", n, "queries", q)
     tau_pos = checks.temperature("tau_pos", tau_pos, q.device)
     tau_neg = checks.temperature("tau_neg", tau_neg, q.device)
-    factors = _factors(alpha, beta, q.device)
+    alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
     checks.flag("in_batch", in_batch)
     checks.option("weight_grad", weight_grad, ("in_batch", "full", "none"))
     _check_shared(normalize, reduction, return_parts)
     name = _select(backend, q.device)
     with _no_autocast(q.device):
         q, k, n = _prepare([q, k.detach(), n.detach()], normalize)
-        options: Any = {**factors, "in_batch": in_batch, "weight_grad": weight_grad}
+        tau_pos, tau_neg, alpha, beta = checks.variables(q.device, tau_pos, tau_neg, alpha, beta)
+        options: Any = {"alpha": alpha, "beta": beta, "in_batch": in_batch, "weight_grad": weight_grad}
         if name == "reference":
             terms = reference.queue(q, k, n, tau_pos, tau_neg, **options)
         else:
@@ -241,6 +243,7 @@ def cacr_momentum_loss(
     name = _select(backend, q.device)
     with _no_autocast(q.device):
         q, k = _prepare([q, k.detach()], normalize)
+        (temperature,) = checks.variables(q.device, temperature)
         if name == "reference":
             terms = reference.momentum(q, k, temperature, cost=cost, key_offset=key_offset)
         else:
@@ -297,16 +300,17 @@ def supervised_cacr_loss(
         tensors.append(r)
     tau_pos = checks.temperature("tau_pos", tau_pos, z.device)
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
-    factors = _factors(alpha, beta, z.device)
+    alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
     _check_shared(normalize, reduction, return_parts)
     name = _select(backend, z.device)
     with _no_autocast(z.device):
         z, *ref = _prepare(tensors, normalize)
+        tau_pos, tau_neg, alpha, beta = checks.variables(z.device, tau_pos, tau_neg, alpha, beta)
         arguments: Any = (ref[0] if ref else None, ref_labels, tau_pos, tau_neg)
         if name == "reference":
-            terms = reference.supervised(z, y, *arguments, **factors)
+            terms = reference.supervised(z, y, *arguments, alpha=alpha, beta=beta)
         else:
-            terms = losses.supervised(losses.Contrast(name), z, y, *arguments, **factors)
+            terms = losses.supervised(losses.Contrast(name), z, y, *arguments, alpha=alpha, beta=beta)
         return _reduce(terms, reduction, return_parts, z.dtype)
 
 
@@ -315,10 +319,6 @@ def _check_shared(normalize: object, reduction: object, return_parts: object) ->
     checks.flag("normalize", normalize)
     checks.option("reduction", reduction, ("mean", "sum", "none"))
     checks.flag("return_parts", return_parts)
-
-
-def _factors(alpha: float, beta: float, device: torch.device) -> Any:
-    return {n: checks.variable(checks.real(n, x), device) for n, x in (("alpha", alpha), ("beta", beta))}
 
 
 def _select(backend: object, device: torch.device) -> str:
