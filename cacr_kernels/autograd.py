@@ -63,10 +63,9 @@ class SingleProblem(Function):
 class CACRFunction(SingleProblem):
     """``cacr_loss`` of views [V, B, D], numbers [5] or ``None``, with both gradients found in forward.
 
-    Returns loss, parts and the two gradients, of which only the loss is differentiable. ``backward`` hands the
-    gradients out once, scaled in place; another one through the same graph computes them again. Where it is
-    differentiated it calls :class:`CACRGradient`, so that a second derivative, also inside a larger graph, is that of
-    the reference.
+    Returns loss, parts and the two gradients, of which only the loss is differentiable. ``backward`` scales them out of
+    place; where it is differentiated it calls :class:`CACRGradient`, so that a second derivative, also inside a larger
+    graph, is that of the reference.
     """
 
     @staticmethod
@@ -78,58 +77,37 @@ class CACRFunction(SingleProblem):
         want_grad: bool,
         want_grad_numbers: bool,
         op: Any,
-        plain: bool,
     ) -> tuple[Tensor, ...]:
-        """Runs the operator. ``plain``: nothing traces, nothing transforms."""
+        """Runs the operator."""
         outputs: tuple[Tensor, ...] = _run(op, views, numbers, *options, want_grad, want_grad_numbers)
         return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Saves inputs and the gradients."""
-        views, numbers, ctx.options, ctx.want_grad, ctx.want_grad_numbers, ctx.op, plain = inputs
+        views, numbers, ctx.options, ctx.want_grad, ctx.want_grad_numbers, ctx.op = inputs
         _, parts, grad_views, grad_numbers = output
         ctx.mark_non_differentiable(parts, grad_views, grad_numbers)
+        ctx.save_for_backward(views, numbers, grad_views, grad_numbers)
         ctx.set_materialize_grads(False)
-        if plain:
-            ctx.save_for_backward(views, numbers)
-            ctx.found = grad_views, grad_numbers  # nobody else's: what is saved must not be changed
-        else:
-            ctx.save_for_backward(views, numbers, grad_views, grad_numbers)
-            ctx.found = None
 
     @staticmethod
     def backward(ctx: Any, g_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-        """Scales the gradients, in their own dtype."""
+        """Scales the gradients, out of place and in their own dtype."""
         if g_loss is None:
-            return (None,) * 7
+            return (None,) * 6
+        views, numbers, grad_views, grad_numbers = ctx.saved_tensors
         need_views, need_numbers, *_ = ctx.needs_input_grad
-        known = (ctx.want_grad or not need_views) and (ctx.want_grad_numbers or not need_numbers)
-        owned, differentiable = ctx.found, torch.is_grad_enabled()
-        if owned and known and not differentiable and not _needs_functorch(g_loss):
-            ctx.found = None
-            out_views, out_numbers = owned
-            out_views = _scaled_in_place(out_views, g_loss) if need_views else None
-            return out_views, _scaled_in_place(out_numbers, g_loss) if need_numbers else None, *_REST
-        views, numbers, *found = ctx.saved_tensors
-        found = found or owned
-        if not found or not known:
-            _, _, *found = _apply(CACRFunction, views, numbers, ctx.options, need_views, need_numbers, ctx.op, False)
-        grad_views, grad_numbers = found
-        if not differentiable:
+        if (need_views and not ctx.want_grad) or (need_numbers and not ctx.want_grad_numbers):
+            wanted = ctx.options, need_views, need_numbers, ctx.op
+            _, _, grad_views, grad_numbers = _apply(CACRFunction, views, numbers, *wanted)
+        if not torch.is_grad_enabled():  # nobody differentiates the gradient
             out_numbers = g_loss.to(grad_numbers.dtype) * grad_numbers if need_numbers else None
-            return g_loss * grad_views if need_views else None, out_numbers, *_REST
+            return g_loss * grad_views if need_views else None, out_numbers, None, None, None, None
         if not need_views:
             grad_views = torch.zeros_like(views)
         out_views, out_numbers = _apply(CACRGradient, g_loss, views, numbers, grad_views, grad_numbers, ctx.options)
-        return out_views if need_views else None, out_numbers if need_numbers else None, *_REST
-
-
-_REST = (None,) * 5
-
-
-def _scaled_in_place(grad: Tensor, factor: Tensor) -> Tensor:
-    return grad if grad.is_cpu and factor.item() == 1 else grad.mul_(factor)
+        return out_views if need_views else None, out_numbers if need_numbers else None, None, None, None, None
 
 
 class CACRGradient(SingleProblem):
@@ -333,14 +311,10 @@ def _apply(function: Any, *args: Any) -> Any:
 # there is one is not public: where it is missing, Function.apply it is.
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda x: True)
-_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda x: True)  # autograd.grad(is_grads_batched=)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)  # no subclass, such as those that trace
-
-
-def _needs_functorch(x: Tensor, y: Tensor | None = None) -> bool:
-    return _transforms_active() or _wrapped(x) or _batched(x) or (y is not None and (_wrapped(y) or _batched(y)))
+def _needs_functorch(x: Tensor, y: Tensor | None) -> bool:
+    return _transforms_active() or _wrapped(x) or (y is not None and _wrapped(y))
 
 
 def _plain_apply(function: type[Function]) -> Any:
@@ -367,10 +341,8 @@ def fused_cacr(
     """Loss [] and parts [4] by ``cacr_<backend>``."""
     options = ops.CACROptions(tau_pos, tau_neg, alpha, beta, pairing, rbf, rbf_scale)
     op = ops.operator(f"cacr_{backend}")
-    functorch = _needs_functorch(views, numbers)
-    plain = type(views) in _PLAIN and not functorch
-    apply = CACRFunction.apply if functorch else _plain_apply(CACRFunction)
-    loss, parts, _, _ = apply(views, numbers, options, want_grad, want_grad_numbers, op, plain)
+    apply = CACRFunction.apply if _needs_functorch(views, numbers) else _plain_apply(CACRFunction)
+    loss, parts, _, _ = apply(views, numbers, options, want_grad, want_grad_numbers, op)
     return loss, parts
 
 

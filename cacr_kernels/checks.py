@@ -127,11 +127,10 @@ def variables(device: torch.device, *values: float | Tensor) -> tuple[Any, ...]:
 
 def real(name: str, value: Any) -> float:
     """A finite Python number."""
-    if type(value) is float and value - value == 0:  # not to spend more on the usual case
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float | numbers.Real):
-        raise TypeError(f"{name} must be a number, got {_what(value)}")
-    value = value if isinstance(value, int | float) else float(value)  # of NumPy, say
+    if type(value) is not float:
+        if isinstance(value, bool) or not isinstance(value, int | float | numbers.Real):
+            raise TypeError(f"{name} must be a number, got {_what(value)}")
+        value = value if isinstance(value, int | float) else float(value)  # of NumPy, say
     if not -sys.float_info.max <= value <= sys.float_info.max:  # integers may be larger
         raise ValueError(f"{name} must be finite, got {value!r}")
     return float(value)

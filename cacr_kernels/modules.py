@@ -1,7 +1,7 @@
 """The losses as modules: they hold the options and delegate to :mod:`cacr_kernels.functional`.
 
 ``normalize`` is ``True`` here. A temperature may be a 0-dim ``torch.nn.Parameter``, which the module then owns. Options
-are checked when the module is made. Those that are numbers may follow a schedule, also under ``torch.compile``.
+are checked when the module is made. Those that are Python numbers may follow a schedule, also under ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize as l2_normalize
@@ -27,8 +28,8 @@ class _Loss(nn.Module):
         for name, value in options.items():
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
-            else:
-                setattr(self, name, value)
+            else:  # to torch.compile a number of NumPy is an array
+                setattr(self, name, float(value) if isinstance(value, np.number) else value)
 
     def options(self) -> dict[str, Any]:
         """The options as they are now."""

@@ -258,7 +258,7 @@ def test_gradient_asked_for_later(backend: str) -> None:
 @both_backends
 @named([PLAIN, views_loss(cost="rbf"), *COMPOSED])
 def test_backward_twice(loss: Loss, backend: str) -> None:
-    """A gradient is handed out once, and the incoming one is only read."""
+    """The stored gradients are scaled out of place, and the incoming gradient is only read."""
     inputs = loss.inputs()
     value, incoming = loss.call(*inputs, backend=backend), torch.tensor(3.0, dtype=torch.float64)
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
@@ -290,15 +290,6 @@ def test_a_gradient_belongs_to_who_asked_for_it(factor: float, backend: str) -> 
     assert torch.equal(leaf.grad, expected[0])
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
-
-
-def test_gradients_found_in_forward_are_not_kept_after_backward() -> None:
-    """A loss kept for a log holds no embeddings' worth of memory."""
-    leaf = unit(2, 5, 3).requires_grad_()
-    loss = cacr_loss(leaf, backend="cpu")
-    assert loss.grad_fn.found is not None
-    loss.backward()
-    assert loss.grad_fn.found is None
 
 
 @both_backends

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from agreement import LOSSES, cast, each_backend, each_loss, small_inputs
 from torch._dynamo.testing import CompileCounter
 from torch.autograd import grad
 
-from cacr_kernels import supervised_cacr_loss
+from cacr_kernels import CACRLoss, supervised_cacr_loss
 from cacr_kernels.losses import compact_ids
 
 
@@ -31,6 +32,30 @@ def test_a_schedule_of_numbers_compiles_twice_at_most(loss: str, backend: str) -
     for step in range(12):
         torch.testing.assert_close(compiled(0.5 + 0.1 * step), call(0.5 + 0.1 * step))
     assert counter.frame_count <= 2
+
+
+@each_backend
+@each_loss
+@pytest.mark.parametrize("last", [float("inf"), float("nan"), -1.0])
+def test_a_schedule_that_ends_badly_is_refused(last: float, loss: str, backend: str) -> None:
+    """Once a number varies, compiled code knows less of it."""
+    tensors, name = small_inputs(loss), "temperature" if loss == "momentum" else "tau_neg"
+
+    def call(value: float) -> torch.Tensor:
+        return LOSSES[loss](**tensors, **{name: value}, backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="eager")
+    for value in (1.0, 2.0, 3.0):
+        torch.testing.assert_close(compiled(value), call(value))
+    with pytest.raises(ValueError, match=name):
+        compiled(last)
+
+
+def test_a_module_given_numbers_of_numpy_compiles() -> None:
+    module, views = CACRLoss(tau_neg=np.float64(1.5), alpha=np.float32(2)), small_inputs("cacr")["views"]
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="eager")(views), module(views))
 
 
 @each_backend
