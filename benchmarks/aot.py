@@ -1,0 +1,42 @@
+"""Compiles the Triton kernels for a GPU that is not there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# What an argument is by its name, for every kernel: the element type of a pointer ("in" the embeddings', "acc" the
+# arithmetic's), or the type of a number.
+POINTERS = {
+    **dict.fromkeys(("q", "k", "x", "y", "z"), "in"),
+    **dict.fromkeys(("q_norm", "k_norm", "x_norm", "y_norm", "state", "coefficients", "out", "bound"), "acc"),
+    **dict.fromkeys(("grad", "moment", "shares"), "acc"),
+    **dict.fromkeys(("q_id", "k_id", "x_id", "y_id", "q_view", "k_view", "x_view", "y_view"), "i32"),
+    **dict.fromkeys(("tau", "value", "lse", "weights", "grad_value", "grad_lse", "total", "grad_tau"), "fp64"),
+}
+ALIGNED = ("D", "share")  # numbers that are multiples of 16 in every shape that matters
+
+
+def compile_kernel(
+    kernel: Any, dtype: str, constants: dict[str, Any], target: Any, *, num_warps: int, num_stages: int
+) -> Any:
+    """``kernel`` for embeddings of ``dtype`` ("bf16", "fp16", "fp32", "fp64"), D a multiple of 16, all sizes below 2^31.
+
+    ``target`` is a ``triton.backends.compiler.GPUTarget``. The arguments of the compiled kernel are those of the Python
+    function that are not in ``constants``, in their order.
+    """
+    import triton
+    from triton.compiler import ASTSource
+
+    types = {"in": dtype, "acc": "fp64" if dtype == "fp64" else "fp32"}
+    signature, fixed, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], fixed[(i,)] = "constexpr", constants[name]
+        elif name in POINTERS:
+            signature[name] = f"*{types.get(POINTERS[name], POINTERS[name])}"
+        else:
+            signature[name] = "i32"
+        if name in POINTERS or name in ALIGNED:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes)
+    return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})

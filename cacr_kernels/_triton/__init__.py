@@ -1,0 +1,1 @@
+"""Backend "triton". Importing this package imports Triton; ``cacr_kernels.backends`` does not."""

@@ -1,0 +1,93 @@
+"""What the gradient of a row is made of: dL/dc_ij = w_ij (gF (1 + tau (c_ij - F_i)) + glse tau)  (``reference.py``).
+
+tau (c - F) = ln 2 (z - mean z). With a base moved by about mean z, in which z' = z - moved is small where the weights
+are large, dL/dc_ij = e'_ij (A_i + B_i z'_ij): one FMA, which does not cancel.
+
+Two softmaxes over one set (rbf) nearly cancel: a w_0 + b w_1 = (a + b) w_0 + b (w_1 - w_0), of which the kernels make
+A_0 e_0 + A_1 (e_1 - ratio e_0).
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import HUGE, LN2
+
+BASE = tl.constexpr(0)  # rows of the array of coefficients
+A = tl.constexpr(1)
+B = tl.constexpr(2)
+MEAN_V = tl.constexpr(3)
+RATIO = tl.constexpr(4)
+
+
+@triton.jit
+def row_of(weights, grad_value, grad_lse, tau, at, stride, inside, acc_type: tl.constexpr, DETACH: tl.constexpr):
+    """New base, and in float64: the constant part and gF, both for weights of sum 1; the sum of the new e; moved."""
+    base = tl.load(weights + at, mask=inside, other=0.0)
+    total = tl.load(weights + stride + at, mask=inside, other=0.0)
+    mean_z = tl.load(weights + 2 * stride + at, mask=inside, other=0.0)
+    empty = total == 0
+    g_value = tl.where(empty, 0.0, tl.load(grad_value + at, mask=inside, other=0.0))
+    g_lse = tl.where(empty, 0.0, tl.load(grad_lse + at, mask=inside, other=0.0))
+    new_base = (base + mean_z).to(acc_type)
+    moved = new_base.to(tl.float64) - base
+    total = tl.where(empty, 1.0, total) * tl.exp2(-moved)
+    constant = g_value
+    if not DETACH:
+        constant += g_value * (moved - mean_z) * LN2 + g_lse * tau
+    return tl.where(empty, HUGE, new_base).to(acc_type), constant, g_value, total
+
+
+@triton.jit
+def coefficients_kernel(
+    weights,  # [3, softmaxes, P, N] float64, of merge_kernel
+    value,  # [softmaxes, P, N] float64, as are the next two
+    grad_value,
+    grad_lse,
+    tau,  # [softmaxes] float64
+    q_norm,  # [views of q, N]
+    q_view,  # [P]
+    out,  # [5, softmaxes, P, N] in the type of the arithmetic
+    bound,  # [programs] no dL/dc of these rows is larger
+    N,
+    P,
+    SOFTMAXES: tl.constexpr,
+    CANCELLING: tl.constexpr,
+    DETACH: tl.constexpr,
+    POSITIVE0: tl.constexpr,  # v of this softmax is made of costs
+    POSITIVE1: tl.constexpr,
+    INNER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: blocks of queries, problems."""
+    acc_type: tl.constexpr = out.dtype.element_ty
+    i0, p = tl.program_id(0) * BLOCK, tl.program_id(1)
+    rows = i0 + tl.arange(0, BLOCK)
+    inside = rows < N
+    one = tl.cast(P, tl.int64) * N
+    stride = SOFTMAXES * one
+    at = tl.cast(p, tl.int64) * N + rows
+    norm = tl.load(q_norm + tl.load(q_view + p).to(tl.int64) * N + rows, mask=inside, other=0.0).to(tl.float64)
+    size = tl.zeros((BLOCK,), tl.float64)
+    first, first_total = tl.zeros((BLOCK,), tl.float64), tl.full((BLOCK,), 1.0, tl.float64)
+    for s in tl.static_range(SOFTMAXES):
+        t = tl.load(tau + s)
+        base, a, g_value, total = row_of(
+            weights, grad_value, grad_lse, t, at + s * one, stride, inside, acc_type, DETACH
+        )  # fmt: skip
+        b = tl.zeros_like(a) if DETACH else g_value * LN2
+        size += 3.0 * (tl.abs(a) + tl.abs(b))
+        here = out + s * one + at
+        positive: tl.constexpr = POSITIVE0 if s == 0 else POSITIVE1
+        mean = tl.load(value + at + s * one, mask=inside, other=0.0)
+        sign = tl.where(t > 0, -1.0, 1.0).to(tl.float64)
+        own = tl.zeros_like(norm) if positive or INNER else norm
+        tl.store(here + BASE * stride, base, mask=inside)
+        tl.store(here + A * stride, (a / total).to(acc_type), mask=inside)
+        tl.store(here + B * stride, (b / total).to(acc_type), mask=inside)
+        tl.store(here + MEAN_V * stride, (0.5 * sign * (own - mean)).to(acc_type), mask=inside)
+        if CANCELLING and s == 0:
+            first, first_total = a, total
+        if CANCELLING and s == 1:
+            tl.store(out + A * stride + at, ((first + a) / first_total).to(acc_type), mask=inside)
+            tl.store(here + RATIO * stride, (total / first_total).to(acc_type), mask=inside)
+    tl.store(bound + p * tl.num_programs(0) + tl.program_id(0), tl.max(size, 0).to(acc_type))

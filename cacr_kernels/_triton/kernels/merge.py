@@ -1,0 +1,70 @@
+"""Row statistics of all shares of the keys together (``reference.py``, Merge), in float64."""
+
+import triton
+import triton.language as tl
+
+from .tile import HUGE, LN2, OTHER, slope_of
+
+
+@triton.jit
+def merge_kernel(
+    state,  # [shares, 3, softmaxes, P, N] of statistics_kernel
+    q_norm,  # [views of q, N]
+    tau,  # [softmaxes] float64
+    q_view,  # [P]
+    value,  # [softmaxes, P, N] float64, as are the next two
+    lse,
+    weights,  # [3, softmaxes, P, N]: base, sum e, mean z; sum 0 for an empty set
+    N,
+    P,
+    SHARES,
+    KIND0: tl.constexpr,
+    KIND1: tl.constexpr,
+    INNER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: blocks of queries, problems, softmaxes."""
+    acc_type: tl.constexpr = q_norm.dtype.element_ty
+    i0, p, s = tl.program_id(0) * BLOCK, tl.program_id(1), tl.program_id(2)
+    rows = i0 + tl.arange(0, BLOCK)
+    inside = rows < N
+    one = P.to(tl.int64) * N  # of one softmax
+    stride = one * tl.num_programs(2)
+    at = s * one + p.to(tl.int64) * N + rows
+    temperature = tl.load(tau + s)
+    sign, size = slope_of(temperature, acc_type)
+    top = tl.load(state + at, mask=inside, other=-HUGE)
+    for i in range(1, SHARES):
+        top = tl.maximum(top, tl.load(state + i * 3 * stride + at, mask=inside, other=-HUGE))
+    anchor = tl.where(top == -HUGE, 0.0, top).to(acc_type)
+    base = size * anchor
+    total, total_z = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    for i in range(SHARES):
+        from_state = state + i * 3 * stride + at
+        part = tl.load(from_state, mask=inside, other=-HUGE)
+        moved = tl.where(part == -HUGE, 0.0, (size * part).to(tl.float64) - base.to(tl.float64))
+        part_sum = tl.load(from_state + stride, mask=inside, other=0.0).to(tl.float64)
+        part_z = tl.load(from_state + 2 * stride, mask=inside, other=0.0).to(tl.float64)
+        shrink = tl.exp2(moved)
+        total += part_sum * shrink
+        total_z += (part_z + moved * part_sum) * shrink
+    # The base is rounded: z of the top itself is
+    rounding = size.to(tl.float64) * anchor.to(tl.float64) - base.to(tl.float64)
+    total_z += temperature * 0.0  # Inf and NaN leave no trace in 2^z where there is no key
+    empty = (total == 0) & (total_z == 0) & (top == -HUGE)
+    total = tl.where(empty, 1.0, total)
+    mean_z = total_z / total
+    kind = tl.where(s == 0, KIND0, KIND1)
+    with_norm = (kind == 0) | (kind == OTHER)
+    norm = tl.load(q_norm + tl.load(q_view + p).to(tl.int64) * N + rows, mask=inside, other=0.0)
+    norm = tl.where(with_norm & (not INNER), norm, 0.0).to(tl.float64)
+    sign = sign.to(tl.float64)
+    mean = norm - 2.0 * sign * (anchor.to(tl.float64) + (mean_z - rounding) / size.to(tl.float64))
+    mean = tl.where(empty, 0.0, mean)
+    logit = temperature * (norm - 2.0 * sign * anchor.to(tl.float64))
+    log_sum = tl.where(empty, -float("inf"), (tl.log2(total) - rounding) * LN2 + logit)
+    tl.store(value + at, mean, mask=inside)
+    tl.store(lse + at, tl.where(mean == mean, log_sum, mean), mask=inside)
+    tl.store(weights + at, base.to(tl.float64), mask=inside)
+    tl.store(weights + stride + at, tl.where(empty, 0.0, total + mean * 0.0), mask=inside)
+    tl.store(weights + 2 * stride + at, mean_z, mask=inside)
