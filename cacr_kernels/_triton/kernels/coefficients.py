@@ -53,8 +53,8 @@ def coefficients_kernel(
     SOFTMAXES: tl.constexpr,
     CANCELLING: tl.constexpr,
     DETACH: tl.constexpr,
-    POSITIVE0: tl.constexpr,  # v of this softmax is made of costs
-    POSITIVE1: tl.constexpr,
+    BY_COST0: tl.constexpr,  # v of this softmax is made of costs
+    BY_COST1: tl.constexpr,
     INNER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -77,10 +77,9 @@ def coefficients_kernel(
         b = tl.zeros_like(a) if DETACH else g_value * LN2
         size += 3.0 * (tl.abs(a) + tl.abs(b))
         here = out + s * one + at
-        positive: tl.constexpr = POSITIVE0 if s == 0 else POSITIVE1
         mean = tl.load(value + at + s * one, mask=inside, other=0.0)
         sign = tl.where(t > 0, -1.0, 1.0).to(tl.float64)
-        own = tl.zeros_like(norm) if positive or INNER else norm
+        own = tl.zeros_like(norm) if INNER or (BY_COST0 if s == 0 else BY_COST1) else norm
         tl.store(here + BASE * stride, base, mask=inside)
         tl.store(here + A * stride, (a / total).to(acc_type), mask=inside)
         tl.store(here + B * stride, (b / total).to(acc_type), mask=inside)

@@ -139,7 +139,7 @@ def gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,  # features of the gradient that a program writes
+    BLOCK_OUT: tl.constexpr,  # features of the gradient that a program writes; BLOCK_D if that is all of them
 ):
     """Grid: blocks of x, views of x times shares of y, blocks of features."""
     acc_type: tl.constexpr = x_norm.dtype.element_ty

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tile import HUGE, LN2, OTHER, slope_of
+from .tile import HUGE, LN2, slope_of
 
 
 @triton.jit
@@ -18,8 +18,8 @@ def merge_kernel(
     N,
     P,
     SHARES,
-    KIND0: tl.constexpr,
-    KIND1: tl.constexpr,
+    BY_COST0: tl.constexpr,
+    BY_COST1: tl.constexpr,
     INNER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -54,10 +54,12 @@ def merge_kernel(
     empty = (total == 0) & (total_z == 0) & (top == -HUGE)
     total = tl.where(empty, 1.0, total)
     mean_z = total_z / total
-    kind = tl.where(s == 0, KIND0, KIND1)
-    with_norm = (kind == 0) | (kind == OTHER)
     norm = tl.load(q_norm + tl.load(q_view + p).to(tl.int64) * N + rows, mask=inside, other=0.0)
-    norm = tl.where(with_norm & (not INNER), norm, 0.0).to(tl.float64)
+    if INNER:
+        norm = tl.zeros_like(norm)
+    elif BY_COST0 or BY_COST1:
+        norm = tl.where((s == 0) & BY_COST0 | (s != 0) & BY_COST1, 0.0, norm)
+    norm = norm.to(tl.float64)
     sign = sign.to(tl.float64)
     mean = norm - 2.0 * sign * (anchor.to(tl.float64) + (mean_z - rounding) / size.to(tl.float64))
     mean = tl.where(empty, 0.0, mean)
