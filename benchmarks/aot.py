@@ -19,7 +19,7 @@ ALIGNED = ("D", "share")  # numbers that are multiples of 16 in every shape that
 def compile_kernel(
     kernel: Any, dtype: str, constants: dict[str, Any], target: Any, *, num_warps: int, num_stages: int
 ) -> Any:
-    """``kernel`` for embeddings of ``dtype`` ("bf16", "fp16", "fp32", "fp64"), D a multiple of 16, all sizes below 2^31.
+    """``kernel`` for embeddings of ``dtype`` (bf16, fp16, fp32, fp64), D a multiple of 16, all sizes below 2^31.
 
     ``target`` is a ``triton.backends.compiler.GPUTarget``. The arguments of the compiled kernel are those of the Python
     function that are not in ``constants``, in their order.

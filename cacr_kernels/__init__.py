@@ -6,6 +6,7 @@
 >>> CACRLoss()(*views).backward()
 """
 
+from . import _triton  # noqa: F401 registers its operators
 from ._version import __version__
 from .autograd import CACRFunction
 from .backends import backends

@@ -337,10 +337,11 @@ def fused_cacr(
     rbf_scale: float,
     want_grad: bool,
     want_grad_numbers: bool,
+    narrow: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss [] and parts [4] by ``cacr_<backend>``."""
+    """Loss [] and parts [4] by ``cacr_<backend>``; ``narrow``: see ``ops.Narrow``."""
     options = ops.CACROptions(tau_pos, tau_neg, alpha, beta, pairing, rbf, rbf_scale)
-    op = ops.operator(f"cacr_{backend}")
+    op = ops.Narrow(ops.operator(f"cacr_{backend}"), 1, narrow)
     apply = CACRFunction.apply if _needs_functorch(views, numbers) else _plain_apply(CACRFunction)
     loss, parts, _, _ = apply(views, numbers, options, want_grad, want_grad_numbers, op)
     return loss, parts
@@ -359,9 +360,13 @@ def contrast(
     k_index: list[int],
     inner: bool,
     detach_weights: bool,
+    narrow: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean cost and log-sum-exp [S, P, N], float64, by ``contrast_<backend>``; no ``k``: the queries are the keys."""
-    functions = ops.operator(f"contrast_{backend}"), ops.operator(f"contrast_backward_{backend}")
+    """Mean cost and log-sum-exp [S, P, N], float64, by ``contrast_<backend>``; no ``k``: the queries are the keys.
+
+    ``narrow``: see ``ops.Narrow``.
+    """
+    functions = [ops.Narrow(ops.operator(f"{name}_{backend}"), 2, narrow) for name in ("contrast", "contrast_backward")]
     arguments = q, k, q_id, k_id, tau, list(kinds), list(q_index), list(k_index), inner, detach_weights
     value, lse, _ = _apply(ContrastFunction, *arguments, *functions)
     return value, lse

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,10 +40,26 @@ def _cpu(device: torch.device | None) -> str | None:
     return _CPU_ERROR
 
 
+def _triton(device: torch.device | None) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton; it comes with torch for CUDA)"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return _any_device(device)
+    if device is not None and device.type != "cuda":
+        how = "; CPU tensors need its interpreter: TRITON_INTERPRET=1 in the environment of Python"
+        return f"Triton compiles for GPUs, not for {device.type} tensors{how if device.type == 'cpu' else ''}"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU here"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the Triton kernels need a GPU of compute capability 8.0 (Ampere) or newer"
+    return None
+
+
 # Slowest first. "auto" takes the last that can run on the tensors' device, but never the reference.
 TABLE = (
     Backend("reference", "the definition in plain PyTorch; N x M arrays, any device", _any_device),
     Backend("torch", "plain PyTorch in blocks; bounded memory, any device", _any_device),
+    Backend("triton", "Triton kernels for GPUs", _triton),
     Backend("cpu", "SIMD kernels in C++ for the CPU", _cpu),
 )
 NAMES = ("auto", *(backend.name for backend in TABLE))
@@ -84,6 +102,8 @@ def check(name: object, device: torch.device | None = None) -> None:
 
 def _fastest(device: torch.device) -> str:
     usable = [backend for backend in TABLE if backend.why_not(device) is None]
+    if device.type == "cpu":  # an interpreter is for tests
+        usable = [backend for backend in usable if backend.name != "triton"]
     if not usable:
         reasons = dict.fromkeys(str(backend.why_not(device)) for backend in TABLE)
         raise ValueError(f"backend='auto' finds none that can run on {device.type}: {'; '.join(reasons)}")

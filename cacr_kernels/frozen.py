@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._blocks import plain_contrast
 from .autograd import SingleProblem, _apply, _opaque, _positional, _run
-from .ops import NAMESPACE, ContrastSpec, _vjp, operator, own_precision, place
+from .ops import NAMESPACE, ContrastSpec, Narrow, _vjp, arithmetic_dtype, operator, own_precision, place
 
 FROZEN_SCHEMA = (
     "(Tensor q, Tensor k, Tensor? q_id, Tensor? k_id, Tensor tau, int[] kinds, int[] q_index, int[] k_index,"
@@ -53,7 +53,7 @@ def frozen_fake(
     """
     shape = (1, len(q_index), q.shape[1])
     both = (want_q or want_tau) and not detach_weights and not detach_value
-    means = q.new_empty((1 + both, *shape[1:], q.shape[2]) if want_q else 0)
+    means = q.new_empty((1 + both, *shape[1:], q.shape[2]) if want_q else 0, dtype=arithmetic_dtype(q))
     return tau.new_empty(shape), tau.new_empty(shape), means, tau.new_empty(shape if both else 0)
 
 
@@ -326,9 +326,10 @@ def contrast_frozen(
     detach_value: bool,
     want_q: bool,
     want_tau: bool,
+    narrow: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean cost and log-sum-exp [1, P, N], float64, by ``contrast_frozen_<backend>``; ``k`` gets no gradient."""
-    op = operator(f"contrast_frozen_{backend}")
+    op = Narrow(operator(f"contrast_frozen_{backend}"), 2, narrow)
     indices, flags = (list(kinds), list(q_index), list(k_index)), (inner, detach_weights, detach_value)
     value, lse, _, _ = _apply(FrozenFunction, q, k, q_id, k_id, tau, *indices, *flags, want_q, want_tau, op)
     return value, lse

@@ -16,6 +16,7 @@ from .backends import select
 from .types import CACRParts, Cost, Pairing, Reduction, Terms, WeightGrad
 
 FUSED = ("cpu",)  # backends with the operator cacr_<backend>
+NARROW = ("triton",)  # backends whose operators take half types as they are
 
 
 @overload
@@ -121,15 +122,16 @@ def cacr_loss(
         raise ValueError(f"reduction={reduction!r} is not defined for cost=\"rbf\" (a log of a mean); accepted: 'mean'")
     name = _select(backend, z.device)
     with _no_autocast(z.device):
+        narrow = _narrow(name, [z], normalize)
         (z,) = _prepare([z], normalize)
         tau_pos, tau_neg, alpha, beta, rbf_scale = checks.variables(z.device, tau_pos, tau_neg, alpha, beta, rbf_scale)
         options: Any = {"alpha": alpha, "beta": beta, "pairing": pairing, "cost": cost, "rbf_scale": rbf_scale}
         if name in FUSED and reduction == "mean":
-            return _fused(name, z, tau_pos, tau_neg, options, return_parts)
+            return _fused(name, narrow, z, tau_pos, tau_neg, options, return_parts)
         if name == "reference":
             terms = reference.cacr(z, tau_pos, tau_neg, **options)
         else:
-            terms = losses.cacr(losses.Contrast(name), z.contiguous(), tau_pos, tau_neg, **options)
+            terms = losses.cacr(losses.Contrast(name, narrow), z.contiguous(), tau_pos, tau_neg, **options)
         return _reduce(terms, reduction, return_parts, z.dtype)
 
 
@@ -185,6 +187,7 @@ def cacr_queue_loss(
     _check_shared(normalize, reduction, return_parts)
     name = _select(backend, q.device)
     with _no_autocast(q.device):
+        narrow = _narrow(name, [q, k, n], normalize)
         q, k, n = _prepare([q, k.detach(), n.detach()], normalize)
         tau_pos, tau_neg, alpha, beta = checks.variables(q.device, tau_pos, tau_neg, alpha, beta)
         options: Any = {"alpha": alpha, "beta": beta, "in_batch": in_batch, "weight_grad": weight_grad}
@@ -192,7 +195,13 @@ def cacr_queue_loss(
             terms = reference.queue(q, k, n, tau_pos, tau_neg, **options)
         else:
             terms = losses.queue(
-                losses.Contrast(name), q.contiguous(), k.contiguous(), n.contiguous(), tau_pos, tau_neg, **options
+                losses.Contrast(name, narrow),
+                q.contiguous(),
+                k.contiguous(),
+                n.contiguous(),
+                tau_pos,
+                tau_neg,
+                **options,
             )
         return _reduce(terms, reduction, return_parts, q.dtype)
 
@@ -242,13 +251,19 @@ def cacr_momentum_loss(
     _check_shared(normalize, reduction, return_parts)
     name = _select(backend, q.device)
     with _no_autocast(q.device):
+        narrow = _narrow(name, [q, k], normalize)
         q, k = _prepare([q, k.detach()], normalize)
         (temperature,) = checks.variables(q.device, temperature)
         if name == "reference":
             terms = reference.momentum(q, k, temperature, cost=cost, key_offset=key_offset)
         else:
             terms = losses.momentum(
-                losses.Contrast(name), q.contiguous(), k.contiguous(), temperature, cost=cost, key_offset=key_offset
+                losses.Contrast(name, narrow),
+                q.contiguous(),
+                k.contiguous(),
+                temperature,
+                cost=cost,
+                key_offset=key_offset,
             )
         return _reduce(terms, reduction, return_parts, q.dtype)
 
@@ -304,13 +319,15 @@ def supervised_cacr_loss(
     _check_shared(normalize, reduction, return_parts)
     name = _select(backend, z.device)
     with _no_autocast(z.device):
+        narrow = _narrow(name, tensors, normalize)
         z, *ref = _prepare(tensors, normalize)
         tau_pos, tau_neg, alpha, beta = checks.variables(z.device, tau_pos, tau_neg, alpha, beta)
         arguments: Any = (ref[0] if ref else None, ref_labels, tau_pos, tau_neg)
         if name == "reference":
             terms = reference.supervised(z, y, *arguments, alpha=alpha, beta=beta)
         else:
-            terms = losses.supervised(losses.Contrast(name), z, y, *arguments, alpha=alpha, beta=beta)
+            compare = losses.Contrast(name, narrow)
+            terms = losses.supervised(compare, z, y, *arguments, alpha=alpha, beta=beta)
         return _reduce(terms, reduction, return_parts, z.dtype)
 
 
@@ -334,6 +351,13 @@ def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]
     return contextlib.nullcontext()
 
 
+def _narrow(name: str, tensors: list[Tensor], normalize: bool) -> torch.dtype | None:
+    """The half type that all embeddings have, if the operators of the backend multiply in it (``ops.Narrow``)."""
+    dtype = tensors[0].dtype
+    halves = dtype in (torch.float16, torch.bfloat16) and all(t.dtype == dtype for t in tensors)
+    return dtype if halves and not normalize and name in NARROW else None
+
+
 def _prepare(tensors: list[Tensor], normalize: bool) -> list[Tensor]:
     """One dtype for all: float64 if any input is, else float32; half types are computed in float32.
 
@@ -350,7 +374,13 @@ def _prepare(tensors: list[Tensor], normalize: bool) -> list[Tensor]:
 
 
 def _fused(
-    name: str, views: Tensor, tau_pos: float | Tensor, tau_neg: float | Tensor, options: Any, return_parts: bool
+    name: str,
+    narrow: torch.dtype | None,
+    views: Tensor,
+    tau_pos: float | Tensor,
+    tau_neg: float | Tensor,
+    options: Any,
+    return_parts: bool,
 ) -> Any:
     given: list[Any] = [tau_pos, tau_neg, options["alpha"], options["beta"], options["rbf_scale"]]
     numbers = None
@@ -371,6 +401,7 @@ def _fused(
         rbf_scale,
         grad and views.requires_grad,
         grad and numbers is not None and numbers.requires_grad,
+        narrow,
     )
     return CACRParts(loss, *parts.detach().unbind()) if return_parts else loss
 

@@ -34,8 +34,9 @@ class Softmaxes(NamedTuple):
 class Contrast:
     """The ``contrast`` operator of one backend."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, narrow: torch.dtype | None = None) -> None:
         self.backend = backend
+        self.narrow = narrow  # the half type that the embeddings, float32 here, came in
 
     def __call__(
         self,
@@ -57,7 +58,8 @@ class Contrast:
         tau = tau.detach() if detach_weights else tau
         kinds = [kind for kind, _ in sets]
         index = [x for x, _ in pairs], [y for _, y in pairs]
-        return Softmaxes(*contrast(self.backend, q, k, q_id, k_id, tau, kinds, *index, inner, detach_weights))
+        arguments = q, k, q_id, k_id, tau, kinds, *index, inner, detach_weights
+        return Softmaxes(*contrast(self.backend, *arguments, self.narrow))
 
     def frozen(
         self,
@@ -83,7 +85,8 @@ class Contrast:
             index = [x for x, _ in pairs], [y for _, y in pairs]
             flags = inner, detach_weights, detach_value
             wanted = grad and queries.requires_grad, grad and taus.requires_grad
-            s = Softmaxes(*contrast_frozen(self.backend, queries, k, q_id, k_id, taus, [kind], *index, *flags, *wanted))
+            arguments = queries, k, q_id, k_id, taus, [kind], *index, *flags, *wanted
+            s = Softmaxes(*contrast_frozen(self.backend, *arguments, self.narrow))
         else:
             options = {"inner": inner, "detach_weights": detach_weights}
             s = self(queries, k, [(kind, tau)], q_id=q_id, k_id=k_id, pairs=pairs, **options)

@@ -38,6 +38,11 @@ def own_precision(second_order: F) -> F:
     return cast("F", wrapped)
 
 
+def arithmetic_dtype(x: Tensor) -> torch.dtype:
+    """What is computed in, and what gradients come in: half types are accumulated in float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 PAIRINGS: tuple[Pairing, ...] = ("unordered", "ordered", "pooled")
 NAMESPACE = "cacr_kernels"
 
@@ -92,9 +97,10 @@ def cacr_fake(
 
     Only the temperatures have a gradient: the other ``numbers`` are constants, and theirs is 0.
     """
-    grad = torch.empty_like(views, memory_format=torch.contiguous_format) if want_grad else views.new_empty(0)
-    grad_numbers = views.new_empty(0) if numbers is None else numbers.new_empty(5)
-    return views.new_empty(()), views.new_empty(4), grad, grad_numbers
+    dtype = arithmetic_dtype(views)
+    grad = views.new_empty(views.shape if want_grad else 0, dtype=dtype)
+    grad_numbers = views.new_empty(0, dtype=dtype) if numbers is None else numbers.new_empty(5)
+    return views.new_empty((), dtype=dtype), views.new_empty(4, dtype=dtype), grad, grad_numbers
 
 
 def cacr_reference(views: Tensor, numbers: Tensor | None, options: CACROptions) -> tuple[Tensor, Tensor]:
@@ -229,10 +235,9 @@ def contrast_backward_fake(
     want_tau: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes: gradients of q, k and tau, [0] where not wanted."""
-    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format) if want_q else q.new_empty(0)
-    grad_k = q.new_empty(0)
-    if k is not None and want_k:
-        grad_k = torch.empty_like(k, memory_format=torch.contiguous_format)
+    dtype = arithmetic_dtype(q)
+    grad_q = q.new_empty(q.shape if want_q else 0, dtype=dtype)
+    grad_k = q.new_empty(k.shape if k is not None and want_k else 0, dtype=dtype)
     return grad_q, grad_k, torch.empty_like(tau) if want_tau else tau.new_empty(0)
 
 
@@ -293,6 +298,24 @@ def contrast_second_order(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]
     return grad_q, None if own else grad_k, *others
 
 
+class Narrow:
+    """An operator whose first ``count`` arguments come as float32, but were of a half type before (or ``None``).
+
+    The operator takes them as they were, which is exact; Functions see float32, so that the gradients of several
+    operators are added in float32, and a derivative of a derivative is taken in float32.
+    """
+
+    def __init__(self, op: Any, count: int, dtype: torch.dtype | None) -> None:
+        self.op, self.count, self.dtype = op, count, dtype
+
+    def __call__(self, *args: Any) -> Any:
+        """Calls the operator."""
+        if self.dtype is None:
+            return self.op(*args)
+        narrow = [x if x is None else x.to(self.dtype) for x in args[: self.count]]
+        return self.op(*narrow, *args[self.count :])
+
+
 def place(grads: tuple[Tensor | None, ...], at: tuple[int, ...], count: int) -> tuple[Tensor | None, ...]:
     """``count`` gradients, of which those of the inputs ``at`` are given."""
     result: list[Tensor | None] = [None] * count
@@ -348,7 +371,7 @@ def _register_cacr(backend: str) -> None:
 
 
 _register_cacr("cpu")
-for _backend in ("torch", "cpu"):
+for _backend in ("torch", "triton", "cpu"):
     _register_contrast(_backend)
 torch.library.impl(f"{NAMESPACE}::contrast_torch", "CompositeExplicitAutograd", _blocks.contrast)
 torch.library.impl(f"{NAMESPACE}::contrast_backward_torch", "CompositeExplicitAutograd", _blocks.contrast_backward)

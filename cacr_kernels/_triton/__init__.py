@@ -1,1 +1,12 @@
-"""Backend "triton". Importing this package imports Triton; ``cacr_kernels.backends`` does not."""
+"""Backend "triton": importing this package registers its operators, and imports Triton when one of them first runs.
+
+ops.py        registration
+launch.py     the general path, frozen.py and cacr.py the other two operators: launches of kernels
+problem.py    a problem as the kernels take it
+table.py      launch configurations by processor and size
+kernels/      what runs on the device
+"""
+
+from . import ops
+
+__all__ = ["ops"]

@@ -43,7 +43,7 @@ def on_device_of_first(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapped(x: Tensor, *args: Any) -> Any:
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" or _tracing.get():
             return function(x, *args)
         with torch.cuda.device(x.device):
             return function(x, *args)

@@ -11,7 +11,18 @@ import triton.language as tl
 
 from .coefficients import BASE, MEAN_V, RATIO, A, B
 from .tile import (
-    ALL, HUGE, NONE, by_cost, half_norm, level, load_rows, load_vector, multiply, positive_cost, similarity, slope_of,
+    ALL,
+    HUGE,
+    NONE,
+    by_cost,
+    half_norm,
+    level,
+    load_rows,
+    load_vector,
+    multiply,
+    positive_cost,
+    similarity,
+    slope_of,
 )  # fmt: skip
 
 
@@ -51,7 +62,7 @@ def sweep(
     WANT_TAU: tl.constexpr, PRECISION: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
-    """Adds sum_j g_ij y_j and sum_j g_ij of y in [begin, end); ``rows_base``: coefficients of this problem's queries."""
+    """Adds sum_j g_ij y_j and sum_j g_ij of y in [begin, end); ``rows_base``: coefficients of the problem's queries."""
     acc_type: tl.constexpr = x_norm.dtype
     QUERIES: tl.constexpr = BLOCK_M if AS_QUERY else BLOCK_N
     rows = i0 + tl.arange(0, BLOCK_M)

@@ -122,9 +122,9 @@ def slope_of(tau, acc_type: tl.constexpr):
 
 @triton.jit
 def multiply(H, y, acc, PRECISION: tl.constexpr):
-    """acc + H y, where y is of a half type and H of float32 in pieces that are exact in that type.
+    """Add H y to acc; where y is of a half type, H is multiplied in pieces that are exact in that type.
 
-    bfloat16: three pieces of 8 bits are all of a float32. float16: two of 11 bits, so H has to be scaled into its range.
+    bfloat16: three pieces of 8 bits are all of a float32. float16: two of 11 bits; H has to be scaled into its range.
     """
     if y.dtype == tl.bfloat16:
         high = top_bits(H)
