@@ -214,7 +214,8 @@ def _register_frozen_backward() -> None:
 
 
 _register_frozen_backward()
-_register_frozen("cpu")
+for _backend in ("triton", "cpu"):
+    _register_frozen(_backend)
 
 
 # ---- Functions -------------------------------------------------------------------------------------------------------

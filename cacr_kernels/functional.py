@@ -15,7 +15,7 @@ from .autograd import fused_cacr
 from .backends import select
 from .types import CACRParts, Cost, Pairing, Reduction, Terms, WeightGrad
 
-FUSED = ("cpu",)  # backends with the operator cacr_<backend>
+FUSED = ("triton", "cpu")  # backends with the operator cacr_<backend>
 NARROW = ("triton",)  # backends whose operators take half types as they are
 
 

@@ -21,7 +21,7 @@ from .frozen import contrast_frozen
 from .reference import Statistics, Temperature, mean_entropy, rows_of_pairs, statistics, view_pairs
 from .types import Cost, Pairing, Terms, WeightGrad
 
-FROZEN = ("cpu",)  # backends with the operator contrast_frozen_<backend>
+FROZEN = ("triton", "cpu")  # backends with the operator contrast_frozen_<backend>
 
 
 class Softmaxes(NamedTuple):

@@ -370,7 +370,8 @@ def _register_cacr(backend: str) -> None:
     torch.library.register_autograd(name, formula, setup_context=setup)
 
 
-_register_cacr("cpu")
+for _backend in ("triton", "cpu"):
+    _register_cacr(_backend)
 for _backend in ("torch", "triton", "cpu"):
     _register_contrast(_backend)
 torch.library.impl(f"{NAMESPACE}::contrast_torch", "CompositeExplicitAutograd", _blocks.contrast)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,7 +36,8 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
 
 
 def device_of(backend: str) -> str:
-    return "cpu" if backend in ("reference", "torch", "cpu") else "cuda"
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return "cpu" if backend in ("reference", "torch", "cpu") or interpreted else "cuda"
 
 
 def small_inputs(loss: str, seed: int = 0) -> dict[str, Tensor]:

@@ -369,7 +369,7 @@ def test_opcheck_witness() -> None:
 
 
 def test_every_operator_is_checked() -> None:
-    """A new operator needs an ``opcheck`` of its own: above, in ``test_frozen.py`` or in ``interpreted/test_ops.py``."""
+    """A new operator needs an ``opcheck`` of its own: above, in ``test_frozen.py`` or in ``interpreted``."""
     names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names()
              if name.startswith(f"{ops.NAMESPACE}::")}  # fmt: skip
     contrasts = {f"{name}_{backend}" for name in ("contrast", "contrast_backward") for backend, *_ in CHECKED}

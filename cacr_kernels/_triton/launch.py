@@ -146,16 +146,22 @@ def row_coefficients(
     return coefficients, bound
 
 
-def query_gradient(p: Problem, coefficients: Tensor, bound: Tensor, want_moment: bool) -> tuple[Tensor, Tensor]:
-    """Gradient of the queries, of both if they are the keys; moments [shares, S, P, N] where wanted."""
+def query_gradient(
+    p: Problem, coefficients: Tensor, bound: Tensor, want_moment: bool, add: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the queries, of both if they are the keys; moments [shares, S, P, N] where wanted.
+
+    ``add``: the sum of the shares, which is to be written once more.
+    """
     x = p.q, p.k, p.q_norm, p.k_norm, p.q_id, p.k_id, p.tau, p.q_view, p.k_view
-    return _gradient(p, x, coefficients, bound, {"QUERY": True, "KEY": p.own, "WANT_TAU": want_moment})
+    grads, moment = _gradient(p, x, coefficients, bound, {"QUERY": True, "KEY": p.own, "WANT_TAU": want_moment})
+    return add_shares(grads) if add else grads, moment
 
 
 def key_gradient(p: Problem, coefficients: Tensor, bound: Tensor) -> Tensor:
     """Gradient of keys that are not the queries."""
     x = p.k, p.q, p.k_norm, p.q_norm, p.k_id, p.q_id, p.tau, p.k_view, p.q_view
-    return _gradient(p, x, coefficients, bound, {"QUERY": False, "KEY": True, "WANT_TAU": False})[0]
+    return add_shares(_gradient(p, x, coefficients, bound, {"QUERY": False, "KEY": True, "WANT_TAU": False})[0])
 
 
 def _gradient(
@@ -172,10 +178,10 @@ def _gradient(
         rows, others, D, p.P, bound.numel(), share, shares, **roles, **p.constants(), CANCELLING=p.cancelling,
         CHUNKS=tile.chunks(D), **tile.constants(True),
     )  # fmt: skip
-    return add_shares(p, grads), moment
+    return grads, moment
 
 
-def add_shares(p: Problem, shares: Tensor) -> Tensor:
+def add_shares(shares: Tensor) -> Tensor:
     """Sum over the first axis, in order."""
     if shares.shape[0] == 1:
         return shares[0]

@@ -19,6 +19,8 @@ from ..ops import NAMESPACE
 WHERE = {
     "contrast_triton": ("launch", "contrast"),
     "contrast_backward_triton": ("launch", "contrast_backward"),
+    "contrast_frozen_triton": ("frozen", "contrast_frozen"),
+    "cacr_triton": ("cacr", "cacr"),
 }
 
 
