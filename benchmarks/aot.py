@@ -9,7 +9,7 @@ from typing import Any
 POINTERS = {
     **dict.fromkeys(("q", "k", "x", "y", "z"), "in"),
     **dict.fromkeys(("q_norm", "k_norm", "x_norm", "y_norm", "state", "coefficients", "out", "bound"), "acc"),
-    **dict.fromkeys(("grad", "moment", "shares"), "acc"),
+    **dict.fromkeys(("grad", "moment", "shares", "sums"), "acc"),
     **dict.fromkeys(("q_id", "k_id", "x_id", "y_id", "q_view", "k_view", "x_view", "y_view"), "i32"),
     **dict.fromkeys(("tau", "value", "lse", "weights", "grad_value", "grad_lse", "total", "grad_tau"), "fp64"),
 }

@@ -95,7 +95,7 @@ def cacr(
             start(incoming_kernel, (cdiv(p.P * p.N, 1024),), lse, log_total, given, *incoming, p.P, p.N, **flags)
             rows = row_coefficients(p, value, weights, *incoming, False)
             coefficients = rows[0]
-            grads, moment = query_gradient(p, *rows, want_tau and not rbf, add=False)
+            grads, moment = query_gradient(p, *rows, want_tau and not rbf)
     grad = nothing
     if want_grad:
         grad = p.empty(*z.shape)
@@ -137,7 +137,7 @@ def repulsion(z: Tensor, positive: Attraction, pairing: int, rbf: bool) -> Probl
     V, B, D = z.shape
     pooled = PAIRINGS[pairing] == "pooled"
     pairs = [(0, 0)] if pooled else view_pairs(V, PAIRINGS[pairing])
-    tables = (view_table(tuple(index), z.device) for index in zip(*pairs, strict=True))
+    q_view, k_view = (view_table(tuple(index), z.device) for index in zip(*pairs, strict=True))
     z = z.view(1, V * B, D) if pooled else z
     same = z, z, positive.norm, positive.norm, positive.ids, positive.ids, positive.tau
-    return Problem(*same, *tables, (OTHER, OTHER) if rbf else (OTHER,), False, True)
+    return Problem(*same, q_view, k_view, (OTHER, OTHER) if rbf else (OTHER,), False, True)

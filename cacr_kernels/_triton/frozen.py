@@ -29,7 +29,7 @@ def contrast_frozen(
     """Value, lse, means of keys and variance."""
     p = make_problem(q, k, q_id, k_id, tau, kinds, q_index, k_index, inner)
     moments = (want_q or want_tau) and not detach_weights and not detach_value
-    tile, arrays = p.tile("frozen"), 1 + moments
+    tile, arrays = p.tile("frozen", moments), 1 + moments
     blocks, features = cdiv(p.N, tile.block_m), cdiv(p.D, tile.block_out) if want_q else 1
     row_bytes = 8 * p.P * p.N * (arrays * p.D if want_q else 4)
     share, shares = p.shares(blocks * p.P * features, p.M, tile.block_n, row_bytes)

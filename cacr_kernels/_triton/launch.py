@@ -123,12 +123,13 @@ def contrast_backward(
     nothing = p.empty(0)
     grad_q, grad_k, grad_tau = nothing, nothing, torch.zeros_like(tau) if want_tau else tau.new_empty(0)
     if want_q or moments:
-        grad_q, moment = query_gradient(p, *rows, moments)
+        shares, moment = query_gradient(p, *rows, moments)
+        grad_q = add_shares(shares) if want_q else nothing
         if moments:
             grad_tau = temperature_gradient(p, moment, rows[0], value, weights[1], grad_lse)
     if want_k and not p.own:
-        grad_k = key_gradient(p, *rows)
-    return grad_q if want_q else nothing, grad_k, grad_tau
+        grad_k = add_shares(key_gradient(p, *rows))
+    return grad_q, grad_k, grad_tau
 
 
 def row_coefficients(
@@ -146,39 +147,59 @@ def row_coefficients(
     return coefficients, bound
 
 
-def query_gradient(
-    p: Problem, coefficients: Tensor, bound: Tensor, want_moment: bool, add: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Gradient of the queries, of both if they are the keys; moments [shares, S, P, N] where wanted.
+def query_gradient(p: Problem, coefficients: Tensor, bound: Tensor, want_moment: bool) -> tuple[Tensor, Tensor]:
+    """Gradient of the queries, of both if they are the keys, as shares [shares, views, N, D].
 
-    ``add``: the sum of the shares, which is to be written once more.
+    And the moments [shares, S, P, N] where they are wanted.
     """
     x = p.q, p.k, p.q_norm, p.k_norm, p.q_id, p.k_id, p.tau, p.q_view, p.k_view
-    grads, moment = _gradient(p, x, coefficients, bound, {"QUERY": True, "KEY": p.own, "WANT_TAU": want_moment})
-    return add_shares(grads) if add else grads, moment
+    sides = 2 if p.own else 1
+    share, shares = _shares(p, p.q, p.M, sides)
+    grads = p.empty(sides * shares, *p.q.shape)
+    moment = p.empty(shares, p.S, p.P, p.N) if want_moment else bound
+    _sweep(p, x, coefficients, bound, grads[:shares], moment, share, {"QUERY": True, "WANT_TAU": want_moment})
+    if p.own:
+        _key_sweep(p, coefficients, bound, grads[shares:], share)
+    return grads, moment
 
 
 def key_gradient(p: Problem, coefficients: Tensor, bound: Tensor) -> Tensor:
-    """Gradient of keys that are not the queries."""
+    """Gradient of keys that are not the queries, as shares."""
+    share, shares = _shares(p, p.k, p.N, 1)
+    grads = p.empty(shares, *p.k.shape)
+    _key_sweep(p, coefficients, bound, grads, share)
+    return grads
+
+
+def _key_sweep(p: Problem, coefficients: Tensor, bound: Tensor, grads: Tensor, share: int) -> None:
     x = p.k, p.q, p.k_norm, p.q_norm, p.k_id, p.q_id, p.tau, p.k_view, p.q_view
-    return add_shares(_gradient(p, x, coefficients, bound, {"QUERY": False, "KEY": True, "WANT_TAU": False})[0])
+    _sweep(p, x, coefficients, bound, grads, bound, share, {"QUERY": False, "WANT_TAU": False})
 
 
-def _gradient(
-    p: Problem, arrays: tuple[Tensor, ...], coefficients: Tensor, bound: Tensor, roles: dict[str, bool]
-) -> tuple[Tensor, Tensor]:
-    x, y, tile = arrays[0], arrays[1], p.tile("gradient")
-    (views, rows, D), others = x.shape, y.shape[1]
-    blocks, features = cdiv(rows, tile.block_m), cdiv(D, tile.block_out)
-    share, shares = p.shares(blocks * views * features, others, tile.block_n, x.numel() * 8)
-    grads = p.empty(shares, *x.shape)
-    moment = p.empty(shares, p.S, p.P, rows) if roles["WANT_TAU"] else bound
+def _shares(p: Problem, x: Tensor, others: int, sides: int) -> tuple[int, int]:
+    tile = p.tile("gradient")
+    programs = cdiv(x.shape[1], tile.block_m) * x.shape[0] * cdiv(p.D, tile.block_out)
+    return p.shares(programs, others, tile.block_n, sides * x.numel() * 8)
+
+
+def _sweep(
+    p: Problem,
+    arrays: tuple[Tensor, ...],
+    coefficients: Tensor,
+    bound: Tensor,
+    grads: Tensor,
+    moment: Tensor,
+    share: int,
+    role: dict[str, bool],
+) -> None:
+    """Gradient of the first of ``arrays``, which meets the second."""
+    tile, shares = p.tile("gradient"), grads.shape[0]
+    (views, rows, D), others = arrays[0].shape, arrays[1].shape[1]
+    grid = cdiv(rows, tile.block_m), views * shares, cdiv(D, tile.block_out)
     start(
-        gradient_kernel, (blocks, views * shares, features), *arrays, coefficients, bound, grads, moment,
-        rows, others, D, p.P, bound.numel(), share, shares, **roles, **p.constants(), CANCELLING=p.cancelling,
-        CHUNKS=tile.chunks(D), **tile.constants(True),
+        gradient_kernel, grid, *arrays, coefficients, bound, grads, moment, rows, others, D, p.P, bound.numel(),
+        share, shares, **role, **p.constants(), CANCELLING=p.cancelling, CHUNKS=tile.chunks(D), **tile.constants(True),
     )  # fmt: skip
-    return grads, moment
 
 
 def add_shares(shares: Tensor) -> Tensor:

@@ -147,9 +147,9 @@ class Problem:
         """Two softmaxes over one set: their gradients nearly cancel (rbf)."""
         return self.S == 2 and self.kinds[0] == self.kinds[1]
 
-    def tile(self, kernel: str) -> Tile:
-        """Launch configuration of a kernel."""
-        return tile_of(self.processor.family, kernel, self.precision, self.D)
+    def tile(self, kernel: str, two: bool = False) -> Tile:
+        """Launch configuration of a kernel, with two softmaxes if the problem has them or if ``two``."""
+        return tile_of(self.processor.family, kernel, self.precision, self.D, two or self.S == 2)
 
     def constants(self) -> dict[str, Any]:
         """What all kernels that see similarities are compiled for."""

@@ -71,8 +71,66 @@ def class_of(D: int) -> int:
     return next((c for c in CLASSES if c >= D), CLASSES[-1])
 
 
-def tile_of(family: str, kernel: str, precision: Precision, D: int) -> Tile:
+def _row(*entries: tuple[int, ...]) -> tuple[Tile, ...]:
+    return tuple(Tile(*entry) for entry in entries)
+
+
+# BLOCK_M, BLOCK_N, BLOCK_D, warps, stages, BLOCK_OUT for D up to 64, 128, 256, and beyond.
+# In gradient and frozen a tile of coefficients is the operand of another product, and all warps stand along its rows:
+# 16 (8 in float64) for each, or they would compute the same twice.
+ONE: dict[str, dict[Precision, tuple[Tile, ...]]] = {
+    "statistics": {
+        "half": _row((128, 64, 64, 8, 2, 0), (128, 64, 128, 8, 2, 0), (64, 64, 64, 4, 3, 0), (64, 64, 64, 4, 3, 0)),
+        "tf32": _row((64, 64, 64, 4, 2, 0), (64, 32, 128, 4, 2, 0), (64, 64, 32, 4, 3, 0), (64, 64, 32, 4, 3, 0)),
+        "tf32x3": _row((64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0)),
+        "ieee": _row((64, 32, 32, 8, 2, 0), (64, 32, 32, 8, 2, 0), (64, 32, 32, 8, 2, 0), (64, 32, 32, 8, 2, 0)),
+        "fp64": _row((32, 32, 32, 4, 2, 0), (32, 32, 32, 4, 2, 0), (32, 32, 32, 4, 2, 0), (32, 32, 32, 4, 2, 0)),
+    },
+    "gradient": {
+        "half": _row(
+            (64, 32, 64, 4, 2, 64), (64, 32, 128, 4, 2, 128), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128)
+        ),
+        "tf32": _row((64, 32, 64, 4, 2, 64), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128)),
+        "tf32x3": _row((64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64)),
+        "ieee": _row((32, 32, 64, 8, 2, 64), (32, 32, 32, 8, 2, 128), (32, 32, 32, 8, 2, 128), (32, 32, 32, 8, 2, 128)),
+        "fp64": _row((32, 32, 64, 4, 2, 64), (32, 32, 32, 4, 2, 64), (32, 32, 32, 4, 2, 64), (32, 32, 32, 4, 2, 64)),
+    },
+    "frozen": {
+        "half": _row(
+            (64, 32, 64, 4, 2, 64), (64, 32, 128, 4, 2, 128), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128)
+        ),
+        "tf32": _row((64, 32, 64, 4, 2, 64), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128)),
+        "tf32x3": _row((64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64)),
+        "ieee": _row((32, 32, 64, 8, 2, 64), (32, 32, 32, 8, 2, 64), (32, 32, 32, 8, 2, 64), (32, 32, 32, 8, 2, 64)),
+        "fp64": _row((32, 32, 32, 4, 2, 32), (32, 32, 32, 4, 2, 32), (32, 32, 32, 4, 2, 32), (32, 32, 32, 4, 2, 32)),
+    },
+}
+# Two softmaxes, and the second accumulator of frozen keys, take more registers.
+TWO: dict[str, dict[Precision, tuple[Tile, ...]]] = {
+    "statistics": {
+        "half": _row((64, 32, 64, 4, 2, 0), (64, 32, 128, 4, 2, 0), (64, 32, 64, 4, 2, 0), (64, 32, 64, 4, 2, 0)),
+        "tf32": _row((64, 32, 64, 4, 2, 0), (64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0)),
+    },
+    "gradient": {
+        "half": _row((64, 32, 64, 4, 2, 64), (64, 32, 64, 4, 2, 64), (64, 32, 64, 4, 2, 64), (64, 32, 64, 4, 2, 64)),
+        "tf32": _row((64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64)),
+    },
+    "frozen": {
+        "half": _row((64, 32, 64, 4, 2, 64), (64, 32, 64, 4, 2, 64), (64, 32, 64, 4, 2, 64), (64, 32, 64, 4, 2, 64)),
+        "tf32": _row((64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64)),
+    },
+}
+# Where a family takes another entry: (family, kernel, precision, class of D, two).
+OTHERS: dict[tuple[str, str, Precision, int, bool], Tile] = {}
+
+
+def tile_of(family: str, kernel: str, precision: Precision, D: int, two: bool) -> Tile:
     """The configuration of ``kernel``, cut down to the features there are."""
-    entry = Tile(32, 32, 64, 4, 2, 64)
+    if family == "interpreter":
+        entry = Tile(32, 32, 64, 4, 2, 64)
+    else:
+        size = class_of(D)
+        rows = TWO[kernel].get(precision, ONE[kernel][precision]) if two else ONE[kernel][precision]
+        entry = OTHERS.get((family, kernel, precision, size, two), rows[CLASSES.index(size)])
     features = max(16, 1 << max(0, D - 1).bit_length())
     return entry._replace(block_d=min(entry.block_d, features), block_out=min(entry.block_out, features))

@@ -1,9 +1,9 @@
 """Gradient of a block of embeddings x, recomputing similarities tile by tile.
 
 With g_ij = dL/dc_ij, c = |q - k|^2: dL/dq_i = 2 (q_i sum_j g_ij - sum_j g_ij k_j), and dL/dk_j is the same with the
-roles exchanged. So a program holds BLOCK_M rows of x and walks over the other side y, once for every problem in which
-its view are the queries (coefficients along the rows of a tile) or the keys (along its columns), or both.
-No atomics: every gradient is written by one program, or as shares that total.py adds in order.
+roles exchanged. So a program holds BLOCK_M rows of x and walks over the other side y, for every problem that its view
+takes part in. Coefficients belong to queries: they stand along the rows of a tile if x are the queries, else along its
+columns. No atomics: every gradient is written by one program, or as shares that total.py adds in order.
 """
 
 import triton
@@ -138,8 +138,7 @@ def gradient_kernel(
     BOUNDS,
     share,  # rows of y for a program, a multiple of BLOCK_N
     SHARES,
-    QUERY: tl.constexpr,  # x as queries
-    KEY: tl.constexpr,  # x as keys (with QUERY: both, y is x)
+    QUERY: tl.constexpr,  # x are the queries, else the keys
     KIND0: tl.constexpr,
     KIND1: tl.constexpr,
     CANCELLING: tl.constexpr,
@@ -176,31 +175,19 @@ def gradient_kernel(
         here, there = tl.load(x_view + p).to(tl.int64), tl.load(y_view + p).to(tl.int64)
         moment0, moment1 = tl.zeros((BLOCK_M,), dtype=acc_type), tl.zeros((BLOCK_M,), dtype=acc_type)
         rows_base = coefficients + p * queries
-        if QUERY:
-            acc, acc_sum, moment0, moment1 = sweep(
-                acc, acc_sum, moment0, moment1, x_tile, x_base, norm, ids, i0, N,
-                y + there * M * D, y_norm + there * M, y_id, begin, tl.where(here == view, last, begin), M,
-                rows_base, stride, one, sign0, size0, sign1, size1, scale, d_out, D,
-                True, KIND0, KIND1, CANCELLING, INNER, WANT_TAU, PRECISION, CHUNKS,
-                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_OUT,
-            )  # fmt: skip
+        acc, acc_sum, moment0, moment1 = sweep(
+            acc, acc_sum, moment0, moment1, x_tile, x_base, norm, ids, i0, N,
+            y + there * M * D, y_norm + there * M, y_id, begin, tl.where(here == view, last, begin), M,
+            rows_base, stride, one, sign0, size0, sign1, size1, scale, d_out, D,
+            QUERY, KIND0, KIND1, CANCELLING, INNER, WANT_TAU, PRECISION, CHUNKS,
+            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_OUT,
+        )  # fmt: skip
         if QUERY and WANT_TAU:
             out = moment + part * stride + p * queries + rows
             mine = (rows < N) & (here == view)
             tl.store(out, moment0, mask=mine)
             if KIND1 != NONE:
                 tl.store(out + one, moment1, mask=mine)
-        if KEY:
-            # y are the queries: with QUERY, those of the view that meets this one as keys
-            other = here if QUERY else there
-            mine = there == view if QUERY else here == view
-            acc, acc_sum, moment0, moment1 = sweep(
-                acc, acc_sum, moment0, moment1, x_tile, x_base, norm, ids, i0, N,
-                y + other * M * D, y_norm + other * M, y_id, begin, tl.where(mine, last, begin), M,
-                rows_base, stride, one, sign0, size0, sign1, size1, scale, d_out, D,
-                False, KIND0, KIND1, CANCELLING, INNER, False, PRECISION, CHUNKS,
-                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_OUT,
-            )  # fmt: skip
     d = d_out + tl.arange(0, BLOCK_OUT)
     if INNER:
         acc = -2.0 * acc

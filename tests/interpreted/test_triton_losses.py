@@ -1,0 +1,37 @@
+"""The public losses on the Triton backend in Triton's interpreter, by the measure of ``cacr_kernels.testing``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from agreement import LOSSES, assert_agree, cast, run, small_inputs
+
+from cacr_kernels import testing
+
+SMALL = [
+    case
+    for case in testing.cases(quick=True)
+    if case.shape.get("V", 1) * case.shape["B"] <= 140 and max(case.shape.get("K", 0), case.shape.get("M", 0)) <= 70
+]
+# Every case in one dtype, in turn; float32 twice as often.
+TURNS = (torch.float32, torch.float16, torch.float32, torch.float64)
+TURN = [(case, TURNS[i % 4]) for i, case in enumerate(SMALL)]
+
+
+@pytest.mark.parametrize(("case", "dtype"), TURN, ids=[f"{case.name} {dtype}" for case, dtype in TURN])
+def test_within_the_promise(case: testing.Case, dtype: torch.dtype) -> None:
+    wrong = [result for result in testing.compare(case, "triton", dtype) if not result.ok]
+    assert not wrong
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_bfloat16(loss: str) -> None:
+    """Inputs of half types go to the operators as they are, gradients come back rounded once."""
+    tensors = cast(small_inputs(loss), torch.bfloat16)
+    options = {"normalize": True} if loss == "momentum" else {}
+    expected = run(loss, cast(tensors, torch.float64), "reference", **options)
+    found = run(loss, tensors, "triton", **options)
+    assert all(g is None or g.dtype == torch.bfloat16 for g in found.gradients.values())
+    assert_agree(found, expected, 4e-3)
+    for x, y in zip(found.parts, expected.parts, strict=True):
+        assert (x - y).abs() <= 2e-6 * max(1.0, y.abs())
