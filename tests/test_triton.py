@@ -1,13 +1,22 @@
-"""The Triton backend: in Triton's interpreter (a process with ``TRITON_INTERPRET=1`` for each suite), and as registered."""
+"""The Triton backend: in its interpreter (processes with ``TRITON_INTERPRET=1``), and as registered."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+
+from cacr_kernels import cacr_loss, ops
+from cacr_kernels.backends import TABLE, select
 
 TESTS = Path(__file__).parent
 # Numbers of the published code; what runs in a few seconds of an interpreter.
@@ -29,3 +38,84 @@ def test_in_the_interpreter(suite: str) -> None:
     found = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=900)
     assert found.returncode == 0, found.stdout[-8000:] + found.stderr[-2000:]
     assert " passed" in found.stdout
+
+
+# ---- as registered ---------------------------------------------------------------------------------------------------
+def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence for every reason."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    why = next(backend.why_not for backend in TABLE if backend.name == "triton")
+    assert "TRITON_INTERPRET=1" in str(why(cpu))
+    if not torch.cuda.is_available():
+        assert "no GPU" in str(why(cuda))
+        assert "no GPU" in str(why(None))
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        cacr_loss(torch.ones(2, 3, 4), backend="triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert "8.0" in str(why(cuda))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert why(cuda) is None
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert why(cpu) is None
+    assert select("auto", cpu) != "triton"  # an interpreter is for tests
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert "not installed" in str(why(cuda))
+
+
+def test_import_without_triton() -> None:
+    """The package imports, computes and says why this backend cannot."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "triton" else found(name, *more)
+import torch, cacr_kernels
+assert "not installed" in cacr_kernels.backends()["triton"], cacr_kernels.backends()
+cacr_kernels.cacr_loss(torch.randn(2, 4, 3, requires_grad=True)).backward()
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+
+
+def captured(graphs: list[torch.fx.GraphModule]) -> Any:
+    """A compiler that keeps the graph, and whose code returns zeros."""
+
+    def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        output = next(node for node in graph.graph.nodes if node.op == "output")
+        fakes = [x.meta["val"] for x in output.args[0]]
+        return make_boxed_func(lambda *_: [torch.zeros(f.shape, dtype=f.dtype) for f in fakes])
+
+    return aot_autograd(fw_compiler=compiler)
+
+
+@pytest.mark.filterwarnings("ignore")  # what torch itself says while it compiles
+@pytest.mark.parametrize("name", ["contrast", "contrast_frozen", "cacr"])
+def test_a_compiler_sees_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph that Inductor would get for a GPU holds kernels, and no operator of this package."""
+    pytest.importorskip("triton", reason="needs Triton")
+    from cacr_kernels._triton import launch, problem, table
+
+    for module in (launch, problem):
+        monkeypatch.setattr(module, "processor_of", lambda _: table.Processor("sm_90", 132))
+
+    def call(z: Tensor, numbers: Tensor) -> Any:
+        if name == "cacr":
+            return ops.operator("cacr_triton")(z, numbers, 0.0, 0.0, 0.0, 0.0, 0, False, 0.0, True, True)
+        more = (False, True, True) if name == "contrast_frozen" else ()
+        op = ops.operator(f"{name}_triton")
+        return op(z, z, None, None, numbers[:1], [0], [0, 1], [1, 0], False, False, *more)
+
+    graphs: list[torch.fx.GraphModule] = []
+    torch._dynamo.reset()
+    z, numbers = torch.zeros(2, 64, 32), torch.zeros(5, dtype=torch.float64)
+    found = torch.compile(call, backend=captured(graphs), fullgraph=True)(z, numbers)
+    assert all(x.dtype in (torch.float32, torch.float64) for x in found)
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    kernels = [target for target in targets if "triton_kernel_wrapper" in target]
+    assert len(kernels) == {"contrast": 3, "contrast_frozen": 3, "cacr": 9}[name], targets
+    assert not any("cacr_kernels" in target for target in targets), targets

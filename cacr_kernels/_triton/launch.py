@@ -12,6 +12,7 @@ from .kernels.norms import norms_kernel
 from .kernels.statistics import statistics_kernel
 from .kernels.total import add_shares_kernel, grad_tau_kernel
 from .problem import Problem, cdiv, on_device_of_first, power_of_two, start, view_table
+from .table import processor_of
 
 ROWS = 128  # of a program that works on rows, not on tiles
 
@@ -41,7 +42,8 @@ def make_problem(
 
 def readable(x: Tensor) -> Tensor:
     """Contiguous; the interpreter cannot multiply bfloat16."""
-    return (x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x).contiguous()
+    interpreted = processor_of(x.device).family == "interpreter"
+    return (x.float() if interpreted and x.dtype == torch.bfloat16 else x).contiguous()
 
 
 def norms(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

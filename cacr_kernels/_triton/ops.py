@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from ..ops import NAMESPACE
+from . import problem
 
 WHERE = {
     "contrast_triton": ("launch", "contrast"),
@@ -43,11 +44,10 @@ def _register(name: str) -> None:
     def decompose(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
         from torch.export._trace import custom_triton_ops_decomposition_disabled
 
-        if args[0].device.type != "cuda" or custom_triton_ops_decomposition_disabled():
+        interpreted = problem.processor_of(args[0].device).family == "interpreter"
+        if interpreted or custom_triton_ops_decomposition_disabled():
             return mode.__torch_dispatch__(op, types, args, kwargs)
-        from .problem import tracing
-
-        with mode, tracing():
+        with mode, problem.tracing():
             return implementation(name)(*args, **kwargs)
 
     torch.library.impl(qualified, ("CPU", "CUDA"), launch)

@@ -62,8 +62,10 @@ def power_of_two(n: int) -> int:
 
 
 def view_table(index: tuple[int, ...], device: torch.device) -> Tensor:
-    """Views by problem [P] int32: uploaded once, so that no call waits for the host."""
-    return torch.tensor(index, dtype=torch.int32, device=device) if _tracing.get() else _uploaded(index, device)
+    """Views by problem [P] int32: uploaded once, or made by the compiled graph, so that no call waits for the host."""
+    if _tracing.get():
+        return torch.stack([torch.full((), view, dtype=torch.int32, device=device) for view in index])
+    return _uploaded(index, device)
 
 
 @functools.lru_cache(maxsize=1024)

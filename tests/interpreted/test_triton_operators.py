@@ -198,7 +198,7 @@ def test_frozen_keys(problem: test_frozen.Problem, dtype: torch.dtype) -> None:
 
 def expected_frozen(problem: test_frozen.Problem, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Value, lse, mean, spread and variance by the definition."""
-    q, k, q_id, k_id, tau, kinds, q_index, k_index, inner, *_ = map(wide, problem.arguments(dtype))
+    q, k, q_id, k_id, tau, _, q_index, k_index, inner, *_ = map(wide, problem.arguments(dtype))
     q, k = q[q_index], k[k_index]
     c = -2 * q @ k.mT if inner else torch.cdist(q, k, compute_mode="donot_use_mm_for_euclid_dist").square()
     inside = torch.ones_like(c, dtype=torch.bool) if q_id is None else (q_id[:, None] != k_id).expand_as(c)

@@ -28,7 +28,7 @@ def merge_kernel(
     i0, p, s = tl.program_id(0) * BLOCK, tl.program_id(1), tl.program_id(2)
     rows = i0 + tl.arange(0, BLOCK)
     inside = rows < N
-    one = P.to(tl.int64) * N  # of one softmax
+    one = tl.cast(P, tl.int64) * N  # of one softmax
     stride = one * tl.num_programs(2)
     at = s * one + p.to(tl.int64) * N + rows
     temperature = tl.load(tau + s)

@@ -43,18 +43,29 @@ def load_vector(base, first, count, SIZE: tl.constexpr, other):
 
 
 @triton.jit
+def factor(x, PRECISION: tl.constexpr):
+    """What TF32 tensor cores are given: they cut the last 13 bits off, which here are rounded away first."""
+    if PRECISION == "tf32":
+        rounded = (x.to(tl.int32, bitcast=True) + 4096).to(tl.float32, bitcast=True)
+        return tl.where(x == x, rounded, x)  # a NaN may not run over
+    else:
+        return x
+
+
+@triton.jit
 def similarity(
     x_tile, x_base, i0, N, y_tile, y_base, j0, M, D, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_D: tl.constexpr,
     CHUNKS: tl.constexpr, PRECISION: tl.constexpr, acc_type: tl.constexpr,
 ):  # fmt: skip
     """S, from the tiles if they hold all features, else in chunks of features from memory."""
     if CHUNKS == 1:
-        S = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION, out_dtype=acc_type)
+        x, y = factor(x_tile, PRECISION), factor(y_tile, PRECISION)
+        S = tl.dot(x, tl.trans(y), input_precision=PRECISION, out_dtype=acc_type)
     else:
         S = tl.zeros((ROWS, COLS), dtype=acc_type)
         for d0 in range(0, D, BLOCK_D):
-            x = load_rows(x_base, i0, N, D, d0, ROWS, BLOCK_D)
-            y = load_rows(y_base, j0, M, D, d0, COLS, BLOCK_D)
+            x = factor(load_rows(x_base, i0, N, D, d0, ROWS, BLOCK_D), PRECISION)
+            y = factor(load_rows(y_base, j0, M, D, d0, COLS, BLOCK_D), PRECISION)
             S = tl.dot(x, tl.trans(y), S, input_precision=PRECISION, out_dtype=acc_type)
     return S
 
@@ -139,7 +150,7 @@ def multiply(H, y, acc, PRECISION: tl.constexpr):
         acc = tl.dot(low, y, acc, out_dtype=acc.dtype)
         return tl.dot(high, y, acc, out_dtype=acc.dtype)
     else:
-        return tl.dot(H, y, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        return tl.dot(factor(H, PRECISION), factor(y, PRECISION), acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit
