@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f)
 CLANG_FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test demo bench lint format build clean
+.PHONY: test demo bench gpu-check lint format build clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/.with-test
@@ -24,6 +24,10 @@ demo: $(VENV)/.with-demo
 
 bench: $(VENV)/.with-$(strip $(BENCH))
 	$(BIN)/python -m benchmarks $(BENCH_FLAGS)
+
+# For the owner of a GPU: verify, tests and quick benchmark, and a report to attach to an issue.
+gpu-check: $(VENV)/.with-test
+	$(BIN)/python -m benchmarks.gpu_check
 
 lint: $(VENV)/.with-dev
 	$(BIN)/ruff check .
