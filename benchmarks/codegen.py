@@ -223,33 +223,51 @@ def picture(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
+def load(path: Path) -> dict[str, Row]:
+    """Rows of an earlier report by name."""
+    if not path.exists():
+        return {}
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return {name: Row(**{key: row[key] for key in Row._fields}) for name, row in rows.items()}
+
+
+def save(rows: dict[str, Row], path: Path) -> None:
+    """The report."""
+    import triton
+
+    found = {name: row._asdict() | {"limit": row.limit, "problems": problems(row)} for name, row in rows.items()}
+    text = json.dumps({"triton": triton.__version__, "timed": False, "rows": found}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Compiles, writes JSON and picture, prints what is wrong; exit status 1 if anything is."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__.split("\n")[0])  # type: ignore[union-attr]
-    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains all words of TEXT")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows with all words of TEXT, others are kept")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for codegen.json and codegen.png")
     options = parser.parse_args(argv)
     print("Compiled and inspected, not timed: there is no GPU in this.")
-    rows, wrong = [], 0
-    words = options.only.split()
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = options.out / "codegen.json"
+    rows = load(report) if options.only else {}
+    words, wrong = options.only.split(), 0
     for source in SOURCES:
         for name, build in source():
-            if not all(word in name for word in words):
-                continue
-            row = build()
-            rows.append(row)
-            bad = problems(row)
-            wrong += bool(bad)
-            clocks = f"{row.cycles[row.limit]:.3f} clocks per similarity ({row.limit})"
-            print(
-                f"{name}: {row.registers} registers, {row.shared} bytes shared, {clocks} {'; '.join(bad)}", flush=True
-            )
-    options.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps([row._asdict() | {"limit": row.limit, "problems": problems(row)} for row in rows], indent=1)
-    (options.out / "codegen.json").write_text(text + "\n", encoding="utf-8")
-    picture(rows, options.out / "codegen.png")
-    print(f"{len(rows)} kernels compiled, {wrong} with something wrong")
+            if all(word in name for word in words):
+                row = rows[name] = build()
+                bad = problems(row)
+                wrong += bool(bad)
+                print(f"{name}: {describe(row)} {'; '.join(bad)}", flush=True)
+                save(rows, report)
+    picture(list(rows.values()), options.out / "codegen.png")
+    print(f"{len(rows)} kernels in the report, {wrong} of those compiled now have something wrong")
     return int(wrong > 0)
+
+
+def describe(row: Row) -> str:
+    """In a line."""
+    clocks = f"{row.cycles[row.limit]:.3f} clocks per similarity ({row.limit})"
+    return f"{row.registers} registers, {row.shared} bytes shared, {clocks}"
 
 
 if __name__ == "__main__":

@@ -70,11 +70,11 @@ def amd_report(compiled: Any, passes: int) -> Report:
     """From the metadata and the assembly for an AMD processor."""
     text = compiled.asm["amdgcn"]
     number = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in  # type: ignore[index]
-              ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")}  # fmt: skip
+              ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")}  # fmt: skip
     stack = number["private_segment_fixed_size"]
     code = parse_amd(text)
     found = make(number["vgpr_count"], stack, compiled.metadata.shared, code, passes)
-    return found._replace(spills=found.spills + number["vgpr_spill_count"] + number["sgpr_spill_count"])
+    return found._replace(spills=found.spills + number["vgpr_spill_count"])  # scalars spill into lanes, not memory
 
 
 class Code(NamedTuple):

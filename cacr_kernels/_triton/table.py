@@ -130,5 +130,7 @@ def tile_of(family: str, kernel: str, precision: Precision, D: int, two: bool) -
         size = class_of(D)
         rows = TWO[kernel].get(precision, ONE[kernel][precision]) if two else ONE[kernel][precision]
         entry = OTHERS.get((family, kernel, precision, size, two), rows[CLASSES.index(size)])
+        if family == "cdna3" and kernel != "statistics":  # its waves take 32 rows each
+            entry = entry._replace(num_warps=max(1, entry.block_m // 32))
     features = max(16, 1 << max(0, D - 1).bit_length())
     return entry._replace(block_d=min(entry.block_d, features), block_out=min(entry.block_out, features))
