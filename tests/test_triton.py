@@ -102,7 +102,7 @@ def test_a_compiler_sees_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch)
     pytest.importorskip("triton", reason="needs Triton")
     from cacr_kernels._triton import launch, problem, table
 
-    for module in (launch, problem):
+    for module in (launch, problem, table):
         monkeypatch.setattr(module, "processor_of", lambda _: table.Processor("sm_90", 132))
 
     def call(z: Tensor, numbers: Tensor) -> Any:

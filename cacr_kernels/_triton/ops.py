@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from ..ops import NAMESPACE
-from . import problem
+from . import problem, table
 
 WHERE = {
     "contrast_triton": ("launch", "contrast"),
@@ -44,7 +44,7 @@ def _register(name: str) -> None:
     def decompose(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
         from torch.export._trace import custom_triton_ops_decomposition_disabled
 
-        interpreted = problem.processor_of(args[0].device).family == "interpreter"
+        interpreted = table.processor_of(args[0].device).family == "interpreter"
         if interpreted or custom_triton_ops_decomposition_disabled():
             return mode.__torch_dispatch__(op, types, args, kwargs)
         with mode, problem.tracing():
