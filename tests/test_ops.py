@@ -374,5 +374,5 @@ def test_every_operator_is_checked() -> None:
              if name.startswith(f"{ops.NAMESPACE}::")}  # fmt: skip
     contrasts = {f"{name}_{backend}" for name in ("contrast", "contrast_backward") for backend, *_ in CHECKED}
     frozen = {"contrast_frozen_cpu", "contrast_frozen_backward"}
-    triton = {f"{name}_triton" for name in ("contrast", "contrast_backward")}
+    triton = {f"{name}_triton" for name in ("cacr", "contrast", "contrast_backward", "contrast_frozen")}
     assert names == {"cacr_cpu", "witness", *contrasts, *frozen, *triton}
