@@ -116,6 +116,7 @@ def _gradients(case: Case, arguments: dict[str, Any], backend: str, **more: Any)
     return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
 
 
+RECOMPUTES = ("triton", "cuda")  # backends whose cacr_<backend> computes similarities again for the gradients
 _WORDS = {
     (): "plain",
     ("cacr",): "one sweep",
@@ -131,6 +132,8 @@ def way(case: Case, backend: str) -> str:
         _gradients(case, case.arguments(), backend)
     kinds = {name.removesuffix(f"_{backend}") for name in recorder.operators} - {"witness"}
     text = _WORDS.get(tuple(sorted(kinds)), " + ".join(sorted(kinds)))
+    if kinds == {"cacr"} and backend in RECOMPUTES:
+        text = "one operator"
     return f"{text}, N × M" if recorder.largest >= N * N // 4 else text
 
 
@@ -222,6 +225,7 @@ def markdown() -> str:
     features = [[name, *(supported(probe, backend) for backend in names)] for name, probe in FEATURES.items()]
     words = (
         "One sweep: loss and gradients from one pass over the similarities. Tiles: the gradients compute them again.\n"
+        "One operator: the same, but loss and gradients come from one call that autograd does not enter.\n"
         "Plain, N × M: PyTorch operations, which hold arrays of that size."
     )
     head = ["loss and its gradients", *columns, "gradients flow to"]

@@ -284,7 +284,7 @@ def test_autocast_with_a_list_of_bfloat16_features() -> None:
 
 def test_backends_are_an_ordered_table_of_reasons() -> None:
     found = cacr_kernels.backends()
-    assert list(found)[:3] == ["reference", "torch", "cpu"]
+    assert list(found)[:3] == ["reference", "torch", "triton"]
     assert found["reference"] is None
     assert found["torch"] is None
     assert all(reason is None or (isinstance(reason, str) and len(reason.split()) > 3) for reason in found.values())
