@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from benchmarks import gpu_check
 from cacr_kernels import cacr_loss, ops
+from cacr_kernels._triton import table
 from cacr_kernels.backends import TABLE, select
 
 TESTS = Path(__file__).parent
@@ -100,7 +102,7 @@ def captured(graphs: list[torch.fx.GraphModule]) -> Any:
 def test_a_compiler_sees_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph that Inductor would get for a GPU holds kernels, and no operator of this package."""
     pytest.importorskip("triton", reason="needs Triton")
-    from cacr_kernels._triton import launch, problem, table
+    from cacr_kernels._triton import launch, problem
 
     for module in (launch, problem, table):
         monkeypatch.setattr(module, "processor_of", lambda _: table.Processor("sm_90", 132))
@@ -121,6 +123,18 @@ def test_a_compiler_sees_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch)
     kernels = [target for target in targets if "triton_kernel_wrapper" in target]
     assert len(kernels) == {"contrast": 3, "contrast_frozen": 3, "cacr": 9}[name], targets
     assert not any("cacr_kernels" in target for target in targets), targets
+
+
+def test_tiles_fit_the_features() -> None:
+    """A tile that holds all features is operand of both products: both of its sizes are the same then."""
+    for family in ("sm_80", "sm_90", "sm_100", "sm_120", "cdna3", "interpreter"):
+        for kernel, rows in table.ONE.items():
+            for precision, two, D in itertools.product(
+                rows, (False, True), (1, 16, 17, 33, 64, 65, 128, 129, 257, 1031)
+            ):
+                tile = table.tile_of(family, kernel, precision, D, two)
+                assert tile.chunks(D) * tile.block_d >= D
+                assert kernel == "statistics" or tile.chunks(D) > 1 or tile.block_out == tile.block_d >= D
 
 
 # ---- for owners of a GPU ---------------------------------------------------------------------------------------------

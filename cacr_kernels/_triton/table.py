@@ -1,8 +1,9 @@
-"""Launch configurations: one table per family of processors.
+"""Launch configurations by kernel, kind of product and number of features.
 
 Nothing here was timed. What was looked at are the compiled kernels (``python -m benchmarks.codegen``): every entry
 compiles without spilling registers, within the shared memory of the smallest member of its family, and among those the
-largest tile was taken, as it reads the least from memory per similarity. ``CACR_AUTOTUNE=1`` measures instead.
+larger tile was taken, as it reads less from memory per similarity. The NVIDIA families share the entries: tiles that
+fit their registers are the same, and what sm_80 has in shared memory is enough. AMD's differ in the number of warps.
 """
 
 from __future__ import annotations
@@ -118,8 +119,6 @@ TWO: dict[str, dict[Precision, tuple[Tile, ...]]] = {
         "tf32": _row((64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64)),
     },
 }
-# Where a family takes another entry: (family, kernel, precision, class of D, two).
-OTHERS: dict[tuple[str, str, Precision, int, bool], Tile] = {}
 
 
 def tile_of(family: str, kernel: str, precision: Precision, D: int, two: bool) -> Tile:
@@ -127,9 +126,8 @@ def tile_of(family: str, kernel: str, precision: Precision, D: int, two: bool) -
     if family == "interpreter":
         entry = Tile(32, 32, 64, 4, 2, 64)
     else:
-        size = class_of(D)
         rows = TWO[kernel].get(precision, ONE[kernel][precision]) if two else ONE[kernel][precision]
-        entry = OTHERS.get((family, kernel, precision, size, two), rows[CLASSES.index(size)])
+        entry = rows[CLASSES.index(class_of(D))]
         if family == "cdna3" and kernel != "statistics":  # its waves take 32 rows each
             entry = entry._replace(num_warps=max(1, entry.block_m // 32))
     features = max(16, 1 << max(0, D - 1).bit_length())
