@@ -128,7 +128,8 @@ def tile_of(family: str, kernel: str, precision: Precision, D: int, two: bool) -
     else:
         rows = TWO[kernel].get(precision, ONE[kernel][precision]) if two else ONE[kernel][precision]
         entry = rows[CLASSES.index(class_of(D))]
-        if family == "cdna3" and kernel != "statistics":  # its waves take 32 rows each
-            entry = entry._replace(num_warps=max(1, entry.block_m // 32))
+        if family == "cdna3":  # its waves take 32 rows each, and without a second product 32 columns of them
+            columns = entry.block_n // 32 if kernel == "statistics" else 1
+            entry = entry._replace(num_warps=max(1, min(8, entry.block_m // 32 * columns)))
     features = max(16, 1 << max(0, D - 1).bit_length())
     return entry._replace(block_d=min(entry.block_d, features), block_out=min(entry.block_out, features))
