@@ -179,7 +179,8 @@ def problems(row: Row) -> list[str]:
     """What must not be in a shipped configuration."""
     device = next(d for d in DEVICES if d.name == row.device)
     allowed = next((v.ex2 for v in variants() if v.name == row.kernel), 1)
-    rows_too = 8 * allowed / row.tile["block_n"]  # every thread that holds part of a row rescales it, once per tile
+    # Every thread that holds part of a row rescales it once per tile: eight, or sixteen without tensor cores.
+    rows_too = (16 if row.dtype == "ieee" else 8) * allowed / row.tile["block_n"]
     found = []
     if row.stack or row.spills:
         found.append(f"spills: {row.stack} bytes of stack, {row.spills} instructions")
