@@ -16,6 +16,7 @@ ROWS = [
     ("gradient of queries", "H100", "bf16", 128),
     ("gradient of keys", "A100", "fp16", 64),
     ("gradient of keys, rbf", "B200", "bf16", 64),
+    ("statistics, two softmaxes", "B200", "bf16", 64),
     ("statistics, two softmaxes", "A100", "ieee", 64),
     ("gradient of queries", "MI300X", "bf16", 64),
     ("frozen keys", "A100", "tf32", 64),
