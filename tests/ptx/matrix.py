@@ -1,0 +1,197 @@
+"""Matrices held by a warp: ``ldmatrix`` and ``mma``, with the fragment layouts of the PTX ISA.
+
+Sums are formed in float64 and rounded once; how the tensor cores round while they accumulate is not modelled.
+tf32 operands are float32 registers whose lower 13 bits are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import AccessError
+from .formats import Array, bits_type, decode, encode, tf32_operand
+from .schedule import WARP
+from .site import Action, Mask, Site
+
+LANE = np.arange(WARP)
+GROUP, IN_GROUP = LANE // 4, LANE % 4
+ROW_BYTES = 16  # of an 8 x 8 matrix of 16-bit elements
+
+
+def _warps(site: Site, mask: Mask) -> NDArray[np.intp]:
+    """Numbers of the warps that take part, each of them whole."""
+    if mask is True:
+        return np.arange(site.machine.size // WARP)
+    by_warp = mask.reshape(-1, WARP)
+    partial = by_warp.any(1) & ~by_warp.all(1)
+    if partial.any():
+        lane = int(np.argmax(partial)) * WARP + int(by_warp[np.argmax(partial)].argmax())
+        raise AccessError("needs all threads of the warp", lane)
+    return np.flatnonzero(by_warp.any(1))
+
+
+def _lanes(warps: NDArray[np.intp]) -> NDArray[np.intp]:
+    return (warps[:, None] * WARP + LANE).ravel()
+
+
+# ---- ldmatrix --------------------------------------------------------------------------------------------------------
+def ldmatrix(site: Site) -> Action:
+    """Up to four 8 x 8 matrices; thread ``8 i + r`` gives the address of row ``r`` of matrix ``i``."""
+    count = {"x1": 1, "x2": 2, "x4": 4}[site.one_of("x1", "x2", "x4", default="x1")]
+    if len(site.items(0)) != count:
+        raise site.error(f"{count} registers are wanted")
+    address, shared = site.address(1, "shared"), site.machine.shared
+    registers = [site.load_register(item, "b32") for item in site.items(0)]
+    transposed = site.has("trans")
+
+    def action(mask: Mask) -> None:
+        warps = _warps(site, mask)
+        rows = (warps[:, None] * WARP + LANE[: 8 * count]).ravel()
+        words = shared.read(address(rows), rows, np.dtype(np.uint32), ROW_BYTES // 4)  # [word, row]
+        matrices = np.ascontiguousarray(words.T).reshape(warps.size, count, 8, 4)
+        if transposed:
+            halves = matrices.view(np.uint16).swapaxes(-1, -2)  # [warp, matrix, 8, 8]
+            matrices = np.ascontiguousarray(halves).view(np.uint32)
+        lanes = _lanes(warps)
+        for i, register in enumerate(registers):
+            register[lanes] = matrices[:, i].reshape(-1)  # thread l holds word l % 4 of row l // 4
+
+    return action
+
+
+# ---- mma -------------------------------------------------------------------------------------------------------------
+class Layout(NamedTuple):
+    """Where the elements of a fragment are in its matrix; each array ``[register, lane, element of the register]``."""
+
+    rows: int
+    columns: int
+    row: NDArray[np.intp]
+    column: NDArray[np.intp]
+
+    @property
+    def registers(self) -> int:
+        return len(self.row)
+
+    def order(self) -> NDArray[np.intp]:
+        """For each element of the matrix its position among ``[register, lane, element]``."""
+        order = np.empty(self.rows * self.columns, np.intp)
+        order[(self.row * self.columns + self.column).ravel()] = np.arange(order.size)
+        return order
+
+
+def _layout(
+    rows: int, columns: int, registers: int, elements: int, position: Callable[[int, int], tuple[Array, Array]]
+) -> Layout:
+    """From ``position(register, element) -> rows and columns of the lanes``."""
+    both = np.array(
+        [[position(r, e) for e in range(elements)] for r in range(registers)]
+    )  # [register, element, 2, lane]
+    row, column = both[:, :, 0].swapaxes(1, 2), both[:, :, 1].swapaxes(1, 2)
+    return Layout(rows, columns, row, column)
+
+
+def _left(depth: int, per_register: int) -> Layout:
+    """A of ``m16``: registers alternate between the upper and the lower eight rows, then go on along k."""
+    step = 4 * per_register
+    return _layout(
+        16,
+        depth,
+        16 * depth // (WARP * per_register),
+        per_register,
+        lambda r, e: (GROUP + 8 * (r % 2), IN_GROUP * per_register + e + step * (r // 2)),
+    )
+
+
+def _right(depth: int, per_register: int) -> Layout:
+    """B of ``n8``: registers go along k."""
+    step = 4 * per_register
+    return _layout(
+        depth,
+        8,
+        8 * depth // (WARP * per_register),
+        per_register,
+        lambda r, e: (IN_GROUP * per_register + e + step * r, GROUP),
+    )
+
+
+def _result(per_register: int) -> Layout:
+    """C and D of ``m16n8``: two neighbours of a row, in the upper and then in the lower eight rows."""
+    if per_register == 1:
+        return _layout(16, 8, 4, 1, lambda r, e: (GROUP + 8 * (r // 2), IN_GROUP * 2 + r % 2))
+    return _layout(16, 8, 2, 2, lambda r, e: (GROUP + 8 * r, IN_GROUP * 2 + e))
+
+
+def _tiny(which: str) -> Layout:
+    """``m8n8k4`` of float64: one element of A and B, two of C."""
+    if which == "a":
+        return _layout(8, 4, 1, 1, lambda r, e: (GROUP, IN_GROUP))
+    if which == "b":
+        return _layout(4, 8, 1, 1, lambda r, e: (IN_GROUP, GROUP))
+    return _layout(8, 8, 2, 1, lambda r, e: (GROUP, IN_GROUP * 2 + r))
+
+
+HALVES, SINGLE = 2, 1
+SHAPES: dict[tuple[str, str], tuple[Layout, Layout]] = {
+    **{(f"m16n8k{k}", kind): (_left(k, HALVES), _right(k, HALVES)) for k in (8, 16) for kind in ("f16", "bf16")},
+    **{(f"m16n8k{k}", "tf32"): (_left(k, SINGLE), _right(k, SINGLE)) for k in (4, 8)},
+    ("m8n8k4", "f64"): (_tiny("a"), _tiny("b")),
+}
+
+
+def mma(site: Site) -> Action:
+    """``mma.sync.aligned.shape.row.col.d.a.b.c D, A, B, C``: ``D = A B + C``."""
+    shape = next((m for m in site.modifiers if m.startswith("m") and m[1].isdigit()), "")
+    if len(site.types) != 4:
+        raise site.error("mma needs four types")
+    to, kind, other, start = site.types
+    site.refuse((shape, kind) not in SHAPES or other != kind or start != to, f"{shape} of {'.'.join(site.types)}")
+    site.refuse(to not in (("f64",) if kind == "f64" else ("f32", "f16")), f"mma to .{to}")
+    left, right = SHAPES[shape, kind]
+    result = _tiny("c") if kind == "f64" else _result(HALVES if to == "f16" else SINGLE)
+    a, b = _fragment(site, 1, left, kind), _fragment(site, 2, right, kind)
+    c = _fragment(site, 3, result, to)
+    store = _store(site, result, to)
+
+    def action(mask: Mask) -> None:
+        warps = _warps(site, mask)
+        store(a(warps) @ b(warps) + c(warps), warps)
+
+    return action
+
+
+def _fragment(site: Site, which: int, layout: Layout, kind: str) -> Callable[[NDArray[np.intp]], Array]:
+    """Reads a matrix as float64, shape ``[warp, row, column]``."""
+    sources = site.sources(which, "b64" if kind == "f64" else "b32")
+    if len(sources) != layout.registers:
+        raise site.error(f"{layout.registers} registers are wanted for operand {which}, not {len(sources)}")
+    order = layout.order()
+
+    def read(warps: NDArray[np.intp]) -> Array:
+        bits = np.stack([source().reshape(-1, WARP)[warps] for source in sources], 1).reshape(warps.size, -1)
+        if kind == "tf32":
+            values = tf32_operand(bits.view(np.float32))
+        else:
+            values = decode(np.ascontiguousarray(bits).view(bits_type(kind)), kind)
+        return values.astype(np.float64)[:, order].reshape(warps.size, layout.rows, layout.columns)
+
+    return read
+
+
+def _store(site: Site, layout: Layout, kind: str) -> Callable[[Array, NDArray[np.intp]], None]:
+    registers = [site.load_register(item, "b64" if kind == "f64" else "b32") for item in site.items(0)]
+    if len(registers) != layout.registers:
+        raise site.error(f"{layout.registers} registers are wanted for the result")
+    position = layout.row * layout.columns + layout.column  # [register, lane, element]
+
+    def write(values: Array, warps: NDArray[np.intp]) -> None:
+        flat = values.reshape(warps.size, -1)[:, position]  # [warp, register, lane, element]
+        bits = np.ascontiguousarray(encode(flat, kind)).view(registers[0].dtype)[..., 0]
+        lanes = _lanes(warps)
+        for i, register in enumerate(registers):
+            register[lanes] = bits[:, i].ravel()
+
+    return write
