@@ -67,6 +67,7 @@ class Priority(Lockstep):
         self.seed, self.patience = seed, patience
         self.order = np.zeros(0)
         self.ran = np.zeros(0, np.int64)
+        self.favoured = 1.0  # share of the blocks that go on, where blocks may wait for each other
 
     def __repr__(self) -> str:
         return f"Priority({self.seed})"
@@ -76,13 +77,16 @@ class Priority(Lockstep):
         warps = able.reshape(-1, WARP).any(1)
         if self.order.size != warps.size:
             self.order, self.ran = self.rng.random(warps.size), np.zeros(warps.size, np.int64)
+            self.favoured = self.rng.random()
         if self.rng.random() < 0.02:
             self.order[self.rng.integers(warps.size)] = self.rng.random()
+            self.favoured = self.rng.random()
         rank = np.where(warps, self.order, -np.inf).reshape(machine.blocks, -1)
         first = rank.argmax(1) + np.arange(machine.blocks) * rank.shape[1]
         first = first[warps[first]]
-        if machine.cooperative and first.size > 1:  # blocks starve each other too
-            first = first[np.argsort(self.order[first])[-self.rng.integers(1, first.size + 1) :]]
+        if machine.cooperative:
+            count = max(1, int(self.favoured * first.size))
+            first = first[np.argsort(self.order[first])[-count:]]
         budget = 100
         self.ran[first] += budget
         late = first[self.ran[first] > self.patience]
