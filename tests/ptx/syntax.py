@@ -150,6 +150,7 @@ class _Parser:
         self.at = 0
         self.scopes: list[dict[str, str]] = []  # name in the text -> unique name
         self.renamed = 0
+        self.registers_seen: set[str] = set()  # of the function that is being read
         self.line_ends = [m.start() for m in re.finditer("\n", self.text)]
 
     # ---- text ----
@@ -201,7 +202,7 @@ class _Parser:
             return None  # a declaration
         returns, params = (_parameters(found.group(i), place) for i in (2, 4))
         function = Function(found.group(3), found.group(1) == "entry", params, returns, place)
-        self.scopes = [{}]
+        self.scopes, self.registers_seen = [{}], set()
         while self.scopes:
             self.body_statement(function)
         return function
@@ -273,8 +274,9 @@ class _Parser:
             raise PtxError("registers of a type that is not modelled", place)
         for item in found.group(2).split(","):
             name, count = _REGISTER_RANGE.fullmatch(item.strip()).groups()
-            for one in [name] if count is None else (f"{name}{i}" for i in range(int(count))):
+            for one in [name] if count is None else [f"{name}{i}" for i in range(int(count))]:
                 function.registers[self.declare(one, rename=len(self.scopes) > 1)] = found.group(1)
+        self.registers_seen = set(function.registers)
 
     # ---- instructions ----
     def instruction(self, text: str, place: Place) -> Instruction:
@@ -307,7 +309,7 @@ class _Parser:
         if not re.fullmatch(r"%?[\w$.]+", text):
             raise PtxError(f"`{text}` is not an operand", place)
         name = self.resolve(text)
-        return Register(name) if text.startswith("%") else Symbol(name)
+        return Register(name) if text.startswith("%") or name in self.registers_seen else Symbol(name)
 
     def address(self, text: str, place: Place) -> Address:
         found = re.fullmatch(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\w+))?\s*\]", text)

@@ -72,7 +72,7 @@ def test_scopes() -> None:
     first = parse(TEXT).functions["first"]
     (one,) = [i.operands[0] for i in first.code if i.place.text == "mov.u32 t, %r1"]
     (other,) = [i.operands[1] for i in first.code if i.opcode == "mov" and isinstance(i.operands[1], Vector)]
-    assert isinstance(one, Symbol)
+    assert isinstance(one, Register)
     assert one != other.items[0]
     assert {first.registers[one.name], first.registers[other.items[0].name]} == {"b32"}
     branches = [i.operands[0].name for i in first.code if i.opcode == "bra"]
