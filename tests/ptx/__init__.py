@@ -9,7 +9,7 @@ The threads of all resident blocks are lanes of numpy arrays. What the files hol
     formats.py      bits to values, roundings     memory.py    state spaces, bounds, alignment
     machine.py      registers, counters, the loop schedule.py  who goes next: Lockstep, Random, Priority
     convergence.py  barriers, work in warps       copies.py    cp.async
-    site.py         the operands an instruction works with; launch.py: arguments, grid
+    site.py         the operands an instruction works with; launch.py, arguments.py: a launch
     arithmetic.py, logic.py, conversion.py, moving.py, warp.py, matrix.py, control.py: what the instructions do
 
 Found, as an error that names the line of PTX: unknown instructions, modifiers and types; accesses outside the arrays
@@ -30,8 +30,9 @@ Not modelled:
 - recursion and indirect calls, textures, ``wgmma``, bulk copies and everything else that is not in the table.
 """
 
+from .arguments import Pointer, Struct
 from .errors import DeadlockError, PtxError
-from .launch import Kernels, Pointer, Struct, load
+from .launch import Kernels, load
 from .schedule import Lockstep, Priority, Random
 from .table import TABLE
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import specials
+from .arguments import Argument, offsets, pack
 from .convergence import Convergence
 from .copies import Copies
 from .errors import AccessError, DeadlockError, PtxError
@@ -25,11 +25,19 @@ from .site import Action, Mask, Site, Source
 from .syntax import WIDTHS, Function, Instruction, Module, Variable
 from .table import TABLE, Rule
 
-if TYPE_CHECKING:
-    from .launch import Launch
-
 SHARED_BASE = 1024  # not 0: that shared memory starts there is nothing to rely on
 PATIENCE = 500  # turns after which a thread that never has the lowest counter goes on all the same
+WORKSPACE_BYTES = 64  # of cooperative groups, which find it by a special register
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a machine is built for; grid and arguments may change from launch to launch."""
+
+    block: tuple[int, int, int]
+    blocks: int
+    shared_bytes: int
+    cooperative: bool
 
 
 @dataclass
@@ -46,19 +54,19 @@ class Step:
 
 
 class Machine:
-    """The resident blocks of one launch."""
+    """The resident blocks of a kernel, ready to be launched any number of times."""
 
-    def __init__(self, module: Module, kernel: Function, launch: Launch, blocks: int):
-        self.module, self.kernel, self.launch = module, kernel, launch
-        self.blocks = blocks
-        self.cooperative = launch.cooperative
-        self.schedule: Lockstep = launch.schedule
-        self.threads = int(np.prod(launch.block))
+    def __init__(self, module: Module, kernel: Function, shape: Shape):
+        self.module, self.kernel, self.shape = module, kernel, shape
+        self.blocks, self.cooperative = shape.blocks, shape.cooperative
+        self.grid = (1, 1, 1)
+        self.schedule = Lockstep()
+        self.threads = int(np.prod(shape.block))
         self.padded = -(-self.threads // WARP) * WARP
-        self.size = blocks * self.padded
-        self.block_of = np.repeat(np.arange(blocks), self.padded)
-        self.thread_of = np.tile(np.arange(self.padded), blocks)
-        self.block_number = np.zeros(blocks, np.int64)
+        self.size = self.blocks * self.padded
+        self.block_of = np.repeat(np.arange(self.blocks), self.padded)
+        self.thread_of = np.tile(np.arange(self.padded), self.blocks)
+        self.block_number = np.zeros(self.blocks, np.int64)
         self._constants: dict[tuple[int, str], Array] = {}
         self._symbols: dict[tuple[str, str], tuple[str, int]] = {}
         self.functions = self._reachable(kernel)
@@ -74,9 +82,17 @@ class Machine:
         self.age = np.zeros(self.size, np.int64)
         self.runnable = np.zeros(self.size, np.bool_)
         self.exited = np.zeros(self.size, np.bool_)
-        self.executed = 0
+        self.executed, self.limit = 0, 0
         self.current: Step | None = None
         self._link()
+
+    def begin(self, grid: tuple[int, int, int], args: Sequence[Argument], schedule: Lockstep, limit: int) -> None:
+        """A launch: from here on ``run`` is for blocks of this grid, with these arguments."""
+        self.grid, self.schedule, self.limit = grid, schedule, limit
+        self.executed = 0
+        self.memory.reset()
+        params = pack(self.kernel, args, self.memory)
+        self.kernel_params.data[: len(params)] = np.frombuffer(params, np.uint8)
 
     # ---- building ----
     def _reachable(self, kernel: Function) -> list[Function]:
@@ -99,6 +115,9 @@ class Machine:
     def _lay_out(self) -> None:
         """Addresses of all variables."""
         shared, local, param = SHARED_BASE, 0, 0
+        self.memory = Global()
+        workspace = np.zeros(WORKSPACE_BYTES, np.uint8)
+        self.workspace = self.memory.add("the workspace of the grid", workspace) if self.cooperative else 0
         dynamic: list[tuple[str, Variable]] = []
         scopes = [("", v) for v in self.module.variables]
         scopes += [(f.name, v) for f in self.functions for v in f.variables]
@@ -113,22 +132,22 @@ class Machine:
             elif variable.space == "param":
                 param = self._place(scope, variable, param)
             else:
-                self._symbols[scope, variable.name] = "global", self.launch.variable(variable)
+                content = np.frombuffer(variable.content.ljust(variable.size or 0, b"\0"), np.uint8).copy()
+                self._symbols[scope, variable.name] = "global", self.memory.add(variable.name, content)
         if dynamic:  # all names of the dynamic memory mean the same bytes
             align = max(variable.align for _, variable in dynamic)
             shared = -(-shared // align) * align
             self._symbols |= {(scope, variable.name): ("shared", shared) for scope, variable in dynamic}
-        self.static_shared = shared - SHARED_BASE
+        self.memory.keep()
         each_lane = np.arange(self.size)
-        size = self.static_shared + self.launch.shared_bytes
+        size = shared - SHARED_BASE + self.shape.shared_bytes
         self.shared = Banked("shared", self.blocks, size, self.block_of, SHARED_BASE)
         self.local = Banked("local", self.size, local, each_lane)
         self.call_params = Banked("parameter", self.size, param, each_lane)
-        self.kernel_params = Banked("kernel parameter", 1, len(self.launch.params), np.zeros_like(each_lane))
-        self.kernel_params.data[: len(self.launch.params)] = np.frombuffer(self.launch.params, np.uint8)
-        for variable, offset in zip(self.kernel.params, self.launch.param_offsets, strict=True):
+        starts, end = offsets(self.kernel)
+        self.kernel_params = Banked("kernel parameter", 1, end, np.zeros_like(each_lane))
+        for variable, offset in zip(self.kernel.params, starts, strict=True):
             self._symbols[self.kernel.name, variable.name] = "param", offset
-        self.memory: Global = self.launch.memory
         self.spaces: dict[str, Space] = {
             "global": self.memory,
             "const": self.memory,
@@ -214,8 +233,8 @@ class Machine:
                     if self.exited.all():
                         return
                     raise self._deadlock("all living threads wait")
-                if self.executed > self.launch.limit:
-                    raise self._deadlock(f"no end after {self.launch.limit} instructions")
+                if self.executed > self.limit:
+                    raise self._deadlock(f"no end after {self.limit} instructions")
                 self._turn()
 
     def _start(self, numbers: Sequence[int]) -> None:

@@ -71,6 +71,17 @@ class Global:
 
     def __init__(self) -> None:
         self.buffers: list[Buffer] = []
+        self.initial: list[np.ndarray] = []  # contents of the buffers that stay from launch to launch
+
+    def keep(self) -> None:
+        """All buffers there are now stay, and begin every launch with what they hold."""
+        self.initial = [buffer.data.copy() for buffer in self.buffers]
+
+    def reset(self) -> None:
+        """Forget the arrays of the last launch."""
+        del self.buffers[len(self.initial) :]
+        for buffer, content in zip(self.buffers, self.initial, strict=True):
+            buffer.data[:] = content
 
     def add(self, name: str, array: np.ndarray) -> int:
         """Register an array, return its address."""

@@ -140,11 +140,10 @@ def _atomic(site: Site, at: int) -> Action:
     address, dtype = site.address(at, name), np.dtype(bits_type(kind))
     values = [site.source(i, f"b{WIDTHS[kind]}") for i in range(at + 1, len(site.operands))]
     target = site.target(0, f"b{WIDTHS[kind]}") if at else None
-    rng = site.machine.schedule.rng
 
     def action(mask: Mask) -> None:
         lanes = np.arange(site.machine.size) if mask is True else np.flatnonzero(mask)
-        lanes = rng.permutation(lanes)
+        lanes = site.machine.schedule.rng.permutation(lanes)
         where, operands = address(lanes), [value()[lanes] for value in values]
         result = np.zeros(site.machine.size, dtype)
         while lanes.size:

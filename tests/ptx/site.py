@@ -66,12 +66,10 @@ class Site:
     def direct(self, operand: Operand | int, kind: str) -> Array | None:
         """A view of a register as values, where there is one."""
         operand = self.operand(operand)
-        if not isinstance(operand, Register) or self.machine.special(operand.name, kind) is not None:
+        if not isinstance(operand, Register) or kind.startswith("bf16"):
             return None
-        bits = self.register(operand.name)
-        if bits.dtype != bits_type(kind) or kind.startswith("bf16"):
-            return None
-        return decode(bits, kind)
+        bits = self.machine.registers.get((self.function.name, operand.name))
+        return None if bits is None or bits.dtype != bits_type(kind) else decode(bits, kind)
 
     def array(self, which: int, kind: str) -> Array | None:
         """The values of an operand that always stand in the same array: a register seen as they are, or a constant."""

@@ -33,10 +33,10 @@ def _position(name: str) -> Callable[[Machine], Array]:
     kind, axis = name[1:].split(".")
     i = AXES[axis]
     return {
-        "tid": lambda m: _coordinate(m.thread_of, m.launch.block, i),
-        "ntid": lambda m: np.full(m.size, m.launch.block[i]),
-        "ctaid": lambda m: _coordinate(m.block_number, m.launch.grid, i)[m.block_of],
-        "nctaid": lambda m: np.full(m.size, m.launch.grid[i]),
+        "tid": lambda m: _coordinate(m.thread_of, m.shape.block, i),
+        "ntid": lambda m: np.full(m.size, m.shape.block[i]),
+        "ctaid": lambda m: _coordinate(m.block_number, m.grid, i)[m.block_of],
+        "nctaid": lambda m: np.full(m.size, m.grid[i]),
     }[kind]
 
 
@@ -55,10 +55,10 @@ SPECIALS: dict[str, Callable[[Machine], Array]] = {
     "%globaltimer": _clock,
     "%smid": lambda m: m.block_of,
     "%nsmid": lambda m: np.full(m.size, m.blocks),
-    "%dynamic_smem_size": lambda m: np.full(m.size, m.launch.shared_bytes),
+    "%dynamic_smem_size": lambda m: np.full(m.size, m.shape.shared_bytes),
     # the workspace of cooperative groups: two halves of an address
-    "%envreg1": lambda m: np.full(m.size, m.launch.workspace >> 32),
-    "%envreg2": lambda m: np.full(m.size, m.launch.workspace % (1 << 32)),
+    "%envreg1": lambda m: np.full(m.size, m.workspace >> 32),
+    "%envreg2": lambda m: np.full(m.size, m.workspace % (1 << 32)),
 }
 
 

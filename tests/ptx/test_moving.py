@@ -43,7 +43,9 @@ def test_packing() -> None:
     body = "mov.b32 {%h1, %h2}, %a; mov.b32 %d, {%h2, %h1};"
     assert execute(body, a=a).tolist() == [0x22221111]
     assert execute("mov.b64 {%r5, %d}, %a;", a=np.uint64([0x3333444411112222])).tolist() == [0x33334444]
-    assert execute("{ .reg .b32 low; mov.b64 {low, %d}, %a; }", a=np.uint64([0x3333444411112222])).tolist() == [0x33334444]
+    assert execute("{ .reg .b32 low; mov.b64 {low, %d}, %a; }", a=np.uint64([0x3333444411112222])).tolist() == [
+        0x33334444
+    ]
     assert execute("mov.b64 {_, %d}, %a;", a=np.uint64([0x3333444411112222])).tolist() == [0x33334444]
 
 

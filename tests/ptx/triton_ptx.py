@@ -22,6 +22,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from . import launch
+from .arguments import Pointer
 from .schedule import WARP, Lockstep
 
 Patch = Callable[[str], str]
@@ -71,11 +72,11 @@ class AbsentGpu(DriverBase):
         return 0
 
 
-def bytes_of(tensor: torch.Tensor) -> launch.Pointer:
+def bytes_of(tensor: torch.Tensor) -> Pointer:
     """The tensor's elements in its storage, which has to hold nothing else that the kernel may not touch."""
     storage = tensor.detach().untyped_storage()
     whole = torch.empty(0, dtype=torch.uint8).set_(storage)
-    return launch.Pointer(whole.numpy(), tensor.storage_offset() * tensor.element_size())
+    return Pointer(whole.numpy(), tensor.storage_offset() * tensor.element_size())
 
 
 @contextlib.contextmanager
@@ -125,5 +126,3 @@ def _launch(kernels: launch.Kernels, kernel: Any, grid: tuple[int, ...], values:
     assert not kernel.metadata.global_scratch_size
     threads = kernel.metadata.num_warps * WARP
     return kernels.launch(kernel.name, grid, (threads,), [*arguments, *[0] * own], kernel.metadata.shared, schedule)
-
-
