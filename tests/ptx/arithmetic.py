@@ -120,7 +120,7 @@ maximum = _ordered(np.fmax, np.maximum)
 
 
 def _double(function: Function) -> Function:
-    """Of float32 values by way of float64; the f64 forms deliver the upper half of the bits only."""
+    """Of narrower values by way of float64; the ``.ftz.f64`` forms deliver the upper half of the bits only."""
 
     def rounded(a: Array) -> Array:
         found = function(a.astype(np.float64))
@@ -137,7 +137,17 @@ def rcp(site: Site) -> Action:
 
 
 sqrt = elementwise(np.sqrt)
-rsqrt = elementwise(_double(lambda a: 1 / np.sqrt(a)))
+
+
+def rsqrt(site: Site) -> Action:
+    """``.approx.f64`` is nearly exact, ``.approx.ftz.f64`` gives the upper half of the bits."""
+
+    def exact(a: Array) -> Array:
+        return 1 / np.sqrt(a)
+
+    return elementwise(exact if site.type == "f64" and not site.has("ftz") else _double(exact))(site)
+
+
 ex2 = elementwise(_double(np.exp2))
 lg2 = elementwise(_double(np.log2))
 sin = elementwise(_double(np.sin))

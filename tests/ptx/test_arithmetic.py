@@ -258,6 +258,7 @@ FUNCTIONS = {
     "cos.approx.f32": math.cos,
     "tanh.approx.f32": math.tanh,
     "sqrt.rn.f64": math.sqrt,
+    "rsqrt.approx.f64": lambda x: 1 / math.sqrt(x),
     "rcp.rn.f64": lambda x: 1 / x,
 }
 
