@@ -64,13 +64,26 @@ extern "C" __global__ void local_array(const int* index, int* y) {
 extern "C" __global__ void choice(const int* x, int* y) {
   int r = 0;
   switch (x[threadIdx.x]) {
-    case 0: r = 7; break;
-    case 1: r = threadIdx.x; break;
-    case 2: r = -3; [[fallthrough]];
-    case 3: r += 100; break;
-    case 4: r = threadIdx.x * threadIdx.x; break;
-    case 5: r = 55; break;
-    default: r = 1;
+    case 0:
+      r = 7;
+      break;
+    case 1:
+      r = threadIdx.x;
+      break;
+    case 2:
+      r = -3;
+      [[fallthrough]];
+    case 3:
+      r += 100;
+      break;
+    case 4:
+      r = threadIdx.x * threadIdx.x;
+      break;
+    case 5:
+      r = 55;
+      break;
+    default:
+      r = 1;
   }
   y[threadIdx.x] = r;
 }
