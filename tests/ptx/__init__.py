@@ -30,7 +30,7 @@ Not modelled:
 - recursion and indirect calls, textures, ``wgmma``, bulk copies and everything else that is not in the table.
 """
 
-from .arguments import Pointer, Struct
+from .arguments import Image, Pointer, Struct
 from .errors import DeadlockError, PtxError
 from .launch import Kernels, load
 from .schedule import Lockstep, Priority, Random
@@ -39,6 +39,7 @@ from .table import TABLE
 __all__ = [
     "TABLE",
     "DeadlockError",
+    "Image",
     "Kernels",
     "Lockstep",
     "Pointer",

@@ -31,7 +31,15 @@ class Struct:
     fields: Sequence[tuple[str, Argument]]
 
 
-Argument: TypeAlias = "np.ndarray | Pointer | Struct | Scalar | bytes"
+@dataclass(frozen=True)
+class Image:
+    """A struct as the host filled it in: words that are addresses of one of the ``arrays`` are translated."""
+
+    content: bytes
+    arrays: Sequence[np.ndarray]
+
+
+Argument: TypeAlias = "np.ndarray | Pointer | Struct | Image | Scalar | bytes"
 
 
 def offsets(kernel: Function) -> tuple[list[int], int]:
@@ -74,6 +82,8 @@ class _Packer:
             return value
         if isinstance(value, Struct):
             return self.struct(name, value)[0]
+        if isinstance(value, Image):
+            return self.image(name, value)
         if isinstance(value, Pointer):
             return (self.address(name, value.array) + value.offset).to_bytes(8, "little")
         if isinstance(value, np.ndarray) and value.ndim:
@@ -81,6 +91,14 @@ class _Packer:
         if isinstance(value, float | np.floating):
             return np.array(value, {2: np.float16, 4: np.float32, 8: np.float64}[size]).tobytes()
         return (int(value) % (1 << 8 * size)).to_bytes(size, "little")
+
+    def image(self, name: str, value: Image) -> bytes:
+        words = np.frombuffer(value.content.ljust(-(-len(value.content) // 8) * 8, b"\0"), np.uint64).copy()
+        for number, array in enumerate(value.arrays):
+            address = self.address(f"{name}, array {number}", array)
+            offset = words - np.uint64(array.__array_interface__["data"][0])
+            words = np.where(offset < array.nbytes, offset + np.uint64(address), words)
+        return words.tobytes()[: len(value.content)]
 
     def struct(self, name: str, value: Struct) -> tuple[bytes, int]:
         """Bytes and alignment."""

@@ -26,7 +26,7 @@ from .syntax import WIDTHS, Function, Instruction, Module, Variable
 from .table import TABLE, Rule
 
 SHARED_BASE = 1024  # not 0: that shared memory starts there is nothing to rely on
-PATIENCE = 500  # turns after which a thread that never has the lowest counter goes on all the same
+PATIENCE = 8  # turns after which a thread that never has the lowest counter goes on all the same
 WORKSPACE_BYTES = 64  # of cooperative groups, which find it by a special register
 
 
