@@ -1,0 +1,77 @@
+// Launches of kernels that take one struct of parameters, without the <<<>>> that only nvcc understands.
+#pragma once
+
+#include "platform.cuh"
+
+namespace cacr {
+
+struct Launch {
+  dim3 grid;
+  dim3 block;
+  size_t shared_bytes;  // sizeof the kernel's struct of buffers
+  cudaStream_t stream;
+};
+
+#ifdef __CUDACC__
+
+// Lets `kernel` use as much shared memory as it asks for: more than 48 KiB need a permission.
+template <class Parameters>
+cudaError_t permit_shared_memory(void (*kernel)(Parameters), size_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+template <class Parameters>
+cudaError_t launch(void (*kernel)(Parameters), const Launch& l, Parameters parameters) {
+  if (const cudaError_t error = permit_shared_memory(kernel, l.shared_bytes)) return error;
+  void* arguments[] = {&parameters};
+  return cudaLaunchKernel(kernel, l.grid, l.block, arguments, l.shared_bytes, l.stream);
+}
+
+// All blocks of the grid at once, so that the kernel may call grid_sync().
+template <class Parameters>
+cudaError_t launch_cooperative(void (*kernel)(Parameters), const Launch& l, Parameters parameters) {
+  if (const cudaError_t error = permit_shared_memory(kernel, l.shared_bytes)) return error;
+  void* arguments[] = {&parameters};
+  return cudaLaunchCooperativeKernel(kernel, l.grid, l.block, arguments, l.shared_bytes, l.stream);
+}
+
+// How many blocks of `threads` threads the current device can hold at once: the largest cooperative grid. 0: none.
+template <class Parameters>
+cudaError_t resident_blocks(void (*kernel)(Parameters), int threads, size_t shared_bytes, int* blocks) {
+  int device = 0, processors = 0, cooperative = 0, per_processor = 0;
+  if (const cudaError_t error = permit_shared_memory(kernel, shared_bytes)) return error;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device)) return error;
+  if (const cudaError_t error =
+          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, shared_bytes))
+    return error;
+  *blocks = cooperative ? processors * per_processor : 0;
+  return cudaSuccess;
+}
+
+#else
+
+// In the emulation a kernel that goes wrong throws, so these return cudaSuccess or nothing.
+template <class Parameters>
+cudaError_t launch(void (*kernel)(Parameters), const Launch& l, Parameters parameters) {
+  cuda_emulation::launch(l.grid, l.block, l.shared_bytes, [&] { kernel(parameters); });
+  return cudaSuccess;
+}
+
+template <class Parameters>
+cudaError_t launch_cooperative(void (*kernel)(Parameters), const Launch& l, Parameters parameters) {
+  cuda_emulation::launch_cooperative(l.grid, l.block, l.shared_bytes, [&] { kernel(parameters); });
+  return cudaSuccess;
+}
+
+template <class Parameters>
+cudaError_t resident_blocks(void (*)(Parameters), int threads, size_t shared_bytes, int* blocks) {
+  *blocks = cuda_emulation::resident_blocks(threads, shared_bytes);
+  return cudaSuccess;
+}
+
+#endif
+
+}  // namespace cacr
