@@ -9,18 +9,16 @@
 
 namespace cacr::ptx {
 
-// ---- addresses in shared memory: add bytes to them, nothing else ------------------------------------------------------
+// ---- addresses in shared memory: add bytes to them, nothing else ----------------------------------------------------
 #ifdef __CUDACC__
 using SharedAddress = uint32_t;
-CACR_DEVICE SharedAddress shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+CACR_DEVICE SharedAddress shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 #else
 using SharedAddress = const char*;
 inline SharedAddress shared_address(const void* p) { return static_cast<const char*>(p); }
 #endif
 
-// ---- ldmatrix: 8 x 8 matrices of 16-bit values from shared memory -----------------------------------------------------
+// ---- ldmatrix: 8 x 8 matrices of 16-bit values from shared memory ---------------------------------------------------
 // Lanes 8 i ... 8 i + 7 give the addresses of the rows of matrix i, 16 aligned bytes each. r[i] receives the elements
 // (row group, columns 2 quad and 2 quad + 1) of matrix i; with _trans (rows 2 quad and 2 quad + 1, column group).
 // All lanes of the warp call it. For x2 the addresses of lanes 16 ... 31 are not used.
@@ -68,7 +66,7 @@ CACR_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], SharedAddress row CACR_SITE
 #endif
 }
 
-// ---- mma: d += a b on the tensor cores, for one warp ------------------------------------------------------------------
+// ---- mma: d += a b on the tensor cores, for one warp ----------------------------------------------------------------
 // d [16 x 8]: d[0], d[1] = (row group, columns 2 quad and 2 quad + 1), d[2], d[3] = the same of row group + 8.
 // a [16 x 16]: a[0] = (row group, columns 2 quad, 2 quad + 1), a[1] = row group + 8, a[2] = columns + 8, a[3] = both.
 // b [16 x 8]: b0 = (rows 2 quad, 2 quad + 1, column group), b1 = rows + 8.
@@ -86,10 +84,9 @@ CACR_DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, ui
 
 CACR_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1 CACR_SITE) {
 #ifdef __CUDACC__
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
   cuda_emulation::mma_m16n8k16<cuda_emulation::F16>("mma_f16", d, a, b0, b1, site);
 #endif
@@ -121,7 +118,7 @@ CACR_DEVICE void mma_f64(double (&d)[2], double a, double b CACR_SITE) {
 #endif
 }
 
-// ---- cp.async: global to shared memory without passing through registers ----------------------------------------------
+// ---- cp.async: global to shared memory without passing through registers --------------------------------------------
 // Both addresses are aligned to the size. Only `valid` bytes are read, zeros fill the rest; with 0 the source is not
 // read, but has to be an aligned address of global memory all the same.
 CACR_DEVICE void cp_async_16(SharedAddress target, const void* source, int valid = 16 CACR_SITE) {
@@ -168,7 +165,7 @@ CACR_DEVICE void cp_async_wait() {
 #endif
 }
 
-// ---- arithmetic -------------------------------------------------------------------------------------------------------
+// ---- arithmetic -----------------------------------------------------------------------------------------------------
 // 2^x to about 2 ulp; subnormal arguments and results are 0.
 CACR_DEVICE float exp2_approx(float x) {
 #ifdef __CUDACC__
@@ -225,7 +222,7 @@ CACR_DEVICE float f16_to_float(uint16_t bits) {
 #endif
 }
 
-// ---- the whole grid ---------------------------------------------------------------------------------------------------
+// ---- the whole grid -------------------------------------------------------------------------------------------------
 // Barrier of all threads of a cooperative launch; what was written to global memory before it is seen after it.
 CACR_DEVICE void grid_sync(CACR_SITE_ONLY) {
 #ifdef __CUDACC__

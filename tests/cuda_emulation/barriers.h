@@ -5,7 +5,7 @@
 
 namespace cuda_emulation {
 
-// ---- barriers ---------------------------------------------------------------------------------------------------------
+// ---- barriers -------------------------------------------------------------------------------------------------------
 inline void complete(Barrier& barrier) {
   barrier.last_sum = barrier.sum;
   barrier.last_size = static_cast<int>(barrier.waiting.size());
@@ -48,7 +48,7 @@ inline void grid_sync(const Site& site) {
   cross(grid.barrier, static_cast<size_t>(grid.blocks()) * grid.block_threads(), {"grid_sync", site});
 }
 
-// ---- warps ------------------------------------------------------------------------------------------------------------
+// ---- warps ----------------------------------------------------------------------------------------------------------
 // Where the lanes of `mask` meet: the meeting that has begun, or a free one.
 inline Meeting& find_meeting(Warp& warp, uint32_t mask, const Wait& wait) {
   Meeting* free = nullptr;
@@ -71,7 +71,8 @@ inline Meeting& find_meeting(Warp& warp, uint32_t mask, const Wait& wait) {
 
 inline void check_mask(uint32_t mask, const Wait& wait) {
   if ((mask >> current->lane & 1) == 0) fail(wait.describe() + ": the calling lane is not in its mask");
-  if ((mask & ~current->warp->live) != 0) fail(wait.describe() + ": the mask names lanes that have exited or never were");
+  if ((mask & ~current->warp->live) != 0)
+    fail(wait.describe() + ": the mask names lanes that have exited or never were");
 }
 
 // All lanes of `mask` call it; the last to arrive calls function(arguments of the 32 lanes), null outside `mask`.
@@ -107,7 +108,7 @@ inline void warp_sync(uint32_t mask, const Site& site) {
   meet<true>(mask, {"__syncwarp", site}, nothing, [](Nothing* const*) {});
 }
 
-// ---- fences -----------------------------------------------------------------------------------------------------------
+// ---- fences ---------------------------------------------------------------------------------------------------------
 // Memory is never reordered here, so a fence is a place to be interrupted. For the thread sanitizer everybody who calls
 // one knows what the callers before knew, as in "write, fence, count; who counts last fences and reads".
 inline void fence() {

@@ -21,19 +21,15 @@
 #define gridDim (::cuda_emulation::current->block->grid->size)
 inline constexpr int warpSize = 32;
 
-// ---- the host's side --------------------------------------------------------------------------------------------------
+// ---- the host's side ------------------------------------------------------------------------------------------------
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0 };
 
-// ---- vectors ----------------------------------------------------------------------------------------------------------
-#define CUDA_EMULATION_VECTOR(name, scalar)                                                             \
-  struct alignas(2 * sizeof(scalar)) name##2 {                                                          \
-    scalar x, y;                                                                                        \
-  };                                                                                                    \
-  struct alignas(16) name##4 {                                                                          \
-    scalar x, y, z, w;                                                                                  \
-  };                                                                                                    \
-  inline name##2 make_##name##2(scalar x, scalar y) { return {x, y}; }                                  \
+// ---- vectors --------------------------------------------------------------------------------------------------------
+#define CUDA_EMULATION_VECTOR(name, scalar)                            \
+  struct alignas(2 * sizeof(scalar)) name##2 { scalar x, y; };         \
+  struct alignas(16) name##4 { scalar x, y, z, w; };                   \
+  inline name##2 make_##name##2(scalar x, scalar y) { return {x, y}; } \
   inline name##4 make_##name##4(scalar x, scalar y, scalar z, scalar w) { return {x, y, z, w}; }
 CUDA_EMULATION_VECTOR(float, float)
 CUDA_EMULATION_VECTOR(double, double)
@@ -41,7 +37,7 @@ CUDA_EMULATION_VECTOR(int, int)
 CUDA_EMULATION_VECTOR(uint, unsigned)
 #undef CUDA_EMULATION_VECTOR
 
-// ---- barriers and fences ----------------------------------------------------------------------------------------------
+// ---- barriers and fences --------------------------------------------------------------------------------------------
 inline void __syncthreads(cuda_emulation::Site site = cuda_emulation::Site::current()) {
   cuda_emulation::block_sync({"__syncthreads", site});
 }
@@ -61,11 +57,10 @@ inline void __syncwarp(uint32_t mask = 0xffffffffu, cuda_emulation::Site site = 
 inline void __threadfence() { cuda_emulation::fence(); }
 inline void __threadfence_block() { cuda_emulation::fence(); }
 
-// ---- shuffles and votes -----------------------------------------------------------------------------------------------
+// ---- shuffles and votes ---------------------------------------------------------------------------------------------
 namespace cuda_emulation {
 
-// Every lane receives the value of the lane that `source(lane, its argument, first lane of its segment)` names, its own
-// if that is outside its segment of `width` lanes.
+// Every lane receives the value of the lane `source(lane, its argument, first and last lane of its segment)`.
 template <class T, class Source>
 T shuffle(const char* operation, uint32_t mask, T value, int argument, int width, const Site& site, Source source) {
   struct Argument {
@@ -76,8 +71,7 @@ T shuffle(const char* operation, uint32_t mask, T value, int argument, int width
   meet(mask, wait, mine, [&](Argument* const* lanes) {
     for (int lane = 0; lane < 32; lane++) {
       if (lanes[lane] == nullptr) continue;
-      const int first = lane & ~(width - 1), from = source(lane, lanes[lane]->argument, first);
-      if (from < first || from >= first + width) continue;
+      const int first = lane & ~(width - 1), from = source(lane, lanes[lane]->argument, first, first + width - 1);
       if (lanes[from] == nullptr) fail(wait.describe() + ": reads a lane outside the mask");
       lanes[lane]->result = lanes[from]->value;
     }
@@ -105,26 +99,26 @@ inline uint32_t ballot(const char* operation, uint32_t mask, int predicate, cons
 template <class T>
 T __shfl_sync(uint32_t mask, T value, int lane, int width = 32,
               cuda_emulation::Site site = cuda_emulation::Site::current()) {
-  const auto source = [width](int, int from, int first) { return first + (from & (width - 1)); };
+  const auto source = [width](int, int from, int first, int) { return first + (from & (width - 1)); };
   return cuda_emulation::shuffle("__shfl_sync", mask, value, lane, width, site, source);
 }
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32,
                   cuda_emulation::Site site = cuda_emulation::Site::current()) {
-  // A lower segment may be read, a higher one may not.
-  const auto source = [width](int lane, int x, int first) { return (lane ^ x) < first ? first - 1 : lane ^ x; };
+  // Lanes of earlier segments may be read, those of later ones not.
+  const auto source = [](int lane, int x, int, int last) { return (lane ^ x) <= last ? lane ^ x : lane; };
   return cuda_emulation::shuffle("__shfl_xor_sync", mask, value, bits, width, site, source);
 }
 template <class T>
 T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int width = 32,
                  cuda_emulation::Site site = cuda_emulation::Site::current()) {
-  const auto source = [](int lane, int x, int) { return lane - x; };
+  const auto source = [](int lane, int x, int first, int) { return lane - x >= first ? lane - x : lane; };
   return cuda_emulation::shuffle("__shfl_up_sync", mask, value, static_cast<int>(delta), width, site, source);
 }
 template <class T>
 T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32,
                    cuda_emulation::Site site = cuda_emulation::Site::current()) {
-  const auto source = [](int lane, int x, int) { return lane + x; };
+  const auto source = [](int lane, int x, int, int last) { return lane + x <= last ? lane + x : lane; };
   return cuda_emulation::shuffle("__shfl_down_sync", mask, value, static_cast<int>(delta), width, site, source);
 }
 inline uint32_t __ballot_sync(uint32_t mask, int predicate,
@@ -138,7 +132,7 @@ inline int __all_sync(uint32_t mask, int predicate, cuda_emulation::Site site = 
   return cuda_emulation::ballot("__all_sync", mask, predicate, site) == mask;
 }
 
-// ---- atomics: relaxed, as CUDA's are ----------------------------------------------------------------------------------
+// ---- atomics: relaxed, as CUDA's are --------------------------------------------------------------------------------
 namespace cuda_emulation {
 
 template <class T, class Function>
@@ -174,7 +168,7 @@ T atomicCAS(T* target, std::type_identity_t<T> expected, std::type_identity_t<T>
   return cuda_emulation::atomic_update(target, [=](T old) { return old == expected ? value : old; });
 }
 
-// ---- memory and arithmetic --------------------------------------------------------------------------------------------
+// ---- memory and arithmetic ------------------------------------------------------------------------------------------
 template <class T>
 T __ldg(const T* p) {
   return *p;

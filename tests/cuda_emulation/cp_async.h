@@ -1,7 +1,8 @@
 // cp.async: copies that are under way until the thread that issued them has waited for their group.
 //
-// Nothing is known of the target in between. So a copy is made at once, or the target is filled with NaN until the wait,
-// at random: whoever reads too early, or overwrites what is still read, finds the wrong bytes in one case or the other.
+// Nothing is known of the target in between. So a copy is made at once, or the target is filled with NaN until the
+// wait, at random: whoever reads too early, or overwrites what is still read, finds the wrong bytes in one case or the
+// other.
 #pragma once
 
 #include "grid.h"

@@ -40,7 +40,8 @@ class StackPool {
   static constexpr size_t kBytes = 128 << 10, kGuard = 4 << 10;
 
   static Stack map() {
-    void* p = mmap(nullptr, kGuard + kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* p =
+        mmap(nullptr, kGuard + kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED || mprotect(p, kGuard, PROT_NONE) != 0) throw std::runtime_error("no memory for another stack");
     return {static_cast<char*>(p) + kGuard, kBytes};
   }

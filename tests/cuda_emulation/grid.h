@@ -34,7 +34,7 @@ inline std::string describe(uint3 i) {
               "]");
 }
 
-// ---- switching --------------------------------------------------------------------------------------------------------
+// ---- switching ------------------------------------------------------------------------------------------------------
 inline void make_ready(Thread& thread) {
   thread.warp->ready |= 1u << thread.lane;
   thread.wait.operation = nullptr;
@@ -62,7 +62,7 @@ inline void pause_point() {
   give_way();
 }
 
-// ---- life of a thread -------------------------------------------------------------------------------------------------
+// ---- life of a thread -----------------------------------------------------------------------------------------------
 inline void complete(Barrier& barrier);  // barriers.h
 
 inline void thread_exits(Thread& thread) {
@@ -96,7 +96,7 @@ inline void thread_main() {
   __builtin_unreachable();
 }
 
-// ---- life of a block --------------------------------------------------------------------------------------------------
+// ---- life of a block ------------------------------------------------------------------------------------------------
 inline void start_block(Grid& grid, int rank) {
   auto block = std::make_unique<Block>();
   const int threads = grid.block_threads();
@@ -134,7 +134,7 @@ inline void retire_blocks(Grid& grid) {
   for (auto& block : grid.resident) {
     if (block->live > 0) continue;
     grid.scheduler.dismiss(*block);
-    check_redzones(*block);
+    check_redzones(block->shared);
     if (sanitizers::kThreads) grid.finished.push_back(std::move(block));
     block.reset();
   }

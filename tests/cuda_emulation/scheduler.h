@@ -85,8 +85,8 @@ class Scheduler {
 
   Pick warps_ = Pick::kFirst, lanes_ = Pick::kFirst;
   bool priorities_change_ = false;
-  bool whole_blocks_ = false;     // the warps of a block have one priority
-  uint32_t mean_pause_ = 0;       // points between two involuntary pauses, 0: none
+  bool whole_blocks_ = false;  // the warps of a block have one priority
+  uint32_t mean_pause_ = 0;    // points between two involuntary pauses, 0: none
   uint32_t until_pause_ = 0;
 };
 

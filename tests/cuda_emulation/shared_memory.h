@@ -17,7 +17,6 @@ inline constexpr char kUntouched = 0x5a;
 inline void pause_point();
 
 inline void forget_layout(SharedMemory& shared) {
-  sanitizers::permit(shared.storage.get(), shared.bytes + 3 * kRedzone);
   shared.redzones = {{shared.begin - kRedzone, shared.begin},
                      {shared.begin + shared.bytes, shared.begin + shared.bytes + kRedzone}};
 }
@@ -40,13 +39,13 @@ inline void allocate(SharedMemory& shared, size_t bytes) {
   poison(shared);
 }
 
-inline void check_redzones(Block& block) {
-  SharedMemory& shared = block.shared;
+// Whether nobody has written between the buffers; they may be written from here on.
+inline void check_redzones(SharedMemory& shared) {
   sanitizers::permit(shared.storage.get(), shared.bytes + 3 * kRedzone);
   for (const ByteRange& zone : shared.redzones)
     for (const char* p = zone.begin; p < zone.end; p++)
       if (*p != kUntouched)
-        throw Error("byte " + std::to_string(p - shared.begin) + " of shared memory, behind a buffer, was written");
+        throw Error("byte " + std::to_string(p - shared.begin) + " of shared memory, outside all buffers, was written");
 }
 
 // An access of the running thread to shared memory by address.
@@ -91,6 +90,7 @@ Buffers& shared_memory() {
     fail("the launch gives " + std::to_string(shared.bytes) + " bytes of shared memory, the kernel's buffers are " +
          std::to_string(sizeof(Buffers)));
   if (shared.layout != &layout) {
+    check_redzones(shared);
     forget_layout(shared);
     new (shared.begin) Buffers;
     poison(shared);

@@ -7,7 +7,7 @@
 
 namespace cuda_emulation {
 
-// ---- formats ----------------------------------------------------------------------------------------------------------
+// ---- formats --------------------------------------------------------------------------------------------------------
 inline float float_of_bits(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
@@ -43,7 +43,7 @@ struct F16 {
     if (magnitude >= 65520.0f) return sign | 0x7c00;  // rounds beyond the largest number
     int exponent = 0;
     std::frexp(magnitude, &exponent);
-    exponent = exponent < -13 ? -13 : exponent;  // below 2^-14 the spacing stays 2^-24
+    if (magnitude < 0x1p-14f) exponent = -13;                                  // the spacing stays 2^-24
     const float units = std::nearbyint(std::ldexp(magnitude, 11 - exponent));  // exact but for this rounding
     // 2^10 units are one step of the exponent, so a carry into it comes out right.
     return static_cast<uint16_t>(sign | ((exponent + 13) * 1024 + static_cast<int>(units)));
@@ -62,7 +62,7 @@ inline float exp2_approx(float x) {
   return flush(std::exp2(flush(x)));
 }
 
-// ---- ldmatrix ---------------------------------------------------------------------------------------------------------
+// ---- ldmatrix -------------------------------------------------------------------------------------------------------
 // The lane that names a row reads it, before the lanes meet: the sanitizers hold that lane responsible.
 template <int kMatrices, bool kTransposed>
 void ldmatrix(const char* operation, uint32_t (&r)[kMatrices], const char* row, const Site& site) {
@@ -89,7 +89,7 @@ void ldmatrix(const char* operation, uint32_t (&r)[kMatrices], const char* row, 
   });
 }
 
-// ---- mma --------------------------------------------------------------------------------------------------------------
+// ---- mma ------------------------------------------------------------------------------------------------------------
 // d += a b, products and sums exact to double precision and rounded once. (The hardware aligns and truncates.)
 template <int kRows, int kDepth, class Scalar>
 struct Product {
@@ -141,8 +141,7 @@ void mma_m16n8k16(const char* operation, float (&d)[4], const uint32_t (&a)[4], 
       const int group = lane / 4, quad = lane % 4;
       for (int half = 0; half < 2; half++) {
         const auto part = [&](uint32_t x) { return Format::to_float(static_cast<uint16_t>(x >> (16 * half))); };
-        for (int i = 0; i < 4; i++)
-          product.a[group + i % 2 * 8][2 * quad + i / 2 * 8 + half] = part(lanes[lane]->a[i]);
+        for (int i = 0; i < 4; i++) product.a[group + i % 2 * 8][2 * quad + i / 2 * 8 + half] = part(lanes[lane]->a[i]);
         for (int i = 0; i < 2; i++) product.b[2 * quad + 8 * i + half][group] = part(lanes[lane]->b[i]);
       }
     }

@@ -1,0 +1,99 @@
+"""Compiles what the tests of this directory run, once for all workers and until a source changes."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "cuda_emulation"
+SOURCES = ("csrc/cuda", "csrc/common", "tests/cuda_emulation")
+SUFFIXES = (".h", ".cuh", ".cpp", ".cu")
+
+SANITIZERS = {
+    "plain": ["-O2"],
+    "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-g1", "-fsanitize=thread"],
+}
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+INCLUDES = [f"-I{HERE}", f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'csrc'}"]
+
+
+def tool(name: str) -> str:
+    """The path of a compiler or tool; the CUDA tools that the triton wheel brings are good as well."""
+    found = shutil.which(name)
+    triton = find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        found = shutil.which(name, path=Path(triton.origin).parent / "backends/nvidia/bin")
+    if found is None:
+        pytest.skip(f"needs {name}")
+    return found
+
+
+@cache
+def _sources() -> bytes:
+    digest = hashlib.sha256()
+    for directory in SOURCES:
+        for path in sorted((ROOT / directory).rglob("*")):
+            if path.suffix in SUFFIXES:
+                digest.update(path.as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.digest()
+
+
+def _made(name: str, command: list[str]) -> Path:
+    """The file that ``command``, completed by ``-o`` and its name, makes of the sources as they are."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    target, stamp = BUILD / name, BUILD / f"{name}.key"
+    key = hashlib.sha256(_sources() + "\0".join(command).encode()).hexdigest()
+    with (BUILD / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (stamp.exists() and stamp.read_text() == key):
+            stamp.unlink(missing_ok=True)
+            done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{' '.join(command)}\n{(done.stdout + done.stderr)[-4000:]}"
+            stamp.write_text(key)
+    return target
+
+
+def emulated(source: str, sanitizer: str = "plain", *flags: str) -> Path:
+    """A program of the emulation: ``source`` of this directory compiled by g++."""
+    command = [tool("g++"), "-std=c++20", *SANITIZERS[sanitizer], *WARNINGS, *INCLUDES, *flags, str(HERE / source)]
+    return _made(f"{Path(source).stem}-{sanitizer}{''.join(flags)}", command)
+
+
+def emulated_library(source: str) -> Path:
+    """The same as a shared object."""
+    return emulated(source, "plain", "-fPIC", "-shared")
+
+
+def by_nvcc(source: str, kind: str, arch: str = "sm_80") -> Path:
+    """``source`` compiled by nvcc to ``kind``, "ptx" or "cubin"."""
+    command = [tool("nvcc"), f"-arch={arch}", "-std=c++20", *INCLUDES[1:], f"--{kind}", "-x", "cu", str(HERE / source)]
+    return _made(f"{Path(source).stem}-{arch}.{kind}", command)
+
+
+def disassembly(cubin: Path) -> dict[str, str]:
+    """The machine code of every kernel of a cubin."""
+    command = [tool("cuobjdump"), "-sass", str(cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parts = text.split("Function : ")[1:]
+    return {part.split("\n", 1)[0].strip(): part for part in parts}
+
+
+def run(program: Path, *arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Runs a program of the emulation and gives back what it left."""
+    command = [str(program), *map(str, arguments)]
+    setarch, random_bits = shutil.which("setarch"), Path("/proc/sys/vm/mmap_rnd_bits")
+    if setarch is not None and random_bits.exists() and int(random_bits.read_text()) > 28:
+        command = [setarch, "-R", *command]  # the thread sanitizer's map of the address space knows no more than 28
+    environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=0:exitcode=66", "ASAN_OPTIONS": "detect_leaks=0"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout, env=environment)
