@@ -72,8 +72,9 @@ CACR_DEVICE void multiply_step(Stages& shared, const Problem& p, int stage, floa
   uint32_t a[4], b[4];
   ptx::ldmatrix_x4(a, ptx::shared_address(&shared.x[x_row * kStride + lane / 16 * 8]) + beyond);
   ptx::ldmatrix_x4(b, ptx::shared_address(&shared.y[y_row * kStride + lane / 8 % 2 * 8]));
-  const uint32_t swapped[4] = {a[0], a[2], a[1], a[3]};
-  for (int n = 0; n < 2; n++) ptx::mma_bf16(d[n], p.bug == kSwappedRegister ? swapped : a, b[2 * n], b[2 * n + 1]);
+  const bool swap = p.bug == kSwappedRegister;
+  const uint32_t operand[4] = {a[0], a[swap ? 2 : 1], a[swap ? 1 : 2], a[3]};
+  for (int n = 0; n < 2; n++) ptx::mma_bf16(d[n], operand, b[2 * n], b[2 * n + 1]);
 }
 
 // The products of the block's queries with the keys, in the accumulators of their warp.

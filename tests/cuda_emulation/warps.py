@@ -18,7 +18,7 @@ def bf16(bits: NDArray[np.uint16]) -> NDArray[np.float64]:
 
 
 def f16(bits: NDArray[np.uint16]) -> NDArray[np.float64]:
-    return bits.view(np.float16).astype(np.float64)
+    return np.ascontiguousarray(bits).view(np.float16).astype(np.float64)
 
 
 def nearest(x: NDArray[np.float64], fraction_bits: int, least_exponent: int, away: bool) -> NDArray[np.float64]:
