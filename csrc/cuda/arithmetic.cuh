@@ -1,0 +1,257 @@
+// Matrix products of one tile, for each kind of arithmetic, all with the same owner of every element:
+//
+// A tile has 64 rows and 64 columns; warp w owns rows 16 w ... 16 w + 15. With group = lane / 4 and quad = lane % 4, a
+// thread holds s[n][e]: e = 0, 1: (row group, column 8 n + 2 quad + e), e = 2, 3: (row group + 8, the same columns).
+// That is how mma.sync leaves its results, and the elementwise work between two products is written once for all.
+//
+//   product     s += a b^T       a, b: 64 rows of one chunk of features
+//   accumulate  g += h b         h: a tile of coefficients, b: 64 rows of one chunk; g: 64 rows of one chunk
+//
+// h keeps the accuracy of float32 where the inputs are half types: it is split into pieces whose sum it is.
+#pragma once
+
+#include "ptx.cuh"
+#include "shared.cuh"
+
+namespace cacr {
+
+constexpr int kTile = 64;
+constexpr int kThreads = 128;
+constexpr int kChunkBytes = 128;                   // of a row, per pipeline stage
+constexpr int kStrideBytes = kChunkBytes + 16;     // of a row in shared memory: ldmatrix then meets every bank once
+constexpr int kFragments = kTile / 8;              // of 8 columns
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+CACR_DEVICE float widen(bf16 x) { return ptx::bf16_to_float(x.bits); }
+CACR_DEVICE float widen(f16 x) { return ptx::f16_to_float(x.bits); }
+CACR_DEVICE float widen(float x) { return x; }
+CACR_DEVICE double widen(double x) { return x; }
+
+CACR_DEVICE float exp2_of(float x) { return ptx::exp2_approx(x); }
+CACR_DEVICE double exp2_of(double x) { return exp2(x); }
+
+template <class Element>
+constexpr int kChunk = kChunkBytes / int(sizeof(Element));  // features of a chunk
+template <class Element>
+constexpr int kStride = kStrideBytes / int(sizeof(Element));
+template <class Element>
+using Stages = SharedArray<Element, 2 * kTile * kStride<Element>>;  // [2][64][kStride], double buffer
+
+// ---- half types: m16n8k16 ---------------------------------------------------------------------------------------------
+CACR_DEVICE void mma(bf16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  ptx::mma_bf16(d, a, b0, b1);
+}
+CACR_DEVICE void mma(f16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  ptx::mma_f16(d, a, b0, b1);
+}
+CACR_DEVICE uint32_t pack(bf16, float low, float high) { return ptx::pack_bf16(low, high); }
+CACR_DEVICE uint32_t pack(f16, float low, float high) { return ptx::pack_f16(low, high); }
+
+template <class E, int kPieces, bool kIsScaled>
+struct HalfArithmetic {
+  using Element = E;
+  using Acc = float;
+  static constexpr int kGradientChunks = 1;         // chunks of a gradient that one block owns
+  static constexpr int kColumns = kChunk<E> / 8;    // fragments of a chunk
+  static constexpr bool kScaled = kIsScaled;        // coefficients have to be brought into the range of the type
+  static constexpr int S = kStride<E>;
+
+  static CACR_DEVICE void product(float (&s)[kFragments][4], Stages<E>& a, int a0, Stages<E>& b, int b0) {
+    const int lane = threadIdx.x % 32;
+    a0 += lane % 16 * S + lane / 16 * 8;
+    b0 += (lane % 8 + lane / 16 * 8) * S + lane / 8 % 2 * 8;
+#pragma unroll
+    for (int k = 0; k < kChunk<E>; k += 16) {
+      uint32_t x[4], y[4];
+      ptx::ldmatrix_x4(x, ptx::shared_address(&a[a0 + k]));
+#pragma unroll
+      for (int n = 0; n < kFragments; n += 2) {
+        ptx::ldmatrix_x4(y, ptx::shared_address(&b[b0 + n * 8 * S + k]));
+        mma(E{}, s[n], x, y[0], y[1]);
+        mma(E{}, s[n + 1], x, y[2], y[3]);
+      }
+    }
+  }
+
+  // Takes the next piece of 4 x 2 coefficients off them.
+  static CACR_DEVICE void take_piece(uint32_t (&piece)[4], float (&rest)[8]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      piece[i] = pack(E{}, rest[2 * i], rest[2 * i + 1]);
+      rest[2 * i] -= widen(E{uint16_t(piece[i])});
+      rest[2 * i + 1] -= widen(E{uint16_t(piece[i] >> 16)});
+    }
+  }
+
+  static CACR_DEVICE void accumulate(float (&g)[kColumns][4], const float (&h)[kFragments][4], Stages<E>& b,
+                                     int b0) {
+    const int lane = threadIdx.x % 32;
+    b0 += (lane % 8 + lane / 8 % 2 * 8) * S + lane / 16 * 8;
+#pragma unroll
+    for (int k = 0; k < kTile / 16; k++) {  // 16 rows of b
+      uint32_t pieces[kPieces][4];
+      float rest[8] = {h[2 * k][0],     h[2 * k][1],     h[2 * k][2],     h[2 * k][3],
+                       h[2 * k + 1][0], h[2 * k + 1][1], h[2 * k + 1][2], h[2 * k + 1][3]};
+#pragma unroll
+      for (int i = 0; i < kPieces; i++) take_piece(pieces[i], rest);
+#pragma unroll
+      for (int n = 0; n < kColumns; n += 2) {
+        uint32_t y[4];
+        ptx::ldmatrix_x4_trans(y, ptx::shared_address(&b[b0 + k * 16 * S + n * 8]));
+#pragma unroll
+        for (int i = kPieces - 1; i >= 0; i--) {  // the small ones first
+          mma(E{}, g[n], pieces[i], y[0], y[1]);
+          mma(E{}, g[n + 1], pieces[i], y[2], y[3]);
+        }
+      }
+    }
+  }
+};
+
+using Bf16Arithmetic = HalfArithmetic<bf16, 3, false>;
+using F16Arithmetic = HalfArithmetic<f16, 2, true>;
+
+// ---- float on the tensor cores: m16n8k8, rounded to TF32 (kPieces 1) or as sums of two such numbers (2) ----------------
+template <int kPieces>
+struct Tf32Arithmetic {
+  using Element = float;
+  using Acc = float;
+  static constexpr int kGradientChunks = 2;
+  static constexpr int kColumns = kChunk<float> / 8;
+  static constexpr bool kScaled = false;
+  static constexpr int S = kStride<float>;
+
+  template <int kCount>
+  static CACR_DEVICE void split(uint32_t (&pieces)[kPieces][kCount], const uint32_t (&x)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; i++) {
+      const float value = __uint_as_float(x[i]);
+      pieces[0][i] = ptx::to_tf32(value);
+      if constexpr (kPieces == 2) pieces[1][i] = ptx::to_tf32(value - __uint_as_float(pieces[0][i]));
+    }
+  }
+
+  // d += a b without the product of both second pieces.
+  static CACR_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[kPieces][4], const uint32_t (&b)[kPieces][2]) {
+    if constexpr (kPieces == 2) {
+      ptx::mma_tf32(d, a[1], b[0][0], b[0][1]);
+      ptx::mma_tf32(d, a[0], b[1][0], b[1][1]);
+    }
+    ptx::mma_tf32(d, a[0], b[0][0], b[0][1]);
+  }
+
+  static CACR_DEVICE void product(float (&s)[kFragments][4], Stages<float>& a, int a0, Stages<float>& b,
+                                  int b0) {
+    const int lane = threadIdx.x % 32;
+    a0 += lane % 16 * S + lane / 16 * 4;
+    b0 += (lane % 8 + lane / 16 * 8) * S + lane / 8 % 2 * 4;
+#pragma unroll
+    for (int k = 0; k < kChunk<float>; k += 8) {
+      uint32_t x[4], y[4], a_pieces[kPieces][4], b_pieces[kPieces][2];
+      ptx::ldmatrix_x4(x, ptx::shared_address(&a[a0 + k]));
+      split(a_pieces, x);
+#pragma unroll
+      for (int n = 0; n < kFragments; n += 2) {
+        ptx::ldmatrix_x4(y, ptx::shared_address(&b[b0 + n * 8 * S + k]));
+        split(b_pieces, {y[0], y[1]});
+        multiply(s[n], a_pieces, b_pieces);
+        split(b_pieces, {y[2], y[3]});
+        multiply(s[n + 1], a_pieces, b_pieces);
+      }
+    }
+  }
+
+  // The order of the 8 rows of b in a product is free: those of columns 2 quad and 2 quad + 1 of h, which a thread has.
+  static CACR_DEVICE void accumulate(float (&g)[kColumns][4], const float (&h)[kFragments][4], Stages<float>& b,
+                                     int b0) {
+    const int lane = threadIdx.x % 32;
+    b0 += lane % 4 * 2 * S + lane / 4;
+#pragma unroll
+    for (int k = 0; k < kFragments; k++) {  // 8 rows of b
+      uint32_t a_pieces[kPieces][4], b_pieces[kPieces][2];
+      split(a_pieces, {__float_as_uint(h[k][0]), __float_as_uint(h[k][2]), __float_as_uint(h[k][1]),
+                       __float_as_uint(h[k][3])});
+#pragma unroll
+      for (int n = 0; n < kColumns; n++) {
+        const int at = b0 + k * 8 * S + n * 8;
+        split(b_pieces, {__float_as_uint(b[at]), __float_as_uint(b[at + S])});
+        multiply(g[n], a_pieces, b_pieces);
+      }
+    }
+  }
+};
+
+// ---- IEEE float and double on the ordinary units ----------------------------------------------------------------------
+// Operands that the lanes of a row or column share are read once for all of them, so that 18 reads of 16 bytes feed 32
+// times as many multiplications as a read holds numbers.
+template <class T>
+struct IeeeArithmetic {
+  using Element = T;
+  using Acc = T;
+  static constexpr int kGradientChunks = 2;
+  static constexpr int kColumns = kChunk<T> / 8;
+  static constexpr bool kScaled = false;
+  static constexpr int S = kStride<T>, kVector = 16 / int(sizeof(T));
+
+  struct alignas(16) Vector {
+    T x[kVector];
+  };
+  struct alignas(2 * sizeof(T)) Two {
+    T x[2];
+  };
+
+  template <class V>
+  static CACR_DEVICE V read(Stages<T>& from, int at) {
+    return *reinterpret_cast<const V*>(&from[at]);
+  }
+
+  static CACR_DEVICE void product(T (&s)[kFragments][4], Stages<T>& a, int a0, Stages<T>& b, int b0) {
+    const int lane = threadIdx.x % 32;
+    a0 += lane / 4 * S;
+    b0 += lane % 4 * 2 * S;
+#pragma unroll 2
+    for (int k = 0; k < kChunk<T>; k += kVector) {
+      const Vector low = read<Vector>(a, a0 + k), high = read<Vector>(a, a0 + 8 * S + k);
+#pragma unroll
+      for (int n = 0; n < kFragments; n++) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const Vector y = read<Vector>(b, b0 + (8 * n + e) * S + k);
+#pragma unroll
+          for (int i = 0; i < kVector; i++) {
+            s[n][e] += low.x[i] * y.x[i];
+            s[n][2 + e] += high.x[i] * y.x[i];
+          }
+        }
+      }
+    }
+  }
+
+  static CACR_DEVICE void accumulate(T (&g)[kColumns][4], const T (&h)[kFragments][4], Stages<T>& b, int b0) {
+    const int lane = threadIdx.x % 32;
+    b0 += lane % 4 * 2;
+#pragma unroll
+    for (int k = 0; k < kFragments; k++) {
+#pragma unroll
+      for (int row = 0; row < 8; row++) {  // of b: column `row` of fragment k of h, which lane row / 2 of each four has
+        const T low = __shfl_sync(kFullWarp, h[k][row % 2], row / 2, 4);
+        const T high = __shfl_sync(kFullWarp, h[k][2 + row % 2], row / 2, 4);
+#pragma unroll
+        for (int n = 0; n < kColumns; n++) {
+          const Two y = read<Two>(b, b0 + (8 * k + row) * S + 8 * n);
+#pragma unroll
+          for (int e = 0; e < 2; e++) g[n][e] += low * y.x[e], g[n][2 + e] += high * y.x[e];
+        }
+      }
+    }
+  }
+};
+
+}  // namespace cacr

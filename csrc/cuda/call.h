@@ -1,0 +1,55 @@
+// An operator as its caller describes it, whatever the types are: what the binding and the emulation of the tests fill in.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/problem.h"
+
+namespace cacr {
+
+enum class Operation : int32_t { kForward = 0, kBackward = 1, kLoss = 2 };
+
+// Device memory for the time of the launches, null where there is none.
+struct Allocator {
+  void* (*allocate)(void* context, int64_t bytes);
+  void* context;
+};
+
+// Element and gradient types are those of the arithmetic (arithmetic.cuh). All arrays but the indices are on the device
+// and contiguous; null where an operation does not have or want them.
+struct Call {
+  Operation operation;
+  const void* q;  // [q_views][N][D]
+  const void* k;  // [k_views][M][D]
+  int64_t q_views, k_views, N, M, D;
+  int64_t pairs;
+  const int64_t* q_index;  // [pairs] on the host
+  const int64_t* k_index;  // [pairs] on the host
+  const int32_t* q_id;     // [N]
+  const int32_t* k_id;     // [M]
+  const double* tau;       // [softmaxes] signed
+  int32_t softmaxes, kind[kMaxSoftmaxes];
+  bool own, inner, detach_weights;
+
+  // forward writes, backward reads
+  double* value;    // [softmaxes][pairs][N]
+  double* lse;      // [softmaxes][pairs][N]
+  double* weights;  // [3][softmaxes][pairs][N]
+
+  const double* grad_value;  // [softmaxes][pairs][N]
+  const double* grad_lse;    // [softmaxes][pairs][N]
+  void* grad_q;              // [q_views][N][D], of queries and keys if own; for kLoss of the views
+  void* grad_k;              // [k_views][M][D]
+  double* grad_tau;          // [softmaxes]
+
+  // kLoss: q are the views [V][B][D]; numbers: tau_pos, tau_neg, alpha, beta, rbf_scale
+  int32_t pairing;        // 0 unordered, 1 ordered, 2 pooled
+  bool rbf;
+  const double* numbers;  // [5] on the device, or null: then `given`
+  double given[5];
+  void* loss;            // []
+  void* parts;           // [4]
+  double* grad_numbers;  // [5]
+};
+
+}  // namespace cacr

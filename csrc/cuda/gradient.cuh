@@ -1,0 +1,287 @@
+// The phase of the gradients: a unit owns 64 rows of a view and some chunks of its features, meets all rows that these
+// were paired with, as queries and as keys, and writes what it has added up once. Nothing is shared between units, so
+// the result does not depend on their order. Per tile: similarities anew, dL/du, then g += dL/du rows.
+#pragma once
+
+#include "coefficients.cuh"
+
+namespace cacr {
+
+// A view of the queries (0 ... q_views - 1) or, unless they are the queries, of the keys.
+template <class P>
+CACR_DEVICE int gradient_targets(const P& p) {
+  return p.q_views + (p.own ? 0 : p.k_views);
+}
+
+// Attraction in the fused loss: sum_u pull_vu (z_v - z_u) of one feature.
+template <class P>
+CACR_DEVICE auto pull_of_views(const P& p, int64_t view, int64_t row, int64_t d) {
+  using Acc = typename P::Accumulator;
+  const int64_t V = p.fused.views, B = p.fused.batch, z = view * p.N + row, v = z / B, b = z % B;
+  const Acc* pull = static_cast<const Acc*>(p.fused.pull) + (b * V + v) * V;
+  const Acc own = widen(p.q[z * p.D + d]);
+  Acc sum = 0;
+  for (int64_t u = 0; u < V; u++) sum += pull[u] * (own - Acc(widen(p.q[(u * B + b) * p.D + d])));
+  return sum;
+}
+
+// A unit's way through what its rows were paired with: entry 2 p + side, tiles of it, steps of a tile.
+struct Cursor {
+  int entry, tile, step;
+};
+
+template <class A, class P>
+struct GradientUnit {
+  using Element = typename A::Element;
+  using Acc = typename A::Acc;
+  static constexpr int kStage = kTile * kStride<Element>;
+  const P& p;
+  Buffers<Element, Acc>& shared;
+  Rows<Element> own;      // rows of the target
+  const Acc* own_norm;
+  Where w;
+  float scale;
+  int target, view, share, chunks, chunk0, steps, owned;  // owned: chunks of the gradient that exist
+  int tile0[2], tile1[2];  // of the share, where the others are keys, and where they are queries
+  bool is_key_view;        // a view of separate keys
+  Acc slope[kMaxSoftmaxes];
+
+  CACR_DEVICE GradientUnit(const P& p_, Buffers<Element, Acc>& buffers, int64_t unit, float scale_)
+      : p(p_), shared(buffers), scale(scale_) {
+    chunks = int((p.D + kChunk<Element> - 1) / kChunk<Element>);
+    const int groups = p.want_q || p.want_k ? (chunks + A::kGradientChunks - 1) / A::kGradientChunks : 1;
+    const int64_t blocks = (max(p.N, p.own ? 0 : p.M) + kTile - 1) / kTile;
+    share = int(unit % p.shares), unit /= p.shares;
+    chunk0 = int(unit % groups) * A::kGradientChunks, unit /= groups;
+    w.row0 = unit % blocks * kTile, target = int(unit / blocks);
+    is_key_view = target >= p.q_views;
+    view = is_key_view ? target - p.q_views : target;
+    own = is_key_view ? Rows<Element>{p.k + view * p.M * p.D, p.M, p.D} : Rows<Element>{p.q + view * p.N * p.D, p.N, p.D};
+    own_norm = is_key_view ? p.k_norm + view * p.M : p.q_norm + view * p.N;
+    w.rows = int(min(int64_t(kTile), own.rows - w.row0));
+    owned = is_wanted() ? min(A::kGradientChunks, chunks - chunk0) : 0;
+    steps = chunks + owned;
+    const int tiles[2] = {int((p.M + kTile - 1) / kTile), int((p.N + kTile - 1) / kTile)};
+#pragma unroll
+    for (int side = 0; side < 2; side++) {
+      tile0[side] = share_of(tiles[side], share, p.shares), tile1[side] = share_of(tiles[side], share + 1, p.shares);
+    }
+#pragma unroll
+    for (int s = 0; s < kMaxSoftmaxes; s++) slope[s] = s < p.softmaxes ? slope_of<Acc>(p, s) : Acc(0);
+  }
+
+  CACR_DEVICE bool is_wanted() const { return is_key_view ? p.want_k : p.want_q; }
+  CACR_DEVICE bool has_moment() const { return p.want_moment && !is_key_view && chunk0 == 0; }
+
+  // ---- the way -------------------------------------------------------------------------------------------------------
+  // Even entries: the rows are queries. What nobody wants is left out.
+  CACR_DEVICE bool meets(int entry) const {
+    const int pair = entry / 2;
+    if (entry % 2 == 0) return !is_key_view && p.q_index[pair] == view && (owned > 0 || has_moment());
+    return (p.own || is_key_view) && p.k_index[pair] == view && owned > 0;
+  }
+  CACR_DEVICE Rows<Element> others(int entry) const {
+    const int pair = entry / 2;
+    if (entry % 2 == 0) return {p.k + p.k_index[pair] * p.M * p.D, p.M, p.D};
+    return {p.q + p.q_index[pair] * p.N * p.D, p.N, p.D};
+  }
+  CACR_DEVICE const Acc* norm_of_others(int entry) const {
+    const int pair = entry / 2;
+    return entry % 2 == 0 ? p.k_norm + p.k_index[pair] * p.M : p.q_norm + p.q_index[pair] * p.N;
+  }
+  // The first entry from `entry` on that has tiles; 2 * pairs: none.
+  CACR_DEVICE int next_entry(int entry) const {
+    while (entry < 2 * p.pairs && !(meets(entry) && first_tile(entry) < last_tile(entry))) entry++;
+    return entry;
+  }
+  CACR_DEVICE int first_tile(int entry) const { return entry % 2 ? tile0[1] : tile0[0]; }
+  CACR_DEVICE int last_tile(int entry) const { return entry % 2 ? tile1[1] : tile1[0]; }  // and one more
+  CACR_DEVICE Cursor start(int from_entry) const {
+    const int entry = next_entry(from_entry);
+    return {entry, first_tile(entry), 0};
+  }
+  CACR_DEVICE void advance(Cursor& c) const {
+    if (++c.step < steps) return;
+    c.step = 0;
+    if (++c.tile < last_tile(c.entry)) return;
+    c = start(c.entry + 1);
+  }
+
+  // Steps 0 ... chunks - 1 of a tile multiply rows with rows, the rest need chunks of the others alone.
+  CACR_DEVICE void load(const Cursor& c, int stage) {
+    if (c.entry < 2 * p.pairs) {
+      const bool similarity = c.step < chunks;
+      const int64_t d0 = int64_t(similarity ? c.step : chunk0 + c.step - chunks) * kChunk<Element>;
+      if (similarity) load_chunk(shared.a, stage, own, w.row0, d0, p.aligned);
+      load_chunk(shared.b, stage, others(c.entry), int64_t(c.tile) * kTile, d0, p.aligned);
+    }
+    ptx::cp_async_commit();
+  }
+
+  // ---- coefficients of queries ----------------------------------------------------------------------------------------
+  // Those of 64 queries from `first` on, of which `count` exist.
+  CACR_DEVICE void stage_coefficients(int pair, int64_t first, int count) {
+    const int64_t rows = p.pairs * p.N;
+    for (int x = threadIdx.x; x < p.softmaxes * kTile; x += kThreads) {
+      const int64_t at = x / kTile * rows + pair * p.N + first + x % kTile;
+      shared.coefficients[x] = x % kTile < count ? p.coefficients[at] : Coefficients<Acc>{0, 0, 0, 0};
+    }
+    if (threadIdx.x < kTile)
+      shared.ratio[threadIdx.x] = int(threadIdx.x) < count ? p.ratio[pair * p.N + first + threadIdx.x] : Acc(0);
+  }
+
+  // ---- one tile -------------------------------------------------------------------------------------------------------
+  // u becomes dL/du; row_sum: of its rows.
+  template <bool kAreQueries>
+  CACR_DEVICE void differentiate(Acc (&u)[kFragments][4], const Elements& elements, Acc (&row_sum)[2],
+                                 Acc (&moment)[kMaxSoftmaxes][2]) {
+    const Place at = Place::of_thread();
+    const uint32_t members[kMaxSoftmaxes] = {elements.of_kind(p.kind[0]), elements.of_kind(p.kind[1])};
+#pragma unroll
+    for (int n = 0; n < kFragments; n++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int query = kAreQueries ? at.row + e / 2 * 8 : at.column + 8 * n + e % 2;
+        ElementGradient<Acc> gradient{0, 0};
+        gradient.add(shared.coefficients[query], 0, slope[0], u[n][e], members[0] >> bit_of(n, e) & 1, moment[0][e / 2]);
+        if (p.softmaxes == 2)
+          gradient.add(shared.coefficients[kTile + query], shared.ratio[query], slope[1], u[n][e],
+                       members[1] >> bit_of(n, e) & 1, moment[1][e / 2]);
+        row_sum[e / 2] += gradient.h;
+        u[n][e] = A::kScaled ? gradient.h * Acc(scale) : gradient.h;
+      }
+    }
+  }
+
+  // All tiles of one entry.
+  CACR_DEVICE void meet(int entry, Cursor& ahead, int& stage, Acc (&g)[A::kGradientChunks][A::kColumns][4],
+                        Acc (&row_sum)[2]) {
+    const bool are_queries = entry % 2 == 0;
+    const Place at = Place::of_thread();
+    const int warp_rows = int(threadIdx.x / 32) * 16 * kStride<Element>;
+    const RowFacts<Acc> facts = row_facts<P, Acc>(p, are_queries, own_norm, w.row0, own.rows);
+    Acc moment[kMaxSoftmaxes][2] = {}, sums[2] = {};
+    const Rows<Element> columns = others(entry);
+    for (int tile = first_tile(entry); tile < last_tile(entry); tile++) {
+      w.column0 = int64_t(tile) * kTile, w.columns = int(min(int64_t(kTile), columns.rows - w.column0));
+      Acc u[kFragments][4] = {};
+      for (int c = 0; c < chunks; c++) {
+        step(ahead, stage);
+        if (c == 0) {
+          stage_columns(p, shared, !are_queries, norm_of_others(entry), w);
+          are_queries ? stage_coefficients(entry / 2, w.row0, w.rows)
+                      : stage_coefficients(entry / 2, w.column0, w.columns);
+        }
+        A::product(u, shared.a, stage * kStage + warp_rows, shared.b, stage * kStage);
+      }
+      __syncthreads();  // the columns are there
+      const Elements elements = find_elements(shared.id, w.columns, is_masked(p), facts.id, w.shift());
+      finish_similarities(p, shared, are_queries, u, facts, own, columns, w, elements);
+      are_queries ? differentiate<true>(u, elements, sums, moment) : differentiate<false>(u, elements, sums, moment);
+#pragma unroll
+      for (int c = 0; c < A::kGradientChunks; c++) {
+        if (c >= owned) continue;
+        step(ahead, stage);
+        A::accumulate(g[c], u, shared.b, stage * kStage);
+      }
+    }
+    if (are_queries && has_moment()) write_moment(entry / 2, moment);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int64_t i = w.row0 + at.row + 8 * h;
+      if (are_queries && !p.cancelling)  // known to the last digit: the weights add up to 1
+        sums[h] = at.column == 0 && share == 0 && i < own.rows
+                      ? p.known_sum[entry / 2 * p.N + i]
+                      : Acc(0);
+      row_sum[h] += sums[h];
+    }
+  }
+
+  // Waits for the stage that `ahead` has started and starts the next one; `stage` becomes the one to read.
+  CACR_DEVICE void step(Cursor& ahead, int& stage) {
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // this stage is there, the other one has been read
+    stage ^= 1;
+    advance(ahead);
+    load(ahead, stage ^ 1);
+  }
+
+  CACR_DEVICE void run() {
+    if (w.rows <= 0) return;
+    Acc g[A::kGradientChunks][A::kColumns][4] = {}, row_sum[2] = {};
+    __syncthreads();  // the unit before has read its last stage
+    int stage = 1;
+    Cursor ahead = start(0);
+    load(ahead, 0);
+    for (int entry = next_entry(0); entry < 2 * p.pairs; entry = next_entry(entry + 1))
+      meet(entry, ahead, stage, g, row_sum);
+    ptx::cp_async_wait<0>();
+    if (owned > 0) write(g, row_sum);
+  }
+
+  // ---- results --------------------------------------------------------------------------------------------------------
+  CACR_DEVICE void write_moment(int pair, const Acc (&moment)[kMaxSoftmaxes][2]) {
+    const Place at = Place::of_thread();
+    const int64_t rows = p.pairs * p.N;
+#pragma unroll
+    for (int s = 0; s < kMaxSoftmaxes; s++) {
+      if (s >= p.softmaxes) continue;
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        Acc sum = moment[s][h];
+        sum += __shfl_xor_sync(kFullWarp, sum, 1);
+        sum += __shfl_xor_sync(kFullWarp, sum, 2);
+        const int64_t i = w.row0 + at.row + 8 * h, row = pair * p.N + i;
+        if (at.column != 0 || i >= p.N) continue;
+        const double total = p.sum[row_of(p, s, row)];  // c - F = -2 (u - u_top - delta)
+        p.moment[(int64_t(share) * p.softmaxes + s) * rows + row] = total == 0 ? 0 : 4 * double(sum) / total;
+      }
+    }
+  }
+
+  CACR_DEVICE void write(const Acc (&g)[A::kGradientChunks][A::kColumns][4], Acc (&row_sum)[2]) {
+    const Place at = Place::of_thread();
+    const Acc back = A::kScaled ? Acc(1) / Acc(scale) : Acc(1);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      row_sum[h] += __shfl_xor_sync(kFullWarp, row_sum[h], 1);
+      row_sum[h] += __shfl_xor_sync(kFullWarp, row_sum[h], 2);
+      if (p.inner) row_sum[h] = 0;
+      const int64_t row = w.row0 + at.row + 8 * h;
+      if (row >= own.rows) continue;
+#pragma unroll
+      for (int c = 0; c < A::kGradientChunks; c++)
+#pragma unroll
+        for (int n = 0; n < A::kColumns; n++)
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            const int64_t d = int64_t(chunk0 + c) * kChunk<Element> + 8 * n + at.column + e;
+            if (c < owned && d < p.D)
+              store(row, d, g[c][n][2 * h + e] * back - row_sum[h] * Acc(widen(own.data[row * p.D + d])));
+          }
+    }
+  }
+
+  CACR_DEVICE void store(int64_t row, int64_t d, Acc x) const {
+    if (p.shares > 1) {
+      const int64_t rows = max(p.N, p.own ? 0 : p.M);
+      p.partial_gradient[((share * int64_t(gradient_targets(p)) + target) * rows + row) * p.D + d] = x;
+      return;
+    }
+    Acc* to = (is_key_view ? p.grad_k + view * p.M * p.D : p.grad_q + view * p.N * p.D) + row * p.D + d;
+    if (p.fused.on) x += pull_of_views(p, view, row, d);
+    *to = p.accumulate ? *to + x : x;
+  }
+};
+
+template <class A, class P>
+CACR_DEVICE void gradients_phase(const P& p, Buffers<typename A::Element, typename A::Acc>& shared) {
+  const float scale = A::kScaled ? gradient_scale(p, shared.reduction) : 1.0f;
+  const int64_t chunks = (p.D + kChunk<typename A::Element> - 1) / kChunk<typename A::Element>;
+  const int64_t groups = p.want_q || p.want_k ? (chunks + A::kGradientChunks - 1) / A::kGradientChunks : 1;
+  const int64_t blocks = (max(p.N, p.own ? 0 : p.M) + kTile - 1) / kTile;
+  const int64_t units = gradient_targets(p) * blocks * groups * p.shares;
+  for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) GradientUnit<A, P>(p, shared, unit, scale).run();
+}
+
+}  // namespace cacr

@@ -1,0 +1,111 @@
+// What a launch is asked to compute: one plain struct for every phase of every operator.
+//
+// Symbols as in csrc/common/problem.h. Indices: s softmax, p pair, i query, j key, v view. All arrays are contiguous.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../common/problem.h"
+
+namespace cacr {
+
+constexpr int kMaxPairs = 64;  // of one launch; more go into the next one
+
+// Of one query for one softmax: dL/du = e (a + b (u - u_top - delta)), with e as in softmax.cuh.
+template <class Acc>
+struct alignas(4 * sizeof(Acc)) Coefficients {
+  Acc u_top, delta, a, b;
+};
+
+// A launch runs some of the phases, in this order, with barriers of the grid between them.
+enum Phase : int {
+  kNorms = 0,         // |q|^2, |k|^2, and the attraction of the fused loss
+  kStatistics = 1,    // sums over the keys of a split
+  kFinish = 2,        // value and lse of every row, from those of all splits
+  kPairSums = 3,      // fused rbf: the mean over the batch, whose log the loss takes
+  kCoefficients = 4,  // dL/du as a function of u, for every row
+  kGradients = 5,     // of queries and keys; moments
+  kSums = 6,          // shares of the scalars; gradients of all splits added up
+  kTotals = 7,        // the scalars
+  kPhases = 8
+};
+
+// A number that may stand on the device: factor (*at + *also), without `also` factor *at, without `at` factor.
+struct Number {
+  const double *at, *also;
+  double factor;
+};
+
+// cacr_loss in one launch. Scalars and costs are of the type of gradients.
+struct FusedLoss {
+  bool on, rbf;
+  int64_t views, batch;  // V, B
+  Number tau_pos, alpha, beta;
+  void* loss;             // []
+  void* parts;            // [4] attraction, repulsion and their entropies
+  double* grad_numbers;   // [5] by tau_pos and tau_neg, then zeros; or null
+  double* row_value;      // [V][B] attraction: F
+  double* row_variance;   // [V][B]             sum_u w (c - F)^2
+  double* row_entropy;    // [V][B]             lse - tau F
+  void* cost;             // [B][V][V]          c_vu
+  void* pull;             // [B][V][V]          dL/dz_v = sum_u pull_vu (z_v - z_u)
+  double* pair_log_sum;   // [P] rbf: log sum_b exp(lse_1 - lse_0)
+  double* pair_sums;      // [P][2] rbf: dL/dtau up to factors, sum of the entropies
+};
+
+template <class Element, class Acc>
+struct Parameters {
+  using Accumulator = Acc;
+
+  // ---- the problem
+  const Element* q;  // [q_views][N][D]
+  const Element* k;  // [k_views][M][D]
+  int64_t N, M, D;
+  int32_t q_views, k_views, pairs, softmaxes;
+  int64_t all_pairs, first_pair;                   // of the operator, of this launch
+  int16_t q_index[kMaxPairs], k_index[kMaxPairs];  // views of each pair
+  const int32_t* q_id;                             // [N] or null
+  const int32_t* k_id;                             // [M] or null
+  int32_t period;                                  // without q_id: the id of a row is row % period, with 0 nothing is masked
+  int32_t kind[kMaxSoftmaxes];
+  Number tau[kMaxSoftmaxes];  // signed
+  bool own, inner, detach_weights;
+  bool positives;                // costs of equal ids are taken from differences where the product cancels
+  bool positive[kMaxSoftmaxes];  // a softmax over those: its u is -c / 2
+  bool cancelling;               // two softmaxes over one set: a_0 w_0 + a_1 w_1 = (a_0 + a_1) w_0 + a_1 (w_1 - w_0)
+  bool aligned;                  // rows begin at multiples of 16 bytes
+  bool want_q, want_k, want_moment;
+  bool accumulate;  // gradients are added to what is there
+
+  // ---- workspace
+  uint32_t phases;  // bit mask
+  int32_t splits;   // of the keys, in the statistics
+  int32_t shares;   // of the other side, in the gradients
+  Acc* q_norm;      // [q_views][N]
+  Acc* k_norm;      // [k_views][M], q_norm if own
+  double* partial;  // [splits][3][S][P][N] top, sum e, sum e (u - u_top); see softmax.cuh
+  Coefficients<Acc>* coefficients;  // [S][P][N]
+  Acc* ratio;             // [P][N] where two softmaxes cancel: a of the second one multiplies e_1 - ratio e_0
+  Acc* known_sum;         // [P][N] sum_j dL/du_ij
+  float* bounds;          // [grid] largest |dL/du| a block has seen, for coefficients that have to be scaled
+  double* moment;         // [shares][S][P][N] sum_j w (c - F)^2
+  Acc* partial_gradient;  // [shares][targets][max(N, M)][D], shares > 1
+  double* scalars;        // [grid][kScalars] shares of the blocks
+
+  // ---- rows [S][all_pairs][N]: forward writes, backward reads
+  double *value, *lse;
+  double *top, *sum, *delta;
+  const double *grad_value, *grad_lse;
+
+  // ---- gradients, float for half types
+  Acc* grad_q;       // [q_views][N][D]; of both, if own
+  Acc* grad_k;       // [k_views][M][D]
+  double* grad_tau;  // [S]
+
+  FusedLoss fused;
+};
+
+constexpr int kScalars = 6;
+
+}  // namespace cacr

@@ -1,0 +1,179 @@
+"""The operators of ``csrc/cuda`` on CPU tensors: the kernels' own headers in the emulation of ``tests/cuda_emulation``.
+
+``operators(library)`` gives Python functions with the signatures of ``ops.py``, for tensors of any type they take.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ARITHMETIC = ("bf16", "f16", "tf32", "tf32x3", "float", "double")  # as operators.cpp numbers them
+OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "float", torch.float64: "double"}
+_Pointer, _Int64, _Int32, _Bool = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_bool
+
+
+class Call(ctypes.Structure):
+    """csrc/cuda/call.h"""
+
+    _fields_ = (
+        ("operation", _Int32),
+        *((name, _Pointer) for name in ("q", "k")),
+        *((name, _Int64) for name in ("q_views", "k_views", "N", "M", "D", "pairs")),
+        *((name, _Pointer) for name in ("q_index", "k_index", "q_id", "k_id", "tau")),
+        ("softmaxes", _Int32),
+        ("kind", _Int32 * 2),
+        *((name, _Bool) for name in ("own", "inner", "detach_weights")),
+        *((name, _Pointer) for name in ("value", "lse", "weights", "grad_value", "grad_lse")),
+        *((name, _Pointer) for name in ("grad_q", "grad_k", "grad_tau")),
+        ("pairing", _Int32),
+        ("rbf", _Bool),
+        ("numbers", _Pointer),
+        ("given", ctypes.c_double * 5),
+        *((name, _Pointer) for name in ("loss", "parts", "grad_numbers")),
+    )
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None or not x.numel() else x.data_ptr()
+
+
+def _indices(index: Sequence[int]) -> Any:
+    return (ctypes.c_int64 * max(1, len(index)))(*index)
+
+
+def _nan(like: Tensor, *shape: int) -> Tensor:
+    """Memory that has to be written."""
+    return torch.full(shape, torch.nan, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+@dataclass
+class Emulation:
+    """One way to run the kernels: ``seed`` of the schedule, how many blocks are resident (0: no cooperative launch)."""
+
+    library: Path
+    seed: int = 0
+    resident_blocks: int = 3
+    float32: str = "float"
+
+    def __post_init__(self) -> None:
+        self.code = ctypes.CDLL(str(self.library))
+        self.code.cacr_emulate.restype = ctypes.c_char_p
+        self.code.cacr_call_bytes.restype = ctypes.c_size_t
+        assert self.code.cacr_call_bytes() == ctypes.sizeof(Call)
+
+    def run(self, call: Call, dtype: torch.dtype) -> None:
+        """Raises RuntimeError if the emulation finds something wrong."""
+        name = self.float32 if dtype == torch.float32 else OF_DTYPE[dtype]
+        seed, blocks = ctypes.c_uint64(self.seed), self.resident_blocks
+        error = self.code.cacr_emulate(ARITHMETIC.index(name), ctypes.byref(call), seed, blocks)
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+    def problem(
+        self,
+        operation: int,
+        tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor],
+        lists: tuple[Sequence[int], Sequence[int], Sequence[int]],
+        inner: bool,
+        detach: bool,
+    ) -> tuple[Call, Any]:
+        """A call, and what has to stay alive for it."""
+        (q, k, q_id, k_id, tau), (kinds, *index) = tensors, lists
+        q, k = q.contiguous(), None if k is None else k.contiguous()
+        keys, masked = q if k is None else k, any(kinds)
+        q_id, k_id = (q_id, q_id if k is None else k_id) if masked else (None, None)
+        tau, arrays = tau.contiguous(), [_indices(i) for i in index]
+        call = Call(operation=operation, q=_pointer(q), k=_pointer(keys), q_views=q.shape[0], k_views=keys.shape[0])
+        call.N, call.M, call.D, call.pairs = q.shape[1], keys.shape[1], q.shape[2], len(index[0])
+        call.q_index, call.k_index = (ctypes.cast(a, ctypes.c_void_p) for a in arrays)
+        call.q_id, call.k_id, call.tau = _pointer(q_id), _pointer(k_id), _pointer(tau)
+        call.softmaxes, call.kind = len(kinds), (ctypes.c_int32 * 2)(*kinds)
+        call.own, call.inner, call.detach_weights = k is None, inner, detach
+        return call, (q, k, q_id, k_id, tau, arrays)
+
+    def contrast(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        q_id: Tensor | None,
+        k_id: Tensor | None,
+        tau: Tensor,
+        kinds: list[int],
+        q_index: list[int],
+        k_index: list[int],
+        inner: bool,
+        detach_weights: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``contrast_cuda``."""
+        call, keep = self.problem(0, (q, k, q_id, k_id, tau), (kinds, q_index, k_index), inner, detach_weights)
+        shape = (len(kinds), len(q_index), q.shape[1])
+        value, lse, weights = (torch.full((*n, *shape), torch.nan, dtype=torch.float64) for n in ((), (), (3,)))
+        call.value, call.lse, call.weights = map(_pointer, (value, lse, weights))
+        self.run(call, q.dtype)
+        del keep
+        return value, lse, weights
+
+    def contrast_backward(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        q_id: Tensor | None,
+        k_id: Tensor | None,
+        tau: Tensor,
+        kinds: list[int],
+        q_index: list[int],
+        k_index: list[int],
+        inner: bool,
+        detach_weights: bool,
+        value: Tensor,
+        weights: Tensor,
+        grad_value: Tensor,
+        grad_lse: Tensor,
+        want_q: bool,
+        want_k: bool,
+        want_tau: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``contrast_backward_cuda``."""
+        call, keep = self.problem(1, (q, k, q_id, k_id, tau), (kinds, q_index, k_index), inner, detach_weights)
+        grad_q = _nan(q, *q.shape) if want_q else _nan(q, 0)
+        grad_k = _nan(q, *k.shape) if k is not None and want_k else _nan(q, 0)
+        grad_tau = torch.full((len(kinds) if want_tau else 0,), torch.nan, dtype=torch.float64)
+        rows = [x.contiguous() for x in (value, weights, grad_value, grad_lse)]
+        call.value, call.weights, call.grad_value, call.grad_lse = map(_pointer, rows)
+        call.grad_q, call.grad_k, call.grad_tau = map(_pointer, (grad_q, grad_k, grad_tau))
+        self.run(call, q.dtype)
+        del keep
+        return grad_q, grad_k, grad_tau
+
+    def cacr(
+        self,
+        views: Tensor,
+        numbers: Tensor | None,
+        tau_pos: float,
+        tau_neg: float,
+        alpha: float,
+        beta: float,
+        pairing: int,
+        rbf: bool,
+        rbf_scale: float,
+        want_grad: bool,
+        want_grad_numbers: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``cacr_cuda``."""
+        views = views.contiguous()
+        (V, B, D), given = views.shape, (tau_pos, tau_neg, alpha, beta, rbf_scale)
+        call = Call(operation=2, q=_pointer(views), q_views=V, N=B, D=D, pairing=pairing, rbf=rbf)
+        call.numbers, call.given = _pointer(numbers), (ctypes.c_double * 5)(*given)
+        loss, parts, grad = _nan(views), _nan(views, 4), _nan(views, *(views.shape if want_grad else (0,)))
+        grad_numbers = torch.zeros(0 if numbers is None else 5, dtype=torch.float64)
+        call.loss, call.parts, call.grad_q = map(_pointer, (loss, parts, grad))
+        call.grad_numbers = _pointer(grad_numbers) if want_grad_numbers else None
+        self.run(call, views.dtype)
+        return loss, parts, grad, grad_numbers
