@@ -33,7 +33,9 @@ CACR_DEVICE double write_coefficients(const P& p, int64_t pair, int64_t row) {
   const int64_t rows = p.pairs * p.N;
   RowGradient g[kMaxSoftmaxes] = {};
   double known = 0, bound = 0, sum[kMaxSoftmaxes] = {};
-  for (int s = 0; s < p.softmaxes; s++) {
+#pragma unroll
+  for (int s = 0; s < kMaxSoftmaxes; s++) {
+    if (s >= p.softmaxes) continue;
     const Incoming in = incoming_gradient(p, s, pair, row);
     sum[s] = p.sum[row_of(p, s, row)];
     g[s] = row_gradient(sum[s], in.value, in.lse, p.detach_weights ? 0 : number(p.tau[s]));
@@ -43,7 +45,9 @@ CACR_DEVICE double write_coefficients(const P& p, int64_t pair, int64_t row) {
   // What the two rounded coefficients would lose: c_0 w_0 + c_1 w_1 = (c_0 + c_1) w_0 + c_1 (w_1 - w_0)
   const bool cancels = p.cancelling && sum[1] != 0;
   if (cancels) g[0].a = sum[0] == 0 ? 0 : known / sum[0];
-  for (int s = 0; s < p.softmaxes; s++) {
+#pragma unroll
+  for (int s = 0; s < kMaxSoftmaxes; s++) {
+    if (s >= p.softmaxes) continue;
     const int64_t at = row_of(p, s, row);
     p.coefficients[s * rows + row] = {Acc(p.top[at]), Acc(p.delta[at]), Acc(g[s].a), Acc(g[s].b)};
   }

@@ -123,8 +123,9 @@ CACR_DEVICE void add_fused_rows(const P& p, int64_t first, int64_t step, double 
 template <class P>
 CACR_DEVICE void add_moments(const P& p, int64_t first, int64_t step, double (&x)[kScalars]) {
   const int64_t rows = p.pairs * p.N;
-  for (int s = 0; s < p.softmaxes; s++)
-    for (int64_t i = first; i < rows; i += step) {
+#pragma unroll
+  for (int s = 0; s < kMaxSoftmaxes; s++)
+    for (int64_t i = first; s < p.softmaxes && i < rows; i += step) {
       const int64_t at = row_of(p, s, i);
       if (p.sum[at] != 0) x[s] += p.grad_value[at] * variance_of(p, s, i) + p.grad_lse[at] * p.value[at];
     }
@@ -152,6 +153,7 @@ CACR_DEVICE void sums_phase(const P& p, SharedArray<double, kThreads / 32>& redu
     add_fused_rows(p, first, step, x);
   else if (p.grad_tau && !p.detach_weights)
     add_moments(p, first, step, x);
+#pragma unroll
   for (int i = 0; i < kScalars; i++) {
     const double sum = block_sum(reduction, x[i]);
     if (threadIdx.x == 0) p.scalars[blockIdx.x * kScalars + i] = sum;
@@ -183,6 +185,7 @@ template <class P>
 CACR_DEVICE void totals_phase(const P& p, SharedArray<double, kThreads / 32>& reduction) {
   if (blockIdx.x != 0) return;
   double x[kScalars];
+#pragma unroll
   for (int i = 0; i < kScalars; i++) {
     double sum = 0;
     for (int b = threadIdx.x; b < int(gridDim.x); b += kThreads) sum += p.scalars[b * kScalars + i];
@@ -190,7 +193,9 @@ CACR_DEVICE void totals_phase(const P& p, SharedArray<double, kThreads / 32>& re
   }
   if (threadIdx.x != 0) return;
   if (p.fused.on) return write_fused(p, x);
-  for (int s = 0; s < p.softmaxes; s++) p.grad_tau[s] = p.accumulate ? p.grad_tau[s] + x[s] : x[s];
+#pragma unroll
+  for (int s = 0; s < kMaxSoftmaxes; s++)
+    if (s < p.softmaxes) p.grad_tau[s] = p.accumulate ? p.grad_tau[s] + x[s] : x[s];
 }
 
 }  // namespace cacr

@@ -40,7 +40,6 @@ struct F16 {
     const uint16_t sign = static_cast<uint16_t>(bits_of_float(x) >> 16 & 0x8000);
     if (std::isnan(x)) return 0x7fff;
     const float magnitude = std::fabs(x);
-    if (magnitude == 0) return sign;
     if (magnitude >= 65520.0f) return sign | 0x7c00;  // rounds beyond the largest number
     int exponent = 0;
     std::frexp(magnitude, &exponent);
