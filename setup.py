@@ -5,7 +5,11 @@ set. setuptools knows one set of flags per extension, so ``NativeBuild`` writes 
 to the headers, and recompiled whenever a flag or the compiler changes. The libraries use PyTorch's stable ABI and no
 Python symbol, so one wheel serves every torch >= 2.10 and Python >= 3.10.
 
-Environment: ``CACR_BUILD_CPU=0`` leaves out the CPU library; ``CXX``, ``CXXFLAGS``, ``LDFLAGS``, ``MAX_JOBS`` as usual.
+The CUDA library is built where there is nvcc (``NVCC``, ``CUDA_HOME`` or ``PATH``) and a CUDA build of torch.
+
+Environment: ``CACR_BUILD_CPU=0`` leaves out the CPU library, ``CACR_BUILD_CUDA=0`` that for CUDA; with 1 nvcc alone is
+enough. ``CACR_CUDA_ARCHS="80 90"`` compiles for these compute capabilities, and PTX of the newest, instead of for all.
+``CXX``, ``CXXFLAGS``, ``LDFLAGS``, ``MAX_JOBS`` as usual.
 """
 
 from __future__ import annotations
@@ -47,8 +51,16 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx512"] = ["-DCACR_VECTOR_BYTES=64", *avx2, *avx512]
 
 
+# Compute capabilities of the CUDA library; what an nvcc does not know is left out.
+CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+NVCC_FLAGS = [
+    *("-O3", "-std=c++20", "-DNDEBUG", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"),
+    *("-Xcompiler=-Wall", "--threads=1"),
+]
+
+
 class Object(NamedTuple):
-    """One source compiled once."""
+    """One source compiled once, by nvcc if it is a .cu."""
 
     name: str
     source: str
@@ -79,6 +91,39 @@ def cpu_library() -> NativeLibrary:
     return NativeLibrary("cacr_kernels._C_cpu", objects, ["-ltorch_cpu"])
 
 
+def cuda_library(nvcc: Path) -> NativeLibrary:
+    """``cacr_kernels/_C_cuda``: the binding, and the kernels once per arithmetic; the CUDA runtime inside."""
+    stable_abi = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
+    home = nvcc.parent.parent
+    headers = ["-isystem", str(home / "include")]
+    instances = sorted(path.as_posix() for path in Path("csrc/cuda").glob("instance_*.cu"))
+    objects = [
+        Object("binding", "csrc/cuda/binding.cpp", [*stable_abi, *headers], torch=True),
+        *(Object(Path(source).stem, source, cuda_targets(nvcc)) for source in instances),
+    ]
+    runtime = next((str(p) for p in home.glob("**/libcudart_static.a")), "-lcudart_static")
+    # The current stream is known to libtorch_cuda alone, which is there whenever this library is loaded.
+    link = [runtime, "-ltorch_cpu", "-ldl", "-lrt", "-Wl,--unresolved-symbols=ignore-all", "-Wl,--exclude-libs,ALL"]
+    return NativeLibrary("cacr_kernels._C_cuda", objects, link)
+
+
+def cuda_targets(nvcc: Path) -> list[str]:
+    """The flags that name what to compile for."""
+    asked = os.environ.get("CACR_CUDA_ARCHS", "").replace(";", " ").split()
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    archs = asked or [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def find_nvcc() -> Path | None:
+    """nvcc, or ``None``."""
+    homes = [Path(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    given = [Path(os.environ["NVCC"])] if "NVCC" in os.environ else []
+    found = [Path(path) for path in [shutil.which("nvcc")] if path]
+    return next((path.resolve() for path in (*given, *homes, *found) if path.exists()), None)
+
+
 def torch_root() -> Path:
     """Where torch's headers and libraries lie, found without the seconds that importing it takes."""
     spec = importlib.util.find_spec("torch")
@@ -100,13 +145,20 @@ def find_compiler() -> list[str] | None:
 
 
 def libraries() -> list[NativeLibrary]:
-    """What to build here. A second library (such as one for CUDA) is one more entry of this list."""
-    if os.environ.get("CACR_BUILD_CPU") == "0":
+    """What to build here."""
+    cpu, cuda = os.environ.get("CACR_BUILD_CPU") != "0", os.environ.get("CACR_BUILD_CUDA", "")
+    if not cpu and cuda != "1":
         return []
     if find_compiler() is None:
         warnings.warn("no C++ compiler (GCC or Clang) found: cacr_kernels is installed as pure Python", stacklevel=2)
         return []
-    return [cpu_library()]
+    found = [cpu_library()] if cpu else []
+    nvcc = find_nvcc() if cuda != "0" else None
+    if cuda == "1" and nvcc is None:
+        raise ExecError("CACR_BUILD_CUDA=1 needs nvcc, found none; put it on PATH or set CUDA_HOME")
+    if nvcc is not None and (cuda == "1" or (torch_root() / "lib" / "libtorch_cuda.so").exists()):
+        found.append(cuda_library(nvcc))
+    return found
 
 
 def ninja_path(path: str | Path) -> str:
@@ -158,13 +210,19 @@ class NativeBuild(build_ext):
             f"  command = {ninja_command(*compiler)} $flags -MD -MF $out.d -c $in -o $out",
             "  deps = gcc",
             "  depfile = $out.d",
+            "rule compile_cuda",
+            f"  command = {ninja_command(str(find_nvcc()))} $flags -MD -MF $out.d -c $in -o $out",
+            "  deps = gcc",
+            "  depfile = $out.d",
             "rule link",
             f"  command = {ninja_command(*compiler, *shared)} $in -o $out {ninja_command(*link)}",
         ]
         for o in ext.objects:
-            lines.append(f"build {ninja_path(directory / o.name)}.o: compile {ninja_path(o.source)}")
+            is_cuda = o.source.endswith(".cu")
+            rule = "compile_cuda" if is_cuda else "compile"
+            lines.append(f"build {ninja_path(directory / o.name)}.o: {rule} {ninja_path(o.source)}")
             headers = ["-isystem", str(torch / "include"), f"-ffile-prefix-map={torch}=torch"] if o.torch else []
-            lines.append(f"  flags = {ninja_command(*common, *o.flags, *headers)}")
+            lines.append(f"  flags = {ninja_command(*(NVCC_FLAGS if is_cuda else common), *o.flags, *headers)}")
         inputs = " ".join(f"{ninja_path(directory / o.name)}.o" for o in ext.objects)
         return "\n".join([*lines, f"build {ninja_path(library)}: link {inputs}", ""])
 

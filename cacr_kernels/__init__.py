@@ -6,7 +6,7 @@
 >>> CACRLoss()(*views).backward()
 """
 
-from . import _triton  # noqa: F401 registers its operators
+from . import _cuda, _triton  # noqa: F401 register their operators
 from ._version import __version__
 from .autograd import CACRFunction
 from .backends import backends

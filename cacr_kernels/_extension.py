@@ -50,12 +50,31 @@ def _load(name: str) -> Extension:
     return Extension(path, None)
 
 
+def _load_cuda() -> Extension:
+    path = Path(__file__).with_name("_C_cuda.abi3.so")
+    if torch.version.cuda is None:  # its symbols are those of a CUDA build
+        return Extension(path, f"the installed torch {torch.__version__} is not a CUDA build")
+    if not path.exists() and os.environ.get("CACR_DISABLE_EXTENSION", "0") in ("", "0"):
+        return Extension(
+            path,
+            f"the compiled library {path.name} does not exist: wheels come without it; "
+            "install cacr_kernels from source with nvcc at hand",
+        )
+    return _load("_C_cuda")
+
+
 _CPU = _load("_C_cpu")
+_CUDA = _load_cuda()
 
 
 def cpu_library() -> Extension:
     """The library with the CPU kernels."""
     return _CPU
+
+
+def cuda_library() -> Extension:
+    """The library with the CUDA kernels, loaded only under a CUDA build of torch."""
+    return _CUDA
 
 
 def compiled_isas() -> tuple[str, ...]:

@@ -55,14 +55,32 @@ def _triton(device: torch.device | None) -> str | None:
     return None
 
 
+def _cuda(device: torch.device | None) -> str | None:
+    if (error := _extension.cuda_library().error) is not None:
+        return error
+    if device is not None and device.type != "cuda":
+        return f"the CUDA kernels work on CUDA tensors, not on {device.type}"
+    if not torch.cuda.is_available():
+        return "no CUDA device: torch finds none on this machine"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the CUDA kernels need a GPU of compute capability 8.0 (Ampere) or newer"
+    return None
+
+
 # Slowest first. "auto" takes the last that can run on the tensors' device, but never the reference.
 TABLE = (
     Backend("reference", "the definition in plain PyTorch; N x M arrays, any device", _any_device),
     Backend("torch", "plain PyTorch in blocks; bounded memory, any device", _any_device),
     Backend("triton", "Triton kernels for GPUs", _triton),
+    Backend("cuda", "CUDA C++ kernels, one launch for a small loss", _cuda),
     Backend("cpu", "SIMD kernels in C++ for the CPU", _cpu),
 )
 NAMES = ("auto", *(backend.name for backend in TABLE))
+
+# Where both can run "auto" takes "cuda" up to this many products of features (P N M D: pairs, queries, keys, features),
+# "triton" beyond. Reckoned, not measured: at 2^33 the mma.sync of "cuda" loses against the wgmma of "triton" about what
+# its single launch saves, 0.3 ms.
+CUDA_UP_TO = 1 << 33
 
 
 def backends() -> dict[str, str | None]:
@@ -75,13 +93,13 @@ def backends() -> dict[str, str | None]:
     return {backend.name: backend.why_not(None) for backend in TABLE}
 
 
-def select(name: str, device: torch.device) -> str:
-    """The backend that ``name`` stands for on ``device``.
+def select(name: str, device: torch.device, work: int = 0) -> str:
+    """The backend that ``name`` stands for on ``device``; ``work``: products of features, see ``CUDA_UP_TO``.
 
     Raises ``ValueError`` for an unknown name, and for a backend named explicitly that cannot run there.
     """
     if name == "auto":
-        name = _fastest(device)
+        name = _fastest(device, work)
     else:
         check(name, device)
     if name != "reference":
@@ -100,8 +118,10 @@ def check(name: object, device: torch.device | None = None) -> None:
         raise ValueError(f"backend={name!r} cannot run here: {reason}")
 
 
-def _fastest(device: torch.device) -> str:
+def _fastest(device: torch.device, work: int) -> str:
     usable = [backend for backend in TABLE if backend.why_not(device) is None]
+    if work > CUDA_UP_TO and any(backend.name == "triton" for backend in usable):
+        usable = [backend for backend in usable if backend.name != "cuda"]
     if device.type == "cpu":  # an interpreter is for tests
         usable = [backend for backend in usable if backend.name != "triton"]
     if not usable:

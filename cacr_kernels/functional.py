@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize as l2_normalize
 
-from . import checks, losses, ops, reference
+from . import _cuda, checks, losses, ops, reference
 from .autograd import fused_cacr
 from .backends import select
 from .types import CACRParts, Cost, Pairing, Reduction, Terms, WeightGrad
 
-FUSED = ("triton", "cpu")  # backends with the operator cacr_<backend>
-NARROW = ("triton",)  # backends whose operators take half types as they are
+FUSED = ("triton", "cuda", "cpu")  # backends with the operator cacr_<backend>
+NARROW = ("triton", "cuda")  # backends whose operators take half types as they are
 
 
 @overload
@@ -120,13 +120,13 @@ def cacr_loss(
     _check_shared(normalize, reduction, return_parts)
     if cost == "rbf" and reduction != "mean":
         raise ValueError(f"reduction={reduction!r} is not defined for cost=\"rbf\" (a log of a mean); accepted: 'mean'")
-    name = _select(backend, z.device)
+    name = _select(backend, z, z.shape[1] * (z.shape[0] if pairing == "pooled" else z.shape[0] - 1))
     with _no_autocast(z.device):
         narrow = _narrow(name, [z], normalize)
         (z,) = _prepare([z], normalize)
         tau_pos, tau_neg, alpha, beta, rbf_scale = checks.variables(z.device, tau_pos, tau_neg, alpha, beta, rbf_scale)
         options: Any = {"alpha": alpha, "beta": beta, "pairing": pairing, "cost": cost, "rbf_scale": rbf_scale}
-        if name in FUSED and reduction == "mean":
+        if name in FUSED and reduction == "mean" and not (name == "cuda" and _cuda.too_many_views(z.shape, pairing)):
             return _fused(name, narrow, z, tau_pos, tau_neg, options, return_parts)
         if name == "reference":
             terms = reference.cacr(z, tau_pos, tau_neg, **options)
@@ -185,7 +185,7 @@ def cacr_queue_loss(
     checks.flag("in_batch", in_batch)
     checks.option("weight_grad", weight_grad, ("in_batch", "full", "none"))
     _check_shared(normalize, reduction, return_parts)
-    name = _select(backend, q.device)
+    name = _select(backend, q, n.shape[0] + q.shape[1])
     with _no_autocast(q.device):
         narrow = _narrow(name, [q, k, n], normalize)
         q, k, n = _prepare([q, k.detach(), n.detach()], normalize)
@@ -249,7 +249,7 @@ def cacr_momentum_loss(
         raise ValueError(f"keys must hold at least the B = {q.shape[1]} keys of the queries, got M = {k.shape[0]}")
     checks.integer("key_offset", key_offset, 0, k.shape[0] - q.shape[1])
     _check_shared(normalize, reduction, return_parts)
-    name = _select(backend, q.device)
+    name = _select(backend, q, k.shape[0])
     with _no_autocast(q.device):
         narrow = _narrow(name, [q, k], normalize)
         q, k = _prepare([q, k.detach()], normalize)
@@ -317,7 +317,7 @@ def supervised_cacr_loss(
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
     alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
     _check_shared(normalize, reduction, return_parts)
-    name = _select(backend, z.device)
+    name = _select(backend, z, tensors[-1].shape[0])
     with _no_autocast(z.device):
         narrow = _narrow(name, tensors, normalize)
         z, *ref = _prepare(tensors, normalize)
@@ -338,10 +338,11 @@ def _check_shared(normalize: object, reduction: object, return_parts: object) ->
     checks.flag("return_parts", return_parts)
 
 
-def _select(backend: object, device: torch.device) -> str:
+def _select(backend: object, queries: Tensor, keys: int) -> str:
+    """``keys``: how many each query, a row of ``queries``, is compared with."""
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string, got {type(backend).__name__} {backend!r}")
-    return select(backend, device)
+    return select(backend, queries.device, queries.numel() * keys)
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

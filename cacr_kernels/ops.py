@@ -370,9 +370,9 @@ def _register_cacr(backend: str) -> None:
     torch.library.register_autograd(name, formula, setup_context=setup)
 
 
-for _backend in ("triton", "cpu"):
+for _backend in ("triton", "cuda", "cpu"):
     _register_cacr(_backend)
-for _backend in ("torch", "triton", "cpu"):
+for _backend in ("torch", "triton", "cuda", "cpu"):
     _register_contrast(_backend)
 torch.library.impl(f"{NAMESPACE}::contrast_torch", "CompositeExplicitAutograd", _blocks.contrast)
 torch.library.impl(f"{NAMESPACE}::contrast_backward_torch", "CompositeExplicitAutograd", _blocks.contrast_backward)

@@ -20,7 +20,7 @@ _Pointer, _Int64, _Int32, _Bool = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int3
 
 
 class Call(ctypes.Structure):
-    """csrc/cuda/call.h"""
+    """csrc/cuda/call.h."""
 
     _fields_ = (
         ("operation", _Int32),
