@@ -94,17 +94,23 @@ def cpu_library() -> NativeLibrary:
 def cuda_library(nvcc: Path) -> NativeLibrary:
     """``cacr_kernels/_C_cuda``: the binding, and the kernels once per arithmetic; the CUDA runtime inside."""
     stable_abi = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
-    home = nvcc.parent.parent
+    home = cuda_root(nvcc)
     headers = ["-isystem", str(home / "include")]
     instances = sorted(path.as_posix() for path in Path("csrc/cuda").glob("instance_*.cu"))
     objects = [
         Object("binding", "csrc/cuda/binding.cpp", [*stable_abi, *headers], torch=True),
         *(Object(Path(source).stem, source, cuda_targets(nvcc)) for source in instances),
     ]
-    runtime = next((str(p) for p in home.glob("**/libcudart_static.a")), "-lcudart_static")
+    runtime = next((str(p) for p in home.glob("lib*/libcudart_static.a")), "-lcudart_static")
     # The current stream is known to libtorch_cuda alone, which is there whenever this library is loaded.
     link = [runtime, "-ltorch_cpu", "-ldl", "-lrt", "-Wl,--unresolved-symbols=ignore-all", "-Wl,--exclude-libs,ALL"]
     return NativeLibrary("cacr_kernels._C_cuda", objects, link)
+
+
+def cuda_root(nvcc: Path) -> Path:
+    """The toolkit of ``nvcc``, which may be a script that calls the real one."""
+    said = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True, check=True)
+    return Path(re.findall(r"^#\$ TOP=(.*)$", said.stderr, re.MULTILINE)[0]).resolve()
 
 
 def cuda_targets(nvcc: Path) -> list[str]:

@@ -17,9 +17,9 @@ namespace cacr {
 
 constexpr int kTile = 64;
 constexpr int kThreads = 128;
-constexpr int kChunkBytes = 128;                   // of a row, per pipeline stage
-constexpr int kStrideBytes = kChunkBytes + 16;     // of a row in shared memory: ldmatrix then meets every bank once
-constexpr int kFragments = kTile / 8;              // of 8 columns
+constexpr int kChunkBytes = 128;                // of a row, per pipeline stage
+constexpr int kStrideBytes = kChunkBytes + 16;  // of a row in shared memory: ldmatrix then meets every bank once
+constexpr int kFragments = kTile / 8;           // of 8 columns
 constexpr unsigned kFullWarp = 0xffffffffu;
 
 struct bf16 {
@@ -44,7 +44,8 @@ constexpr int kStride = kStrideBytes / int(sizeof(Element));
 template <class Element>
 using Stages = SharedArray<Element, 2 * kTile * kStride<Element>>;  // [2][64][kStride], double buffer
 
-// ---- half types: m16n8k16 ---------------------------------------------------------------------------------------------
+// ---- half types: m16n8k16
+// ---------------------------------------------------------------------------------------------
 CACR_DEVICE void mma(bf16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   ptx::mma_bf16(d, a, b0, b1);
 }
@@ -58,9 +59,9 @@ template <class E, int kPieces, bool kIsScaled>
 struct HalfArithmetic {
   using Element = E;
   using Acc = float;
-  static constexpr int kGradientChunks = 1;         // chunks of a gradient that one block owns
-  static constexpr int kColumns = kChunk<E> / 8;    // fragments of a chunk
-  static constexpr bool kScaled = kIsScaled;        // coefficients have to be brought into the range of the type
+  static constexpr int kGradientChunks = 1;       // chunks of a gradient that one block owns
+  static constexpr int kColumns = kChunk<E> / 8;  // fragments of a chunk
+  static constexpr bool kScaled = kIsScaled;      // coefficients have to be brought into the range of the type
   static constexpr int S = kStride<E>;
 
   static CACR_DEVICE void product(float (&s)[kFragments][4], Stages<E>& a, int a0, Stages<E>& b, int b0) {
@@ -90,8 +91,7 @@ struct HalfArithmetic {
     }
   }
 
-  static CACR_DEVICE void accumulate(float (&g)[kColumns][4], const float (&h)[kFragments][4], Stages<E>& b,
-                                     int b0) {
+  static CACR_DEVICE void accumulate(float (&g)[kColumns][4], const float (&h)[kFragments][4], Stages<E>& b, int b0) {
     const int lane = threadIdx.x % 32;
     b0 += (lane % 8 + lane / 8 % 2 * 8) * S + lane / 16 * 8;
 #pragma unroll
@@ -118,7 +118,8 @@ struct HalfArithmetic {
 using Bf16Arithmetic = HalfArithmetic<bf16, 3, false>;
 using F16Arithmetic = HalfArithmetic<f16, 2, true>;
 
-// ---- float on the tensor cores: m16n8k8, rounded to TF32 (kPieces 1) or as sums of two such numbers (2) ----------------
+// ---- float on the tensor cores: m16n8k8, rounded to TF32 (kPieces 1) or as sums of two such numbers (2)
+// ----------------
 template <int kPieces>
 struct Tf32Arithmetic {
   using Element = float;
@@ -147,8 +148,7 @@ struct Tf32Arithmetic {
     ptx::mma_tf32(d, a[0], b[0][0], b[0][1]);
   }
 
-  static CACR_DEVICE void product(float (&s)[kFragments][4], Stages<float>& a, int a0, Stages<float>& b,
-                                  int b0) {
+  static CACR_DEVICE void product(float (&s)[kFragments][4], Stages<float>& a, int a0, Stages<float>& b, int b0) {
     const int lane = threadIdx.x % 32;
     a0 += lane % 16 * S + lane / 16 * 4;
     b0 += (lane % 8 + lane / 16 * 8) * S + lane / 8 % 2 * 4;
@@ -176,8 +176,8 @@ struct Tf32Arithmetic {
 #pragma unroll
     for (int k = 0; k < kFragments; k++) {  // 8 rows of b
       uint32_t a_pieces[kPieces][4], b_pieces[kPieces][2];
-      split(a_pieces, {__float_as_uint(h[k][0]), __float_as_uint(h[k][2]), __float_as_uint(h[k][1]),
-                       __float_as_uint(h[k][3])});
+      split(a_pieces,
+            {__float_as_uint(h[k][0]), __float_as_uint(h[k][2]), __float_as_uint(h[k][1]), __float_as_uint(h[k][3])});
 #pragma unroll
       for (int n = 0; n < kColumns; n++) {
         const int at = b0 + k * 8 * S + n * 8;
@@ -188,14 +188,15 @@ struct Tf32Arithmetic {
   }
 };
 
-// ---- IEEE float and double on the ordinary units ----------------------------------------------------------------------
-// Operands that the lanes of a row or column share are read once for all of them, so that 18 reads of 16 bytes feed 32
-// times as many multiplications as a read holds numbers.
+// ---- IEEE float and double on the ordinary units
+// ---------------------------------------------------------------------- Operands that the lanes of a row or column
+// share are read once for all of them, so that 18 reads of 16 bytes feed 32 times as many multiplications as a read
+// holds numbers.
 template <class T>
 struct IeeeArithmetic {
   using Element = T;
   using Acc = T;
-  static constexpr int kGradientChunks = 2;
+  static constexpr int kGradientChunks = sizeof(T) == 8 ? 1 : 2;  // two of double do not fit the registers
   static constexpr int kColumns = kChunk<T> / 8;
   static constexpr bool kScaled = false;
   static constexpr int S = kStride<T>, kVector = 16 / int(sizeof(T));
@@ -216,7 +217,7 @@ struct IeeeArithmetic {
     const int lane = threadIdx.x % 32;
     a0 += lane / 4 * S;
     b0 += lane % 4 * 2 * S;
-#pragma unroll 2
+#pragma unroll 1
     for (int k = 0; k < kChunk<T>; k += kVector) {
       const Vector low = read<Vector>(a, a0 + k), high = read<Vector>(a, a0 + 8 * S + k);
 #pragma unroll
@@ -239,15 +240,18 @@ struct IeeeArithmetic {
     b0 += lane % 4 * 2;
 #pragma unroll
     for (int k = 0; k < kFragments; k++) {
+#pragma unroll 1
+      for (int quad = 0; quad < 4; quad++) {  // which lane of each four has the columns of h that are multiplied
 #pragma unroll
-      for (int row = 0; row < 8; row++) {  // of b: column `row` of fragment k of h, which lane row / 2 of each four has
-        const T low = __shfl_sync(kFullWarp, h[k][row % 2], row / 2, 4);
-        const T high = __shfl_sync(kFullWarp, h[k][2 + row % 2], row / 2, 4);
+        for (int column = 0; column < 2; column++) {
+          const T low = __shfl_sync(kFullWarp, h[k][column], quad, 4);
+          const T high = __shfl_sync(kFullWarp, h[k][2 + column], quad, 4);
 #pragma unroll
-        for (int n = 0; n < kColumns; n++) {
-          const Two y = read<Two>(b, b0 + (8 * k + row) * S + 8 * n);
+          for (int n = 0; n < kColumns; n++) {
+            const Two y = read<Two>(b, b0 + (8 * k + 2 * quad + column) * S + 8 * n);
 #pragma unroll
-          for (int e = 0; e < 2; e++) g[n][e] += low * y.x[e], g[n][2 + e] += high * y.x[e];
+            for (int e = 0; e < 2; e++) g[n][e] += low * y.x[e], g[n][2 + e] += high * y.x[e];
+          }
         }
       }
     }

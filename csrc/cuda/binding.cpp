@@ -1,5 +1,6 @@
 // The only file that knows torch: checks what the kernels rely on, hands them device pointers, registers the operators.
-// They are those of cacr_kernels/ops.py with one more argument, the kind of products of float32 (cacr_kernels/_cuda.py).
+// They are those of cacr_kernels/ops.py with one more argument, the kind of products of float32
+// (cacr_kernels/_cuda.py).
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -104,7 +105,11 @@ struct ContrastArguments {
   ContrastArguments(const Tensor& q_, const std::optional<Tensor>& k_, const std::optional<Tensor>& q_id_,
                     const std::optional<Tensor>& k_id_, const Tensor& tau_, const std::vector<int64_t>& kinds,
                     const std::vector<int64_t>& q_index, const std::vector<int64_t>& k_index, bool inner, bool detach)
-      : q(packed(q_)), k(k_ ? packed(*k_) : q), tau(packed(tau_)), q_id(packed(q_id_)), k_id(k_ ? packed(k_id_) : q_id) {
+      : q(packed(q_)),
+        k(k_ ? packed(*k_) : q),
+        tau(packed(tau_)),
+        q_id(packed(q_id_)),
+        k_id(k_ ? packed(k_id_) : q_id) {
     STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && q.size(2) == k.size(2) && q.scalar_type() == k.scalar_type(),
                     "cacr_kernels: q [Vq, N, D] and k [Vk, M, D] of one dtype expected");
     STD_TORCH_CHECK(q_index.size() == k_index.size(), "cacr_kernels: q_index and k_index of one length expected");

@@ -1,4 +1,5 @@
-// An operator as its caller describes it, whatever the types are: what the binding and the emulation of the tests fill in.
+// An operator as its caller describes it, whatever the types are: what the binding and the emulation of the tests fill
+// in.
 #pragma once
 
 #include <cstdint>
@@ -43,7 +44,7 @@ struct Call {
   double* grad_tau;          // [softmaxes]
 
   // kLoss: q are the views [V][B][D]; numbers: tau_pos, tau_neg, alpha, beta, rbf_scale
-  int32_t pairing;        // 0 unordered, 1 ordered, 2 pooled
+  int32_t pairing;  // 0 unordered, 1 ordered, 2 pooled
   bool rbf;
   const double* numbers;  // [5] on the device, or null: then `given`
   double given[5];

@@ -13,16 +13,15 @@ CACR_DEVICE int gradient_targets(const P& p) {
   return p.q_views + (p.own ? 0 : p.k_views);
 }
 
-// Attraction in the fused loss: sum_u pull_vu (z_v - z_u) of one feature.
 template <class P>
-CACR_DEVICE auto pull_of_views(const P& p, int64_t view, int64_t row, int64_t d) {
-  using Acc = typename P::Accumulator;
-  const int64_t V = p.fused.views, B = p.fused.batch, z = view * p.N + row, v = z / B, b = z % B;
-  const Acc* pull = static_cast<const Acc*>(p.fused.pull) + (b * V + v) * V;
-  const Acc own = widen(p.q[z * p.D + d]);
-  Acc sum = 0;
-  for (int64_t u = 0; u < V; u++) sum += pull[u] * (own - Acc(widen(p.q[(u * B + b) * p.D + d])));
-  return sum;
+CACR_DEVICE int gradient_blocks(const P& p) {
+  return int((max(p.N, p.own ? 0 : p.M) + kTile - 1) / kTile);
+}
+// Groups of chunks of the features; one if only moments are wanted.
+template <class A, class P>
+CACR_DEVICE int gradient_groups(const P& p) {
+  constexpr int kOwned = A::kGradientChunks * kChunk<typename A::Element>;
+  return p.want_q || p.want_k ? int((p.D + kOwned - 1) / kOwned) : 1;
 }
 
 // A unit's way through what its rows were paired with: entry 2 p + side, tiles of it, steps of a tile.
@@ -37,7 +36,7 @@ struct GradientUnit {
   static constexpr int kStage = kTile * kStride<Element>;
   const P& p;
   Buffers<Element, Acc>& shared;
-  Rows<Element> own;      // rows of the target
+  Rows<Element> own;  // rows of the target
   const Acc* own_norm;
   Where w;
   float scale;
@@ -46,17 +45,17 @@ struct GradientUnit {
   bool is_key_view;        // a view of separate keys
   Acc slope[kMaxSoftmaxes];
 
-  CACR_DEVICE GradientUnit(const P& p_, Buffers<Element, Acc>& buffers, int64_t unit, float scale_)
+  CACR_DEVICE GradientUnit(const P& p_, Buffers<Element, Acc>& buffers, int unit, float scale_)
       : p(p_), shared(buffers), scale(scale_) {
     chunks = int((p.D + kChunk<Element> - 1) / kChunk<Element>);
-    const int groups = p.want_q || p.want_k ? (chunks + A::kGradientChunks - 1) / A::kGradientChunks : 1;
-    const int64_t blocks = (max(p.N, p.own ? 0 : p.M) + kTile - 1) / kTile;
-    share = int(unit % p.shares), unit /= p.shares;
-    chunk0 = int(unit % groups) * A::kGradientChunks, unit /= groups;
-    w.row0 = unit % blocks * kTile, target = int(unit / blocks);
+    const int groups = gradient_groups<A>(p), blocks = gradient_blocks(p);
+    share = unit % p.shares, unit /= p.shares;
+    chunk0 = unit % groups * A::kGradientChunks, unit /= groups;
+    w.row0 = int64_t(unit % blocks) * kTile, target = unit / blocks;
     is_key_view = target >= p.q_views;
     view = is_key_view ? target - p.q_views : target;
-    own = is_key_view ? Rows<Element>{p.k + view * p.M * p.D, p.M, p.D} : Rows<Element>{p.q + view * p.N * p.D, p.N, p.D};
+    own =
+        is_key_view ? Rows<Element>{p.k + view * p.M * p.D, p.M, p.D} : Rows<Element>{p.q + view * p.N * p.D, p.N, p.D};
     own_norm = is_key_view ? p.k_norm + view * p.M : p.q_norm + view * p.N;
     w.rows = int(min(int64_t(kTile), own.rows - w.row0));
     owned = is_wanted() ? min(A::kGradientChunks, chunks - chunk0) : 0;
@@ -73,8 +72,9 @@ struct GradientUnit {
   CACR_DEVICE bool is_wanted() const { return is_key_view ? p.want_k : p.want_q; }
   CACR_DEVICE bool has_moment() const { return p.want_moment && !is_key_view && chunk0 == 0; }
 
-  // ---- the way -------------------------------------------------------------------------------------------------------
-  // Even entries: the rows are queries. What nobody wants is left out.
+  // ---- the way
+  // ------------------------------------------------------------------------------------------------------- Even
+  // entries: the rows are queries. What nobody wants is left out.
   CACR_DEVICE bool meets(int entry) const {
     const int pair = entry / 2;
     if (entry % 2 == 0) return !is_key_view && p.q_index[pair] == view && (owned > 0 || has_moment());
@@ -118,8 +118,9 @@ struct GradientUnit {
     ptx::cp_async_commit();
   }
 
-  // ---- coefficients of queries ----------------------------------------------------------------------------------------
-  // Those of 64 queries from `first` on, of which `count` exist.
+  // ---- coefficients of queries
+  // ---------------------------------------------------------------------------------------- Those of 64 queries from
+  // `first` on, of which `count` exist.
   CACR_DEVICE void stage_coefficients(int pair, int64_t first, int count) {
     const int64_t rows = p.pairs * p.N;
     for (int x = threadIdx.x; x < p.softmaxes * kTile; x += kThreads) {
@@ -130,8 +131,9 @@ struct GradientUnit {
       shared.ratio[threadIdx.x] = int(threadIdx.x) < count ? p.ratio[pair * p.N + first + threadIdx.x] : Acc(0);
   }
 
-  // ---- one tile -------------------------------------------------------------------------------------------------------
-  // u becomes dL/du; row_sum: of its rows.
+  // ---- one tile
+  // ------------------------------------------------------------------------------------------------------- u becomes
+  // dL/du; row_sum: of its rows.
   template <bool kAreQueries>
   CACR_DEVICE void differentiate(Acc (&u)[kFragments][4], const Elements& elements, Acc (&row_sum)[2],
                                  Acc (&moment)[kMaxSoftmaxes][2]) {
@@ -143,7 +145,8 @@ struct GradientUnit {
       for (int e = 0; e < 4; e++) {
         const int query = kAreQueries ? at.row + e / 2 * 8 : at.column + 8 * n + e % 2;
         ElementGradient<Acc> gradient{0, 0};
-        gradient.add(shared.coefficients[query], 0, slope[0], u[n][e], members[0] >> bit_of(n, e) & 1, moment[0][e / 2]);
+        gradient.add(shared.coefficients[query], 0, slope[0], u[n][e], members[0] >> bit_of(n, e) & 1,
+                     moment[0][e / 2]);
         if (p.softmaxes == 2)
           gradient.add(shared.coefficients[kTile + query], shared.ratio[query], slope[1], u[n][e],
                        members[1] >> bit_of(n, e) & 1, moment[1][e / 2]);
@@ -190,9 +193,7 @@ struct GradientUnit {
     for (int h = 0; h < 2; h++) {
       const int64_t i = w.row0 + at.row + 8 * h;
       if (are_queries && !p.cancelling)  // known to the last digit: the weights add up to 1
-        sums[h] = at.column == 0 && share == 0 && i < own.rows
-                      ? p.known_sum[entry / 2 * p.N + i]
-                      : Acc(0);
+        sums[h] = at.column == 0 && share == 0 && i < own.rows ? p.known_sum[entry / 2 * p.N + i] : Acc(0);
       row_sum[h] += sums[h];
     }
   }
@@ -219,7 +220,8 @@ struct GradientUnit {
     if (owned > 0) write(g, row_sum);
   }
 
-  // ---- results --------------------------------------------------------------------------------------------------------
+  // ---- results
+  // --------------------------------------------------------------------------------------------------------
   CACR_DEVICE void write_moment(int pair, const Acc (&moment)[kMaxSoftmaxes][2]) {
     const Place at = Place::of_thread();
     const int64_t rows = p.pairs * p.N;
@@ -247,41 +249,38 @@ struct GradientUnit {
       row_sum[h] += __shfl_xor_sync(kFullWarp, row_sum[h], 1);
       row_sum[h] += __shfl_xor_sync(kFullWarp, row_sum[h], 2);
       if (p.inner) row_sum[h] = 0;
-      const int64_t row = w.row0 + at.row + 8 * h;
+      const int64_t row = w.row0 + at.row + 8 * h, d0 = int64_t(chunk0) * kChunk<Element> + at.column;
       if (row >= own.rows) continue;
+      const Element* const x = own.data + row * p.D + d0;
+      Acc* const to = gradient_row(row) + d0;
+      const bool adds = p.accumulate && p.shares == 1;
 #pragma unroll
       for (int c = 0; c < A::kGradientChunks; c++)
 #pragma unroll
         for (int n = 0; n < A::kColumns; n++)
 #pragma unroll
           for (int e = 0; e < 2; e++) {
-            const int64_t d = int64_t(chunk0 + c) * kChunk<Element> + 8 * n + at.column + e;
-            if (c < owned && d < p.D)
-              store(row, d, g[c][n][2 * h + e] * back - row_sum[h] * Acc(widen(own.data[row * p.D + d])));
+            const int d = c * kChunk<Element> + 8 * n + e;
+            if (c >= owned || d0 + d >= p.D) continue;
+            const Acc gradient = g[c][n][2 * h + e] * back - row_sum[h] * Acc(widen(x[d]));
+            to[d] = adds ? to[d] + gradient : gradient;
           }
     }
   }
 
-  CACR_DEVICE void store(int64_t row, int64_t d, Acc x) const {
-    if (p.shares > 1) {
-      const int64_t rows = max(p.N, p.own ? 0 : p.M);
-      p.partial_gradient[((share * int64_t(gradient_targets(p)) + target) * rows + row) * p.D + d] = x;
-      return;
-    }
-    Acc* to = (is_key_view ? p.grad_k + view * p.M * p.D : p.grad_q + view * p.N * p.D) + row * p.D + d;
-    if (p.fused.on) x += pull_of_views(p, view, row, d);
-    *to = p.accumulate ? *to + x : x;
+  // Where a row goes: shares are added up later (loss.cuh).
+  CACR_DEVICE Acc* gradient_row(int64_t row) const {
+    const int64_t rows = max(p.N, p.own ? 0 : p.M);
+    if (p.shares > 1) return p.partial_gradient + ((share * int64_t(gradient_targets(p)) + target) * rows + row) * p.D;
+    return (is_key_view ? p.grad_k + view * p.M * p.D : p.grad_q + view * p.N * p.D) + row * p.D;
   }
 };
 
 template <class A, class P>
 CACR_DEVICE void gradients_phase(const P& p, Buffers<typename A::Element, typename A::Acc>& shared) {
   const float scale = A::kScaled ? gradient_scale(p, shared.reduction) : 1.0f;
-  const int64_t chunks = (p.D + kChunk<typename A::Element> - 1) / kChunk<typename A::Element>;
-  const int64_t groups = p.want_q || p.want_k ? (chunks + A::kGradientChunks - 1) / A::kGradientChunks : 1;
-  const int64_t blocks = (max(p.N, p.own ? 0 : p.M) + kTile - 1) / kTile;
-  const int64_t units = gradient_targets(p) * blocks * groups * p.shares;
-  for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) GradientUnit<A, P>(p, shared, unit, scale).run();
+  const int units = gradient_targets(p) * gradient_blocks(p) * gradient_groups<A>(p) * p.shares;
+  for (int unit = blockIdx.x; unit < units; unit += gridDim.x) GradientUnit<A, P>(p, shared, unit, scale).run();
 }
 
 }  // namespace cacr

@@ -17,19 +17,17 @@ struct Job {
   int32_t first, last;
 };
 
-// Gradients of shares, where there is more than one.
+// What the units of the gradients have left: shares to be added up, the attraction.
 template <class P>
-CACR_DEVICE void shares_phase(const P& p) {
-  using Acc = typename P::Accumulator;
-  if (p.shares == 1 || !(p.want_q || p.want_k)) return;
-  const int64_t targets = gradient_targets(p);
-  for (int64_t v = 0; v < targets; v++) {
-    const bool is_key_view = v >= p.q_views;
+CACR_DEVICE void complete_phase(const P& p) {
+  if ((p.shares == 1 && !p.fused.on) || !(p.want_q || p.want_k)) return;
+  const int targets = gradient_targets(p);
+#pragma unroll 1
+  for (int t = 0; t < targets; t++) {
+    const bool is_key_view = t >= p.q_views;
     if (!(is_key_view ? p.want_k : p.want_q)) continue;
-    Acc* const to = is_key_view ? p.grad_k + (v - p.q_views) * p.M * p.D : p.grad_q + v * p.N * p.D;
-    add_shares(p, to, v, targets, is_key_view ? p.M : p.N, [&](int64_t row, int64_t d) {
-      return p.fused.on ? pull_of_views(p, v, row, d) : Acc(0);
-    });
+    auto* const to = is_key_view ? p.grad_k + (t - p.q_views) * p.M * p.D : p.grad_q + t * p.N * p.D;
+    complete_gradients(p, to, t, targets, is_key_view ? p.M : p.N);
   }
 }
 
@@ -56,7 +54,7 @@ CACR_DEVICE void run_phase(int phase, const P& p, Buffers<typename A::Element, t
       gradients_phase<A>(p, shared);
       break;
     case kSums:
-      shares_phase(p);
+      complete_phase(p);
       sums_phase(p, shared.reduction);
       break;
     case kTotals:

@@ -5,8 +5,8 @@
 
 namespace cacr {
 
-// ---- attraction: one warp per instance --------------------------------------------------------------------------------
-// c_vu for u < v, each by all lanes.
+// ---- attraction: one warp per instance
+// -------------------------------------------------------------------------------- c_vu for u < v, each by all lanes.
 template <class P, class Acc>
 CACR_DEVICE void aligned_costs(const P& p, int64_t b, Acc* cost) {
   const int64_t V = p.fused.views, B = p.fused.batch;
@@ -31,13 +31,16 @@ CACR_DEVICE void aligned_row(const P& p, int64_t b, int64_t v, const Acc* cost, 
   const int64_t V = p.fused.views, B = p.fused.batch, row = v * B + b;
   const double tau = number(p.fused.tau_pos);
   double top = -double(INFINITY), sum = 0, sum_c = 0, variance = 0;
+#pragma unroll 1
   for (int64_t u = 0; u < V; u++)
     if (u != v) top = fmax(top, tau * cost[u]);
+#pragma unroll 1
   for (int64_t u = 0; u < V; u++) {
     const double e = u == v ? 0 : exp(tau * cost[u] - top);
     sum += e, sum_c += u == v ? 0 : e * cost[u];
   }
   const double value = sum_c / sum, scale = number(p.fused.alpha) / (double(V) * double(B));
+#pragma unroll 1
   for (int64_t u = 0; u < V; u++) {
     const double w = u == v ? 0 : exp(tau * cost[u] - top) / sum, centred = u == v ? 0 : cost[u] - value;
     variance += w * centred * centred;
@@ -65,15 +68,18 @@ CACR_DEVICE void aligned_phase(const P& p) {
   }
 }
 
-// ---- rbf: log mean_b F_b with log F_b = lse_1 - lse_0; one block per pair ----------------------------------------------
+// ---- rbf: log mean_b F_b with log F_b = lse_1 - lse_0; one block per pair
+// ----------------------------------------------
 template <class P>
 CACR_DEVICE void pair_sums_phase(const P& p, SharedArray<double, kThreads / 32>& reduction) {
   const int64_t rows = p.pairs * p.N;
   for (int64_t pair = blockIdx.x; pair < p.pairs; pair += gridDim.x) {
     const int64_t first = pair * p.N;
     double top = -double(INFINITY), sum = 0, d_tau = 0, entropy = 0;
+#pragma unroll 1
     for (int64_t i = first + threadIdx.x; i < first + p.N; i += kThreads) top = fmax(top, p.lse[rows + i] - p.lse[i]);
     top = block_max(reduction, top);
+#pragma unroll 1
     for (int64_t i = first + threadIdx.x; i < first + p.N; i += kThreads) {
       const double f = exp(p.lse[rows + i] - p.lse[i] - top);
       sum += f, d_tau += f * (p.value[i] - p.value[rows + i]);
@@ -86,7 +92,8 @@ CACR_DEVICE void pair_sums_phase(const P& p, SharedArray<double, kThreads / 32>&
   }
 }
 
-// ---- sums: every block adds up its share of the rows, then the first block those of all --------------------------------
+// ---- sums: every block adds up its share of the rows, then the first block those of all
+// --------------------------------
 enum Scalar : int { kAttraction, kAttractionTau, kAttractionEntropy, kRepulsion, kRepulsionTau, kRepulsionEntropy };
 
 // Variance of the costs of a row; 0 for an empty one, which no sweep has written.
@@ -95,6 +102,7 @@ CACR_DEVICE double variance_of(const P& p, int s, int64_t row) {
   const int64_t rows = p.pairs * p.N;
   double variance = 0;
   if (p.sum[row_of(p, s, row)] != 0)
+#pragma unroll 1
     for (int share = 0; share < p.shares; share++)
       variance += p.moment[(int64_t(share) * p.softmaxes + s) * rows + row];
   return variance;
@@ -102,17 +110,20 @@ CACR_DEVICE double variance_of(const P& p, int s, int64_t row) {
 
 template <class P>
 CACR_DEVICE void add_fused_rows(const P& p, int64_t first, int64_t step, double (&x)[kScalars]) {
+#pragma unroll 1
   for (int64_t i = first; i < p.fused.views * p.fused.batch; i += step) {
     x[kAttraction] += p.fused.row_value[i], x[kAttractionTau] += p.fused.row_variance[i];
     x[kAttractionEntropy] += p.fused.row_entropy[i];
   }
   if (p.fused.rbf) {
+#pragma unroll 1
     for (int64_t i = first; i < p.pairs; i += step) {
       x[kRepulsion] += p.fused.pair_log_sum[i] - log(double(p.N));
       x[kRepulsionTau] += p.fused.pair_sums[2 * i], x[kRepulsionEntropy] += p.fused.pair_sums[2 * i + 1];
     }
     return;
   }
+#pragma unroll 1
   for (int64_t i = first; i < p.pairs * p.N; i += step) {
     x[kRepulsion] += p.value[i], x[kRepulsionEntropy] += p.lse[i] - number(p.tau[0]) * p.value[i];
     if (p.want_moment) x[kRepulsionTau] += variance_of(p, 0, i);
@@ -125,23 +136,46 @@ CACR_DEVICE void add_moments(const P& p, int64_t first, int64_t step, double (&x
   const int64_t rows = p.pairs * p.N;
 #pragma unroll
   for (int s = 0; s < kMaxSoftmaxes; s++)
+#pragma unroll 1
     for (int64_t i = first; s < p.softmaxes && i < rows; i += step) {
       const int64_t at = row_of(p, s, i);
       if (p.sum[at] != 0) x[s] += p.grad_value[at] * variance_of(p, s, i) + p.grad_lse[at] * p.value[at];
     }
 }
 
-// Gradients of all shares of the other side, in their order.
-template <class P, class Pull>
-CACR_DEVICE void add_shares(const P& p, typename P::Accumulator* to, int64_t target, int64_t targets, int64_t rows,
-                            Pull pull) {
+// Attraction: sum_u pull_vu (z_v - z_u) of one feature of instance b.
+template <class P>
+CACR_DEVICE typename P::Accumulator pull_of_views(const P& p, int64_t v, int64_t b, int64_t d) {
   using Acc = typename P::Accumulator;
-  const int64_t all_rows = max(p.N, p.own ? int64_t(0) : p.M), block = all_rows * p.D;
-  const int64_t step = int64_t(gridDim.x) * kThreads;
-  for (int64_t x = int64_t(blockIdx.x) * kThreads + threadIdx.x; x < rows * p.D; x += step) {
-    Acc sum = p.accumulate ? to[x] : pull(x / p.D, x % p.D);
-    for (int share = 0; share < p.shares; share++) sum += p.partial_gradient[(share * targets + target) * block + x];
-    to[x] = sum;
+  const int64_t V = p.fused.views, B = p.fused.batch;
+  const Acc* pull = static_cast<const Acc*>(p.fused.pull) + (b * V + v) * V;
+  const Acc own = widen(p.q[(v * B + b) * p.D + d]);
+  Acc sum = 0;
+#pragma unroll 1
+  for (int64_t u = 0; u < V; u++) sum += pull[u] * (own - Acc(widen(p.q[(u * B + b) * p.D + d])));
+  return sum;
+}
+
+// Completes the gradients of the rows of one target, a warp per row: all shares in their order, and the attraction.
+template <class P>
+CACR_DEVICE void complete_gradients(const P& p, typename P::Accumulator* gradient, int target, int targets,
+                                    int64_t rows) {
+  using Acc = typename P::Accumulator;
+  const int64_t block = max(p.N, p.own ? int64_t(0) : p.M) * p.D;
+  const int lane = threadIdx.x % 32;
+  const int64_t warps = int64_t(gridDim.x) * (kThreads / 32);
+#pragma unroll 1
+  for (int64_t i = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; i < rows; i += warps) {
+    const int64_t z = target * p.N + i, v = p.fused.on ? z / p.fused.batch : 0, b = z - v * p.fused.batch;
+#pragma unroll 1
+    for (int64_t d = lane; d < p.D; d += 32) {
+      Acc* const to = gradient + i * p.D + d;
+      Acc sum = p.accumulate || p.shares == 1 ? *to : Acc(0);
+#pragma unroll 1
+      for (int share = 0; p.shares > 1 && share < p.shares; share++)
+        sum += p.partial_gradient[(int64_t(share) * targets + target) * block + i * p.D + d];
+      *to = p.fused.on ? sum + pull_of_views(p, v, b, d) : sum;
+    }
   }
 }
 
@@ -188,6 +222,7 @@ CACR_DEVICE void totals_phase(const P& p, SharedArray<double, kThreads / 32>& re
 #pragma unroll
   for (int i = 0; i < kScalars; i++) {
     double sum = 0;
+#pragma unroll 1
     for (int b = threadIdx.x; b < int(gridDim.x); b += kThreads) sum += p.scalars[b * kScalars + i];
     x[i] = block_sum(reduction, sum);
   }

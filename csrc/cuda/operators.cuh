@@ -96,7 +96,9 @@ cudaError_t run_loss(const Call& c, cudaStream_t stream, const Allocator& memory
   set_pairs(p, x.data(), y.data(), 0, B > 1 ? int64_t(x.size()) : 0);  // one instance has no negatives
   p.all_pairs = p.pairs, p.period = int32_t(B), p.own = true;
   p.softmaxes = c.rbf ? 2 : 1, p.kind[0] = p.kind[1] = kOther;
-  auto from = [&](int i) { return c.numbers ? Number{c.numbers + i, nullptr, 1} : Number{nullptr, nullptr, c.given[i]}; };
+  auto from = [&](int i) {
+    return c.numbers ? Number{c.numbers + i, nullptr, 1} : Number{nullptr, nullptr, c.given[i]};
+  };
   p.fused.tau_pos = from(0), p.fused.alpha = from(2), p.fused.beta = from(3);
   p.tau[0] = from(1), p.tau[0].factor *= -1;
   p.tau[1] = c.numbers ? Number{c.numbers + 1, c.numbers + 4, -1} : Number{nullptr, nullptr, -c.given[1] - c.given[4]};

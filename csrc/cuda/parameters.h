@@ -42,16 +42,16 @@ struct FusedLoss {
   bool on, rbf;
   int64_t views, batch;  // V, B
   Number tau_pos, alpha, beta;
-  void* loss;             // []
-  void* parts;            // [4] attraction, repulsion and their entropies
-  double* grad_numbers;   // [5] by tau_pos and tau_neg, then zeros; or null
-  double* row_value;      // [V][B] attraction: F
-  double* row_variance;   // [V][B]             sum_u w (c - F)^2
-  double* row_entropy;    // [V][B]             lse - tau F
-  void* cost;             // [B][V][V]          c_vu
-  void* pull;             // [B][V][V]          dL/dz_v = sum_u pull_vu (z_v - z_u)
-  double* pair_log_sum;   // [P] rbf: log sum_b exp(lse_1 - lse_0)
-  double* pair_sums;      // [P][2] rbf: dL/dtau up to factors, sum of the entropies
+  void* loss;            // []
+  void* parts;           // [4] attraction, repulsion and their entropies
+  double* grad_numbers;  // [5] by tau_pos and tau_neg, then zeros; or null
+  double* row_value;     // [V][B] attraction: F
+  double* row_variance;  // [V][B]             sum_u w (c - F)^2
+  double* row_entropy;   // [V][B]             lse - tau F
+  void* cost;            // [B][V][V]          c_vu
+  void* pull;            // [B][V][V]          dL/dz_v = sum_u pull_vu (z_v - z_u)
+  double* pair_log_sum;  // [P] rbf: log sum_b exp(lse_1 - lse_0)
+  double* pair_sums;     // [P][2] rbf: dL/dtau up to factors, sum of the entropies
 };
 
 template <class Element, class Acc>
@@ -67,7 +67,7 @@ struct Parameters {
   int16_t q_index[kMaxPairs], k_index[kMaxPairs];  // views of each pair
   const int32_t* q_id;                             // [N] or null
   const int32_t* k_id;                             // [M] or null
-  int32_t period;                                  // without q_id: the id of a row is row % period, with 0 nothing is masked
+  int32_t period;  // without q_id: the id of a row is row % period, with 0 nothing is masked
   int32_t kind[kMaxSoftmaxes];
   Number tau[kMaxSoftmaxes];  // signed
   bool own, inner, detach_weights;
@@ -79,19 +79,19 @@ struct Parameters {
   bool accumulate;  // gradients are added to what is there
 
   // ---- workspace
-  uint32_t phases;  // bit mask
-  int32_t splits;   // of the keys, in the statistics
-  int32_t shares;   // of the other side, in the gradients
-  Acc* q_norm;      // [q_views][N]
-  Acc* k_norm;      // [k_views][M], q_norm if own
-  double* partial;  // [splits][3][S][P][N] top, sum e, sum e (u - u_top); see softmax.cuh
+  uint32_t phases;                  // bit mask
+  int32_t splits;                   // of the keys, in the statistics
+  int32_t shares;                   // of the other side, in the gradients
+  Acc* q_norm;                      // [q_views][N]
+  Acc* k_norm;                      // [k_views][M], q_norm if own
+  double* partial;                  // [splits][3][S][P][N] top, sum e, sum e (u - u_top); see softmax.cuh
   Coefficients<Acc>* coefficients;  // [S][P][N]
-  Acc* ratio;             // [P][N] where two softmaxes cancel: a of the second one multiplies e_1 - ratio e_0
-  Acc* known_sum;         // [P][N] sum_j dL/du_ij
-  float* bounds;          // [grid] largest |dL/du| a block has seen, for coefficients that have to be scaled
-  double* moment;         // [shares][S][P][N] sum_j w (c - F)^2
-  Acc* partial_gradient;  // [shares][targets][max(N, M)][D], shares > 1
-  double* scalars;        // [grid][kScalars] shares of the blocks
+  Acc* ratio;                       // [P][N] where two softmaxes cancel: a of the second one multiplies e_1 - ratio e_0
+  Acc* known_sum;                   // [P][N] sum_j dL/du_ij
+  float* bounds;                    // [grid] largest |dL/du| a block has seen, for coefficients that have to be scaled
+  double* moment;                   // [shares][S][P][N] sum_j w (c - F)^2
+  Acc* partial_gradient;            // [shares][targets][max(N, M)][D], shares > 1
+  double* scalars;                  // [grid][kScalars] shares of the blocks
 
   // ---- rows [S][all_pairs][N]: forward writes, backward reads
   double *value, *lse;

@@ -1,4 +1,5 @@
-// Host side of a launch, without torch: how work is shared out, where the workspace's arrays lie, and the launch itself.
+// Host side of a launch, without torch: how work is shared out, where the workspace's arrays lie, and the launch
+// itself.
 #pragma once
 
 #include <algorithm>

@@ -9,9 +9,7 @@ namespace cacr {
 
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
-CACR_DEVICE double number(const Number& x) {
-  return x.factor * (x.at ? *x.at + (x.also ? *x.also : 0.0) : 1.0);
-}
+CACR_DEVICE double number(const Number& x) { return x.factor * (x.at ? *x.at + (x.also ? *x.also : 0.0) : 1.0); }
 
 // Where row [pair][i] of a launch stands among those of the operator.
 template <class P>
@@ -44,8 +42,8 @@ struct Sum {
 // One row, as far as a thread has seen it.
 template <class Acc>
 struct RowState {
-  Acc top;       // sign(slope) u of the key with the largest exponent, -inf before any
-  Sum<Acc> sum;  // sum e
+  Acc top;         // sign(slope) u of the key with the largest exponent, -inf before any
+  Sum<Acc> sum;    // sum e
   Sum<Acc> sum_u;  // sum e (u - u_top)
 
   static CACR_DEVICE RowState empty() { return {-Acc(INFINITY), {0, 0}, {0, 0}}; }
@@ -132,7 +130,8 @@ CACR_DEVICE RowGradient row_gradient(double sum, double g_value, double g_lse, d
   return {constant / sum, 4 * g_value * tau / sum, constant};
 }
 
-// ---- reductions -------------------------------------------------------------------------------------------------------
+// ---- reductions
+// -------------------------------------------------------------------------------------------------------
 CACR_DEVICE double warp_sum(double x) {
 #pragma unroll
   for (int other = 16; other > 0; other /= 2) x += __shfl_xor_sync(kFullWarp, x, other);

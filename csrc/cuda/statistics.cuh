@@ -5,7 +5,8 @@
 
 namespace cacr {
 
-// ---- norms: one warp per row ------------------------------------------------------------------------------------------
+// ---- norms: one warp per row
+// ------------------------------------------------------------------------------------------
 template <class Acc, class Element>
 CACR_DEVICE void norms_of(const Element* x, int64_t rows, int64_t D, Acc* norm) {
   const int lane = threadIdx.x % 32;
@@ -29,7 +30,8 @@ CACR_DEVICE void norms_phase(const P& p) {
   if (!p.own) norms_of(p.k, p.k_views * p.M, p.D, p.k_norm);
 }
 
-// ---- statistics: a unit is a block of queries against the keys of one split -------------------------------------------
+// ---- statistics: a unit is a block of queries against the keys of one split
+// -------------------------------------------
 template <class A, class P>
 struct StatisticsUnit {
   using Element = typename A::Element;
@@ -41,12 +43,12 @@ struct StatisticsUnit {
   const Acc *q_norm, *k_norm;
   int tile0, tile1, chunks, pair, split;
 
-  CACR_DEVICE StatisticsUnit(const P& p_, Buffers<Element, Acc>& buffers, int64_t unit) : p(p_), shared(buffers) {
-    const int64_t blocks = (p.N + kTile - 1) / kTile;
+  CACR_DEVICE StatisticsUnit(const P& p_, Buffers<Element, Acc>& buffers, int unit) : p(p_), shared(buffers) {
+    const int blocks = int((p.N + kTile - 1) / kTile);
     const int tiles = int((p.M + kTile - 1) / kTile);
-    split = int(unit % p.splits);
-    w.row0 = unit / p.splits % blocks * kTile;
-    pair = int(unit / p.splits / blocks);
+    split = unit % p.splits;
+    w.row0 = int64_t(unit / p.splits % blocks) * kTile;
+    pair = unit / p.splits / blocks;
     w.rows = int(min(int64_t(kTile), p.N - w.row0));
     queries = {p.q + p.q_index[pair] * p.N * p.D, p.N, p.D};
     keys = {p.k + p.k_index[pair] * p.M * p.D, p.M, p.D};
@@ -130,18 +132,21 @@ struct StatisticsUnit {
 
 template <class A, class P>
 CACR_DEVICE void statistics_phase(const P& p, Buffers<typename A::Element, typename A::Acc>& shared) {
-  const int64_t units = p.pairs * ((p.N + kTile - 1) / kTile) * p.splits;
-  for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) StatisticsUnit<A, P>(p, shared, unit).run();
+  const int units = p.pairs * int((p.N + kTile - 1) / kTile) * p.splits;
+  for (int unit = blockIdx.x; unit < units; unit += gridDim.x) StatisticsUnit<A, P>(p, shared, unit).run();
 }
 
-// ---- finish: a thread per row -----------------------------------------------------------------------------------------
-// One row of one softmax from the sums of all splits.
+// ---- finish: a thread per row
+// ----------------------------------------------------------------------------------------- One row of one softmax from
+// the sums of all splits.
 template <class P>
 CACR_DEVICE RowResult merge_splits(const P& p, int s, int64_t row, double norm) {
   const int64_t count = int64_t(p.softmaxes) * p.pairs * p.N, at = s * int64_t(p.pairs) * p.N + row;
   const double tau = number(p.tau[s]), slope = slope_of<typename P::Accumulator>(p, s), sign = slope < 0 ? -1 : 1;
   double top = -double(INFINITY), sum = 0, sum_u = 0;
+#pragma unroll 1
   for (int split = 0; split < p.splits; split++) top = fmax(top, p.partial[split * 3 * count + at]);
+#pragma unroll 1
   for (int split = 0; split < p.splits; split++) {
     const double* from = p.partial + split * 3 * count + at;
     const double moved = from[0] > -double(INFINITY) ? sign * (from[0] - top) : 0, factor = exp2(slope * moved);
@@ -156,6 +161,7 @@ CACR_DEVICE void finish_phase(const P& p) {
   for (int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x; row < rows; row += int64_t(gridDim.x) * kThreads) {
     const int64_t pair = row / p.N, i = row % p.N;
     const double norm = p.inner ? 0.0 : double(p.q_norm[p.q_index[pair] * p.N + i]);
+#pragma unroll 1
     for (int s = 0; s < p.softmaxes; s++) {
       const RowResult r = merge_splits(p, s, row, norm);
       const int64_t at = row_of(p, s, row);

@@ -7,9 +7,7 @@
 namespace cacr {
 
 // Where share i of n things begins.
-CACR_DEVICE int share_of(int things, int i, int n) {
-  return things / n * i + min(things % n, i);
-}
+CACR_DEVICE int share_of(int things, int i, int n) { return things / n * i + min(things % n, i); }
 
 // Rows [0, rows) of one view.
 template <class Element>
@@ -20,12 +18,12 @@ struct Rows {
 
 template <class Element, class Acc>
 struct Buffers {
-  Stages<Element> a;                                                      // rows of the block
-  Stages<Element> b;                                                      // rows that it meets
-  SharedArray<Acc, kTile> norm;                                           // |b|^2 of a tile
-  SharedArray<int32_t, kTile> id;                                         // ids of its rows
-  SharedArray<Coefficients<Acc>, kMaxSoftmaxes * kTile> coefficients;     // [softmax][64] of queries, rows or columns
-  SharedArray<Acc, kTile> ratio;                                          // of the same
+  Stages<Element> a;                                                   // rows of the block
+  Stages<Element> b;                                                   // rows that it meets
+  SharedArray<Acc, kTile> norm;                                        // |b|^2 of a tile
+  SharedArray<int32_t, kTile> id;                                      // ids of its rows
+  SharedArray<Coefficients<Acc>, kMaxSoftmaxes * kTile> coefficients;  // [softmax][64] of queries, rows or columns
+  SharedArray<Acc, kTile> ratio;                                       // of the same
   SharedArray<double, kThreads / 32> reduction;
 };
 
@@ -38,8 +36,8 @@ struct Place {
   }
 };
 
-// Starts copying features [d0, d0 + kChunk) of rows [row0, row0 + 64) into one stage; outside there are zeros. Rows that
-// do not begin at multiples of 16 bytes take the way through registers.
+// Starts copying features [d0, d0 + kChunk) of rows [row0, row0 + 64) into one stage; outside there are zeros. Rows
+// that do not begin at multiples of 16 bytes take the way through registers.
 template <class Element>
 CACR_DEVICE void load_chunk(Stages<Element>& stages, int stage, const Rows<Element>& from, int64_t row0, int64_t d0,
                             bool aligned) {
@@ -55,6 +53,7 @@ CACR_DEVICE void load_chunk(Stages<Element>& stages, int stage, const Rows<Eleme
     }
     return;
   }
+#pragma unroll 1
   for (int x = threadIdx.x; x < kTile * kChunk<Element>; x += kThreads) {
     const int r = x / kChunk<Element>, d = x % kChunk<Element>;
     const bool inside = row0 + r < from.rows && d0 + d < from.D;
@@ -66,6 +65,7 @@ CACR_DEVICE void load_chunk(Stages<Element>& stages, int stage, const Rows<Eleme
 template <class Acc, class Element>
 CACR_DEVICE Acc squared_distance(const Element* a, const Element* b, int64_t D) {
   Acc sum = 0;
+#pragma unroll 1
   for (int64_t d = 0; d < D; d++) {
     const Acc difference = widen(a[d]) - widen(b[d]);
     sum += difference * difference;
@@ -160,8 +160,8 @@ CACR_DEVICE void stage_columns(const P& p, B& shared, bool columns_are_queries, 
   shared.id[column] = exists ? id_of(p, columns_are_queries ? p.q_id : p.k_id, j) : -1;
 }
 
-// The thread's element of a bit, by a choice among all: an index that is not known to the compiler would put the tile into
-// local memory.
+// The thread's element of a bit, by a choice among all: an index that is not known to the compiler would put the tile
+// into local memory.
 template <class Acc>
 CACR_DEVICE Acc element_at(const Acc (&s)[kFragments][4], int bit) {
   Acc found = 0;

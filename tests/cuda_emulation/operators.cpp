@@ -1,9 +1,9 @@
 // The operators of csrc/cuda for Python: a shared library with one C function, whose "device" memory is the host's.
+#include "operators.cuh"
+
 #include <cstdlib>
 #include <string>
 #include <vector>
-
-#include "operators.cuh"
 
 namespace {
 
@@ -36,8 +36,8 @@ extern "C" const char* cacr_emulate(int arithmetic, const cacr::Call* call, uint
   cuda_emulation::options.seed = seed;
   cuda_emulation::options.resident_blocks = resident_blocks;
   using Run = void (*)(const cacr::Call&);
-  constexpr Run kRuns[] = {run<cacr::Bf16Arithmetic>,    run<cacr::F16Arithmetic>,
-                           run<cacr::Tf32Arithmetic<1>>, run<cacr::Tf32Arithmetic<2>>,
+  constexpr Run kRuns[] = {run<cacr::Bf16Arithmetic>,        run<cacr::F16Arithmetic>,
+                           run<cacr::Tf32Arithmetic<1>>,     run<cacr::Tf32Arithmetic<2>>,
                            run<cacr::IeeeArithmetic<float>>, run<cacr::IeeeArithmetic<double>>};
   try {
     kRuns[arithmetic](*call);
