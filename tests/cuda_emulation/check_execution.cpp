@@ -105,6 +105,14 @@ __global__ void copy_of_too_much(Numbers p) {
   Buffers& shared = shared_memory<Buffers>();
   ptx::cp_async_8(ptx::shared_address(&shared.values[threadIdx.x * 4]), p.in, 12);
 }
+__global__ void copy_under_way(Numbers p) {
+  Buffers& shared = shared_memory<Buffers>();
+  ptx::cp_async_4(ptx::shared_address(&shared.few[2]), p.in + 1);
+  ptx::cp_async_commit();
+  p.out[0] = shared.few[2];
+  ptx::cp_async_wait<0>();
+  p.out[1] = shared.few[2];
+}
 __global__ void negative_index(Numbers p) { p.out[threadIdx.x] = shared_memory<Buffers>().few[-1]; }
 __global__ void more_than_was_asked_for(Numbers p) { p.out[threadIdx.x] = shared_memory<Buffers>().few[0]; }
 __global__ void poisoned_memory(Numbers p) {
@@ -165,6 +173,7 @@ const Case<void (*)(Numbers)> kCases[] = {
     {"misaligned_source", misaligned_source, 1, 1},
     {"copy_to_global_memory", copy_to_global_memory, 1, 1},
     {"copy_of_too_much", copy_of_too_much, 1, 1},
+    {"copy_under_way", copy_under_way, 1, 1},
     {"negative_index", negative_index, 1, 1},
     {"more_than_was_asked_for", more_than_was_asked_for, 1, 1, false, sizeof(Buffers) - 1},
     {"poisoned_memory", poisoned_memory, 1, 1},
@@ -176,7 +185,7 @@ const Case<void (*)(Numbers)> kCases[] = {
 
 template <class C>
 void run(const C& c) {
-  std::vector<int> out(1 << 10, 0), in(4, 0);
+  std::vector<int> out(1 << 10, 0), in = {0, 23};
   const auto start = c.cooperative ? launch_cooperative<Numbers> : launch<Numbers>;
   try {
     start(c.kernel, {c.grid, c.block, c.shared_bytes, nullptr}, {out.data(), in.data()});

@@ -68,14 +68,17 @@ class alignas(kRedzone) SharedArray {
   SharedArray(const SharedArray&) = delete;
   SharedArray& operator=(const SharedArray&) = delete;
 
-  T& operator[](int i) {
+  T& operator[](int i) { return data_[checked(i)]; }
+  const T& operator[](int i) const { return data_[checked(i)]; }
+
+ private:
+  static int checked(int i) {
     pause_point();
     if (i < 0 || i >= kSize)
       fail("index " + std::to_string(i) + " in a shared array of " + std::to_string(kSize) + " elements");
-    return data_[i];
+    return i;
   }
 
- private:
   T data_[kSize];
   char redzone_[kRedzone];
 };

@@ -67,6 +67,11 @@ def test_executed(case: str) -> None:
         assert [int(x) for x in outcome(case, seed).split()] == EXECUTED[case]
 
 
+def test_copy_under_way() -> None:
+    """It arrives at once or at the wait, and nobody knows which."""
+    assert {outcome("copy_under_way", seed) for seed in range(20)} == {"-1 23", "23 23"}
+
+
 def test_schedules() -> None:
     """The same from the same seed, in order from seed 0, backwards from 1, others from others; nobody is left out."""
     orders = {seed: outcome("order_of_threads", seed).split()[1:] for seed in range(40)}
