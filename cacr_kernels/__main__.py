@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cacr_kernels._extension import active_isa, compiled_isas, cpu_library, isa_error
+from cacr_kernels._extension import active_isa, compiled_isas, cpu_library, cuda_library, isa_error
 from cacr_kernels._version import __version__
 from cacr_kernels.backends import backends
 
@@ -57,6 +57,7 @@ def report() -> dict[str, Any]:
             "active_isa": active_isa(),
             "isa_error": isa_error(),
         },
+        "cuda_library": {"path": str(cuda_library().path), "error": cuda_library().error},
         "backends": backends(),
     }
 
@@ -76,6 +77,7 @@ def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("CPU", f"{cpu['model']}, {cpu['logical_cores']} logical cores, torch uses {cpu['torch_threads']} threads"),
         ("GPU", ", ".join(data["gpus"]) or "none"),
         ("CPU library", library["error"] or library["path"]),
+        ("CUDA library", data["cuda_library"]["error"] or data["cuda_library"]["path"]),
         ("CPU instruction sets", isas or "none compiled"),
         *((f'backend "{name}"', reason or "can run") for name, reason in data["backends"].items()),
     ]
