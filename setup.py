@@ -102,8 +102,7 @@ def cuda_library(nvcc: Path) -> NativeLibrary:
         *(Object(Path(source).stem, source, cuda_targets(nvcc)) for source in instances),
     ]
     runtime = next((str(p) for p in home.glob("lib*/libcudart_static.a")), "-lcudart_static")
-    # The current stream is known to libtorch_cuda alone, which is there whenever this library is loaded.
-    link = [runtime, "-ltorch_cpu", "-ldl", "-lrt", "-Wl,--unresolved-symbols=ignore-all", "-Wl,--exclude-libs,ALL"]
+    link = [runtime, "-ltorch_cpu", "-ldl", "-lrt", "-Wl,--exclude-libs,ALL"]
     return NativeLibrary("cacr_kernels._C_cuda", objects, link)
 
 

@@ -124,7 +124,7 @@ template <int kPieces>
 struct Tf32Arithmetic {
   using Element = float;
   using Acc = float;
-  static constexpr int kGradientChunks = 2;
+  static constexpr int kGradientChunks = kPieces == 2 ? 1 : 2;  // what fits the registers
   static constexpr int kColumns = kChunk<float> / 8;
   static constexpr bool kScaled = false;
   static constexpr int S = kStride<float>;

@@ -1,6 +1,7 @@
 // The only file that knows torch: checks what the kernels rely on, hands them device pointers, registers the operators.
 // They are those of cacr_kernels/ops.py with one more argument, the kind of products of float32
 // (cacr_kernels/_cuda.py).
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,9 +14,6 @@
 #include <vector>
 
 #include "instances.h"
-
-// Of libtorch_cuda, which only a CUDA build of torch has, and declares.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace {
 
@@ -71,6 +69,19 @@ cacr::Run* arithmetic(const Tensor& x, int64_t float_products) {
   return float_products == 0 ? cacr::run_float : float_products == 1 ? cacr::run_tf32 : cacr::run_tf32x3;
 }
 
+// Of libtorch_cuda, which is not there to be linked with where torch is a CPU build; whoever has a CUDA tensor has it.
+cudaStream_t current_stream(int32_t device) {
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static const Get get = [] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  STD_TORCH_CHECK(get != nullptr, "cacr_kernels: libtorch_cuda.so does not tell the current stream");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
 // Runs on the current stream of the tensor's device, and hands workspaces back in its order.
 void run(const Tensor& like, int64_t float_products, const cacr::Call& call) {
   const int32_t device = like.get_device_index();
@@ -85,9 +96,7 @@ void run(const Tensor& like, int64_t float_products, const cacr::Call& call) {
                                     return out<>(m.all.back());
                                   },
                                   &memory};
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const cudaError_t error = arithmetic(like, float_products)(call, static_cast<cudaStream_t>(stream), allocator);
+  const cudaError_t error = arithmetic(like, float_products)(call, current_stream(device), allocator);
   STD_TORCH_CHECK(error == cudaSuccess,
                   std::string("cacr_kernels: the CUDA kernels cannot be launched: ") + cudaGetErrorString(error));
 }
