@@ -216,7 +216,6 @@ struct GradientUnit {
     load(ahead, 0);
     for (int entry = next_entry(0); entry < 2 * p.pairs; entry = next_entry(entry + 1))
       meet(entry, ahead, stage, g, row_sum);
-    ptx::cp_async_wait<0>();
     if (owned > 0) write(g, row_sum);
   }
 

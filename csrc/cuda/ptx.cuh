@@ -157,11 +157,11 @@ CACR_DEVICE void cp_async_commit() {
 // Waits until at most the kPending latest groups of this thread are under way. Other threads see the copies after the
 // barrier that has to follow.
 template <int kPending>
-CACR_DEVICE void cp_async_wait() {
+CACR_DEVICE void cp_async_wait(CACR_SITE_ONLY) {
 #ifdef __CUDACC__
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #else
-  cuda_emulation::cp_async_wait(kPending);
+  cuda_emulation::cp_async_wait(kPending, site);
 #endif
 }
 

@@ -79,7 +79,6 @@ struct StatisticsUnit {
     constexpr int kStage = kTile * kStride<Element>;
     const int warp_rows = int(threadIdx.x / 32) * 16 * kStride<Element>;
     int stage = 0;
-    __syncthreads();  // the unit before has read its last stage
     load(tile0, 0, 0);
     for (int tile = tile0; tile < tile1; tile++) {
       w.column0 = int64_t(tile) * kTile, w.columns = int(min(int64_t(kTile), p.M - w.column0));
@@ -99,7 +98,6 @@ struct StatisticsUnit {
       for (int s = 0; s < kMaxSoftmaxes; s++)
         if (s < p.softmaxes) add_statistics(rows[s], u, elements.of_kind(p.kind[s]), slope[s]);
     }
-    ptx::cp_async_wait<0>();
 #pragma unroll
     for (int s = 0; s < kMaxSoftmaxes; s++)
       if (s < p.softmaxes) write(s, rows[s], slope[s]);

@@ -39,12 +39,14 @@ inline Crossing cross(Barrier& barrier, size_t expected, const Wait& wait, int v
 }
 
 inline Crossing block_sync(const Wait& wait, int value = 0) {
+  if (left_out(wait)) return {value, 1};
   return cross(current->block->barrier, current->block->live, wait, value);
 }
 
 inline void grid_sync(const Site& site) {
   Grid& grid = *current->block->grid;
   if (!grid.cooperative) fail("grid_sync in a launch that is not cooperative");
+  if (left_out({"grid_sync", site})) return;
   cross(grid.barrier, static_cast<size_t>(grid.blocks()) * grid.block_threads(), {"grid_sync", site});
 }
 
@@ -105,6 +107,7 @@ void meet(uint32_t mask, const Wait& wait, Argument& argument, Function function
 inline void warp_sync(uint32_t mask, const Site& site) {
   struct Nothing {
   } nothing;
+  if (left_out({"__syncwarp", site})) return;
   meet<true>(mask, {"__syncwarp", site}, nothing, [](Nothing* const*) {});
 }
 

@@ -89,7 +89,7 @@ def disassembly(cubin: Path) -> dict[str, str]:
     return {part.split("\n", 1)[0].strip(): part for part in parts}
 
 
-def run(program: Path, *arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run(program: Path, *arguments: object, timeout: float = 500) -> subprocess.CompletedProcess[str]:
     """Runs a program of the emulation and gives back what it left."""
     command = [str(program), *map(str, arguments)]
     setarch, random_bits = shutil.which("setarch"), Path("/proc/sys/vm/mmap_rnd_bits")

@@ -37,11 +37,11 @@ struct Wait {
   const char* operation = nullptr;
   Site site;
 
-  std::string describe() const {
+  std::string place() const {
     const std::string_view file = site.file_name();
-    return std::string(operation) + " at " + std::string(file.substr(file.rfind('/') + 1)) + ":" +
-           std::to_string(site.line());
+    return std::string(file.substr(file.rfind('/') + 1)) + ":" + std::to_string(site.line());
   }
+  std::string describe() const { return operation + (" at " + place()); }
 };
 
 // A kernel did what CUDA forbids or leaves undefined.
@@ -53,8 +53,11 @@ struct Error : std::runtime_error {
 struct Options {
   uint64_t seed = 0;        // of the schedule, and of when copies are made
   int resident_blocks = 4;  // what launch.cuh is told
+  std::string left_out;     // "kernel.cuh:12": the barrier or wait in this line does nothing, as if it were forgotten
 };
 inline Options options;
+
+inline bool left_out(const Wait& wait) { return !options.left_out.empty() && wait.place() == options.left_out; }
 
 class Random {  // xorshift64*
  public:

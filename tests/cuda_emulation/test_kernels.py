@@ -5,9 +5,11 @@ Their values are compared with float64 by the tests of the "cuda" backend, which
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from .building import emulated, run
+from .building import ROOT, emulated, run
 
 PLAIN = ("bf16", "f16", "tf32", "tf32x3", "float", "double")
 SANITIZED = ("f16", "tf32x3", "double")  # one of each kind of arithmetic, to save compiling the others
@@ -31,3 +33,28 @@ def test_address_sanitizer(arithmetic: str) -> None:
 def test_thread_sanitizer(arithmetic: str) -> None:
     done = run(emulated(PROGRAM, "thread", "-DSANITIZED"), arithmetic, 1, 2)
     assert (done.stdout, done.stderr) == ("0 failures\n", "")
+
+
+def barriers() -> dict[str, int]:
+    """Every barrier and every wait of the kernels, as "file:line", and how many blocks miss it."""
+    found = {}
+    for path in sorted((ROOT / "csrc/cuda").glob("*.cuh")):
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            if path.name != "ptx.cuh" and re.search(r"__sync\w+\(.*\);|cp_async_wait<\d>\(\);|grid_sync\(\);", line):
+                found[f"{path.name}:{number}"] = 3 if "grid_sync" in line else 1
+    return found
+
+
+BARRIERS = barriers()
+
+
+def test_barriers_are_known() -> None:
+    assert len(BARRIERS) >= 10
+    assert {3, 1} == set(BARRIERS.values())
+
+
+@pytest.mark.parametrize("left_out", BARRIERS)
+def test_every_barrier_is_missed(left_out: str) -> None:
+    """Without it, some results are not those of the orderly schedule, or not numbers: none is there in vain."""
+    done = run(emulated(PROGRAM), "double", 12, BARRIERS[left_out], left_out)
+    assert re.search(r"^[1-9]\d* failures$", done.stdout, re.MULTILINE)
