@@ -44,8 +44,7 @@ constexpr int kStride = kStrideBytes / int(sizeof(Element));
 template <class Element>
 using Stages = SharedArray<Element, 2 * kTile * kStride<Element>>;  // [2][64][kStride], double buffer
 
-// ---- half types: m16n8k16
-// ---------------------------------------------------------------------------------------------
+// ---- half types: m16n8k16 -------------------------------------------------------------------------------------------
 CACR_DEVICE void mma(bf16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   ptx::mma_bf16(d, a, b0, b1);
 }
@@ -118,8 +117,7 @@ struct HalfArithmetic {
 using Bf16Arithmetic = HalfArithmetic<bf16, 3, false>;
 using F16Arithmetic = HalfArithmetic<f16, 2, true>;
 
-// ---- float on the tensor cores: m16n8k8, rounded to TF32 (kPieces 1) or as sums of two such numbers (2)
-// ----------------
+// ---- float on the tensor cores: m16n8k8, rounded to TF32 (kPieces 1) or as sums of two such numbers (2) -------------
 template <int kPieces>
 struct Tf32Arithmetic {
   using Element = float;
@@ -188,10 +186,9 @@ struct Tf32Arithmetic {
   }
 };
 
-// ---- IEEE float and double on the ordinary units
-// ---------------------------------------------------------------------- Operands that the lanes of a row or column
-// share are read once for all of them, so that 18 reads of 16 bytes feed 32 times as many multiplications as a read
-// holds numbers.
+// ---- IEEE float and double on the ordinary units --------------------------------------------------------------------
+// Operands that the lanes of a row or column share are read once for all of them, so that 18 reads of 16 bytes feed 32
+// times as many multiplications as a read holds numbers.
 template <class T>
 struct IeeeArithmetic {
   using Element = T;

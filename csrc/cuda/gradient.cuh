@@ -72,9 +72,8 @@ struct GradientUnit {
   CACR_DEVICE bool is_wanted() const { return is_key_view ? p.want_k : p.want_q; }
   CACR_DEVICE bool has_moment() const { return p.want_moment && !is_key_view && chunk0 == 0; }
 
-  // ---- the way
-  // ------------------------------------------------------------------------------------------------------- Even
-  // entries: the rows are queries. What nobody wants is left out.
+  // ---- the way ------------------------------------------------------------------------------------------------------
+  // Even entries: the rows are queries. What nobody wants is left out.
   CACR_DEVICE bool meets(int entry) const {
     const int pair = entry / 2;
     if (entry % 2 == 0) return !is_key_view && p.q_index[pair] == view && (owned > 0 || has_moment());
@@ -118,9 +117,8 @@ struct GradientUnit {
     ptx::cp_async_commit();
   }
 
-  // ---- coefficients of queries
-  // ---------------------------------------------------------------------------------------- Those of 64 queries from
-  // `first` on, of which `count` exist.
+  // ---- coefficients of queries --------------------------------------------------------------------------------------
+  // Those of 64 queries from `first` on, of which `count` exist.
   CACR_DEVICE void stage_coefficients(int pair, int64_t first, int count) {
     const int64_t rows = p.pairs * p.N;
     for (int x = threadIdx.x; x < p.softmaxes * kTile; x += kThreads) {
@@ -131,9 +129,8 @@ struct GradientUnit {
       shared.ratio[threadIdx.x] = int(threadIdx.x) < count ? p.ratio[pair * p.N + first + threadIdx.x] : Acc(0);
   }
 
-  // ---- one tile
-  // ------------------------------------------------------------------------------------------------------- u becomes
-  // dL/du; row_sum: of its rows.
+  // ---- one tile -----------------------------------------------------------------------------------------------------
+  // u becomes dL/du; row_sum: of its rows.
   template <bool kAreQueries>
   CACR_DEVICE void differentiate(Acc (&u)[kFragments][4], const Elements& elements, Acc (&row_sum)[2],
                                  Acc (&moment)[kMaxSoftmaxes][2]) {
@@ -219,8 +216,7 @@ struct GradientUnit {
     if (owned > 0) write(g, row_sum);
   }
 
-  // ---- results
-  // --------------------------------------------------------------------------------------------------------
+  // ---- results ------------------------------------------------------------------------------------------------------
   CACR_DEVICE void write_moment(int pair, const Acc (&moment)[kMaxSoftmaxes][2]) {
     const Place at = Place::of_thread();
     const int64_t rows = p.pairs * p.N;

@@ -5,8 +5,8 @@
 
 namespace cacr {
 
-// ---- attraction: one warp per instance
-// -------------------------------------------------------------------------------- c_vu for u < v, each by all lanes.
+// ---- attraction: one warp per instance ------------------------------------------------------------------------------
+// c_vu for u < v, each by all lanes.
 template <class P, class Acc>
 CACR_DEVICE void aligned_costs(const P& p, int64_t b, Acc* cost) {
   const int64_t V = p.fused.views, B = p.fused.batch;
@@ -68,8 +68,7 @@ CACR_DEVICE void aligned_phase(const P& p) {
   }
 }
 
-// ---- rbf: log mean_b F_b with log F_b = lse_1 - lse_0; one block per pair
-// ----------------------------------------------
+// ---- rbf: log mean_b F_b with log F_b = lse_1 - lse_0; one block per pair -------------------------------------------
 template <class P>
 CACR_DEVICE void pair_sums_phase(const P& p, SharedArray<double, kThreads / 32>& reduction) {
   const int64_t rows = p.pairs * p.N;
@@ -92,8 +91,7 @@ CACR_DEVICE void pair_sums_phase(const P& p, SharedArray<double, kThreads / 32>&
   }
 }
 
-// ---- sums: every block adds up its share of the rows, then the first block those of all
-// --------------------------------
+// ---- sums: every block adds up its share of the rows, then the first block those of all -----------------------------
 enum Scalar : int { kAttraction, kAttractionTau, kAttractionEntropy, kRepulsion, kRepulsionTau, kRepulsionEntropy };
 
 // Variance of the costs of a row; 0 for an empty one, which no sweep has written.

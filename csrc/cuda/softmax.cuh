@@ -130,8 +130,7 @@ CACR_DEVICE RowGradient row_gradient(double sum, double g_value, double g_lse, d
   return {constant / sum, 4 * g_value * tau / sum, constant};
 }
 
-// ---- reductions
-// -------------------------------------------------------------------------------------------------------
+// ---- reductions -----------------------------------------------------------------------------------------------------
 CACR_DEVICE double warp_sum(double x) {
 #pragma unroll
   for (int other = 16; other > 0; other /= 2) x += __shfl_xor_sync(kFullWarp, x, other);

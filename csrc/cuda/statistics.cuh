@@ -5,8 +5,7 @@
 
 namespace cacr {
 
-// ---- norms: one warp per row
-// ------------------------------------------------------------------------------------------
+// ---- norms: one warp per row ----------------------------------------------------------------------------------------
 template <class Acc, class Element>
 CACR_DEVICE void norms_of(const Element* x, int64_t rows, int64_t D, Acc* norm) {
   const int lane = threadIdx.x % 32;
@@ -30,8 +29,7 @@ CACR_DEVICE void norms_phase(const P& p) {
   if (!p.own) norms_of(p.k, p.k_views * p.M, p.D, p.k_norm);
 }
 
-// ---- statistics: a unit is a block of queries against the keys of one split
-// -------------------------------------------
+// ---- statistics: a unit is a block of queries against the keys of one split -----------------------------------------
 template <class A, class P>
 struct StatisticsUnit {
   using Element = typename A::Element;
@@ -134,9 +132,8 @@ CACR_DEVICE void statistics_phase(const P& p, Buffers<typename A::Element, typen
   for (int unit = blockIdx.x; unit < units; unit += gridDim.x) StatisticsUnit<A, P>(p, shared, unit).run();
 }
 
-// ---- finish: a thread per row
-// ----------------------------------------------------------------------------------------- One row of one softmax from
-// the sums of all splits.
+// ---- finish: a thread per row ---------------------------------------------------------------------------------------
+// One row of one softmax from the sums of all splits.
 template <class P>
 CACR_DEVICE RowResult merge_splits(const P& p, int s, int64_t row, double norm) {
   const int64_t count = int64_t(p.softmaxes) * p.pairs * p.N, at = s * int64_t(p.pairs) * p.N + row;

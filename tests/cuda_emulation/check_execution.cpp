@@ -34,8 +34,7 @@ struct Case {
   size_t shared_bytes = sizeof(Buffers);
 };
 
-// ---- barriers
-// --------------------------------------------------------------------------------------------------------
+// ---- barriers -------------------------------------------------------------------------------------------------------
 __global__ void divergent_barrier(Numbers) {
   if (threadIdx.x < 32)
     __syncthreads();
@@ -64,8 +63,7 @@ __global__ void reductions(Numbers p) {
   p.out[t] = count * 10000 + any * 1000 + all * 100 + nobody * 10 + everybody;
 }
 
-// ---- warps
-// -----------------------------------------------------------------------------------------------------------
+// ---- warps ----------------------------------------------------------------------------------------------------------
 __global__ void shuffle_of_some(Numbers p) {
   if (threadIdx.x % 2 == 1) p.out[threadIdx.x] = __shfl_xor_sync(kAll, 1, 2);
 }
@@ -90,8 +88,7 @@ __global__ void halves_of_a_warp(Numbers p) {
   p.out[t] = t < 16 ? __shfl_xor_sync(0xffffu, t, 1) : __shfl_xor_sync(0xffff0000u, t, 2);
 }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------------------------
+// ---- memory ---------------------------------------------------------------------------------------------------------
 __global__ void misaligned_copy(Numbers p) {
   Buffers& shared = shared_memory<Buffers>();
   ptx::cp_async_8(ptx::shared_address(&shared.values[threadIdx.x + 2]), p.in);
@@ -123,8 +120,7 @@ __global__ void poisoned_memory(Numbers p) {
   p.out[2] = shared_memory<SharedArray<int, 3>>()[0];
 }
 
-// ---- order
-// -----------------------------------------------------------------------------------------------------------
+// ---- order ----------------------------------------------------------------------------------------------------------
 __global__ void places(Numbers p) {
   const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
   const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
