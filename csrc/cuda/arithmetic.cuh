@@ -150,7 +150,7 @@ struct Tf32Arithmetic {
     const int lane = threadIdx.x % 32;
     a0 += lane % 16 * S + lane / 16 * 4;
     b0 += (lane % 8 + lane / 16 * 8) * S + lane / 8 % 2 * 4;
-#pragma unroll
+#pragma unroll(kPieces == 2 ? 1 : 4)
     for (int k = 0; k < kChunk<float>; k += 8) {
       uint32_t x[4], y[4], a_pieces[kPieces][4], b_pieces[kPieces][2];
       ptx::ldmatrix_x4(x, ptx::shared_address(&a[a0 + k]));

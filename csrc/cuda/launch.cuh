@@ -37,19 +37,28 @@ cudaError_t launch_cooperative(void (*kernel)(Parameters), const Launch& l, Para
 }
 
 // How many blocks of `threads` threads the current device can hold at once: the largest cooperative grid. 0: none.
+// Asked anew only when the kernel or the device is another one: a small loss takes no longer than the questions.
 template <class Parameters>
 cudaError_t resident_blocks(void (*kernel)(Parameters), int threads, size_t shared_bytes, int* blocks) {
+  struct Answer {
+    void (*kernel)(Parameters);
+    int device, blocks;
+  };
+  static thread_local Answer last{nullptr, 0, 0};
   int device = 0, processors = 0, cooperative = 0, per_processor = 0;
-  if (const cudaError_t error = permit_shared_memory(kernel, shared_bytes)) return error;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
-    return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device))
-    return error;
-  if (const cudaError_t error =
-          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, shared_bytes))
-    return error;
-  *blocks = cooperative ? processors * per_processor : 0;
+  if (last.kernel != kernel || last.device != device) {
+    if (const cudaError_t error = permit_shared_memory(kernel, shared_bytes)) return error;
+    if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
+      return error;
+    if (const cudaError_t error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device))
+      return error;
+    if (const cudaError_t error =
+            cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, shared_bytes))
+      return error;
+    last = {kernel, device, cooperative ? processors * per_processor : 0};
+  }
+  *blocks = last.blocks;
   return cudaSuccess;
 }
 
