@@ -104,6 +104,7 @@ __global__ void copy_of_too_much(Numbers p) {
 }
 __global__ void copy_under_way(Numbers p) {
   Buffers& shared = shared_memory<Buffers>();
+  shared.few[2] = 7;
   ptx::cp_async_4(ptx::shared_address(&shared.few[2]), p.in + 1);
   ptx::cp_async_commit();
   p.out[0] = shared.few[2];

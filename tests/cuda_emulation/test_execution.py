@@ -68,7 +68,7 @@ def test_executed(case: str) -> None:
 
 
 def test_copy_under_way() -> None:
-    """It arrives at once or at the wait, and nobody knows which."""
+    """It arrives at once or at the wait, and nobody knows which; what was there before is gone."""
     assert {outcome("copy_under_way", seed) for seed in range(20)} == {"-1 23", "23 23"}
 
 
