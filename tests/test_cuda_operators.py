@@ -81,7 +81,7 @@ PROBLEMS = {
     "one row": Problem(1, 1, 1, (ALL,)),
     "tails": Problem(67, 70, 19, (SAME, OTHER)),
     "aligned": Problem(66, 65, 40, (OTHER, OTHER), taus=(-1.0, -3.0)),
-    "own": Problem(71, None, 9, (SAME_NOT_SELF, OTHER), ((0, 1), (2, 1), (1, 1))),
+    "own": Problem(71, None, 24, (SAME_NOT_SELF, OTHER), ((0, 1), (2, 1), (1, 1))),
     "features": Problem(3, 5, 275, (ALL,)),
     "inner": Problem(65, 5, 16, (OTHER,), inner=True),
     "detached": Problem(5, 65, 24, (ALL,), detach=True),
