@@ -94,7 +94,7 @@ BUGS = {
     "operand": lambda text: MMA.sub(r"\1{\2,\4,\3,\5}", text),
     "wait": lambda text: re.sub(r"cp\.async\.wait_group\s+\d+", "cp.async.wait_group 7", text),
     "barrier": lambda text: re.sub(r"(?:bar|barrier)\.sync\s+0;", "", text),
-    "lane": lambda text: re.sub(r"(shfl\.sync\.bfly\.b32\s+[^,]*,[^,]*,) \d+,", r"\1 0,", text),
+    "lane": lambda text: text.replace("shfl.sync.bfly", "shfl.sync.idx"),
     "mask": lambda text: re.sub(r"setp\.ge\.s64", "setp.gt.s64", text),
     "stride": lambda text: re.sub(r"(mul\.lo\.s64\s+\S+ )(%rd\d+), (%rd\d+);", r"\1\2, \2;", text),
 }
