@@ -13,7 +13,8 @@ from torch import Tensor
 from vectors_io import load_vectors, vector_id
 
 import cacr_kernels
-from cacr_kernels import testing
+from cacr_kernels import ops, testing
+from cacr_kernels._blocks import OTHER, SAME_NOT_SELF
 from cacr_kernels._cases import Case, cases
 
 TOLERANCE = 1e-10
@@ -156,3 +157,20 @@ def test_many_views():
     losses = [cacr_kernels.cacr_loss(z, backend=name, pairing="ordered") for name in ("cuda", "reference")]
     close(losses[0].detach(), losses[1].detach())
     close(*(torch.autograd.grad(loss, z)[0] for loss in losses))
+
+
+# ---- registration ----------------------------------------------------------------------------------------------------
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch 2.14 in opcheck
+def test_opcheck() -> None:
+    z = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    numbers = torch.tensor([0.7, 1.3, 0.9, 1.1, 2.0], dtype=torch.float64, requires_grad=True)
+    floats = 0.0, 0.0, 0.0, 0.0
+    torch.library.opcheck(ops.operator("cacr_cuda"), (z, numbers, *floats, 0, True, 0.0, True, True))
+    torch.library.opcheck(ops.operator("cacr_cuda"), (z, None, 0.7, 1.3, 0.9, 1.1, 2, False, 2.0, True, False))
+    ids, tau = torch.arange(5, dtype=torch.int32) % 3, torch.tensor([0.7, -1.3], dtype=torch.float64)
+    given = z, None, ids, None, tau.requires_grad_(), [SAME_NOT_SELF, OTHER], [0], [1], False, False
+    torch.library.opcheck(ops.operator("contrast_cuda"), given)
+    value, _, weights = (t.detach() for t in ops.operator("contrast_cuda")(*given))
+    incoming = torch.ones_like(value).requires_grad_(), torch.full_like(value, 0.5).requires_grad_()
+    backward = *given, value, weights, *incoming, True, False, True
+    torch.library.opcheck(ops.operator("contrast_backward_cuda"), backward)

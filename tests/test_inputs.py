@@ -47,7 +47,11 @@ REFUSALS = [
     (ValueError, "reduction='none'.*rbf", lambda: cacr_loss(Z, cost="rbf", reduction="none")),
     (TypeError, "normalize must be True or False, got int 1", lambda: cacr_loss(Z, normalize=1)),
     (TypeError, "return_parts", lambda: cacr_loss(Z, return_parts="yes")),
-    (ValueError, "backend='gpu' is unknown.*'auto', 'reference', 'torch', 'cpu'", lambda: cacr_loss(Z, backend="gpu")),
+    (
+        ValueError,
+        "backend='gpu' is unknown.*'auto', 'reference', 'torch', 'triton', 'cuda', 'cpu'",
+        lambda: cacr_loss(Z, backend="gpu"),
+    ),
     (TypeError, "backend must be a string", lambda: cacr_loss(Z, backend=None)),
     (ValueError, "backend='cpu' cannot run here.*meta", lambda: cacr_loss(Z.to("meta"), backend="cpu")),
     (ValueError, r"keys.*\[3, 7, 5\], got \[3, 6, 5\]", lambda: cacr_queue_loss(Z, Z[:, :6], Z[0])),

@@ -369,10 +369,16 @@ def test_opcheck_witness() -> None:
 
 
 def test_every_operator_is_checked() -> None:
-    """A new operator needs an ``opcheck`` of its own: above, in ``test_frozen.py`` or in ``interpreted``."""
+    """A new operator needs an ``opcheck``: above, in ``test_frozen.py``, ``interpreted`` or ``test_cuda_losses.py``.
+
+    ``cuda_<name>`` are the compiled ones behind ``<name>_cuda``, with one more argument.
+    """
     names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names()
              if name.startswith(f"{ops.NAMESPACE}::")}  # fmt: skip
     contrasts = {f"{name}_{backend}" for name in ("contrast", "contrast_backward") for backend, *_ in CHECKED}
     frozen = {"contrast_frozen_cpu", "contrast_frozen_backward"}
     triton = {f"{name}_triton" for name in ("cacr", "contrast", "contrast_backward", "contrast_frozen")}
-    assert names == {"cacr_cpu", "witness", *contrasts, *frozen, *triton}
+    cuda = {
+        pattern.format(name) for name in ("cacr", "contrast", "contrast_backward") for pattern in ("{}_cuda", "cuda_{}")
+    }
+    assert names == {"cacr_cpu", "witness", *contrasts, *frozen, *triton, *cuda}
