@@ -124,12 +124,34 @@ def test_other_products_and_widths(case: Case, precision: str) -> None:
 
 
 def test_numbers() -> None:
-    """Five float64 travel as three float32 each."""
-    numbers, out = (0.1, -1e-3, 3.0, 1 / 3, 2.0**40 + 2.0**-8), torch.empty(5, dtype=torch.float64)
+    """Five float64 travel as the halves of their bits."""
+    numbers, out = (0.1, -1e300, 3.0, -1 / 3, 2.0**40 + 2.0**-8), torch.empty(5, dtype=torch.float64)
     cacr = importlib.import_module("cacr_kernels._triton.cacr")
     with triton_ptx.running():
-        cacr.numbers_kernel[(1,)](out, *(piece for number in numbers for piece in cacr.float32_pieces(number)))
+        cacr.numbers_kernel[(1,)](out, *(half for number in numbers for half in cacr.halves(number)))
     assert out.tolist() == list(numbers)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_running_maximum_that_stays_moves_nothing(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tiles after the one with the nearest key: what rounding takes from a base must not be taken every time."""
+    problem = importlib.import_module("cacr_kernels._triton.problem")
+    monkeypatch.setattr(problem.Problem, "shares", lambda self, programs, length, block, size: (length, 1))
+    monkeypatch.setattr(problem, "fp32_precision", lambda: "ieee")
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.nn.functional.normalize(torch.randn(1, n, 16, generator=g), dim=-1) for n in (7, 3201))
+    k[0, :7] = torch.nn.functional.normalize(q[0] + 0.01 * torch.randn(7, 16, generator=g), dim=-1)
+    tau = torch.tensor([-3.0], dtype=torch.float64)
+    arguments = q, k, None, None, tau, [0], [0], [0], False, False
+    with triton_ptx.running():
+        if frozen:
+            value, lse, *_ = torch.ops.cacr_kernels.contrast_frozen_triton(*arguments, False, True, True)
+        else:
+            value, lse, _ = torch.ops.cacr_kernels.contrast_triton(*arguments)
+    c = torch.cdist(q.double(), k.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    logit = -3.0 * c
+    assert (lse[0] - logit.logsumexp(-1)).abs().max() < 2e-6
+    assert (value[0] / (logit.softmax(-1) * c).sum(-1) - 1).abs().max() < 2e-6
 
 
 def right(schedule: Callable[[int], ptx.Lockstep], patch: triton_ptx.Patch | None = None) -> bool:

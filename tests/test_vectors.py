@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from agreement import device_of
 from vectors_io import load_vectors, vector_id
 
 import cacr_kernels
@@ -14,8 +15,13 @@ TOLERANCE = 1e-10
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 
+def there(arrays, backend):
+    """On the device that the backend works on."""
+    return {name: torch.as_tensor(array).to(device_of(backend)) for name, array in arrays.items()}
+
+
 def close(actual, expected):
-    torch.testing.assert_close(actual, torch.as_tensor(expected), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(actual.cpu(), torch.as_tensor(expected).cpu(), rtol=0, atol=TOLERANCE)
 
 
 def leaf(array):
@@ -29,7 +35,7 @@ def test_backends_are_there(backend):
 @pytest.mark.parametrize("reduction", ["mean", "none", "sum"])
 @pytest.mark.parametrize("vector", load_vectors("views"), ids=vector_id)
 def test_views(backend, vector, reduction):
-    m, a = vector.meta, vector.arrays
+    m, a = vector.meta, there(vector.arrays, backend)
     z = leaf(a["views"])
     options = {k: m[k] for k in ("tau_pos", "tau_neg", "alpha", "beta")}
     parts = cacr_kernels.cacr_loss(z, **options, backend=backend, reduction=reduction, return_parts=True)
@@ -42,7 +48,7 @@ def test_views(backend, vector, reduction):
 
 @pytest.mark.parametrize("vector", load_vectors("views"), ids=vector_id)
 def test_uniform_weights(backend, vector):
-    m, a = vector.meta, vector.arrays
+    m, a = vector.meta, there(vector.arrays, backend)
     z = leaf(a["views"])
     loss = cacr_kernels.cacr_loss(z, tau_pos=0, tau_neg=0, alpha=m["alpha"], beta=m["beta"], backend=backend)
     close(loss.detach(), a["uniform_loss"])
@@ -51,7 +57,7 @@ def test_uniform_weights(backend, vector):
 
 @pytest.mark.parametrize("vector", load_vectors("rbf"), ids=vector_id)
 def test_rbf(backend, vector):
-    m, a = vector.meta, vector.arrays
+    m, a = vector.meta, there(vector.arrays, backend)
     z = leaf(a["views"])
     options = {k: m[k] for k in ("tau_pos", "tau_neg", "beta", "rbf_scale")}
     parts = cacr_kernels.cacr_loss(z, **options, alpha=0, cost="rbf", backend=backend, return_parts=True)
@@ -61,7 +67,7 @@ def test_rbf(backend, vector):
 
 @pytest.mark.parametrize("vector", load_vectors("queue"), ids=vector_id)
 def test_queue(backend, vector):
-    m, a = vector.meta, vector.arrays
+    m, a = vector.meta, there(vector.arrays, backend)
     q = leaf(a["queries"])
     parts = cacr_kernels.cacr_queue_loss(
         q,
@@ -81,7 +87,7 @@ def test_queue(backend, vector):
 @pytest.mark.parametrize(("cost", "reduction"), [("rbf", "mean"), ("sqeuclidean", "sum")])
 @pytest.mark.parametrize("vector", load_vectors("momentum"), ids=vector_id)
 def test_momentum(backend, vector, cost, reduction):
-    m, a = vector.meta, vector.arrays
+    m, a = vector.meta, there(vector.arrays, backend)
     q = leaf(a["queries"])
     loss = cacr_kernels.cacr_momentum_loss(
         q,
@@ -100,8 +106,8 @@ def test_momentum(backend, vector, cost, reduction):
 @pytest.mark.parametrize("vector", load_vectors("views"), ids=vector_id)
 def test_weights(backend, vector):
     """``cacr_weights`` against the weights of the last view and of the last pair (backends play no part)."""
-    m, a = vector.meta, vector.arrays
-    views = torch.as_tensor(a["views"])
+    m, a = vector.meta, there(vector.arrays, backend)
+    views = torch.as_tensor(a["views"]).cpu()
     num_views, batch, _ = views.shape
     weights = cacr_kernels.cacr_weights(views, tau_pos=m["tau_pos"], tau_neg=m["tau_neg"], top_k=batch)
     close(weights.attraction[-1, :, : num_views - 1], a["last_attraction_weights"])

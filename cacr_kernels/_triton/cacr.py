@@ -40,21 +40,14 @@ def on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     if device.type == "cpu":
         return torch.tensor(numbers, dtype=torch.float64)
     out = torch.empty(5, dtype=torch.float64, device=device)
-    start(numbers_kernel, (1,), out, *(piece for number in numbers for piece in float32_pieces(number)))
+    start(numbers_kernel, (1,), out, *(half for number in numbers for half in halves(number)))
     return out
 
 
-def float32_pieces(number: float) -> tuple[float, float, float]:
-    """Three float32 whose sum is ``number``."""
-    first = to_float32(number)
-    second = to_float32(number - first)
-    return first, second, to_float32(number - first - second)
-
-
-def to_float32(number: float) -> float:
-    """The nearest float32."""
-    rounded: float = struct.unpack("f", struct.pack("f", number))[0]
-    return rounded
+def halves(number: float) -> tuple[int, int]:
+    """The bits of a float64 as two int32."""
+    low, high = struct.unpack("<ii", struct.pack("<d", number))
+    return high, low
 
 
 @on_device_of_first
@@ -81,7 +74,7 @@ def cacr(
     positive = attract(z, given)
     p = repulsion(z, positive, pairing, rbf)
     repels = z.shape[1] > 1
-    wide, nothing = positive.value, p.empty(0)
+    wide = positive.value
     value = lse = log_total = wide
     coefficients, moment, grads = p.empty(1), p.empty(1, 1), p.empty(0, *z.shape)
     if repels:
@@ -96,12 +89,11 @@ def cacr(
             rows = row_coefficients(p, value, weights, *incoming, False)
             coefficients = rows[0]
             grads, moment = query_gradient(p, *rows, want_tau and not rbf)
-    grad = nothing
+    grad = p.empty(*(z.shape if want_grad else (0,)))
     if want_grad:
-        grad = p.empty(*z.shape)
         add_attraction(z, given, positive, grads, grad)
     loss, parts = p.empty(), p.empty(4)
-    grad_numbers = nothing if numbers is None else torch.empty_like(given) if want_tau else torch.zeros_like(given)
+    grad_numbers = p.empty(0) if numbers is None else torch.empty_like(given) if want_tau else torch.zeros_like(given)
     start(
         loss_kernel, (1,), positive.value, positive.lse, positive.variance, value, lse, log_total, moment, coefficients,
         given, loss, parts, grad_numbers, z.shape[0] * z.shape[1], p.P, p.N, moment.shape[0],

@@ -122,11 +122,10 @@ def contrast_backward(
     value, weights, grad_value, grad_lse = (t.contiguous() for t in (value, weights, grad_value, grad_lse))
     rows = row_coefficients(p, value, weights, grad_value, grad_lse, detach_weights)
     moments = want_tau and not detach_weights
-    nothing = p.empty(0)
-    grad_q, grad_k, grad_tau = nothing, nothing, torch.zeros_like(tau) if want_tau else tau.new_empty(0)
+    grad_q, grad_k, grad_tau = p.empty(0), p.empty(0), torch.zeros_like(tau) if want_tau else tau.new_empty(0)
     if want_q or moments:
         shares, moment = query_gradient(p, *rows, moments)
-        grad_q = add_shares(shares) if want_q else nothing
+        grad_q = add_shares(shares) if want_q else grad_q
         if moments:
             grad_tau = temperature_gradient(p, moment, rows[0], value, weights[1], grad_lse)
     if want_k and not p.own:

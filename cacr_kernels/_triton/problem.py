@@ -62,15 +62,20 @@ def power_of_two(n: int) -> int:
 
 
 def view_table(index: tuple[int, ...], device: torch.device) -> Tensor:
-    """Views by problem [P] int32: uploaded once, or made by the compiled graph, so that no call waits for the host."""
-    if _tracing.get():
-        return torch.stack([torch.full((), view, dtype=torch.int32, device=device) for view in index])
-    return _uploaded(index, device)
+    """Views by problem [P] int32, made on the device: a copy from the host would wait for it.
+
+    Kept for the next call, unless it belongs to a graph that is being traced or captured.
+    """
+    if _tracing.get() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return _made_there(index, device)
+    return _kept(index, device)
 
 
-@functools.lru_cache(maxsize=1024)
-def _uploaded(index: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(index, dtype=torch.int32, device=device)
+def _made_there(index: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.stack([torch.full((), view, dtype=torch.int32, device=device) for view in index])
+
+
+_kept = functools.lru_cache(maxsize=1024)(_made_there)
 
 
 def fp32_precision() -> Precision:
@@ -83,7 +88,8 @@ def precision_of(x: Tensor, processor: Processor) -> Precision:
     """The class of products that the launch table knows."""
     if x.dtype == torch.float32:
         asked = fp32_precision()
-        return "ieee" if asked == "tf32x3" and not processor.has_tf32x3 else asked
+        missing = (asked == "tf32x3" and not processor.has_tf32x3) or (asked == "tf32" and not processor.has_tf32)
+        return "ieee" if missing else asked
     return "fp64" if x.dtype == torch.float64 else "half"
 
 

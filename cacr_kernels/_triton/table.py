@@ -50,9 +50,14 @@ class Processor(NamedTuple):
     cores: int
 
     @property
+    def has_tf32(self) -> bool:
+        """TF32 products."""
+        return self.family != "cdna"
+
+    @property
     def has_tf32x3(self) -> bool:
         """Three TF32 products for one of float32."""
-        return self.family not in ("cdna3", "interpreter")
+        return self.family not in ("cdna3", "cdna", "interpreter")
 
 
 @functools.lru_cache(maxsize=64)
@@ -62,7 +67,8 @@ def processor_of(device: torch.device) -> Processor:
         return Processor("interpreter", 4)
     about = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return Processor("cdna3", about.multi_processor_count)
+        cdna3 = about.gcnArchName.startswith("gfx942")  # for others Triton has no TF32 products
+        return Processor("cdna3" if cdna3 else "cdna", about.multi_processor_count)
     family = {9: "sm_90", 10: "sm_100"}.get(about.major, "sm_120" if about.major > 10 else "sm_80")
     return Processor(family, about.multi_processor_count)
 
@@ -109,6 +115,7 @@ TWO: dict[str, dict[Precision, tuple[Tile, ...]]] = {
     "statistics": {
         "half": _row((64, 32, 64, 4, 2, 0), (64, 32, 128, 4, 2, 0), (64, 32, 64, 4, 2, 0), (64, 32, 64, 4, 2, 0)),
         "tf32": _row((64, 32, 64, 4, 2, 0), (64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0)),
+        "tf32x3": _row((64, 16, 32, 4, 2, 0), (64, 16, 32, 4, 2, 0), (64, 16, 32, 4, 2, 0), (64, 16, 32, 4, 2, 0)),
     },
     "gradient": {
         "half": _row((64, 16, 64, 4, 1, 64), (64, 16, 64, 4, 1, 64), (64, 16, 64, 4, 1, 64), (64, 16, 64, 4, 1, 64)),
@@ -132,7 +139,7 @@ def tile_of(family: str, kernel: str, precision: Precision, D: int, two: bool) -
     else:
         rows = TWO[kernel].get(precision, ONE[kernel][precision]) if two else ONE[kernel][precision]
         entry = rows[CLASSES.index(class_of(D))]
-        if family == "cdna3":  # its waves take 32 rows each, and without a second product 32 columns of them
+        if family in ("cdna3", "cdna"):  # its waves take 32 rows each, and without a second product 32 columns of them
             columns = entry.block_n // 32 if kernel == "statistics" else 1
             entry = entry._replace(num_warps=max(1, min(8, entry.block_m // 32 * columns)))
     features = max(16, 1 << max(0, D - 1).bit_length())

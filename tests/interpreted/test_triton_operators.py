@@ -224,6 +224,9 @@ def test_opcheck() -> None:
     torch.library.opcheck(FROZEN, (*frozen, True, True), **quick)
     views = test_ops.cacr_arguments(test_ops.CACR_ARGUMENTS[0], torch.float64, requires_grad=True)
     torch.library.opcheck(ops.operator("cacr_triton"), views, **quick)
+    nothing = test_ops.with_numbers(test_ops.cacr_arguments((0, False, False, False), torch.float64, False))
+    torch.library.opcheck(ops.operator("cacr_triton"), nothing, **quick)  # no two outputs are one tensor
+    torch.library.opcheck(BACKWARD, (*arguments, value, weights, *incoming, False, False, False), **quick)
 
 
 def test_second_derivatives() -> None:

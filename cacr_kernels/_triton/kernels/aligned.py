@@ -56,6 +56,7 @@ def aligned_kernel(
             total_c = total_c * shrink + e * c.to(tl.float64)
             top = new_top
     F = total_c / total
+    tl.debug_barrier()  # costs are read by other threads than those that wrote them
     moment = tl.zeros((BLOCK,), tl.float64)
     for u in range(V):
         if u != v:

@@ -10,7 +10,7 @@ A_0 e_0 + A_1 (e_1 - ratio e_0).
 import triton
 import triton.language as tl
 
-from .tile import HUGE, LN2
+from .tile import HUGE, LN2, slope_of
 
 BASE = tl.constexpr(0)  # rows of the array of coefficients
 A = tl.constexpr(1)
@@ -21,7 +21,10 @@ RATIO = tl.constexpr(4)
 
 @triton.jit
 def row_of(weights, grad_value, grad_lse, tau, at, stride, inside, acc_type: tl.constexpr, DETACH: tl.constexpr):
-    """New base, and in float64: the constant part and gF, both for weights of sum 1; the sum of the new e; moved."""
+    """New base, and in float64: the constant part and gF, both for weights of sum 1; the sum of the new e; a bound.
+
+    The bound is of |dL/dc| by |constant| + |gF| ln 2 (1 + |mean z|) times the largest weight, as 2^z |z| < 1 for z < 0.
+    """
     base = tl.load(weights + at, mask=inside, other=0.0)
     total = tl.load(weights + stride + at, mask=inside, other=0.0)
     mean_z = tl.load(weights + 2 * stride + at, mask=inside, other=0.0)
@@ -30,11 +33,13 @@ def row_of(weights, grad_value, grad_lse, tau, at, stride, inside, acc_type: tl.
     g_lse = tl.where(empty, 0.0, tl.load(grad_lse + at, mask=inside, other=0.0))
     new_base = (base + mean_z).to(acc_type)
     moved = new_base.to(tl.float64) - base
+    largest = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
     total = tl.where(empty, 1.0, total) * tl.exp2(-moved)
     constant = g_value
     if not DETACH:
         constant += g_value * (moved - mean_z) * LN2 + g_lse * tau
-    return tl.where(empty, HUGE, new_base).to(acc_type), constant, g_value, total
+    bound = largest * (tl.abs(constant) + tl.abs(g_value) * LN2 * (1.0 + tl.abs(mean_z)))
+    return tl.where(empty, HUGE, new_base).to(acc_type), constant, g_value, total, bound
 
 
 @triton.jit
@@ -71,14 +76,15 @@ def coefficients_kernel(
     first, first_total = tl.zeros((BLOCK,), tl.float64), tl.full((BLOCK,), 1.0, tl.float64)
     for s in tl.static_range(SOFTMAXES):
         t = tl.load(tau + s)
-        base, a, g_value, total = row_of(
+        base, a, g_value, total, most = row_of(
             weights, grad_value, grad_lse, t, at + s * one, stride, inside, acc_type, DETACH
         )  # fmt: skip
         b = tl.zeros_like(a) if DETACH else g_value * LN2
-        size += 3.0 * (tl.abs(a) + tl.abs(b))
+        size += 2.0 * most
         here = out + s * one + at
         mean = tl.load(value + at + s * one, mask=inside, other=0.0)
-        sign = tl.where(t > 0, -1.0, 1.0).to(tl.float64)
+        sign, _ = slope_of(t, acc_type)
+        sign = sign.to(tl.float64)
         own = tl.zeros_like(norm) if INNER or (BY_COST0 if s == 0 else BY_COST1) else norm
         tl.store(here + BASE * stride, base, mask=inside)
         tl.store(here + A * stride, (a / total).to(acc_type), mask=inside)

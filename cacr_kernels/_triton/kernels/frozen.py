@@ -10,6 +10,7 @@ shrink with them. Shares of the keys are merged by ``frozen_merge_kernel``.
 import triton
 import triton.language as tl
 
+from .statistics import base_of
 from .tile import (
     ALL,
     HUGE,
@@ -71,7 +72,7 @@ def frozen_kernel(
     sign, size = slope_of(tl.load(tau), acc_type)
     inverse = 1.0 / size
     top = tl.full((BLOCK_M,), -HUGE, dtype=acc_type)
-    total, total_z, total_dd = tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top)
+    base, total, total_z, total_dd = tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top)
     mean = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=acc_type)
     spread = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=acc_type) if MOMENTS else top
     for j0 in range(begin, min(begin + share, M), BLOCK_N):
@@ -85,8 +86,9 @@ def frozen_kernel(
         bias = tl.where(columns < M, half_norm(y_norm, sign, KIND0, INNER), HUGE)
         v = level(S, S, bias[None, :], sign, KIND0, INNER, x_id, y_id, rows, columns)
         new_top = tl.maximum(top, tl.max(v, 1))
-        base = size * tl.where(new_top == -HUGE, 0.0, new_top)
-        moved = tl.where(top == -HUGE, 0.0, size * top - base)
+        old_base = base
+        base = base_of(new_top, size)
+        moved = tl.where(top == -HUGE, 0.0, old_base - base)
         z = v * size - base[:, None]
         e = tl.exp2(z)
         ez = e * z

@@ -28,12 +28,13 @@ from .tile import (
 
 @triton.jit
 def range_scale(bound, BOUNDS, acc_type: tl.constexpr):
-    """A power of two that takes the largest dL/dc to about 2^12, in the middle of the range of float16."""
+    """A power of two that takes the largest dL/dc to about 2^12, in the upper half of the range of float16."""
     most = tl.zeros((128,), dtype=acc_type)
     for b in range(0, BOUNDS, 128):
         most = tl.maximum(most, load_vector(bound, b, BOUNDS, 128, 0.0))
     largest = tl.max(most, 0)
-    return tl.exp2(12.0 - tl.ceil(tl.log2(tl.where(largest > 0, largest, 1.0))))
+    power = 12.0 - tl.ceil(tl.log2(tl.where(largest > 0, largest, 1.0)))
+    return tl.exp2(tl.minimum(tl.maximum(power, -96.0), 96.0))
 
 
 @triton.jit
@@ -53,8 +54,16 @@ def along(x, ROWS: tl.constexpr):
 
 
 @triton.jit
+def add_exactly(total, lost, x):
+    """Kahan's sum: the equal terms of uniform weights are all rounded the same way."""
+    y = x - lost
+    new = total + y
+    return new, (new - total) - y
+
+
+@triton.jit
 def sweep(
-    acc, acc_sum, moment0, moment1,
+    acc, acc_sum, lost, moment0, moment1,
     x_tile, x_base, x_norm, x_id, i0, N,
     y_base, y_norm_base, y_id_base, begin, end, M,
     rows_base, stride, one, sign0, size0, sign1, size1, scale, d_out, D,
@@ -111,9 +120,9 @@ def sweep(
             if WANT_TAU and AS_QUERY:
                 d = v - coefficient(second, MEAN_V, stride, q0, count, QUERIES, AS_QUERY)
                 moment1 += tl.sum(e1 * d * d, 1)
-        acc_sum += tl.sum(g, 1)
+        acc_sum, lost = add_exactly(acc_sum, lost, tl.sum(g, 1))
         acc = multiply(g, y_out, acc, PRECISION)
-    return acc, acc_sum, moment0, moment1
+    return acc, acc_sum, lost, moment0, moment1
 
 
 @triton.jit
@@ -170,13 +179,13 @@ def gradient_kernel(
     one = P * queries
     stride = SOFTMAXES * one
     acc = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=acc_type)
-    acc_sum = tl.zeros((BLOCK_M,), dtype=acc_type)
+    acc_sum, lost = tl.zeros((BLOCK_M,), dtype=acc_type), tl.zeros((BLOCK_M,), dtype=acc_type)
     for p in range(P):
         here, there = tl.load(x_view + p).to(tl.int64), tl.load(y_view + p).to(tl.int64)
         moment0, moment1 = tl.zeros((BLOCK_M,), dtype=acc_type), tl.zeros((BLOCK_M,), dtype=acc_type)
         rows_base = coefficients + p * queries
-        acc, acc_sum, moment0, moment1 = sweep(
-            acc, acc_sum, moment0, moment1, x_tile, x_base, norm, ids, i0, N,
+        acc, acc_sum, lost, moment0, moment1 = sweep(
+            acc, acc_sum, lost, moment0, moment1, x_tile, x_base, norm, ids, i0, N,
             y + there * M * D, y_norm + there * M, y_id, begin, tl.where(here == view, last, begin), M,
             rows_base, stride, one, sign0, size0, sign1, size1, scale, d_out, D,
             QUERY, KIND0, KIND1, CANCELLING, INNER, WANT_TAU, PRECISION, CHUNKS,

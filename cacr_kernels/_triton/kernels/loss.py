@@ -9,15 +9,20 @@ from .tile import LN2
 
 
 @triton.jit
-def numbers_kernel(
-    numbers, a0, a1, a2, b0, b1, b2, c0, c1, c2, d0, d1, d2, e0, e1, e2
-):  # fmt: skip
-    """Five float64 numbers, each given as a sum of three float32: a copy from the host would wait for the device."""
-    tl.store(numbers, tl.cast(a0, tl.float64) + tl.cast(a1, tl.float64) + tl.cast(a2, tl.float64))
-    tl.store(numbers + 1, tl.cast(b0, tl.float64) + tl.cast(b1, tl.float64) + tl.cast(b2, tl.float64))
-    tl.store(numbers + 2, tl.cast(c0, tl.float64) + tl.cast(c1, tl.float64) + tl.cast(c2, tl.float64))
-    tl.store(numbers + 3, tl.cast(d0, tl.float64) + tl.cast(d1, tl.float64) + tl.cast(d2, tl.float64))
-    tl.store(numbers + 4, tl.cast(e0, tl.float64) + tl.cast(e1, tl.float64) + tl.cast(e2, tl.float64))
+def from_halves(high, low):
+    """The float64 whose bits are these."""
+    bits = (tl.cast(high, tl.int64) << 32) | (tl.cast(low, tl.int64) & 0xFFFFFFFF)
+    return bits.to(tl.float64, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["a0", "a1", "b0", "b1", "c0", "c1", "d0", "d1", "e0", "e1"])
+def numbers_kernel(numbers, a0, a1, b0, b1, c0, c1, d0, d1, e0, e1):
+    """Five float64 numbers, each given as two int32 of its bits: a copy from the host would wait for the device."""
+    tl.store(numbers, from_halves(a0, a1))
+    tl.store(numbers + 1, from_halves(b0, b1))
+    tl.store(numbers + 2, from_halves(c0, c1))
+    tl.store(numbers + 3, from_halves(d0, d1))
+    tl.store(numbers + 4, from_halves(e0, e1))
 
 
 @triton.jit

@@ -23,17 +23,27 @@ from .tile import (
 
 
 @triton.jit
-def add_tile(v, size, top, total, total_z):
-    """The statistics of a row with one more tile."""
+def base_of(top, size):
+    """|slope| top, rounded; 0 before there is a key."""
+    return tl.where(top == -HUGE, 0.0, size * top)
+
+
+@triton.jit
+def add_tile(v, size, top, old_base, total, total_z):
+    """The statistics of a row with one more tile.
+
+    ``old_base`` is carried from tile to tile: made anew next to the subtraction, its product would become part of an
+    FMA and ``moved`` what rounding took from it, in which all that was added so far is multiplied again and again.
+    """
     new_top = tl.maximum(top, tl.max(v, 1))
-    base = size * tl.where(new_top == -HUGE, 0.0, new_top)
-    moved = tl.where(top == -HUGE, 0.0, size * top - base)  # in z, of everything added so far
+    base = base_of(new_top, size)
+    moved = tl.where(top == -HUGE, 0.0, old_base - base)  # in z, of everything added so far
     z = v * size - base[:, None]
     e = tl.exp2(z)
     shrink = tl.exp2(moved)
     total_z = (total_z + moved * total) * shrink + tl.sum(e * z, 1)
     total = total * shrink + tl.sum(e, 1)
-    return new_top, total, total_z
+    return new_top, base, total, total_z
 
 
 @triton.jit
@@ -74,9 +84,9 @@ def statistics_kernel(
     x_tile = load_rows(q_base, i0, N, D, 0, BLOCK_M, BLOCK_D) if CHUNKS == 1 else rows
     sign0, size0 = slope_of(tl.load(tau), acc_type)
     top0 = tl.full((BLOCK_M,), -HUGE, dtype=acc_type)
-    sum0, sum_z0 = tl.zeros_like(top0), tl.zeros_like(top0)
+    base0, sum0, sum_z0 = tl.zeros_like(top0), tl.zeros_like(top0), tl.zeros_like(top0)
     sign1, size1 = slope_of(tl.load(tau + (KIND1 != NONE)), acc_type)
-    top1, sum1, sum_z1 = top0, sum0, sum0
+    top1, base1, sum1, sum_z1 = top0, sum0, sum0, sum0
     for j0 in range(begin, min(begin + share, M), BLOCK_N):
         columns = j0 + tl.arange(0, BLOCK_N)
         y_tile = load_rows(k_base, j0, M, D, 0, BLOCK_N, BLOCK_D) if CHUNKS == 1 else columns
@@ -91,11 +101,11 @@ def statistics_kernel(
             c = S
         bias = tl.where(columns < M, half_norm(y_norm, sign0, KIND0, INNER), HUGE)
         v = level(S, c, bias[None, :], sign0, KIND0, INNER, x_id, y_id, rows, columns)
-        top0, sum0, sum_z0 = add_tile(v, size0, top0, sum0, sum_z0)
+        top0, base0, sum0, sum_z0 = add_tile(v, size0, top0, base0, sum0, sum_z0)
         if KIND1 != NONE:
             bias = tl.where(columns < M, half_norm(y_norm, sign1, KIND1, INNER), HUGE)
             v = level(S, c, bias[None, :], sign1, KIND1, INNER, x_id, y_id, rows, columns)
-            top1, sum1, sum_z1 = add_tile(v, size1, top1, sum1, sum_z1)
+            top1, base1, sum1, sum_z1 = add_tile(v, size1, top1, base1, sum1, sum_z1)
     one = tl.cast(P, tl.int64) * N  # entries of one softmax
     stride = one if KIND1 == NONE else 2 * one  # of one quantity
     out = state + tl.program_id(2) * 3 * stride + tl.cast(p, tl.int64) * N + rows

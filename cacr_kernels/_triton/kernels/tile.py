@@ -86,7 +86,7 @@ def positive_cost(x_base, x_norm, x_id, i0, N, y_base, y_norm, y_id, j0, M, D, S
     """Costs of all pairs of a tile; those of near pairs with equal ids are differences, which do not cancel."""
     norms = x_norm[:, None] + y_norm[None, :]
     c = norms - 2.0 * S
-    near = (x_id[:, None] == y_id[None, :]) & (c <= norms * NEAR)
+    near = (x_id[:, None] == y_id[None, :]) & (c <= norms * NEAR) & (norms > 0)
     if tl.max(near.to(tl.int32)) > 0:
         c = tl.where(near, difference_cost(x_base, i0, N, y_base, j0, M, D, S), c)
     return c
