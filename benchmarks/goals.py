@@ -31,13 +31,18 @@ class Goal(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """A goal and what was measured: 20 %, median and 80 % of it."""
+    """A goal and what was measured: 20 %, median and 80 % of it.
+
+    A ratio asks for a time of ours, and the products of that time for a share of the peak: above 100 % no
+    implementation meets it on the machine that was measured.
+    """
 
     goal: Goal
     label: str
     low: float
     found: float
     high: float
+    needed: float | None = None  # the share of the FMA peak at which our time would meet a ratio, in percent
 
     @property
     def met(self) -> bool:
@@ -121,5 +126,12 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
         row = found.get((goal.case, goal.row))
         figure = goal.figure(row) if row else None
         if row and figure:
-            judged.append(Verdict(goal, problem_label(row), *figure))
+            judged.append(Verdict(goal, problem_label(row), *figure, _needed(goal, figure[1], found)))
     return judged
+
+
+def _needed(goal: Goal, ratio: float, found: dict[tuple[str, str | None], Row]) -> float | None:
+    """What ``Verdict.needed`` says; None for figures that are no ratio of other formulations to ours."""
+    ours = found.get((goal.case, None))
+    share = _of_peak(ours) if ours and goal.figure is _slower else None
+    return share[1] * goal.required / ratio if share else None

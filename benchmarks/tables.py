@@ -142,7 +142,7 @@ def print_goals(console: Console, verdicts: list[Verdict]) -> None:
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("case")
     table.add_column("figure")
-    for heading in ("required", "measured", "20–80 %"):
+    for heading in ("required", "measured", "20–80 %", "needs of peak"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("")
     for verdict in verdicts:
@@ -151,13 +151,18 @@ def print_goals(console: Console, verdicts: list[Verdict]) -> None:
         ends = [figure(end, "").strip() for end in (verdict.low, verdict.high)]
         spread = "" if verdict.low == verdict.high else "–".join(ends)
         text = "[green]met" if verdict.met else "[bold red]missed"
-        table.add_row(escape(verdict.label), goal.text, required, figure(verdict.found, goal.unit), spread, text)
+        needed = "" if verdict.needed is None else f"{verdict.needed:.0f} %"
+        table.add_row(
+            escape(verdict.label), goal.text, required, figure(verdict.found, goal.unit), spread, needed, text
+        )
     console.print(table)
     met = sum(verdict.met for verdict in verdicts)
+    beyond = sum((verdict.needed or 0) > 100 for verdict in verdicts)
     rest = len(GOALS) - len(verdicts)
     console.print(
         f"{met} of {len(verdicts)} goals met"
         + (f"; {rest} need cases that were not measured (--suite goals measures all, on two threads)" if rest else "")
+        + (f"; {beyond} ask for more than the FMA peak of this machine" if beyond else "")
         + "\n[dim]The ratios required were set on another machine, with AVX2.[/dim]\n",
         soft_wrap=True,
     )

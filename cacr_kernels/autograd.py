@@ -60,11 +60,23 @@ class SingleProblem(Function):
         raise ValueError(no_vmap("this backend"))
 
 
+# Whether the backward at hand keeps its graph for another one. Not public: where it is missing, it might.
+_keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda x: True)
+
+
+def _scaled(g_loss: Tensor, grad: Tensor) -> Tensor:
+    """``g_loss * grad``; ``grad`` itself after ``loss.backward()``, where nobody will ask for it a second time."""
+    last = type(g_loss) is Tensor and g_loss.device.type == "cpu" and not _keeps_graph()
+    known = last and not _transforms_active() and not _batched(g_loss)
+    return grad if known and g_loss.item() == 1 else g_loss * grad
+
+
 class CACRFunction(SingleProblem):
     """``cacr_loss`` of views [V, B, D], numbers [5] or ``None``, with both gradients found in forward.
 
-    Returns loss, parts and the two gradients, of which only the loss is differentiable. ``backward`` scales them out of
-    place; where it is differentiated it calls :class:`CACRGradient`, so that a second derivative, also inside a larger
+    Returns loss, parts and the two gradients, of which only the loss is differentiable. ``backward`` never writes to
+    them; where it is differentiated it calls :class:`CACRGradient`, so that a second derivative, also inside a larger
     graph, is that of the reference.
     """
 
@@ -93,7 +105,7 @@ class CACRFunction(SingleProblem):
 
     @staticmethod
     def backward(ctx: Any, g_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-        """Scales the gradients, out of place and in their own dtype."""
+        """Scales the gradients, in their own dtype."""
         if g_loss is None:
             return (None,) * 6
         views, numbers, grad_views, grad_numbers = ctx.saved_tensors
@@ -103,7 +115,7 @@ class CACRFunction(SingleProblem):
             _, _, grad_views, grad_numbers = _apply(CACRFunction, views, numbers, *wanted)
         if not torch.is_grad_enabled():  # nobody differentiates the gradient
             out_numbers = g_loss.to(grad_numbers.dtype) * grad_numbers if need_numbers else None
-            return g_loss * grad_views if need_views else None, out_numbers, None, None, None, None
+            return _scaled(g_loss, grad_views) if need_views else None, out_numbers, None, None, None, None
         if not need_views:
             grad_views = torch.zeros_like(views)
         out_views, out_numbers = _apply(CACRGradient, g_loss, views, numbers, grad_views, grad_numbers, ctx.options)

@@ -292,6 +292,32 @@ def test_a_gradient_belongs_to_who_asked_for_it(factor: float, backend: str) -> 
         loss.backward()
 
 
+def products_in_backward(loss: Tensor, **options: Any) -> int:
+    """How many products autograd makes for ``loss.backward()``."""
+    with torch.profiler.profile() as profile:
+        loss.backward(**options)
+    return sum(event.count for event in profile.key_averages() if event.key == "aten::mul")
+
+
+def test_the_last_backward_hands_its_gradient_out() -> None:
+    """Without a copy where nothing scales it, as often as it is asked for where the graph is kept."""
+    leaf = unit(2, 5, 3).requires_grad_()
+    (expected,) = grad(cacr_loss(leaf, backend="torch"), leaf)
+    loss = cacr_loss(leaf, backend="cpu")
+    for _ in range(2):
+        assert products_in_backward(loss, retain_graph=True) == 1
+        torch.testing.assert_close(leaf.grad, expected)
+        leaf.grad.fill_(9.0)
+        leaf.grad = None
+    assert products_in_backward(loss) == 0
+    torch.testing.assert_close(leaf.grad, expected)
+    assert products_in_backward(cacr_loss(leaf, backend="cpu")) == 0  # added to what is there
+    torch.testing.assert_close(leaf.grad, 2 * expected)
+    leaf.grad = None
+    assert products_in_backward(cacr_loss(leaf, backend="cpu"), gradient=torch.tensor(2.0, dtype=torch.float64)) == 1
+    torch.testing.assert_close(leaf.grad, 2 * expected)
+
+
 @both_backends
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_a_batch_of_incoming_gradients(backend: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -213,14 +214,29 @@ def test_goals_are_judged(capsys: pytest.CaptureFixture[str]) -> None:
         "memory above the inputs": (False, 161.0, 161.0, 161.0),
         "runs to its end": (True, 1.0, 1.0, 1.0),
     }
+    needed = {text: round(v.needed, 2) for (text, _), v in by_text.items() if v.needed}
+    assert needed == {"eager / ours": round(85 * 3.3 / 3.2, 2), "compiled / ours": round(85 * 3.0 / 3.2, 2)}
     killed = goals.verdicts([goal_row(huge, ours, status=results.SINGLE, memory_reason="killed")])
     assert [v.met for v in killed] == [False]
     assert goals.verdicts([goal_row(huge, ours, status=results.SINGLE)]) == []  # not tried
 
     tables.print_goals(Console(width=160), verdicts)
     printed = capsys.readouterr().out
-    for text in ("≥ 3.30×", "3.20×", "3.00–3.60", "missed", "≥ 80.0 %", "85.0 %", "≤ 3.00×", "2.50×", "≤ 160 MiB"):
+    for text in (
+        "≥ 3.30×",
+        "3.20×",
+        "3.00–3.60",
+        "missed",
+        "≥ 80.0 %",
+        "85.0 %",
+        "≤ 3.00×",
+        "2.50×",
+        "≤ 160 MiB",
+        "88 %",
+        "80 %",
+    ):
         assert text in printed, text
+    assert re.search(r"3.00–3.60 *│ *88 %", printed)
     assert "4 of 6 goals met; 35 need cases that were not measured" in printed
 
 
