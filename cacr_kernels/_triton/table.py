@@ -2,8 +2,9 @@
 
 Nothing here was timed. What was looked at are the compiled kernels (``python -m benchmarks.codegen``): every entry
 compiles without spilling registers, within the shared memory of the smallest member of its family, and among those the
-larger tile was taken, as it reads less from memory per similarity. The NVIDIA families share the entries: tiles that
-fit their registers are the same, and what sm_80 has in shared memory is enough. AMD's differ in the number of warps.
+larger tile was taken, as it reads less from memory per similarity. The NVIDIA families share the entries where tiles
+that fit their registers are the same (sm_100, whose products leave their sums in a memory of their own, has some of its
+own), and what the smallest sm_80 has in shared memory is enough. AMD's differ in the number of warps.
 """
 
 from __future__ import annotations
@@ -131,6 +132,19 @@ TWO: dict[str, dict[Precision, tuple[Tile, ...]]] = {
     },
 }
 
+# Where sm_100 spills with those entries: by number of softmaxes or accumulators, kernel and kind of product.
+SM_100: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
+    (False, "gradient", "half"): _row(
+        (64, 32, 64, 4, 3, 64), (64, 32, 128, 4, 1, 128), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128)
+    ),
+    (False, "gradient", "tf32x3"): _row(*[(64, 32, 32, 4, 2, 64)] * 4),
+    (True, "statistics", "fp64"): _row(*[(32, 32, 32, 4, 1, 0)] * 4),
+    (True, "gradient", "half"): _row(*[(128, 16, 64, 4, 1, 64)] * 4),
+    (True, "gradient", "ieee"): _row(*[(64, 32, 32, 8, 2, 64)] * 4),
+    (True, "gradient", "fp64"): _row(*[(32, 32, 32, 8, 2, 32)] * 4),
+    (True, "frozen", "fp64"): _row(*[(64, 32, 32, 4, 2, 32)] * 4),
+}
+
 
 def tile_of(family: str, kernel: str, precision: Precision, D: int, two: bool) -> Tile:
     """The configuration of ``kernel``, cut down to the features there are."""
@@ -138,6 +152,8 @@ def tile_of(family: str, kernel: str, precision: Precision, D: int, two: bool) -
         entry = Tile(32, 32, 64, 4, 2, 64)
     else:
         rows = TWO[kernel].get(precision, ONE[kernel][precision]) if two else ONE[kernel][precision]
+        if family == "sm_100":
+            rows = SM_100.get((two, kernel, precision), rows)
         entry = rows[CLASSES.index(class_of(D))]
         if family in ("cdna3", "cdna"):  # its waves take 32 rows each, and without a second product 32 columns of them
             columns = entry.block_n // 32 if kernel == "statistics" else 1
