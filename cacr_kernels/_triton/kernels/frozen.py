@@ -107,7 +107,7 @@ def frozen_kernel(
             mean = multiply(e * scale, y_out, mean * shrink[:, None], PRECISION)
     one = tl.cast(P, tl.int64) * N
     out = state + part * 4 * one + tl.cast(p, tl.int64) * N + rows
-    first = (rows < N) & (d_out == 0)
+    first = rows < tl.where(d_out == 0, N, 0)
     tl.store(out, top, mask=first)
     tl.store(out + one, total, mask=first)
     tl.store(out + 2 * one, total_z, mask=first)
@@ -196,7 +196,7 @@ def frozen_merge_kernel(
     F = tl.where(empty, 0.0, F)
     logit = temperature * (norm - 2.0 * sign * anchor.to(tl.float64))
     log_sum = tl.where(empty, -float("inf"), (tl.log2(total) - rounding) * LN2 + logit)
-    first = inside & (d0 == 0)
+    first = rows < tl.where(d0 == 0, N, 0)
     tl.store(value + at, F, mask=first)
     tl.store(lse + at, tl.where(F == F, log_sum, F), mask=first)
     if MOMENTS:

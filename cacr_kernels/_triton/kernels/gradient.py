@@ -193,7 +193,7 @@ def gradient_kernel(
         )  # fmt: skip
         if QUERY and WANT_TAU:
             out = moment + part * stride + p * queries + rows
-            mine = (rows < N) & (here == view)
+            mine = rows < tl.where(here == view, N, 0)
             tl.store(out, moment0, mask=mine)
             if KIND1 != NONE:
                 tl.store(out + one, moment1, mask=mine)
