@@ -34,8 +34,9 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> N
     if 0 in grid:
         return
     if _tracing.get():
-        kernel = torch.library.wrap_triton(kernel)
-    kernel[grid](*args, **constants)
+        torch.library.wrap_triton(kernel)[grid](*args, **constants)
+    else:
+        kernel[grid](*args, **constants, enable_fp_fusion=True)  # from Triton 3.10 on not the default
 
 
 def on_device_of_first(function: Callable[..., Any]) -> Callable[..., Any]:
