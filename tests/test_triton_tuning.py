@@ -245,6 +245,16 @@ def test_one_of_many_threads_times(timer: Timer, monkeypatch: pytest.MonkeyPatch
     assert len(timer.timed) == len(set(timer.timed))
 
 
+def test_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton times on a GPU; in the interpreter it is one call."""
+    calls: list[Any] = []
+    assert tuning.measure(lambda: calls.append(1), torch.device("cpu")) >= 0
+    assert calls == [1]
+    monkeypatch.setattr(importlib.import_module("triton.testing"), "do_bench", lambda call, return_mode: (call(), 3)[1])
+    assert tuning.measure(lambda: calls.append(2), torch.device("cuda")) == 3.0
+    assert calls == [1, 2]
+
+
 # ---- when nothing is timed -------------------------------------------------------------------------------------------
 def test_off_unless_asked_for(timer: Timer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tuning, "ON", tuning.asked())
