@@ -38,6 +38,14 @@ def _triton() -> dict[str, str | None]:
     return {"version": version, "error": None}
 
 
+def _autotune() -> dict[str, Any]:
+    try:
+        tuning = importlib.import_module("cacr_kernels._triton.tuning")
+    except ValueError as error:
+        return {"on": False, "cache": None, "error": str(error)}
+    return {"on": tuning.ON, "cache": str(tuning.cache_dir()), "error": None}
+
+
 def report() -> dict[str, Any]:
     """The environment as plain data; wherever something cannot run, ``error`` or the backend's entry says why."""
     library = cpu_library()
@@ -48,6 +56,7 @@ def report() -> dict[str, Any]:
         "platform": platform.platform(),
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip},
         "triton": _triton(),
+        "autotune": _autotune(),
         "cpu": {"model": _cpu_model(), "logical_cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
         "gpus": gpus,
         "cpu_library": {
@@ -64,7 +73,8 @@ def report() -> dict[str, Any]:
 
 def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
     """The report as lines of a name and a text."""
-    cpu, library, triton = data["cpu"], data["cpu_library"], data["triton"]
+    cpu, library, triton, autotune = data["cpu"], data["cpu_library"], data["triton"], data["autotune"]
+    tuned = f"on, choices kept in {autotune['cache']}" if autotune["on"] else "off (CACR_AUTOTUNE=1 turns it on)"
     gpu_build = data["torch"]["cuda"] or data["torch"]["hip"]
     isas = ", ".join(f"{isa} (active)" if isa == library["active_isa"] else isa for isa in library["compiled_isas"])
     if library["isa_error"]:
@@ -74,6 +84,7 @@ def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("Python", f"{data['python']} on {data['platform']}"),
         ("torch", f"{data['torch']['version']} ({f'GPU build {gpu_build}' if gpu_build else 'CPU build'})"),
         ("Triton", triton["version"] or f"not available: {triton['error']}"),
+        ("Triton autotuning", autotune["error"] or tuned),
         ("CPU", f"{cpu['model']}, {cpu['logical_cores']} logical cores, torch uses {cpu['torch_threads']} threads"),
         ("GPU", ", ".join(data["gpus"]) or "none"),
         ("CPU library", library["error"] or library["path"]),

@@ -28,6 +28,7 @@ VECTORS = "triton and (views_00 or views_03 or rbf_01 or queue_01 or momentum_02
 SUITES = {
     "operators": ["interpreted/test_triton_operators.py"],
     "losses": ["interpreted/test_triton_losses.py"],
+    "tuning": ["interpreted/test_triton_candidates.py"],
     "vectors": ["test_vectors.py", "-k", VECTORS],
 }
 
@@ -99,11 +100,18 @@ def captured(graphs: list[torch.fx.GraphModule]) -> Any:
 
 @pytest.mark.filterwarnings("ignore")  # what torch itself says while it compiles
 @pytest.mark.parametrize("name", ["contrast", "contrast_frozen", "cacr"])
-def test_a_compiler_sees_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph that Inductor would get for a GPU holds kernels, and no operator of this package."""
-    pytest.importorskip("triton", reason="needs Triton")
-    from cacr_kernels._triton import launch, problem
+def test_a_compiler_sees_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The graph that Inductor would get for a GPU holds kernels, and no operator of this package.
 
+    Autotuning is on, and times nothing.
+    """
+    pytest.importorskip("triton", reason="needs Triton")
+    from cacr_kernels._triton import launch, problem, tuning
+
+    monkeypatch.setattr(tuning, "ON", True)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "measure", lambda *_: pytest.fail("timed while tracing"))
+    monkeypatch.setenv("CACR_CACHE_DIR", str(tmp_path))
     for module in (launch, problem, table):
         monkeypatch.setattr(module, "processor_of", lambda _: table.Processor("sm_90", 132))
 
@@ -123,6 +131,8 @@ def test_a_compiler_sees_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch)
     kernels = [target for target in targets if "triton_kernel_wrapper" in target]
     assert len(kernels) == {"contrast": 3, "contrast_frozen": 3, "cacr": 9}[name], targets
     assert not any("cacr_kernels" in target for target in targets), targets
+    assert tuning._chosen
+    assert not any(tmp_path.iterdir())
 
 
 def test_tiles_fit_the_features() -> None:

@@ -4,6 +4,7 @@ ops.py        registration
 launch.py     the general path, frozen.py and cacr.py the other two operators: launches of kernels
 problem.py    a problem as the kernels take it
 table.py      launch configurations by processor and size
+tuning.py     faster ones, if asked for
 kernels/      what runs on the device
 """
 

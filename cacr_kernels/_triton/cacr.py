@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..ops import PAIRINGS
 from ..reference import view_pairs
+from . import tuning
 from .kernels.aligned import aligned_gradient_kernel, aligned_kernel
 from .kernels.loss import incoming_kernel, log_total_kernel, loss_kernel, numbers_kernel
-from .launch import query_gradient, readable, row_coefficients, statistics
+from .launch import query_sweep, readable, row_coefficients, statistics
 from .problem import Problem, cdiv, on_device_of_first, power_of_two, start, view_table
 
 OTHER = 2
@@ -88,7 +89,7 @@ def cacr(
             start(incoming_kernel, (cdiv(p.P * p.N, 1024),), lse, log_total, given, *incoming, p.P, p.N, **flags)
             rows = row_coefficients(p, value, weights, *incoming, False)
             coefficients = rows[0]
-            grads, moment = query_gradient(p, *rows, want_tau and not rbf)
+            grads, moment = tuning.run(p, "gradient", query_sweep, *rows, want_tau and not rbf)
     grad = p.empty(*(z.shape if want_grad else (0,)))
     if want_grad:
         add_attraction(z, given, positive, grads, grad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import tuning
 from .kernels.coefficients import coefficients_kernel
 from .kernels.gradient import gradient_kernel
 from .kernels.merge import merge_kernel
@@ -12,7 +13,7 @@ from .kernels.norms import norms_kernel
 from .kernels.statistics import statistics_kernel
 from .kernels.total import add_shares_kernel, grad_tau_kernel
 from .problem import Problem, cdiv, on_device_of_first, power_of_two, start, view_table
-from .table import processor_of
+from .table import Tile, processor_of
 
 ROWS = 128  # of a program that works on rows, not on tiles
 
@@ -78,7 +79,19 @@ def contrast(
 
 def statistics(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Value and lse [S, P, N], and the three numbers [3, S, P, N] that the weights of a row are made of."""
-    tile = p.tile("statistics")
+    state = tuning.run(p, "statistics", statistics_sweep)
+    value = p.empty(p.S, p.P, p.N, dtype=torch.float64)
+    lse, weights = torch.empty_like(value), p.empty(3, p.S, p.P, p.N, dtype=torch.float64)
+    by_cost = {"BY_COST0": p.by_cost(0), "BY_COST1": p.by_cost(p.S - 1)}
+    start(
+        merge_kernel, (cdiv(p.N, ROWS), p.P, p.S), state, p.q_norm, p.tau, p.q_view, value, lse, weights,
+        p.N, p.P, state.shape[0], **by_cost, INNER=p.inner, BLOCK=ROWS,
+    )  # fmt: skip
+    return value, lse, weights
+
+
+def statistics_sweep(p: Problem, tile: Tile) -> Tensor:
+    """What ``merge_kernel`` merges [shares, 3, S, P, N]."""
     blocks = cdiv(p.N, tile.block_m)
     share, shares = p.shares(blocks * p.P, p.M, tile.block_n, 3 * p.S * p.P * p.N * 8)
     state = p.empty(shares, 3, p.S, p.P, p.N)
@@ -87,14 +100,7 @@ def statistics(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
         statistics_kernel, (blocks, p.P, shares), *arrays, state, p.N, p.M, p.D, p.P, share, **p.constants(),
         CHUNKS=tile.chunks(p.D), **tile.constants(False),
     )  # fmt: skip
-    value = p.empty(p.S, p.P, p.N, dtype=torch.float64)
-    lse, weights = torch.empty_like(value), p.empty(3, p.S, p.P, p.N, dtype=torch.float64)
-    by_cost = {"BY_COST0": p.by_cost(0), "BY_COST1": p.by_cost(p.S - 1)}
-    start(
-        merge_kernel, (cdiv(p.N, ROWS), p.P, p.S), state, p.q_norm, p.tau, p.q_view, value, lse, weights,
-        p.N, p.P, shares, **by_cost, INNER=p.inner, BLOCK=ROWS,
-    )  # fmt: skip
-    return value, lse, weights
+    return state
 
 
 @on_device_of_first
@@ -124,12 +130,12 @@ def contrast_backward(
     moments = want_tau and not detach_weights
     grad_q, grad_k, grad_tau = p.empty(0), p.empty(0), torch.zeros_like(tau) if want_tau else tau.new_empty(0)
     if want_q or moments:
-        shares, moment = query_gradient(p, *rows, moments)
+        shares, moment = tuning.run(p, "gradient", query_sweep, *rows, moments)
         grad_q = add_shares(shares) if want_q else grad_q
         if moments:
             grad_tau = temperature_gradient(p, moment, rows[0], value, weights[1], grad_lse)
     if want_k and not p.own:
-        grad_k = add_shares(key_gradient(p, *rows))
+        grad_k = add_shares(tuning.run(p, "gradient", key_sweep, *rows))
     return grad_q, grad_k, grad_tau
 
 
@@ -148,43 +154,46 @@ def row_coefficients(
     return coefficients, bound
 
 
-def query_gradient(p: Problem, coefficients: Tensor, bound: Tensor, want_moment: bool) -> tuple[Tensor, Tensor]:
+def query_sweep(
+    p: Problem, tile: Tile, coefficients: Tensor, bound: Tensor, want_moment: bool
+) -> tuple[Tensor, Tensor]:
     """Gradient of the queries, of both if they are the keys, as shares [shares, views, N, D].
 
     And the moments [shares, S, P, N] where they are wanted.
     """
     x = p.q, p.k, p.q_norm, p.k_norm, p.q_id, p.k_id, p.tau, p.q_view, p.k_view
     sides = 2 if p.own else 1
-    share, shares = _shares(p, p.q, p.M, sides)
+    share, shares = _shares(p, tile, p.q, p.M, sides)
     grads = p.empty(sides * shares, *p.q.shape)
     moment = p.empty(shares, p.S, p.P, p.N) if want_moment else bound
-    _sweep(p, x, coefficients, bound, grads[:shares], moment, share, {"QUERY": True, "WANT_TAU": want_moment})
+    role = {"QUERY": True, "WANT_TAU": want_moment}
+    _sweep(p, tile, x, coefficients, bound, grads[:shares], moment, share, role)
     if p.own:
-        _key_sweep(p, coefficients, bound, grads[shares:], share)
+        _keys(p, tile, coefficients, bound, grads[shares:], share)
     return grads, moment
 
 
-def key_gradient(p: Problem, coefficients: Tensor, bound: Tensor) -> Tensor:
+def key_sweep(p: Problem, tile: Tile, coefficients: Tensor, bound: Tensor) -> Tensor:
     """Gradient of keys that are not the queries, as shares."""
-    share, shares = _shares(p, p.k, p.N, 1)
+    share, shares = _shares(p, tile, p.k, p.N, 1)
     grads = p.empty(shares, *p.k.shape)
-    _key_sweep(p, coefficients, bound, grads, share)
+    _keys(p, tile, coefficients, bound, grads, share)
     return grads
 
 
-def _key_sweep(p: Problem, coefficients: Tensor, bound: Tensor, grads: Tensor, share: int) -> None:
+def _keys(p: Problem, tile: Tile, coefficients: Tensor, bound: Tensor, grads: Tensor, share: int) -> None:
     x = p.k, p.q, p.k_norm, p.q_norm, p.k_id, p.q_id, p.tau, p.k_view, p.q_view
-    _sweep(p, x, coefficients, bound, grads, bound, share, {"QUERY": False, "WANT_TAU": False})
+    _sweep(p, tile, x, coefficients, bound, grads, bound, share, {"QUERY": False, "WANT_TAU": False})
 
 
-def _shares(p: Problem, x: Tensor, others: int, sides: int) -> tuple[int, int]:
-    tile = p.tile("gradient")
+def _shares(p: Problem, tile: Tile, x: Tensor, others: int, sides: int) -> tuple[int, int]:
     programs = cdiv(x.shape[1], tile.block_m) * x.shape[0] * cdiv(p.D, tile.block_out)
     return p.shares(programs, others, tile.block_n, sides * x.numel() * 8)
 
 
 def _sweep(
     p: Problem,
+    tile: Tile,
     arrays: tuple[Tensor, ...],
     coefficients: Tensor,
     bound: Tensor,
@@ -194,8 +203,7 @@ def _sweep(
     role: dict[str, bool],
 ) -> None:
     """Gradient of the first of ``arrays``, which meets the second."""
-    tile, shares = p.tile("gradient"), grads.shape[0]
-    (views, rows, D), others = arrays[0].shape, arrays[1].shape[1]
+    shares, (views, rows, D), others = grads.shape[0], arrays[0].shape, arrays[1].shape[1]
     grid = cdiv(rows, tile.block_m), views * shares, cdiv(D, tile.block_out)
     start(
         gradient_kernel, grid, *arrays, coefficients, bound, grads, moment, rows, others, D, p.P, bound.numel(),

@@ -17,6 +17,7 @@ from .table import Precision, Processor, Tile, processor_of, tile_of
 
 WORKSPACE = 1 << 28  # bytes that the shares of one array may take
 _tracing = contextvars.ContextVar("tracing", default=False)
+_launched: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("launched", default=None)
 
 
 @contextlib.contextmanager
@@ -29,14 +30,32 @@ def tracing() -> Iterator[None]:
         _tracing.reset(token)
 
 
+def recording(device: torch.device) -> bool:
+    """Whether launches become part of a graph that is being traced or captured."""
+    return _tracing.get() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+@contextlib.contextmanager
+def launched() -> Iterator[list[Any]]:
+    """The compiled kernels that are launched inside, in order."""
+    kernels: list[Any] = []
+    token = _launched.set(kernels)
+    try:
+        yield kernels
+    finally:
+        _launched.reset(token)
+
+
 def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """One launch, on the current stream of the current device; nothing for an empty grid."""
     if 0 in grid:
         return
     if _tracing.get():
         torch.library.wrap_triton(kernel)[grid](*args, **constants)
-    else:
-        kernel[grid](*args, **constants, enable_fp_fusion=True)  # from Triton 3.10 on not the default
+        return
+    compiled = kernel[grid](*args, **constants, enable_fp_fusion=True)  # from Triton 3.10 on not the default
+    if (kernels := _launched.get()) is not None:
+        kernels.append(compiled)
 
 
 def on_device_of_first(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,7 +86,7 @@ def view_table(index: tuple[int, ...], device: torch.device) -> Tensor:
 
     Kept for the next call, unless it belongs to a graph that is being traced or captured.
     """
-    if _tracing.get() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if recording(device):
         return _made_there(index, device)
     return _kept(index, device)
 
