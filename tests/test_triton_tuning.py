@@ -127,7 +127,7 @@ def test_tiles_that_spill_are_out_of_the_question(timer: Timer, tmp_path: Path) 
         """Launches, and returns what Triton does."""
 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-            return lambda *, BLOCK_N: SimpleNamespace(n_spills=8 * (BLOCK_N == 64))
+            return lambda *, BLOCK_N, **_: SimpleNamespace(n_spills=8 * (BLOCK_N == 64))
 
     def spilling(p: problem.Problem, tile: Tile) -> Tile:
         problem.start(Kernel(), (1,), BLOCK_N=tile.block_n)
