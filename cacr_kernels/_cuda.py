@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ._products import fp32_products
 from .ops import CACR_SCHEMA, CONTRAST_BACKWARD_SCHEMA, CONTRAST_SCHEMA, NAMESPACE, operator
 from .types import Pairing
 
@@ -20,9 +21,8 @@ MAX_ALIGNED = 1 << 24  # costs of views of one instance in the fused loss: B V^2
 
 
 def float_products() -> int:
-    """TF32 or IEEE if somebody said so, else three TF32 products, nearly IEEE."""
-    asked = torch.backends.cuda.matmul.fp32_precision
-    return TF32 if asked == "tf32" else IEEE if asked == "ieee" else TF32X3
+    """As ``csrc/cuda/binding.cpp`` numbers them."""
+    return {"ieee": IEEE, "tf32": TF32, "tf32x3": TF32X3}[fp32_products()]
 
 
 def too_many_views(shape: tuple[int, ...], pairing: Pairing) -> bool:

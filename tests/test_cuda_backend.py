@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cacr_kernels
 from cacr_kernels import _cuda, _extension
+from cacr_kernels._products import VARIABLE
 
 backends: Any = importlib.import_module("cacr_kernels.backends")
 CPU = torch.device("cpu")
@@ -55,8 +56,18 @@ def test_auto_goes_by_size(monkeypatch):
     assert backends.select("auto", gpu, backends.CUDA_UP_TO + 1) == "cuda"
 
 
-@pytest.mark.parametrize(("asked", "products"), [("ieee", _cuda.IEEE), ("tf32", _cuda.TF32), ("none", _cuda.TF32X3)])
-def test_products_of_float32(asked, products):
+@pytest.mark.parametrize(
+    ("asked", "variable", "products"),
+    [
+        ("ieee", "", _cuda.IEEE),
+        ("none", "0", _cuda.IEEE),
+        ("tf32", "1", _cuda.TF32),
+        ("none", "1", _cuda.TF32X3),
+        ("ieee", "1", _cuda.TF32X3),
+    ],
+)
+def test_products_of_float32(asked, variable, products, monkeypatch):
+    monkeypatch.setenv(VARIABLE, variable)
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = asked

@@ -167,3 +167,23 @@ def test_gpu_check_steps_exist() -> None:
         assert all((TESTS.parent / x).exists() for x in rest if x.startswith("tests/"))
     if not torch.cuda.is_available():
         assert gpu_check.main([]) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_products_compile_again() -> None:
+    """The products of float32 are part of the graph, and torch.compile guards what they follow."""
+    graphs = []
+
+    def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    loss, z = torch.compile(lambda z: cacr_loss(z, backend="torch"), backend=compiler), torch.randn(2, 5, 3)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for asked, found in (("ieee", 1), ("tf32", 2), ("none", 2), ("tf32", 2)):
+            torch.backends.cuda.matmul.fp32_precision = asked
+            loss(z)
+            assert len(graphs) == found, asked
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

@@ -7,6 +7,7 @@ yardstick and the tolerance are those of ``testing.py``; for TF32 products, of t
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import re
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from ptx import triton_ptx
 from ptx.tf32 import TF32Products
 
 from cacr_kernels import testing
+from cacr_kernels._products import VARIABLE
 from cacr_kernels.testing import Case, Result
 
 pytest.importorskip("triton", reason="needs Triton")
@@ -81,6 +83,7 @@ def compared(case: Case, precision: str) -> list[Result]:
     dtype, setting, _ = PRECISIONS[precision]
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = setting
+    os.environ[VARIABLE] = str(int(precision == "tf32x3"))
     try:
         expected = testing.expect(case, dtype, count=1)
         if precision != "tf32":
@@ -91,6 +94,7 @@ def compared(case: Case, precision: str) -> list[Result]:
         return testing.measure(case, expected._replace(yardstick=tf32_yardstick(eager)), "triton", dtype)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+        del os.environ[VARIABLE]
 
 
 def wrong(results: list[Result]) -> list[Result]:
@@ -137,7 +141,7 @@ def test_a_running_maximum_that_stays_moves_nothing(frozen: bool, monkeypatch: p
     """Many tiles after the one with the nearest key: what rounding takes from a base must not be taken every time."""
     problem = importlib.import_module("cacr_kernels._triton.problem")
     monkeypatch.setattr(problem.Problem, "shares", lambda self, programs, length, block, size: (length, 1))
-    monkeypatch.setattr(problem, "fp32_precision", lambda: "ieee")
+    monkeypatch.setattr(problem, "fp32_products", lambda: "ieee")
     g = torch.Generator().manual_seed(0)
     q, k = (torch.nn.functional.normalize(torch.randn(1, n, 16, generator=g), dim=-1) for n in (7, 3201))
     k[0, :7] = torch.nn.functional.normalize(q[0] + 0.01 * torch.randn(7, 16, generator=g), dim=-1)

@@ -220,7 +220,7 @@ def test_keys_separate(timer: Timer, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert timed(calls[0])
     monkeypatch.setattr(problem, "processor_of", lambda device: Processor("sm_90", 132))
     assert timed(calls[0])
-    monkeypatch.setattr(problem, "fp32_precision", lambda: "tf32")
+    monkeypatch.setattr(problem, "fp32_products", lambda: "tf32")
     assert timed(calls[0])
     assert len(kept(tmp_path)) == len(calls) + 3
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._blocks import SAME, SAME_NOT_SELF
+from .._products import fp32_products
 from .table import Precision, Processor, Tile, processor_of, tile_of
 
 WORKSPACE = 1 << 28  # bytes that the shares of one array may take
@@ -98,16 +99,10 @@ def _made_there(index: tuple[int, ...], device: torch.device) -> Tensor:
 _kept = functools.lru_cache(maxsize=1024)(_made_there)
 
 
-def fp32_precision() -> Precision:
-    """How float32 products are made now: TF32 or IEEE if somebody said so, else three TF32 products, nearly IEEE."""
-    asked = torch.backends.cuda.matmul.fp32_precision
-    return "tf32" if asked == "tf32" else "ieee" if asked == "ieee" else "tf32x3"
-
-
 def precision_of(x: Tensor, processor: Processor) -> Precision:
     """The class of products that the launch table knows."""
     if x.dtype == torch.float32:
-        asked = fp32_precision()
+        asked = fp32_products()
         missing = (asked == "tf32x3" and not processor.has_tf32x3) or (asked == "tf32" and not processor.has_tf32)
         return "ieee" if missing else asked
     return "fp64" if x.dtype == torch.float64 else "half"

@@ -1,0 +1,22 @@
+"""How products of float32 are made on a GPU, by both of its backends."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+
+Products = Literal["ieee", "tf32", "tf32x3"]
+VARIABLE = "CACR_TF32X3"
+
+
+def fp32_products() -> Products:
+    """As PyTorch makes its own, ``torch.backends.cuda.matmul.fp32_precision``: IEEE unless TF32 was allowed.
+
+    With ``CACR_TF32X3=1`` in the environment three TF32 products stand in for IEEE: on tensor cores, hence faster, but
+    those cut off what they add up, so that the error grows with the number of keys (README, Limits).
+    """
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "tf32x3" if os.environ.get(VARIABLE, "") not in ("", "0") else "ieee"
