@@ -62,8 +62,11 @@ def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "8.0" in str(why(cuda))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert why(cuda) is None
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert why(cpu) is None
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "TRITON_INTERPRET=1" in str(why(cpu))
+    for value in ("True", "on", "1"):
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        assert why(cpu) is None
     assert select("auto", cpu) != "triton"  # an interpreter is for tests
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert "not installed" in str(why(cuda))
