@@ -43,7 +43,7 @@ def _cpu(device: torch.device | None) -> str | None:
 def _triton(device: torch.device | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton; it comes with torch for CUDA)"
-    if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on"):  # what Triton takes for true
+    if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"):  # as Triton does
         return _any_device(device)
     if device is not None and device.type != "cuda":
         how = "; CPU tensors need its interpreter: TRITON_INTERPRET=1 in the environment of Python"

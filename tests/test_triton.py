@@ -64,7 +64,7 @@ def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why(cuda) is None
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "TRITON_INTERPRET=1" in str(why(cpu))
-    for value in ("True", "on", "1"):
+    for value in ("True", "on", "y", "1"):
         monkeypatch.setenv("TRITON_INTERPRET", value)
         assert why(cpu) is None
     assert select("auto", cpu) != "triton"  # an interpreter is for tests
