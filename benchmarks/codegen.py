@@ -106,7 +106,10 @@ def matrix() -> dict[str, Case]:
     return {case.name: case for source in SOURCES for case in source.cases()}
 
 
-def jobs(wanted: set[str]) -> list[tuple[Callable[[list[Case]], list[Row]], list[Case]]]:
+Work = tuple[Callable[[list[Case]], list[Row]], list[Case]]
+
+
+def jobs(wanted: set[str]) -> list[Work]:
     """What to call with which cases: those that share compiled code at once."""
     found = []
     for source in SOURCES:
@@ -122,14 +125,17 @@ def compile_all(wanted: set[str], workers: int, console: Console) -> Iterator[li
     """Rows as they become ready, from as many processes."""
     work = jobs(wanted)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with (
-        ProcessPoolExecutor(min(workers, max(1, len(work))), mp_context=get_context("spawn")) as pool,
-        Progress(*columns, console=console, transient=True) as progress,
-    ):
+    with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("compiling", total=len(wanted))
+        for rows in in_processes(work, workers) if workers > 1 else (build(group) for build, group in work):
+            yield rows
+            progress.advance(bar, len(rows))
+
+
+def in_processes(work: list[Work], workers: int) -> Iterator[list[Row]]:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for future in as_completed([pool.submit(build, group) for build, group in work]):
             yield future.result()
-            progress.advance(bar, len(future.result()))
 
 
 def summary(rows: list[Row], console: Console) -> None:
@@ -236,8 +242,11 @@ def main(argv: list[str] | None = None) -> int:
     if any(row.backend == "triton" for row in rows.values()):
         picture(list(rows.values()), options.out / "codegen.png")
     summary([row for name, row in rows.items() if name in wanted], console)
-    console.print(sentences(list(rows.values())), soft_wrap=True)
-    console.print(f"{len(rows)} rows in {report}, {wrong} of the {len(wanted)} compiled now have something wrong")
+    if len(rows) == len(known):
+        console.print(sentences(list(rows.values())), soft_wrap=True)
+    console.print(
+        f"{len(rows)} rows in {report}; {wrong} of {len(wanted)} compiled now are not as they should be", soft_wrap=True
+    )
     return int(wrong > 0)
 
 
