@@ -82,15 +82,16 @@ def small() -> tuple[Small, ...]:
     rows, wide, numbers = {"BLOCK": launch.ROWS}, {"BLOCK": 1024}, ("fp64",)
     two = {"SOFTMAXES": 2, "DETACH": False, "INNER": False, "BY_COST0": False, "BY_COST1": False}
     full = {"WANT_MEAN": True, "MOMENTS": True, "INNER": False}
-    loss = {"REPELS": True, "WANT_TAU": True}
+    loss = {"REPELS": True, "WANT_TAU": True, "num_warps": 8}
+    pairs = {"BLOCK": 16, "BLOCK_D": 64}
     return (
         Small("norms", "norms_kernel", {"BLOCK_R": 32}, ROW_DTYPES, (64, 128), 128),
-        Small("aligned", "aligned_kernel", {"BLOCK": 16}, ROW_DTYPES, (64, 128), 128),
-        Small("aligned gradient", "aligned_gradient_kernel", {"BLOCK": 16}, ROW_DTYPES, (64, 128), 128),
+        Small("aligned", "aligned_kernel", pairs, ROW_DTYPES),
+        Small("aligned gradient", "aligned_gradient_kernel", pairs, ROW_DTYPES),
         Small("merge", "merge_kernel", {"BY_COST0": True, "BY_COST1": False, "INNER": False} | rows),
         Small("coefficients", "coefficients_kernel", two | {"CANCELLING": False} | rows),
         Small("coefficients, rbf", "coefficients_kernel", two | {"CANCELLING": True} | rows),
-        Small("frozen merge", "frozen_merge_kernel", full | {"BLOCK": 16, "BLOCK_D": 64}),
+        Small("frozen merge", "frozen_merge_kernel", full | pairs),
         Small("add shares", "add_shares_kernel", wide),
         Small("grad tau", "grad_tau_kernel", wide),
         Small("numbers", "numbers_kernel", {}, numbers),
@@ -177,11 +178,13 @@ def compile_variant(variant: Variant, case: Case, known: dict[str, Any]) -> Row:
 
 
 def compile_small(kernel: Small, case: Case) -> Row:
-    """With what Triton sets where a launch says nothing."""
+    """With the options of its launch, or those that Triton takes."""
     sizes = {"BLOCK_D": min(kernel.features, case.D)} if kernel.features else {}
     constants = kernel.constants | sizes
-    found = sass.report(compile_for(kernels()[kernel.kernel], case.dtype, constants, device_of(case.device), {}))
     tile = {name: int(value) for name, value in constants.items()}
+    options = {name: constants.pop(name) for name in ("num_warps",) if name in constants}
+    function = kernels()[kernel.kernel]
+    found = sass.report(compile_for(function, case.dtype, constants, device_of(case.device), options))
     numbers = found.registers, found.stack, found.spills, found.shared, found.tensor
     return Row(*case, tile, *numbers, {}, 0, 1, {}, {})
 
