@@ -26,7 +26,7 @@ ROWS = [
     ("statistics", "A100", "tf32x3", 256),
     ("statistics", "B200", "fp64", 64),
     ("frozen keys, inner", "H100", "bf16", 256),
-    ("gradient of queries, temperature", "A100", "bf16", 128),
+    ("gradient of queries, temperature", "A100", "fp16", 128),
     ("aligned gradient", "RTX 5090", "fp64", 0),
     ("aligned", "B200", "fp16", 0),
     ("norms", "MI300X", "bf16", 64),
