@@ -148,7 +148,7 @@ def summary(rows: list[Row], console: Console) -> None:
         table = Table(title=f"{device.name}, D = 128", title_justify="left", show_edge=False, pad_edge=False)
         for heading in ("", "kernel", "dtype"):
             table.add_column(heading)
-        for heading in ("registers", "shared, KiB", "clocks per similarity", "of one core, limit"):
+        for heading in ("registers", "shared, KiB", "clocks per similarity", "limit"):
             table.add_column(heading, justify="left" if "limit" in heading else "right")
         for row in here:
             numbers = str(row.registers), f"{row.shared / 1024:.1f}", f"{row.cycles[row.limit]:.3f}"
