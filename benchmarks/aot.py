@@ -9,20 +9,21 @@ from typing import Any
 POINTERS = {
     **dict.fromkeys(("q", "k", "x", "y", "z"), "in"),
     **dict.fromkeys(("q_norm", "k_norm", "x_norm", "y_norm", "state", "coefficients", "out", "bound"), "acc"),
-    **dict.fromkeys(("grad", "moment", "shares", "sums"), "acc"),
-    **dict.fromkeys(("q_id", "k_id", "x_id", "y_id", "q_view", "k_view", "x_view", "y_view"), "i32"),
+    **dict.fromkeys(("grad", "moment", "shares", "sums", "norm", "cost", "means", "loss", "parts"), "acc"),
+    **dict.fromkeys(("q_id", "k_id", "x_id", "y_id", "q_view", "k_view", "x_view", "y_view", "ids"), "i32"),
     **dict.fromkeys(("tau", "value", "lse", "weights", "grad_value", "grad_lse", "total", "grad_tau"), "fp64"),
+    **dict.fromkeys(("variance", "numbers", "log_total", "grad_numbers"), "fp64"),
+    **dict.fromkeys(("positive_value", "positive_lse", "positive_variance"), "fp64"),
 }
 ALIGNED = ("D", "share")  # numbers that are multiples of 16 in every shape that matters
 
 
-def compile_kernel(
-    kernel: Any, dtype: str, constants: dict[str, Any], target: Any, *, num_warps: int, num_stages: int
-) -> Any:
+def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any], target: Any, **options: int) -> Any:
     """``kernel`` for embeddings of ``dtype`` (bf16, fp16, fp32, fp64), D a multiple of 16, all sizes below 2^31.
 
-    ``target`` is a ``triton.backends.compiler.GPUTarget``. The arguments of the compiled kernel are those of the Python
-    function that are not in ``constants``, in their order.
+    ``target`` is a ``triton.backends.compiler.GPUTarget``; ``options``: ``num_warps`` and ``num_stages``, else Triton's
+    own. The arguments of the compiled kernel are those of the Python function that are not in ``constants``, in their
+    order.
     """
     import triton
     from triton.compiler import ASTSource
@@ -39,5 +40,4 @@ def compile_kernel(
         if name in POINTERS or name in ALIGNED:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=options | {"enable_fp_fusion": True})

@@ -5,202 +5,57 @@ configuration that would be used there. The machine code says how many registers
 takes, and how many instructions of each kind a similarity costs. What the units of a processor execute per clock then
 bounds how fast the kernel can be: the slowest unit sets the bound, a real run is slower.
 
-    python -m benchmarks.codegen [--only TEXT] [--out benchmarks/results/codegen]
+    python -m benchmarks.codegen [--only TEXT] [--jobs N] [--out benchmarks/results/codegen]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from . import aot, sass
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import codegen_cuda, codegen_triton
+from .codegen_rows import DEVICES, Case, Row, describe, problems
 
 OUT = Path(__file__).parent / "results" / "codegen"
-SIZES = (64, 128, 256, 512)
-DTYPES = ("bf16", "fp16", "tf32", "tf32x3", "ieee", "fp64")
+README = Path(__file__).resolve().parents[1] / "README.md"
+START, END = "  <!-- codegen: made by `python -m benchmarks.codegen --readme` -->", "  <!-- codegen: end -->"
 
 
-class Device(NamedTuple):
-    """A processor: what it is compiled for, and what it does per clock and core (multiprocessor)."""
+class Source(NamedTuple):
+    """Where rows come from: the matrix, and what compiles cases that differ in ``kernel`` or D alone."""
 
-    name: str
-    target: tuple[str, int | str, int]
-    family: str
-    shared_limit: int  # bytes that a program may have, on the smallest member of the family
-    cores: int
-    ghz: float
-    tensor: dict[str, float]  # FLOP per clock of tensor-core products, by type
-    fp32: int  # lanes
-    ex2: int
-    fp64: int
-
-    @property
-    def issue(self) -> int:
-        """Instructions of a thread per clock: four schedulers of 32 lanes."""
-        return 128
+    cases: Callable[[], Iterator[Case]]
+    build: Callable[[list[Case]], list[Row]]
+    together: Callable[[Case], object]  # cases with the same are built by one call
 
 
-A100, H100, B200 = (
-    {"half": 2048.0 * f, "tf32": 1024.0 * f, "fp64": x} for f, x in ((1, 128.0), (2, 256.0), (4, 128.0))
+SOURCES = (
+    Source(codegen_triton.cases, codegen_triton.build, lambda case: case[:4]),
+    Source(codegen_cuda.cases, codegen_cuda.build, lambda case: case[2:4]),
 )
-MI300X = {"half": 2048.0, "tf32": 1024.0, "fp64": 256.0}
-# Data sheets: dense FLOP/s over cores and boost clock. The limits of shared memory are those of the smallest member.
-DEVICES = (
-    Device("A100", ("cuda", 80, 32), "sm_80", 99 << 10, 108, 1.41, A100, 64, 16, 32),
-    Device("H100", ("cuda", 90, 32), "sm_90", 227 << 10, 132, 1.83, H100, 128, 16, 64),
-    Device("B200", ("cuda", 100, 32), "sm_100", 227 << 10, 148, 1.85, B200, 128, 16, 64),
-    Device("MI300X", ("hip", "gfx942", 64), "cdna3", 64 << 10, 304, 2.1, MI300X, 128, 16, 64),
-)
-
-
-class Variant(NamedTuple):
-    """One kernel as one call uses it."""
-
-    name: str
-    kernel: str  # a key of the launch table
-    constants: dict[str, Any]
-    ex2: int  # exponentials that a similarity may cost
-    products: int  # matrix products of a similarity beside that which makes it
-    writes_features: bool = True
-
-
-def variants() -> tuple[Variant, ...]:
-    """Those that the losses use, and the ones that take the most registers."""
-    one, two, rbf = {"KIND0": 2, "KIND1": -1}, {"KIND0": 3, "KIND1": 2}, {"KIND0": 2, "KIND1": 2}
-    queries, keys = {"QUERY": True, "CANCELLING": False}, {"QUERY": False, "CANCELLING": False, "WANT_TAU": False}
-    return (
-        Variant("statistics", "statistics", one, 1, 0, False),
-        Variant("statistics, two softmaxes", "statistics", two, 2, 0, False),
-        Variant("gradient of queries", "gradient", one | queries | {"WANT_TAU": False}, 1, 1),
-        Variant("gradient of keys", "gradient", one | keys, 1, 1),
-        Variant("gradient of queries, two softmaxes", "gradient", two | queries | {"WANT_TAU": True}, 2, 1),
-        Variant("gradient of keys, two softmaxes", "gradient", two | keys, 2, 1),
-        Variant("gradient of keys, rbf", "gradient", rbf | keys | {"CANCELLING": True}, 2, 1),
-        Variant("frozen keys", "frozen", one | {"WANT_MEAN": True, "MOMENTS": False}, 1, 1),
-        Variant("frozen keys, full gradient", "frozen", one | {"WANT_MEAN": True, "MOMENTS": True}, 1, 2),
-    )
-
-
-class Row(NamedTuple):
-    """One compiled kernel."""
-
-    backend: str
-    kernel: str
-    device: str
-    dtype: str
-    D: int
-    tile: dict[str, int]
-    registers: int
-    stack: int
-    spills: int
-    shared: int
-    tensor: int
-    per_similarity: dict[str, float]  # instructions of a thread, by kind
-    cycles: dict[str, float]  # per similarity and core, by unit
-
-    @property
-    def limit(self) -> str:
-        """The unit that sets the bound."""
-        return max(self.cycles, key=lambda unit: self.cycles[unit])
-
-
-def kernels() -> dict[str, Any]:
-    """Triton functions by key of the launch table."""
-    from cacr_kernels._triton.kernels.frozen import frozen_kernel
-    from cacr_kernels._triton.kernels.gradient import gradient_kernel
-    from cacr_kernels._triton.kernels.statistics import statistics_kernel
-
-    return {"statistics": statistics_kernel, "gradient": gradient_kernel, "frozen": frozen_kernel}
-
-
-def compile_triton(variant: Variant, device: Device, dtype: str, D: int) -> Row:
-    """Compiles one row of the matrix with its entry of the launch table."""
-    from triton.backends.compiler import GPUTarget
-
-    from cacr_kernels._triton.table import tile_of
-
-    half = dtype in ("bf16", "fp16")
-    two = variant.constants["KIND1"] >= 0 or variant.constants.get("MOMENTS", False)
-    tile = tile_of(device.family, variant.kernel, "half" if half else dtype, D, two)  # type: ignore[arg-type]
-    constants = tile.constants(variant.writes_features)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    product = dtype if dtype in ("tf32", "tf32x3") else "ieee"
-    constants |= variant.constants | {"INNER": False, "PRECISION": product, "CHUNKS": tile.chunks(D)}
-    element = dtype if half or dtype == "fp64" else "fp32"
-    compiled = aot.compile_kernel(kernels()[variant.kernel], element, constants, GPUTarget(*device.target), **options)
-    found = sass.report(compiled, tile.chunks(D))
-    threads = tile.num_warps * device.target[2]
-    per = {kind: count * threads / (tile.block_m * tile.block_n) for kind, count in found.loop.items()}
-    return Row(
-        "triton", variant.name, device.name, dtype, D, tile._asdict(), found.registers, found.stack, found.spills,
-        found.shared, found.tensor, per, cycles(device, dtype, D, variant, per),
-    )  # fmt: skip
-
-
-def cycles(device: Device, dtype: str, D: int, variant: Variant, per: dict[str, float]) -> dict[str, float]:
-    """Clocks of a core per similarity, by unit, if nothing but that unit had to be waited for."""
-    pieces = {"bf16": 3, "fp16": 2}.get(dtype, 1)  # of a coefficient
-    each = 3 if dtype == "tf32x3" else 1
-    flop = 2 * D * each * (1 + variant.products * pieces)
-    kind = {"bf16": "half", "fp16": "half", "tf32": "tf32", "tf32x3": "tf32", "fp64": "fp64"}.get(dtype)
-    found = {
-        "ex2": (per.get("ex2", 0) + per.get("special", 0)) / device.ex2,
-        "fp32": per.get("fp32", 0) / device.fp32,
-        "fp64": per.get("fp64", 0) / device.fp64,
-        "issue": sum(n for name, n in per.items() if name != "tensor") / device.issue,
-    }
-    return found | ({"tensor": flop / device.tensor[kind]} if kind else {})
-
-
-Source = Callable[[], Iterator[tuple[str, Callable[[], Row]]]]
-
-
-def triton_rows() -> Iterator[tuple[str, Callable[[], Row]]]:
-    """The matrix of the Triton kernels: a name, and what compiles the row."""
-    for variant in variants():
-        for device in DEVICES:
-            for dtype in DTYPES:
-                if dtype == "tf32x3" and device.family == "cdna3":
-                    continue  # not offered there
-                for D in SIZES:
-                    name = f"triton, {variant.name}, {device.name}, {dtype}, D={D}"
-                    yield name, lambda v=variant, d=device, t=dtype, n=D: compile_triton(v, d, t, n)  # type: ignore[misc]
-
-
-# Where rows come from. Kernels of another compiler are one more function here.
-SOURCES: tuple[Source, ...] = (triton_rows,)
-
-
-def problems(row: Row) -> list[str]:
-    """What must not be in a shipped configuration."""
-    device = next(d for d in DEVICES if d.name == row.device)
-    allowed = next((v.ex2 for v in variants() if v.name == row.kernel), 1)
-    # Every thread that holds part of a row rescales it once per tile: eight, or sixteen without tensor cores.
-    rows_too = (16 if row.dtype == "ieee" else 8) * allowed / row.tile["block_n"]
-    found = []
-    if row.stack or row.spills:
-        found.append(f"spills: {row.stack} bytes of stack, {row.spills} instructions")
-    if row.shared > device.shared_limit:
-        found.append(f"{row.shared} bytes of shared memory, of {device.shared_limit}")
-    if not row.tensor and row.dtype != "ieee":
-        found.append("no tensor-core instructions")
-    if row.dtype != "fp64" and row.per_similarity.get("ex2", 0) > allowed + rows_too:
-        found.append(f"{row.per_similarity['ex2']:.2f} exponentials per similarity, of {allowed}")
-    return found
 
 
 def picture(rows: list[Row], path: Path) -> None:
-    """Clocks per similarity by unit, bfloat16."""
+    """Clocks per similarity by unit, Triton kernels, bfloat16."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     names = ("statistics", "gradient of queries", "frozen keys")
+    rows = [row for row in rows if row.backend == "triton"]
     devices = [d for d in DEVICES if any(r.device == d.name for r in rows)]
     figure, axes = plt.subplots(len(names), len(devices), figsize=(3.2 * len(devices), 7), sharey="row", squeeze=False)
     colours = {"tensor": "#4c72b0", "issue": "#dd8452", "fp32": "#55a868", "ex2": "#c44e52"}
@@ -229,48 +84,170 @@ def load(path: Path) -> dict[str, Row]:
     if not path.exists():
         return {}
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    return {name: Row(**{key: row[key] for key in Row._fields}) for name, row in rows.items()}
+    return {name: Row(**{key: row.get(key) for key in Row._fields}) for name, row in rows.items()}
 
 
 def save(rows: dict[str, Row], path: Path) -> None:
-    """The report."""
+    """The report, a row on a line."""
     import triton
 
-    found = {name: row._asdict() | {"limit": row.limit, "problems": problems(row)} for name, row in rows.items()}
-    text = json.dumps({"triton": triton.__version__, "timed": False, "rows": found}, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    about = {"triton": triton.__version__, "nvcc": codegen_cuda.version(), "timed": False}
+    lines = []
+    for name, row in rows.items():
+        found = row._asdict() | {"limit": row.limit, "problems": problems(row)}
+        found |= {key: {unit: round(n, 4) for unit, n in found[key].items()} for key in ("per_similarity", "cycles")}
+        lines.append(f"{json.dumps(name)}: {json.dumps(found)}")
+    text = json.dumps(about)[:-1] + ', "rows": {\n' + ",\n".join(lines) + "\n}}\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def matrix() -> dict[str, Case]:
+    """All cases by the names of their rows."""
+    return {case.name: case for source in SOURCES for case in source.cases()}
+
+
+Work = tuple[Callable[[list[Case]], list[Row]], list[Case]]
+
+
+def jobs(wanted: set[str]) -> list[Work]:
+    """What to call with which cases: those that share compiled code at once."""
+    found = []
+    for source in SOURCES:
+        groups: dict[object, list[Case]] = {}
+        for case in source.cases():
+            if case.name in wanted:
+                groups.setdefault(source.together(case), []).append(case)
+        found += [(source.build, group) for group in groups.values()]
+    return found
+
+
+def compile_all(wanted: set[str], workers: int, console: Console) -> Iterator[list[Row]]:
+    """Rows as they become ready, from as many processes."""
+    work = jobs(wanted)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("compiling", total=len(wanted))
+        for rows in in_processes(work, workers) if workers > 1 else (build(group) for build, group in work):
+            yield rows
+            progress.advance(bar, len(rows))
+
+
+def in_processes(work: list[Work], workers: int) -> Iterator[list[Row]]:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(build, group) for build, group in work]):
+            yield future.result()
+
+
+def summary(rows: list[Row], console: Console) -> None:
+    """A table per processor: the principal kernels at D = 128."""
+    names = {"triton": ("statistics", "gradient of queries", "frozen keys"), "cuda": ("statistics", "gradients")}
+    for device in DEVICES:
+        here = [r for r in rows if (r.device, r.D) == (device.name, 128) and r.kernel in names[r.backend]]
+        if not here:
+            continue
+        table = Table(title=f"{device.name}, D = 128", title_justify="left", show_edge=False, pad_edge=False)
+        for heading in ("", "kernel", "dtype"):
+            table.add_column(heading)
+        for heading in ("registers", "shared, KiB", "clocks per similarity", "limit"):
+            table.add_column(heading, justify="left" if "limit" in heading else "right")
+        for row in here:
+            numbers = str(row.registers), f"{row.shared / 1024:.1f}", f"{row.cycles[row.limit]:.3f}"
+            table.add_row(row.backend, row.kernel, row.dtype, *numbers, row.limit)
+        console.print(table, "")
+    if any(row.backend == "cuda" for row in rows):
+        console.print(codegen_cuda.NOTE, soft_wrap=True)
+
+
+UNITS = {
+    "tensor": "the tensor cores",
+    "issue": "the issue of instructions",
+    "ex2": "the exponentials",
+    "fp32": "the arithmetic units",
+    "fp64": "the float64 units",
+}
+
+
+def sentences(rows: list[Row]) -> str:
+    """What the report says, in short."""
+    limits: set[str] = set()
+
+    def clocks(backend: str, kernel: str) -> str:
+        found = []
+        for device in ("A100", "H100", "B200"):
+            case = Case(backend, kernel, device, "bf16", 128)
+            for row in rows:
+                if row[:5] == case:
+                    limits.add(UNITS[row.limit])
+                    found.append(f"{row.cycles[row.limit]:.2f}")
+        return " / ".join(found)
+
+    spilling = sum(bool(row.stack or row.spills) for row in rows)
+    triton = clocks("triton", "statistics"), clocks("triton", "gradient of queries")
+    cuda = clocks("cuda", "statistics"), clocks("cuda", "gradients")
+    return (
+        f"{len(rows):,} rows for {len({row.device for row in rows})} processors, {spilling or 'none'} of them with "
+        "spilled registers. In bfloat16 at D = 128 a similarity takes a multiprocessor of A100 / H100 / B200 at least "
+        f"{triton[0]} clocks in the statistics and {triton[1]} in a gradient of the Triton kernels, and {cuda[0]} and "
+        f"{cuda[1]} in those of the CUDA kernels; the limit is set by {' or '.join(sorted(limits))}."
+    )
+
+
+def write_readme(rows: dict[str, Row]) -> None:
+    """Between its marks."""
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    README.write_text(before + START + "\n" + wrapped(rows) + "\n" + END + after, encoding="utf-8")
+
+
+def wrapped(rows: dict[str, Row]) -> str:
+    """As a point of the list there."""
+    text = sentences(list(rows.values()))
+    return textwrap.fill(text, 118, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compiles, writes JSON and picture, prints what is wrong; exit status 1 if anything is."""
+    """Compiles, writes JSON and picture, prints tables and what is wrong; exit status 1 if anything is."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", default="", metavar="TEXT", help="rows with all words of TEXT, others are kept")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that compile")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for codegen.json and codegen.png")
+    parser.add_argument(
+        "--readme", action="store_true", help="compile nothing, put what the report says into README.md"
+    )
     options = parser.parse_args(argv)
-    print("Compiled and inspected, not timed: there is no GPU in this.")
-    options.out.mkdir(parents=True, exist_ok=True)
+    console = Console(highlight=False)
     report = options.out / "codegen.json"
-    rows = load(report) if options.only else {}
-    known = {name for source in SOURCES for name, _ in source()}
-    rows = {name: row for name, row in rows.items() if name in known}
-    words, wrong = options.only.split(), 0
-    for source in SOURCES:
-        for name, build in source():
-            if all(word in name for word in words):
-                row = rows[name] = build()
-                bad = problems(row)
-                wrong += bool(bad)
-                print(f"{name}: {describe(row)} {'; '.join(bad)}", flush=True)
-                save(rows, report)
-    picture(list(rows.values()), options.out / "codegen.png")
-    print(f"{len(rows)} kernels in the report, {wrong} of those compiled now have something wrong")
+    if options.readme:
+        write_readme(load(report))
+        return 0
+    console.print("Compiled and inspected, not timed: there is no GPU in this.")
+    known = matrix()
+    wanted = {name for name in known if all(word in name for word in options.only.split())}
+    if codegen_cuda.nvcc() is None:
+        wanted = {name for name in wanted if known[name].backend != "cuda"}
+        console.print("There is no nvcc (NVCC, CUDA_HOME, PATH): the CUDA kernels are left out.")
+    options.out.mkdir(parents=True, exist_ok=True)
+    old = load(report) if options.only else {}
+    rows = {name: row for name, row in old.items() if name in known}
+    wrong = 0
+    for found in compile_all(wanted, options.jobs, console):
+        rows |= {Case(*row[:5]).name: row for row in found}
+        rows = {name: rows[name] for name in known if name in rows}
+        save(rows, report)
+        for row in found:
+            if bad := problems(row):
+                wrong += 1
+                console.print(f"{Case(*row[:5]).name}: {describe(row)}: {'; '.join(bad)}", soft_wrap=True)
+    if any(row.backend == "triton" for row in rows.values()):
+        picture(list(rows.values()), options.out / "codegen.png")
+    summary([row for name, row in rows.items() if name in wanted], console)
+    if len(rows) == len(known):
+        console.print(sentences(list(rows.values())), soft_wrap=True)
+    console.print(
+        f"{len(rows)} rows in {report}; {wrong} of {len(wanted)} compiled now are not as they should be", soft_wrap=True
+    )
     return int(wrong > 0)
-
-
-def describe(row: Row) -> str:
-    """In a line."""
-    clocks = f"{row.cycles[row.limit]:.3f} clocks per similarity ({row.limit})"
-    return f"{row.registers} registers, {row.shared} bytes shared, {clocks}"
 
 
 if __name__ == "__main__":

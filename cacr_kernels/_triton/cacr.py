@@ -98,7 +98,7 @@ def cacr(
     start(
         loss_kernel, (1,), positive.value, positive.lse, positive.variance, value, lse, log_total, moment, coefficients,
         given, loss, parts, grad_numbers, z.shape[0] * z.shape[1], p.P, p.N, moment.shape[0],
-        REPELS=repels, RBF=rbf, WANT_TAU=want_tau, BLOCK=1024,
+        REPELS=repels, RBF=rbf, WANT_TAU=want_tau, BLOCK=1024, num_warps=8,
     )  # fmt: skip
     return loss, parts, grad, grad_numbers
 
@@ -111,7 +111,7 @@ def attract(z: Tensor, numbers: Tensor) -> Attraction:
     others = cost.new_empty((V, B)), z.new_empty((V, B), dtype=torch.int32), value.new_empty(2)
     out = Attraction(cost, *others, value, torch.empty_like(value), torch.empty_like(value))
     block = 16
-    sizes = {"BLOCK": block, "BLOCK_D": min(128, power_of_two(D))}
+    sizes = {"BLOCK": block, "BLOCK_D": min(64, power_of_two(D))}
     start(aligned_kernel, (cdiv(B, block), V), z, numbers, *out, V, B, D, **sizes)
     return out
 
@@ -119,7 +119,7 @@ def attract(z: Tensor, numbers: Tensor) -> Attraction:
 def add_attraction(z: Tensor, numbers: Tensor, positive: Attraction, grads: Tensor, grad: Tensor) -> None:
     """Gradient of the attraction and the shares ``grads`` [shares, V, B, D] of that of the repulsion."""
     V, B, D = z.shape
-    block, width = 16, min(128, power_of_two(D))
+    block, width = 16, min(64, power_of_two(D))
     grid = cdiv(B, block), V, cdiv(D, width)
     arrays = z, numbers, positive.cost, positive.value, positive.lse, grads, grad
     start(aligned_gradient_kernel, grid, *arrays, V, B, D, grads.shape[0], BLOCK=block, BLOCK_D=width)

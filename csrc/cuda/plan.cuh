@@ -91,11 +91,14 @@ struct Plan {
   }
 };
 
+// Dynamic shared memory of a block.
+template <class A>
+constexpr size_t kSharedBytes = sizeof(Buffers<typename A::Element, typename A::Acc>);
+
 // Launches all phases of the plan at once or, if `resident` says the grid cannot be, one after another.
 template <class A>
 cudaError_t launch_plan(const Plan<typename A::Element, typename A::Acc>& plan, bool resident, cudaStream_t stream) {
-  constexpr size_t kShared = sizeof(Buffers<typename A::Element, typename A::Acc>);
-  const Launch where{dim3(plan.grid), dim3(kThreads), kShared, stream};
+  const Launch where{dim3(plan.grid), dim3(kThreads), kSharedBytes<A>, stream};
   if (resident) return launch_cooperative(run_phases<A>, where, JobOf<A>{plan.p, 0, kPhases - 1});
   for (int phase = 0; phase < kPhases; phase++) {
     if (!plan.runs(phase)) continue;
@@ -109,9 +112,8 @@ constexpr int kBlocksWithoutResidence = 512;  // of a grid that does not have to
 // Shares out, allocates, launches.
 template <class A>
 cudaError_t run_plan(Plan<typename A::Element, typename A::Acc>& plan, cudaStream_t stream, const Allocator& memory) {
-  constexpr size_t kShared = sizeof(Buffers<typename A::Element, typename A::Acc>);
   int blocks = 0;
-  if (const cudaError_t error = resident_blocks(run_phases<A>, kThreads, kShared, &blocks)) return error;
+  if (const cudaError_t error = resident_blocks(run_phases<A>, kThreads, kSharedBytes<A>, &blocks)) return error;
   const bool resident = blocks > 0;
   plan.share_out(resident ? blocks : kBlocksWithoutResidence, A::kGradientChunks);
   plan.lay_out(memory.allocate(memory.context, plan.lay_out(nullptr)));
