@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-TESTS = ("test_vectors.py", "test_functional.py", "test_functional_numbers.py")
+TESTS = ("test_gpu.py", "test_vectors.py", "test_functional.py", "test_functional_numbers.py")
 
 
 def steps(out: Path, device: str) -> dict[str, list[str]]:
