@@ -116,6 +116,34 @@ def test_grids(emulation, resident_blocks):
     assert_right(emulation, PROBLEMS["own"], "float")
 
 
+@pytest.mark.parametrize("wanted", ["q", "k", "t", "qk", "qt", "kt"])
+@pytest.mark.parametrize("name", ["tails", "own", "many pairs"])
+def test_what_is_wanted(emulation, name, wanted):
+    """Shares of one side, of moments alone, of all: the gradients are those of a call that wants everything."""
+    given = arguments(PROBLEMS[name]._replace(D=70), torch.float64)
+    emulation.resident_blocks = 1
+    value, lse, weights = emulation.contrast(*given)
+    everything = value, weights, torch.full_like(value, 0.75), torch.full_like(lse, -0.5)
+    expected = emulation.contrast_backward(*given, *everything, True, True, True)
+    emulation.resident_blocks = 50
+    found = emulation.contrast_backward(*given, *everything, *(x in wanted for x in "qkt"))
+    for x, y, w in zip(found, expected, "qkt", strict=True):
+        if w in wanted:
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-14 * max(1.0, y.abs().max().item() if y.numel() else 0))
+        else:
+            assert not x.numel()
+
+
+@pytest.mark.parametrize("room", [0, 3])
+def test_less_room_than_the_device_said(emulation, room):
+    """A cooperative launch that is refused after all becomes one for every phase, with the same bits."""
+    emulation.resident_blocks = 50
+    first = assert_right(emulation, PROBLEMS["own"], "bf16")
+    emulation.room = room
+    for x, y in zip(first, assert_right(emulation, PROBLEMS["own"], "bf16"), strict=True):
+        assert x.equal(y)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_shows(emulation, bad):
     q, *rest = arguments(PROBLEMS["tails"], torch.float32)

@@ -14,14 +14,14 @@ namespace {
 using namespace cacr;
 using cuda_emulation::Random;
 
-// Memory of its exact size for every array, NaN until written.
+// Memory of its exact size until it is asked for again, NaN until written.
 struct Memory {
-  std::vector<std::vector<char>> arrays;
+  std::vector<char> array;
 
   static void* allocate(void* memory, int64_t bytes) {
-    auto& arrays = static_cast<Memory*>(memory)->arrays;
-    arrays.emplace_back(bytes, '\xff');
-    return arrays.back().data();
+    auto& array = static_cast<Memory*>(memory)->array;
+    array = std::vector<char>(bytes, '\xff');
+    return array.data();
   }
 };
 
