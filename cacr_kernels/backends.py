@@ -64,7 +64,21 @@ def _cuda(device: torch.device | None) -> str | None:
         return "no CUDA device: torch finds none on this machine"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the CUDA kernels need a GPU of compute capability 8.0 (Ampere) or newer"
-    return None
+    index = None if device is None else device.index
+    reason: str | None = _cuda_probe(torch.cuda.current_device() if index is None else index)
+    return reason
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _cuda_probe(index: int) -> str | None:
+    """What a launch would meet only at run time: a library for other GPUs, a driver older than its CUDA runtime."""
+    error = _extension.cuda_error(index)
+    if error is None:
+        return None
+    return (
+        f"the CUDA kernels cannot be launched on cuda:{index}: {error}; update its driver, or install from source with "
+        "its compute capability in CACR_CUDA_ARCHS"
+    )
 
 
 # Slowest first. "auto" takes the last that can run on the tensors' device, but never the reference.
