@@ -91,10 +91,11 @@ TABLE = (
 )
 NAMES = ("auto", *(backend.name for backend in TABLE))
 
-# Where both can run "auto" takes "cuda" up to this many products of features (P N M D: pairs, queries, keys, features),
-# "triton" beyond. Reckoned, not measured: at 2^33 the mma.sync of "cuda" loses against the wgmma of "triton" about what
-# its single launch saves, 0.3 ms.
-CUDA_UP_TO = 1 << 33
+# Where both can run "auto" takes "cuda" for a loss of up to this much work (``_cuda.work``: multiply-adds of bfloat16),
+# "triton" beyond, for keys without a gradient, of which it needs one sweep, and for float64. Reckoned from what the
+# kernels multiply and what data sheets promise, not timed: 2^35 multiply-adds are 0.2 ms of an A100 at its peak, of the
+# order of what the launches cost that "cuda" saves.
+CUDA_UP_TO = 1 << 35
 
 
 def backends() -> dict[str, str | None]:
@@ -107,8 +108,8 @@ def backends() -> dict[str, str | None]:
     return {backend.name: backend.why_not(None) for backend in TABLE}
 
 
-def select(name: str, device: torch.device, work: int = 0) -> str:
-    """The backend that ``name`` stands for on ``device``; ``work``: products of features, see ``CUDA_UP_TO``.
+def select(name: str, device: torch.device, work: float = 0) -> str:
+    """The backend that ``name`` stands for on ``device``; ``work``: see ``CUDA_UP_TO``.
 
     Raises ``ValueError`` for an unknown name, and for a backend named explicitly that cannot run there.
     """
@@ -132,7 +133,7 @@ def check(name: object, device: torch.device | None = None) -> None:
         raise ValueError(f"backend={name!r} cannot run here: {reason}")
 
 
-def _fastest(device: torch.device, work: int) -> str:
+def _fastest(device: torch.device, work: float) -> str:
     usable = [backend for backend in TABLE if backend.why_not(device) is None]
     if work > CUDA_UP_TO and any(backend.name == "triton" for backend in usable):
         usable = [backend for backend in usable if backend.name != "cuda"]
