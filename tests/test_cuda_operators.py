@@ -11,6 +11,7 @@ from emulated_backend import emulated_cuda
 from emulated_cuda import Emulation
 from torch import Tensor
 
+import cacr_kernels
 from cacr_kernels import _blocks
 from cacr_kernels._blocks import ALL, OTHER, SAME, SAME_NOT_SELF
 
@@ -106,6 +107,50 @@ def test_schedules(emulation, seed):
     again = assert_right(emulation, PROBLEMS["own"], "f16")
     for x, y in zip(first, again, strict=True):
         assert x.equal(y)
+
+
+def test_deterministic_algorithms(emulation):
+    """Every sum has one order: the same bits under two schedules, and under PyTorch's switch, which does not object."""
+    z = torch.randn(2, 70, 9, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    taus = {name: torch.tensor(2.0, requires_grad=True) for name in ("tau_pos", "tau_neg")}
+    calls = {"mean": {"cost": "rbf"}, "sum": {}}  # the fused loss, and a composition
+
+    def bits(seed: int) -> list[Tensor]:
+        emulation.seed, emulation.resident_blocks = seed, 8
+        found = []
+        for reduction, options in calls.items():
+            loss = cacr_kernels.cacr_loss(z, **taus, **options, reduction=reduction, backend="cuda")
+            found += [loss.detach(), *torch.autograd.grad(loss, [z, *taus.values()])]
+        return found
+
+    first = bits(0)
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        torch.use_deterministic_algorithms(True)
+        again = bits(5)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    for x, y in zip(first, again, strict=True):
+        assert x.equal(y)
+
+
+def test_many_thousand_views(emulation):
+    """Indices of views beyond 16 bits."""
+    q = torch.randn(40000, 1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    tau = torch.ones(1, dtype=torch.float64)
+    value, _, _ = emulation.contrast(q, q, None, None, tau, [ALL], [39999, 2], [5, 32768], False, False)
+    exact = [(q[x] - q[y]).square().sum() for x, y in ((39999, 5), (2, 32768))]
+    torch.testing.assert_close(value[0, :, 0], torch.stack(exact))
+
+
+@pytest.mark.parametrize("cost", ["sqeuclidean", "rbf"])
+def test_largest_temperature(emulation, cost):
+    """One key has all the weight; a temperature that would overflow is refused before (test_refusals.py)."""
+    z = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = cacr_kernels.cacr_loss(z, tau_pos=1e30, tau_neg=1e30, cost=cost, backend="cuda")
+    exact = cacr_kernels.cacr_loss(z.double(), tau_pos=1e30, tau_neg=1e30, cost=cost, backend="reference")
+    torch.testing.assert_close(loss, exact.float())
+    assert torch.autograd.grad(loss, z)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("resident_blocks", [0, 1, 50])

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "instances.h"
+#include "parameters.h"
 
 namespace {
 
@@ -225,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_loss(const Tensor& any_views, st
   STD_TORCH_CHECK(views.numel() > 0, "cacr_kernels: views without an empty dimension expected");
   check_option(pairing, 3, "pairing");
   check_option(float_products, 3, "products of float32");
-  const int64_t V = views.size(0), B = views.size(1);
+  const int64_t V = views.size(0);
   const int64_t pairs = pairing == 2 ? 1 : pairing == 1 ? V * (V - 1) : V * (V - 1) / 2;
   STD_TORCH_CHECK(pairs <= cacr::kMaxPairs, "cacr_kernels: too many views for the fused loss");
   check_devices(views, {numbers});
