@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from emulated_backend import emulated_cuda
-from emulated_cuda import Emulation
+from emulated_cuda import Call, Emulation
 from torch import Tensor
 
 import cacr_kernels
@@ -132,6 +132,12 @@ def test_deterministic_algorithms(emulation):
         torch.use_deterministic_algorithms(before)
     for x, y in zip(first, again, strict=True):
         assert x.equal(y)
+
+
+def test_probe(emulation):
+    """Whether the kernels could be launched: needs no arguments and launches nothing."""
+    for dtype in (torch.float32, *DTYPE.values()):
+        emulation.run(Call(operation=3), dtype)
 
 
 def test_many_thousand_views(emulation):
