@@ -53,6 +53,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 # Compute capabilities of the CUDA library; what an nvcc does not know is left out.
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+WITHOUT_CUDA = "CACR_BUILD_CUDA=0 installs without the CUDA kernels"
 NVCC_FLAGS = [
     *("-O3", "-std=c++20", "-DNDEBUG", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"),
     *("-Xcompiler=-Wall", "--threads=1"),
@@ -112,11 +113,18 @@ def cuda_root(nvcc: Path) -> Path:
     return Path(re.findall(r"^#\$ TOP=(.*)$", said.stderr, re.MULTILINE)[0]).resolve()
 
 
+def arch_number(arch: str) -> int:
+    """The number of a compute capability, of which ``90a`` and the like are variants."""
+    return int(re.sub(r"\D", "", arch) or 0)
+
+
 def cuda_targets(nvcc: Path) -> list[str]:
     """The flags that name what to compile for."""
     asked = os.environ.get("CACR_CUDA_ARCHS", "").replace(";", " ").split()
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    archs = asked or [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
+    archs = sorted(asked or [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known], key=arch_number)
+    if not archs or not all(re.fullmatch(r"\d+[af]?", arch) for arch in archs):
+        raise ExecError(f'CACR_CUDA_ARCHS must name compute capabilities like "80 90", got {" ".join(asked)!r}')
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
@@ -162,7 +170,10 @@ def libraries() -> list[NativeLibrary]:
     if cuda == "1" and nvcc is None:
         raise ExecError("CACR_BUILD_CUDA=1 needs nvcc, found none; put it on PATH or set CUDA_HOME")
     if nvcc is not None and (cuda == "1" or (torch_root() / "lib" / "libtorch_cuda.so").exists()):
-        found.append(cuda_library(nvcc))
+        try:
+            found.append(cuda_library(nvcc))
+        except (IndexError, OSError, subprocess.CalledProcessError) as error:
+            raise ExecError(f"{nvcc} does not work: {error!r}; {WITHOUT_CUDA}") from error
     return found
 
 
@@ -195,7 +206,8 @@ class NativeBuild(build_ext):
         (directory / "build.ninja").write_text(self.ninja_file(ext, directory, library), encoding="utf-8")
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
         if subprocess.run([ninja, "-f", str(directory / "build.ninja"), *jobs], check=False).returncode:
-            raise ExecError(f"compiling {ext.name} failed (the compiler's messages are above)")
+            without = WITHOUT_CUDA if ext.name.endswith("cuda") else "CACR_BUILD_CPU=0 installs without the CPU kernels"
+            raise ExecError(f"compiling {ext.name} failed (the compiler's messages are above); {without}")
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(library, target)

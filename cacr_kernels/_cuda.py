@@ -5,8 +5,9 @@ Those have one more argument, the kind of products of float32, which torch keeps
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,11 +26,44 @@ def float_products() -> int:
     return {"ieee": IEEE, "tf32": TF32, "tf32x3": TF32X3}[fp32_products()]
 
 
+def pairs_of_views(V: int, pairing: Pairing) -> int:
+    """How many times queries of a view meet negatives of a view."""
+    return {"unordered": V * (V - 1) // 2, "ordered": V * (V - 1), "pooled": 1}[pairing]
+
+
 def too_many_views(shape: tuple[int, ...], pairing: Pairing) -> bool:
     """Whether views of ``shape`` [V, B, D] are beyond the fused loss, so that it has to be composed of ``contrast``."""
     V, B = shape[:2]
-    pairs = {"unordered": V * (V - 1) // 2, "ordered": V * (V - 1), "pooled": 1}[pairing]
-    return pairs > MAX_PAIRS or B * V * V > MAX_ALIGNED
+    return pairs_of_views(V, pairing) > MAX_PAIRS or B * V * V > MAX_ALIGNED
+
+
+class Arithmetic(NamedTuple):
+    """What the kernels do per product of two features (csrc/cuda/arithmetic.cuh)."""
+
+    owned: int  # features whose gradient a block adds up; for every such group similarities are computed again
+    pieces: int  # multiply-adds that one product of a gradient takes
+    cost: int  # of a multiply-add, in those of bfloat16: peaks of A100 and H100, three products for each of TF32X3
+
+
+ARITHMETIC: dict[torch.dtype | int, Arithmetic] = {
+    torch.bfloat16: Arithmetic(64, 3, 1),
+    torch.float16: Arithmetic(64, 2, 1),
+    TF32: Arithmetic(64, 1, 2),
+    TF32X3: Arithmetic(32, 1, 6),
+    IEEE: Arithmetic(64, 1, 16),
+}
+
+
+def work(similarities: int, D: int, dtype: torch.dtype) -> float:
+    """Multiply-adds of bfloat16 that take as long as a loss of so many similarities (P N M) and both its gradients.
+
+    Infinite for float64, which the kernels compute on ordinary units in groups of 16 features.
+    """
+    if dtype == torch.float64:
+        return math.inf
+    owned, pieces, cost = ARITHMETIC[float_products() if dtype == torch.float32 else dtype]
+    groups = -(-D // owned)
+    return similarities * D * cost * (1 + 2 * (groups + pieces))
 
 
 def _register(name: str, schema: str) -> None:

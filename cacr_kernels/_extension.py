@@ -26,11 +26,11 @@ class Extension:
         """Whether the operators of the library are there."""
         return self.error is None
 
-    def text(self, symbol: str) -> str:
-        """What the exported C function ``symbol``, ``const char* symbol()``, returns; needs a loaded library."""
+    def text(self, symbol: str, *arguments: int) -> str:
+        """What the exported C function ``const char* symbol(int ...)`` returns; needs a loaded library."""
         function = getattr(ctypes.CDLL(str(self.path)), symbol)
         function.restype = ctypes.c_char_p
-        value: bytes = function()
+        value: bytes = function(*arguments)
         return value.decode()
 
 
@@ -65,6 +65,7 @@ def _load_cuda() -> Extension:
 
 _CPU = _load("_C_cpu")
 _CUDA = _load_cuda()
+_CUDA_ERRORS: dict[int, str | None] = {}
 
 
 def cpu_library() -> Extension:
@@ -75,6 +76,14 @@ def cpu_library() -> Extension:
 def cuda_library() -> Extension:
     """The library with the CUDA kernels, loaded only under a CUDA build of torch."""
     return _CUDA
+
+
+def cuda_error(device: int) -> str | None:
+    """What CUDA says against running the loaded kernels on that device, asked once; ``None`` if nothing."""
+    if device not in _CUDA_ERRORS:
+        with torch.cuda.device(device):
+            _CUDA_ERRORS[device] = _CUDA.text("cacr_cuda_error", device) or None
+    return _CUDA_ERRORS[device]
 
 
 def compiled_isas() -> tuple[str, ...]:

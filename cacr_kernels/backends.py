@@ -64,7 +64,21 @@ def _cuda(device: torch.device | None) -> str | None:
         return "no CUDA device: torch finds none on this machine"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the CUDA kernels need a GPU of compute capability 8.0 (Ampere) or newer"
-    return None
+    index = None if device is None else device.index
+    reason: str | None = _cuda_probe(torch.cuda.current_device() if index is None else index)
+    return reason
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _cuda_probe(index: int) -> str | None:
+    """What a launch would meet only at run time: a library for other GPUs, a driver older than its CUDA runtime."""
+    error = _extension.cuda_error(index)
+    if error is None:
+        return None
+    return (
+        f"the CUDA kernels cannot be launched on cuda:{index}: {error}; update its driver, or install from source with "
+        "its compute capability in CACR_CUDA_ARCHS"
+    )
 
 
 # Slowest first. "auto" takes the last that can run on the tensors' device, but never the reference.
@@ -77,14 +91,19 @@ TABLE = (
 )
 NAMES = ("auto", *(backend.name for backend in TABLE))
 
-# Where both can run "auto" takes "cuda" up to this many products of features (P N M D: pairs, queries, keys, features),
-# "triton" beyond. Reckoned, not measured: at 2^33 the mma.sync of "cuda" loses against the wgmma of "triton" about what
-# its single launch saves, 0.3 ms.
-CUDA_UP_TO = 1 << 33
+# Where both can run "auto" takes "cuda" for a loss of up to this much work (``_cuda.work``: multiply-adds of bfloat16),
+# "triton" beyond, for keys without a gradient, of which it needs one sweep, and for float64. Reckoned from what the
+# kernels multiply and what data sheets promise, not timed: 2^35 multiply-adds are 0.2 ms of an A100 at its peak, of the
+# order of what the launches cost that "cuda" saves.
+CUDA_UP_TO = 1 << 35
 
 
 def backends() -> dict[str, str | None]:
     """Every backend by name, from the slowest to the fastest; ``None`` if it can run here, else the reason why not.
+
+    ``"auto"`` takes the last that can run on the tensors' device. Where both can, it takes ``"cuda"`` for losses of up
+    to 2^35 multiply-adds of bfloat16, or what takes as long, and ``"triton"`` for larger ones, for float64 and for keys
+    without a gradient (queue, momentum). That is reckoned, not timed.
 
     >>> import cacr_kernels
     >>> cacr_kernels.backends()["torch"] is None
@@ -93,8 +112,8 @@ def backends() -> dict[str, str | None]:
     return {backend.name: backend.why_not(None) for backend in TABLE}
 
 
-def select(name: str, device: torch.device, work: int = 0) -> str:
-    """The backend that ``name`` stands for on ``device``; ``work``: products of features, see ``CUDA_UP_TO``.
+def select(name: str, device: torch.device, work: float = 0) -> str:
+    """The backend that ``name`` stands for on ``device``; ``work``: see ``CUDA_UP_TO``.
 
     Raises ``ValueError`` for an unknown name, and for a backend named explicitly that cannot run there.
     """
@@ -118,7 +137,7 @@ def check(name: object, device: torch.device | None = None) -> None:
         raise ValueError(f"backend={name!r} cannot run here: {reason}")
 
 
-def _fastest(device: torch.device, work: int) -> str:
+def _fastest(device: torch.device, work: float) -> str:
     usable = [backend for backend in TABLE if backend.why_not(device) is None]
     if work > CUDA_UP_TO and any(backend.name == "triton" for backend in usable):
         usable = [backend for backend in usable if backend.name != "cuda"]

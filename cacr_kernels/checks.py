@@ -18,6 +18,7 @@ from .types import Cost, Pairing, Reduction, WeightGrad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
+LARGEST = 1e30  # inverse temperature
 INTEGERS = (*SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
@@ -108,9 +109,11 @@ def temperature(name: str, value: Any, device: torch.device, *, positive: bool =
         if value.device != device and value.device.type != "cpu":
             raise ValueError(f"{name} must be on {device} or the CPU, got {value.device}")
         return witness(value).to(torch.float64)  # 0-dim: does not promote what it multiplies
-    number = real(name, value)
-    if number < 0 or (positive and number == 0):
-        raise ValueError(f"{name} must be {'> 0' if positive else '>= 0'}, got {value!r}")
+    if positive and not real(name, value) > 0:
+        raise ValueError(f"{name} must be > 0, got {value!r}")
+    number = non_negative(name, value)
+    if positive and number < 1 / LARGEST:
+        raise ValueError(f"{name} must be at least {1 / LARGEST:g}, got {value!r}")
     return number
 
 
@@ -187,10 +190,12 @@ def options(given: Mapping[str, Any]) -> None:
 
 
 def non_negative(name: str, value: Any) -> float:
-    """A finite Python number >= 0."""
+    """A Python number >= 0 that costs of float32 can be multiplied by: what overflowed would be NaN, not a limit."""
     number = real(name, value)
     if number < 0:
         raise ValueError(f"{name} must be >= 0, got {value!r}")
+    if number > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST:g}, got {value!r}")
     return number
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -120,7 +121,8 @@ def cacr_loss(
     _check_shared(normalize, reduction, return_parts)
     if cost == "rbf" and reduction != "mean":
         raise ValueError(f"reduction={reduction!r} is not defined for cost=\"rbf\" (a log of a mean); accepted: 'mean'")
-    name = _select(backend, z, z.shape[1] * (z.shape[0] if pairing == "pooled" else z.shape[0] - 1))
+    V, rows = z.shape[0], z.shape[1] * (z.shape[0] if pairing == "pooled" else 1)
+    name = _select(backend, [z], normalize, _cuda.pairs_of_views(V, pairing) * rows * rows)
     with _no_autocast(z.device):
         narrow = _narrow(name, [z], normalize)
         (z,) = _prepare([z], normalize)
@@ -185,7 +187,7 @@ def cacr_queue_loss(
     checks.flag("in_batch", in_batch)
     checks.option("weight_grad", weight_grad, ("in_batch", "full", "none"))
     _check_shared(normalize, reduction, return_parts)
-    name = _select(backend, q, n.shape[0] + q.shape[1])
+    name = _select(backend, [q, k, n], normalize)
     with _no_autocast(q.device):
         narrow = _narrow(name, [q, k, n], normalize)
         q, k, n = _prepare([q, k.detach(), n.detach()], normalize)
@@ -249,7 +251,7 @@ def cacr_momentum_loss(
         raise ValueError(f"keys must hold at least the B = {q.shape[1]} keys of the queries, got M = {k.shape[0]}")
     checks.integer("key_offset", key_offset, 0, k.shape[0] - q.shape[1])
     _check_shared(normalize, reduction, return_parts)
-    name = _select(backend, q, k.shape[0])
+    name = _select(backend, [q, k], normalize)
     with _no_autocast(q.device):
         narrow = _narrow(name, [q, k], normalize)
         q, k = _prepare([q, k.detach()], normalize)
@@ -317,7 +319,7 @@ def supervised_cacr_loss(
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
     alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
     _check_shared(normalize, reduction, return_parts)
-    name = _select(backend, z, tensors[-1].shape[0])
+    name = _select(backend, tensors, normalize, z.shape[0] * tensors[-1].shape[0])
     with _no_autocast(z.device):
         narrow = _narrow(name, tensors, normalize)
         z, *ref = _prepare(tensors, normalize)
@@ -338,11 +340,14 @@ def _check_shared(normalize: object, reduction: object, return_parts: object) ->
     checks.flag("return_parts", return_parts)
 
 
-def _select(backend: object, queries: Tensor, keys: int) -> str:
-    """``keys``: how many each query, a row of ``queries``, is compared with."""
+def _select(backend: object, tensors: list[Tensor], normalize: bool, similarities: int | None = None) -> str:
+    """``similarities``: how many are computed; ``None``: against keys that get no gradient."""
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string, got {type(backend).__name__} {backend!r}")
-    return select(backend, queries.device, queries.numel() * keys)
+    device, work = tensors[0].device, math.inf
+    if similarities is not None and device.type == "cuda":
+        work = _cuda.work(similarities, tensors[0].shape[-1], _half(tensors, normalize) or _accurate(tensors))
+    return select(backend, device, work)
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -352,11 +357,20 @@ def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]
     return contextlib.nullcontext()
 
 
-def _narrow(name: str, tensors: list[Tensor], normalize: bool) -> torch.dtype | None:
-    """The half type that all embeddings have, if the operators of the backend multiply in it (``ops.Narrow``)."""
+def _half(tensors: list[Tensor], normalize: bool) -> torch.dtype | None:
+    """The half type that all embeddings have and keep."""
     dtype = tensors[0].dtype
     halves = dtype in (torch.float16, torch.bfloat16) and all(t.dtype == dtype for t in tensors)
-    return dtype if halves and not normalize and name in NARROW else None
+    return dtype if halves and not normalize else None
+
+
+def _narrow(name: str, tensors: list[Tensor], normalize: bool) -> torch.dtype | None:
+    """That type, if the operators of the backend multiply in it (``ops.Narrow``)."""
+    return _half(tensors, normalize) if name in NARROW else None
+
+
+def _accurate(tensors: list[Tensor]) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _prepare(tensors: list[Tensor], normalize: bool) -> list[Tensor]:
@@ -365,7 +379,7 @@ def _prepare(tensors: list[Tensor], normalize: bool) -> list[Tensor]:
     Temperatures, being 0-dimensional, do not count. Keys of an encoder that ran in inference mode are copied: autograd
     would not keep them.
     """
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    dtype = _accurate(tensors)
     # Dynamo takes an argument of torch.func.grad for one that needs no gradient; of a cast it knows better.
     tracing = torch.compiler.is_compiling()
     tensors = [t.to(dtype) if tracing or t.dtype != dtype else t for t in tensors]

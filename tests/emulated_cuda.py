@@ -55,11 +55,16 @@ def _nan(like: Tensor, *shape: int) -> Tensor:
 
 @dataclass
 class Emulation:
-    """One way to run the kernels: ``seed`` of the schedule, how many blocks are resident (0: no cooperative launch)."""
+    """One way to run the kernels.
+
+    ``seed`` of the schedule; how many blocks are resident (0: no cooperative launch); how many of a cooperative launch
+    there is ``room`` for when it comes to it (-1: for all).
+    """
 
     library: Path
     seed: int = 0
     resident_blocks: int = 3
+    room: int = -1
     float32: str = "float"
 
     def __post_init__(self) -> None:
@@ -72,7 +77,7 @@ class Emulation:
         """Raises RuntimeError if the emulation finds something wrong."""
         name = self.float32 if dtype == torch.float32 else OF_DTYPE[dtype]
         seed, blocks = ctypes.c_uint64(self.seed), self.resident_blocks
-        error = self.code.cacr_emulate(ARITHMETIC.index(name), ctypes.byref(call), seed, blocks)
+        error = self.code.cacr_emulate(ARITHMETIC.index(name), ctypes.byref(call), seed, blocks, self.room)
         if error is not None:
             raise RuntimeError(error.decode())
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
+import math
+import re
 from typing import Any
 
 import pytest
 import torch
+from cuda_emulation.building import emulated_library
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cacr_kernels
@@ -14,6 +19,8 @@ from cacr_kernels import _cuda, _extension
 from cacr_kernels._products import VARIABLE
 
 backends: Any = importlib.import_module("cacr_kernels.backends")
+functional: Any = importlib.import_module("cacr_kernels.functional")
+ROOT = _extension._CUDA.path.parents[1]
 CPU = torch.device("cpu")
 
 
@@ -29,8 +36,23 @@ def test_says_why_it_cannot_run():
 def with_library(monkeypatch, **cuda):
     """As under a CUDA build of torch with the library loaded."""
     monkeypatch.setattr(_extension, "_CUDA", _extension.Extension(_extension._CUDA.path, None))
-    for name, value in cuda.items():
+    monkeypatch.setattr(_extension, "_CUDA_ERRORS", {})
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    for name, value in ({"current_device": 0} | cuda).items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+
+
+def with_answers(monkeypatch, *answers):
+    """As if the library had these things to say of devices 0, 1, …; gives the devices it is asked about."""
+    asked = []
+
+    def text(self, symbol, device):
+        assert symbol == "cacr_cuda_error"
+        asked.append(device)
+        return answers[device]
+
+    monkeypatch.setattr(_extension.Extension, "text", text)
+    return asked
 
 
 def test_no_device(monkeypatch):
@@ -43,7 +65,37 @@ def test_old_device(monkeypatch):
     with_library(monkeypatch, is_available=True, get_device_capability=(7, 5))
     assert "8.0" in backends._cuda(None)
     with_library(monkeypatch, is_available=True, get_device_capability=(8, 0))
+    with_answers(monkeypatch, "")
     assert backends._cuda(None) is None
+
+
+def test_library_for_other_devices(monkeypatch):
+    """One compiled for others, or newer than the driver: said once for each device, and "auto" goes elsewhere."""
+    with_library(monkeypatch, is_available=True, get_device_capability=(8, 0))
+    asked = with_answers(monkeypatch, "", "no kernel image is available for execution on the device")
+    for _ in range(2):
+        assert backends._cuda(torch.device("cuda")) is backends._cuda(torch.device("cuda:0")) is None
+        reason = backends._cuda(torch.device("cuda:1"))
+        assert "cuda:1: no kernel image" in reason
+        assert "CACR_CUDA_ARCHS" in reason
+    assert asked == [0, 1]
+    able = [b for b in backends.TABLE if b.name in ("torch", "cuda")]
+    monkeypatch.setattr(backends, "TABLE", (*able[:1], backends.Backend("triton", "", lambda _: None), *able[1:]))
+    assert backends.select("auto", torch.device("cuda:0")) == "cuda"
+    assert backends.select("auto", torch.device("cuda:1")) == "triton"
+    with pytest.raises(ValueError, match=r"backend='cuda' cannot run here: .* no kernel image"):
+        backends.check("cuda", torch.device("cuda:1"))
+
+
+def test_probe_is_a_constant_of_compiled_code(monkeypatch):
+    with_library(monkeypatch)
+    with_answers(monkeypatch, "too old")
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def shifted(x):
+        return x + (1 if backends._cuda_probe(0) is None else 2)
+
+    assert shifted(torch.zeros(())) == 2
 
 
 def test_auto_goes_by_size(monkeypatch):
@@ -54,6 +106,72 @@ def test_auto_goes_by_size(monkeypatch):
     assert backends.select("auto", gpu, backends.CUDA_UP_TO + 1) == "triton"
     monkeypatch.setattr(backends, "TABLE", tuple(b for b in able if b.name != "triton"))
     assert backends.select("auto", gpu, backends.CUDA_UP_TO + 1) == "cuda"
+
+
+def work_of(monkeypatch, loss, *shapes, dtype=torch.bfloat16, **options):
+    """What ``select`` is told about a loss of tensors on a GPU."""
+    told = []
+
+    def select(name, device, work):
+        told.append(work)
+        raise StopIteration
+
+    monkeypatch.setattr(functional, "select", select)
+    with FakeTensorMode():
+        tensors = [torch.empty(s, dtype=torch.int64 if len(s) == 1 else dtype, device="cuda") for s in shapes]
+        with pytest.raises(StopIteration):
+            loss(*tensors, **options)
+    return told[0]
+
+
+def test_work(monkeypatch):
+    """Every similarity once on the way forward; per side once for every group of features, and the gradients."""
+    monkeypatch.setattr(_cuda, "float_products", lambda: _cuda.TF32X3)
+    views = cacr_kernels.cacr_loss, (3, 10, 128)
+    unordered = 3 * 10 * 10 * 128
+    assert work_of(monkeypatch, *views) == unordered * (1 + 2 * (2 + 3))
+    assert work_of(monkeypatch, *views, dtype=torch.float16) == unordered * (1 + 2 * (2 + 2))
+    assert work_of(monkeypatch, *views, dtype=torch.float32) == unordered * 6 * (1 + 2 * (4 + 1))
+    assert work_of(monkeypatch, *views, dtype=torch.float64) == math.inf
+    assert work_of(monkeypatch, *views, normalize=True) == unordered * 6 * (1 + 2 * (4 + 1))
+    assert work_of(monkeypatch, *views, pairing="ordered") == 2 * unordered * 11
+    assert work_of(monkeypatch, *views, pairing="pooled") == 3 * unordered * 11
+    assert work_of(monkeypatch, cacr_kernels.supervised_cacr_loss, (10, 65), (10,)) == 10 * 10 * 65 * 11
+
+    def with_references(z, y, r, s):
+        return cacr_kernels.supervised_cacr_loss(z, y, ref_embeddings=r, ref_labels=s)
+
+    assert work_of(monkeypatch, with_references, (10, 64), (10,), (20, 64), (20,)) == 10 * 20 * 64 * 9
+    assert work_of(monkeypatch, cacr_kernels.cacr_queue_loss, (2, 5, 8), (2, 5, 8), (9, 8)) == math.inf
+    assert work_of(monkeypatch, cacr_kernels.cacr_momentum_loss, (2, 5, 8), (9, 8)) == math.inf
+
+
+@pytest.mark.parametrize(("dtype", "products"), [("bfloat16", 0), ("float32", _cuda.TF32X3), ("float32", _cuda.IEEE)])
+def test_size_of_the_readme(monkeypatch, dtype, products):
+    """The largest batches of two views of 128 features that "auto" gives to "cuda"."""
+    text = " ".join((ROOT / "README.md").read_text().split())
+    found = re.search(
+        r"V = 2 and D = 128 up to B = (\d+) in bfloat16, (\d+) in float32 \((\d+) with three TF32 products\)", text
+    )
+    assert found is not None
+    B = int(found[1 if dtype == "bfloat16" else 2 if products == _cuda.IEEE else 3])
+    monkeypatch.setattr(_cuda, "float_products", lambda: products)
+    largest, beyond = (
+        work_of(monkeypatch, cacr_kernels.cacr_loss, (2, batch, 128), dtype=getattr(torch, dtype))
+        for batch in (B, B + 1)
+    )
+    assert largest <= backends.CUDA_UP_TO < beyond
+
+
+def test_work_is_that_of_the_kernels():
+    """``_cuda.ARITHMETIC`` says of the kernels what is so."""
+    library = ctypes.CDLL(str(emulated_library("operators.cpp")))
+    keys = torch.bfloat16, torch.float16, _cuda.TF32, _cuda.TF32X3, _cuda.IEEE
+    assert [_cuda.ARITHMETIC[key].owned for key in keys] == [library.cacr_owned_features(i) for i in range(5)]
+    assert library.cacr_owned_features(5) == 16  # of float64, which "auto" leaves to "triton"
+    source = (ROOT / "csrc/cuda/arithmetic.cuh").read_text()
+    pieces = dict(re.findall(r"= HalfArithmetic<(b?f16), (\d),", source))
+    assert pieces == {name: str(_cuda.ARITHMETIC[key].pieces) for name, key in zip(("bf16", "f16"), keys, strict=False)}
 
 
 @pytest.mark.parametrize(
@@ -79,7 +197,7 @@ def test_products_of_float32(asked, variable, products, monkeypatch):
 @pytest.mark.parametrize("pairing", ["unordered", "ordered", "pooled"])
 def test_pairs_of_the_fused_loss(pairing):
     """``MAX_PAIRS`` is that of the kernels, which have no check of their own."""
-    source = (_extension._CUDA.path.parents[1] / "csrc/cuda/parameters.h").read_text()
+    source = (ROOT / "csrc/cuda/parameters.h").read_text()
     assert f"constexpr int kMaxPairs = {_cuda.MAX_PAIRS};" in source
     most = {"unordered": 11, "ordered": 8, "pooled": 500}[pairing]
     assert not _cuda.too_many_views((most, 2, 3), pairing)

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from emulated_backend import emulated_cuda
-from emulated_cuda import Emulation
+from emulated_cuda import Call, Emulation
 from torch import Tensor
 
+import cacr_kernels
 from cacr_kernels import _blocks
 from cacr_kernels._blocks import ALL, OTHER, SAME, SAME_NOT_SELF
 
@@ -108,12 +109,90 @@ def test_schedules(emulation, seed):
         assert x.equal(y)
 
 
+def test_deterministic_algorithms(emulation):
+    """Every sum has one order: the same bits under two schedules, and under PyTorch's switch, which does not object."""
+    z = torch.randn(2, 70, 9, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    taus = {name: torch.tensor(2.0, requires_grad=True) for name in ("tau_pos", "tau_neg")}
+    calls = {"mean": {"cost": "rbf"}, "sum": {}}  # the fused loss, and a composition
+
+    def bits(seed: int) -> list[Tensor]:
+        emulation.seed, emulation.resident_blocks = seed, 8
+        found = []
+        for reduction, options in calls.items():
+            loss = cacr_kernels.cacr_loss(z, **taus, **options, reduction=reduction, backend="cuda")
+            found += [loss.detach(), *torch.autograd.grad(loss, [z, *taus.values()])]
+        return found
+
+    first = bits(0)
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        torch.use_deterministic_algorithms(True)
+        again = bits(5)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    for x, y in zip(first, again, strict=True):
+        assert x.equal(y)
+
+
+def test_probe(emulation):
+    """Whether the kernels could be launched: needs no arguments and launches nothing."""
+    for dtype in (torch.float32, *DTYPE.values()):
+        emulation.run(Call(operation=3), dtype)
+
+
+def test_many_thousand_views(emulation):
+    """Indices of views beyond 16 bits."""
+    q = torch.randn(40000, 1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    tau = torch.ones(1, dtype=torch.float64)
+    value, _, _ = emulation.contrast(q, q, None, None, tau, [ALL], [39999, 2], [5, 32768], False, False)
+    exact = [(q[x] - q[y]).square().sum() for x, y in ((39999, 5), (2, 32768))]
+    torch.testing.assert_close(value[0, :, 0], torch.stack(exact))
+
+
+@pytest.mark.parametrize("cost", ["sqeuclidean", "rbf"])
+def test_largest_temperature(emulation, cost):
+    """One key has all the weight; a temperature that would overflow is refused before (test_refusals.py)."""
+    z = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = cacr_kernels.cacr_loss(z, tau_pos=1e30, tau_neg=1e30, cost=cost, backend="cuda")
+    exact = cacr_kernels.cacr_loss(z.double(), tau_pos=1e30, tau_neg=1e30, cost=cost, backend="reference")
+    torch.testing.assert_close(loss, exact.float())
+    assert torch.autograd.grad(loss, z)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("resident_blocks", [0, 1, 50])
 def test_grids(emulation, resident_blocks):
     """A launch per phase; one block for all units; keys and gradients shared out among more blocks than there are."""
     emulation.resident_blocks = resident_blocks
     assert_right(emulation, PROBLEMS["tails"], "bf16")
     assert_right(emulation, PROBLEMS["own"], "float")
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "t", "qk", "qt", "kt"])
+@pytest.mark.parametrize("name", ["tails", "own", "many pairs"])
+def test_what_is_wanted(emulation, name, wanted):
+    """Shares of one side, of moments alone, of all: the gradients are those of a call that wants everything."""
+    given = arguments(PROBLEMS[name]._replace(D=70), torch.float64)
+    emulation.resident_blocks = 1
+    value, lse, weights = emulation.contrast(*given)
+    everything = value, weights, torch.full_like(value, 0.75), torch.full_like(lse, -0.5)
+    expected = emulation.contrast_backward(*given, *everything, True, True, True)
+    emulation.resident_blocks = 50
+    found = emulation.contrast_backward(*given, *everything, *(x in wanted for x in "qkt"))
+    for x, y, w in zip(found, expected, "qkt", strict=True):
+        if w in wanted:
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-14 * max(1.0, y.abs().max().item() if y.numel() else 0))
+        else:
+            assert not x.numel()
+
+
+@pytest.mark.parametrize("room", [0, 3])
+def test_less_room_than_the_device_said(emulation, room):
+    """A cooperative launch that is refused after all becomes one for every phase, with the same bits."""
+    emulation.resident_blocks = 50
+    first = assert_right(emulation, PROBLEMS["own"], "bf16")
+    emulation.room = room
+    for x, y in zip(first, assert_right(emulation, PROBLEMS["own"], "bf16"), strict=True):
+        assert x.equal(y)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

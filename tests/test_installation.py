@@ -6,9 +6,11 @@ import doctest
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -118,6 +120,76 @@ def test_examples_of_the_docstrings(name: str) -> None:
     result = doctest.testmod(importlib.import_module(f"cacr_kernels{name}"))
     assert result.failed == 0
     assert result.attempted > 0
+
+
+# ---- setup.py with tools that only say what they were asked ----------------------------------------------------------
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+NVCC = """case $1 in
+--dryrun) echo '#$ TOP=/usr' >&2 ;;
+--list-gpu-arch) printf 'compute_75\\ncompute_80\\ncompute_90\\n' ;;
+esac"""
+
+
+@pytest.fixture
+def setup_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    monkeypatch.setenv("CACR_BUILD_CPU", "0")
+    monkeypatch.delenv("CACR_CUDA_ARCHS", raising=False)
+    with mock.patch("setuptools.setup"), mock.patch.dict(os.environ, CACR_BUILD_CUDA="0"):
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "archs", "ptx"),
+    [("90 80", "80 90", "90"), ("100;90a;80", "80 90a 100", "100"), (None, "80 90", "90")],
+)
+def test_architectures(setup_py, tmp_path, monkeypatch, asked, archs, ptx):
+    """In order, so that the PTX is that of the newest; by default those that nvcc knows."""
+    if asked is not None:
+        monkeypatch.setenv("CACR_CUDA_ARCHS", asked)
+    flags = setup_py["cuda_targets"](script(tmp_path / "nvcc", NVCC))
+    machine_code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs.split()]
+    assert flags == [*machine_code, f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
+
+
+@pytest.mark.parametrize("asked", ["8.0", "sm_80", "native"])
+def test_architectures_that_are_none(setup_py, tmp_path, monkeypatch, asked):
+    monkeypatch.setenv("CACR_CUDA_ARCHS", asked)
+    with pytest.raises(Exception, match=f"CACR_CUDA_ARCHS must name .*{asked}"):
+        setup_py["cuda_targets"](script(tmp_path / "nvcc", NVCC))
+
+
+def build(tmp_path: Path, nvcc: str, **environment: str) -> tuple[str, str]:
+    """What a build says when it fails, and what ninja, which does, was called with."""
+    (tmp_path / "csrc").symlink_to(ROOT / "csrc")
+    script(tmp_path / "nvcc", nvcc)
+    script(tmp_path / "ninja", f"echo $@ > {tmp_path}/asked; exit 1")
+    asked = {"CACR_BUILD_CPU": "0", "CACR_BUILD_CUDA": "1", "NVCC": str(tmp_path / "nvcc"), "CXX": "c++"}
+    env = os.environ | asked | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | environment
+    command = [sys.executable, str(ROOT / "setup.py"), "build_ext", "--build-lib", str(tmp_path / "lib")]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode != 0
+    return done.stdout + done.stderr, (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
+
+
+def test_failing_nvcc_says_how_to_do_without(tmp_path: Path) -> None:
+    said, asked = build(tmp_path, NVCC, MAX_JOBS="3")
+    assert "compiling cacr_kernels._C_cuda failed" in said
+    assert "CACR_BUILD_CUDA=0 installs without the CUDA kernels" in said
+    assert asked.split()[-2:] == ["-j", "3"]
+    ninja = (tmp_path / asked.split()[1]).read_text()
+    assert "--threads=1" in ninja  # of nvcc: nothing but MAX_JOBS decides how much runs at once
+
+
+def test_broken_nvcc_says_how_to_do_without(tmp_path: Path) -> None:
+    said, asked = build(tmp_path, "exit 7")
+    assert "nvcc does not work" in said
+    assert "CACR_BUILD_CUDA=0 installs without the CUDA kernels" in said
+    assert asked == ""
 
 
 def test_everything_public_is_there_and_documented() -> None:

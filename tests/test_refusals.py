@@ -93,6 +93,9 @@ def of_temperatures() -> list[Refusal]:
         for value in (True, "1.0", None, 1j, [1.0], np.ones(1), Decimal(1)):
             add(value, TypeError, "number", type(value).__name__)
         add(10**400, ValueError, "finite")
+        add(1e39, ValueError, "at most 1e+30", "1e+39")
+        if name == "temperature":
+            add(1e-39, ValueError, "at least 1e-30", "1e-39")
         add(torch.ones(1), ValueError, "0-dim", "[1]")
         add(torch.ones(2, 3), ValueError, "0-dim", "[2, 3]")
         for dtype in (torch.int64, torch.bool, torch.complex64, torch.uint8):
@@ -121,6 +124,7 @@ def of_numbers() -> list[Refusal]:
             found.append(Refusal(losses, {name: value}, ValueError, (name, "finite", repr(value))))
         found.append(Refusal(losses, {name: -(10**400)}, ValueError, (name, "finite")))
     for cost in ("rbf", "sqeuclidean"):
+        found.append(Refusal(("cacr",), {"rbf_scale": 1e39, "cost": cost}, ValueError, ("rbf_scale", "1e+30", "1e+39")))
         found.append(Refusal(("cacr",), {"rbf_scale": -0.5, "cost": cost}, ValueError, ("rbf_scale", ">= 0", "-0.5")))
     return found
 

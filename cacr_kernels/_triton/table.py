@@ -92,7 +92,7 @@ ONE: dict[str, dict[Precision, tuple[Tile, ...]]] = {
         "tf32": _row((64, 64, 64, 4, 2, 0), (64, 64, 32, 4, 3, 0), (64, 64, 32, 4, 3, 0), (64, 64, 32, 4, 3, 0)),
         "tf32x3": _row((64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0)),
         "ieee": _row((64, 32, 32, 8, 2, 0), (64, 32, 32, 8, 2, 0), (64, 32, 32, 8, 2, 0), (64, 32, 32, 8, 2, 0)),
-        "fp64": _row((32, 32, 32, 4, 2, 0), (32, 32, 32, 4, 2, 0), (32, 32, 32, 4, 2, 0), (32, 32, 32, 4, 2, 0)),
+        "fp64": _row(*[(32, 64, 32, 4, 2, 0)] * 4),
     },
     "gradient": {
         "half": _row(
@@ -100,7 +100,7 @@ ONE: dict[str, dict[Precision, tuple[Tile, ...]]] = {
         ),
         "tf32": _row((64, 32, 64, 4, 2, 64), (64, 16, 32, 4, 2, 128), (64, 16, 32, 4, 2, 128), (64, 16, 32, 4, 2, 128)),
         "tf32x3": _row((64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64)),
-        "ieee": _row((32, 16, 32, 8, 2, 64), (32, 16, 32, 8, 2, 64), (32, 16, 32, 8, 2, 64), (32, 16, 32, 8, 2, 64)),
+        "ieee": _row(*[(32, 16, 32, 4, 2, 64)] * 4),
         "fp64": _row((32, 32, 32, 4, 2, 32), (32, 32, 32, 4, 2, 32), (32, 32, 32, 4, 2, 32), (32, 32, 32, 4, 2, 32)),
     },
     "frozen": {
@@ -132,7 +132,7 @@ TWO: dict[str, dict[Precision, tuple[Tile, ...]]] = {
     },
 }
 
-# Where sm_100 spills with those entries: by number of softmaxes or accumulators, kernel and kind of product.
+# Where a family spills with those entries: by two softmaxes or accumulators, kernel and kind of product.
 SM_100: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (False, "gradient", "half"): _row(
         (64, 32, 64, 4, 3, 64), (64, 32, 128, 4, 1, 128), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128)
@@ -144,6 +144,10 @@ SM_100: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (True, "gradient", "fp64"): _row(*[(32, 32, 32, 8, 2, 32)] * 4),
     (True, "frozen", "fp64"): _row(*[(64, 32, 32, 4, 2, 32)] * 4),
 }
+SM_120: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
+    (True, "statistics", "fp64"): _row(*[(32, 32, 32, 4, 1, 0)] * 4),
+}
+OWN = {"sm_100": SM_100, "sm_120": SM_120}
 
 
 def tile_of(family: str, kernel: str, precision: Precision, D: int, two: bool) -> Tile:
@@ -152,8 +156,7 @@ def tile_of(family: str, kernel: str, precision: Precision, D: int, two: bool) -
         entry = Tile(32, 32, 64, 4, 2, 64)
     else:
         rows = TWO[kernel].get(precision, ONE[kernel][precision]) if two else ONE[kernel][precision]
-        if family == "sm_100":
-            rows = SM_100.get((two, kernel, precision), rows)
+        rows = OWN.get(family, {}).get((two, kernel, precision), rows)
         entry = rows[CLASSES.index(class_of(D))]
         if family in ("cdna3", "cdna"):  # its waves take 32 rows each, and without a second product 32 columns of them
             columns = entry.block_n // 32 if kernel == "statistics" else 1

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "instances.h"
+#include "parameters.h"
 
 namespace {
 
@@ -82,18 +83,22 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Runs on the current stream of the tensor's device, and hands workspaces back in its order.
+// Runs on the current stream of the tensor's device, and hands every workspace back in its order before it takes the
+// next one: pairs of many launches need no more than those of one. The runtime in this library learns of the device,
+// too.
 void run(const Tensor& like, int64_t float_products, const cacr::Call& call) {
   const int32_t device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
+  STD_TORCH_CHECK(cudaSetDevice(device) == cudaSuccess, "cacr_kernels: the device cannot be used");
   struct Memory {
     const Tensor& like;
-    std::vector<Tensor> all;
+    std::optional<Tensor> last;
   } memory{like, {}};
   const cacr::Allocator allocator{[](void* context, int64_t bytes) -> void* {
                                     Memory& m = *static_cast<Memory*>(context);
-                                    m.all.push_back(empty(m.like, {bytes}, aoti_torch_dtype_uint8()));
-                                    return out<>(m.all.back());
+                                    m.last.reset();
+                                    m.last = empty(m.like, {bytes}, aoti_torch_dtype_uint8());
+                                    return out<>(*m.last);
                                   },
                                   &memory};
   const cudaError_t error = arithmetic(like, float_products)(call, current_stream(device), allocator);
@@ -101,8 +106,28 @@ void run(const Tensor& like, int64_t float_products, const cacr::Call& call) {
                   std::string("cacr_kernels: the CUDA kernels cannot be launched: ") + cudaGetErrorString(error));
 }
 
+// ---- what the kernels trust in --------------------------------------------------------------------------------------
 bool is_id(const std::optional<Tensor>& id, int64_t n) {
   return id && id->scalar_type() == ScalarType::Int && id->numel() == n;
+}
+
+void check_rows(const Tensor& x, const std::vector<int64_t>& shape, const char* name) {
+  bool right = x.scalar_type() == ScalarType::Double && x.dim() == int64_t(shape.size());
+  for (size_t i = 0; right && i < shape.size(); i++) right = x.size(int64_t(i)) == shape[i];
+  STD_TORCH_CHECK(right,
+                  std::string("cacr_kernels: ") + name + " of float64, of the shape that the forward gives, expected");
+}
+
+void check_option(int64_t value, int64_t count, const char* name) {
+  STD_TORCH_CHECK(value >= 0 && value < count, std::string("cacr_kernels: unknown ") + name);
+}
+
+// The last of all checks, so that the others can be tested where there is no GPU.
+void check_devices(const Tensor& first, const std::vector<std::optional<Tensor>>& others) {
+  STD_TORCH_CHECK(first.is_cuda(), "cacr_kernels: CUDA tensors expected");
+  for (const std::optional<Tensor>& x : others)
+    STD_TORCH_CHECK(!x || (x->is_cuda() && x->get_device_index() == first.get_device_index()),
+                    "cacr_kernels: all tensors on one device expected");
 }
 
 // The arguments of contrast as contiguous tensors, which must outlive the call that points into them.
@@ -125,12 +150,13 @@ struct ContrastArguments {
     STD_TORCH_CHECK(!kinds.empty() && kinds.size() <= cacr::kMaxSoftmaxes, "cacr_kernels: one or two softmaxes");
     STD_TORCH_CHECK(tau.scalar_type() == ScalarType::Double && tau.numel() == int64_t(kinds.size()),
                     "cacr_kernels: tau [softmaxes] of float64 expected");
-    STD_TORCH_CHECK(q.size(0) <= INT16_MAX && k.size(0) <= INT16_MAX, "cacr_kernels: at most 32767 views");
+    STD_TORCH_CHECK(q.size(0) <= INT32_MAX && k.size(0) <= INT32_MAX, "cacr_kernels: at most 2147483647 views");
     for (size_t i = 0; i < q_index.size(); i++)
       STD_TORCH_CHECK(q_index[i] >= 0 && q_index[i] < q.size(0) && k_index[i] >= 0 && k_index[i] < k.size(0),
                       "cacr_kernels: view index out of range");
     bool masked = false;
-    for (int64_t kind : kinds) masked |= kind != cacr::kAll;
+    for (int64_t kind : kinds)
+      check_option(kind, cacr::kSameNotSelf + 1, "kind of a softmax"), masked |= kind != cacr::kAll;
     STD_TORCH_CHECK(!masked || (is_id(q_id, q.size(1)) && is_id(k_id, k.size(1))),
                     "cacr_kernels: q_id [N] and k_id [M] of int32 expected");
     if (!masked) q_id.reset(), k_id.reset();
@@ -149,6 +175,8 @@ std::tuple<Tensor, Tensor, Tensor> contrast(const Tensor& q, std::optional<Tenso
                                             std::vector<int64_t> q_index, std::vector<int64_t> k_index, bool inner,
                                             bool detach_weights, int64_t float_products) {
   ContrastArguments a(q, k, q_id, k_id, tau, kinds, q_index, k_index, inner, detach_weights);
+  check_option(float_products, 3, "products of float32");
+  check_devices(q, {k, a.q_id, a.k_id, tau});
   const int64_t S = int64_t(kinds.size()), P = a.call.pairs, N = a.call.N;
   const Tensor value = empty_rows(q, {S, P, N}), lse = empty_rows(q, {S, P, N}), weights = empty_rows(q, {3, S, P, N});
   a.call.operation = cacr::Operation::kForward;
@@ -163,14 +191,20 @@ std::tuple<Tensor, Tensor, Tensor> contrast_backward(
     bool detach_weights, const Tensor& any_value, const Tensor& any_weights, const Tensor& any_grad_value,
     const Tensor& any_grad_lse, bool want_q, bool want_k, bool want_tau, int64_t float_products) {
   ContrastArguments a(q, k, q_id, k_id, tau, kinds, q_index, k_index, inner, detach_weights);
+  const int64_t S = int64_t(kinds.size());
+  check_rows(any_value, {S, a.call.pairs, a.call.N}, "value");
+  check_rows(any_weights, {3, S, a.call.pairs, a.call.N}, "weights");
+  check_rows(any_grad_value, {S, a.call.pairs, a.call.N}, "grad_value");
+  check_rows(any_grad_lse, {S, a.call.pairs, a.call.N}, "grad_lse");
+  check_option(float_products, 3, "products of float32");
+  check_devices(q, {k, a.q_id, a.k_id, tau, any_value, any_weights, any_grad_value, any_grad_lse});
   const Tensor value = packed(any_value), weights = packed(any_weights), grad_value = packed(any_grad_value),
                grad_lse = packed(any_grad_lse);
   auto gradient = [](const Tensor& x, bool wanted) {
     return empty(x, wanted ? std::vector<int64_t>{x.size(0), x.size(1), x.size(2)} : std::vector<int64_t>{0},
                  gradient_dtype(x));
   };
-  const Tensor dq = gradient(a.q, want_q), dk = gradient(a.k, want_k && k),
-               dtau = empty_rows(q, {want_tau ? int64_t(kinds.size()) : 0});
+  const Tensor dq = gradient(a.q, want_q), dk = gradient(a.k, want_k && k), dtau = empty_rows(q, {want_tau ? S : 0});
   cacr::Call& call = a.call;
   call.operation = cacr::Operation::kBackward;
   call.value = const_cast<double*>(in<double>(value)), call.weights = const_cast<double*>(in<double>(weights));
@@ -189,6 +223,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_loss(const Tensor& any_views, st
   const std::optional<Tensor> numbers = packed(any_numbers);
   STD_TORCH_CHECK(!numbers || (numbers->scalar_type() == ScalarType::Double && numbers->numel() == 5),
                   "cacr_kernels: numbers [5] of float64 expected");
+  STD_TORCH_CHECK(views.numel() > 0, "cacr_kernels: views without an empty dimension expected");
+  check_option(pairing, 3, "pairing");
+  check_option(float_products, 3, "products of float32");
+  const int64_t V = views.size(0);
+  const int64_t pairs = pairing == 2 ? 1 : pairing == 1 ? V * (V - 1) : V * (V - 1) / 2;
+  STD_TORCH_CHECK(pairs <= cacr::kMaxPairs, "cacr_kernels: too many views for the fused loss");
+  check_devices(views, {numbers});
   cacr::Call call{};
   call.operation = cacr::Operation::kLoss;
   call.q = in(views), call.q_views = views.size(0), call.N = views.size(1), call.D = views.size(2);
@@ -208,6 +249,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_loss(const Tensor& any_views, st
 }
 
 }  // namespace
+
+// "", or why the kernels cannot run on a device: no image for its processors, a driver that is too old, no such device.
+// The caller sees to it that the device is current before and after.
+extern "C" __attribute__((visibility("default"))) const char* cacr_cuda_error(int device) {
+  cudaError_t error = cudaSetDevice(device);
+  cacr::Call probe{};
+  probe.operation = cacr::Operation::kProbe;
+  for (cacr::Run* run :
+       {cacr::run_bf16, cacr::run_f16, cacr::run_tf32, cacr::run_tf32x3, cacr::run_float, cacr::run_double})
+    if (error == cudaSuccess) error = run(probe, nullptr, {});
+  cudaGetLastError();  // asked and answered
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(cacr_kernels, CUDA, m) {
   m.impl("cuda_contrast", TORCH_BOX(&contrast));

@@ -8,9 +8,10 @@
 
 namespace cacr {
 
-enum class Operation : int32_t { kForward = 0, kBackward = 1, kLoss = 2 };
+enum class Operation : int32_t { kForward = 0, kBackward = 1, kLoss = 2, kProbe = 3 };
 
-// Device memory for the time of the launches, null where there is none.
+// Device memory until `allocate` is called again or the operator returns, in the order of the stream; null where there
+// is none.
 struct Allocator {
   void* (*allocate)(void* context, int64_t bytes);
   void* context;
@@ -19,9 +20,9 @@ struct Allocator {
 // Element and gradient types are those of the arithmetic (arithmetic.cuh). All arrays but the indices are on the device
 // and contiguous; null where an operation does not have or want them.
 struct Call {
-  Operation operation;
-  const void* q;  // [q_views][N][D]
-  const void* k;  // [k_views][M][D]
+  Operation operation;  // kProbe needs nothing else, and launches nothing
+  const void* q;        // [q_views][N][D]
+  const void* k;        // [k_views][M][D]
   int64_t q_views, k_views, N, M, D;
   int64_t pairs;
   const int64_t* q_index;  // [pairs] on the host

@@ -7,23 +7,6 @@
 
 namespace cacr {
 
-// A view of the queries (0 ... q_views - 1) or, unless they are the queries, of the keys.
-template <class P>
-CACR_DEVICE int gradient_targets(const P& p) {
-  return p.q_views + (p.own ? 0 : p.k_views);
-}
-
-template <class P>
-CACR_DEVICE int gradient_blocks(const P& p) {
-  return int((max(p.N, p.own ? 0 : p.M) + kTile - 1) / kTile);
-}
-// Groups of chunks of the features; one if only moments are wanted.
-template <class A, class P>
-CACR_DEVICE int gradient_groups(const P& p) {
-  constexpr int kOwned = A::kGradientChunks * kChunk<typename A::Element>;
-  return p.want_q || p.want_k ? int((p.D + kOwned - 1) / kOwned) : 1;
-}
-
 // A unit's way through what its rows were paired with: entry 2 p + side, tiles of it, steps of a tile.
 struct Cursor {
   int entry, tile, step;
@@ -40,7 +23,7 @@ struct GradientUnit {
   const Acc* own_norm;
   Where w;
   float scale;
-  int target, view, share, chunks, chunk0, steps, owned;  // owned: chunks of the gradient that exist
+  int view, share, shares, chunks, chunk0, steps, owned;  // owned: chunks of the gradient that exist
   int tile0[2], tile1[2];  // of the share, where the others are keys, and where they are queries
   bool is_key_view;        // a view of separate keys
   Acc slope[kMaxSoftmaxes];
@@ -48,12 +31,14 @@ struct GradientUnit {
   CACR_DEVICE GradientUnit(const P& p_, Buffers<Element, Acc>& buffers, int unit, float scale_)
       : p(p_), shared(buffers), scale(scale_) {
     chunks = int((p.D + kChunk<Element> - 1) / kChunk<Element>);
-    const int groups = gradient_groups<A>(p), blocks = gradient_blocks(p);
-    share = unit % p.shares, unit /= p.shares;
+    is_key_view = unit >= p.q_units.count;
+    if (is_key_view) unit -= p.q_units.count;
+    const int groups = is_key_view ? p.k_units.groups : p.q_units.groups;
+    const int blocks = is_key_view ? p.k_units.blocks : p.q_units.blocks;
+    shares = is_key_view ? p.k_units.shares : p.q_units.shares;
+    share = unit % shares, unit /= shares;
     chunk0 = unit % groups * A::kGradientChunks, unit /= groups;
-    w.row0 = int64_t(unit % blocks) * kTile, target = unit / blocks;
-    is_key_view = target >= p.q_views;
-    view = is_key_view ? target - p.q_views : target;
+    w.row0 = int64_t(unit % blocks) * kTile, view = unit / blocks;
     own =
         is_key_view ? Rows<Element>{p.k + view * p.M * p.D, p.M, p.D} : Rows<Element>{p.q + view * p.N * p.D, p.N, p.D};
     own_norm = is_key_view ? p.k_norm + view * p.M : p.q_norm + view * p.N;
@@ -63,7 +48,7 @@ struct GradientUnit {
     const int tiles[2] = {int((p.M + kTile - 1) / kTile), int((p.N + kTile - 1) / kTile)};
 #pragma unroll
     for (int side = 0; side < 2; side++) {
-      tile0[side] = share_of(tiles[side], share, p.shares), tile1[side] = share_of(tiles[side], share + 1, p.shares);
+      tile0[side] = share_of(tiles[side], share, shares), tile1[side] = share_of(tiles[side], share + 1, shares);
     }
 #pragma unroll
     for (int s = 0; s < kMaxSoftmaxes; s++) slope[s] = s < p.softmaxes ? slope_of<Acc>(p, s) : Acc(0);
@@ -248,7 +233,7 @@ struct GradientUnit {
       if (row >= own.rows) continue;
       const Element* const x = own.data + row * p.D + d0;
       Acc* const to = gradient_row(row) + d0;
-      const bool adds = p.accumulate && p.shares == 1;
+      const bool adds = p.accumulate && shares == 1;
 #pragma unroll
       for (int c = 0; c < A::kGradientChunks; c++)
 #pragma unroll
@@ -265,16 +250,16 @@ struct GradientUnit {
 
   // Where a row goes: shares are added up later (loss.cuh).
   CACR_DEVICE Acc* gradient_row(int64_t row) const {
-    const int64_t rows = max(p.N, p.own ? 0 : p.M);
-    if (p.shares > 1) return p.partial_gradient + ((share * int64_t(gradient_targets(p)) + target) * rows + row) * p.D;
-    return (is_key_view ? p.grad_k + view * p.M * p.D : p.grad_q + view * p.N * p.D) + row * p.D;
+    Acc* const all = is_key_view ? shares > 1 ? p.k_partial : p.grad_k : shares > 1 ? p.q_partial : p.grad_q;
+    const int64_t views = int64_t(share) * (is_key_view ? p.k_views : p.q_views) + view;
+    return all + (views * own.rows + row) * p.D;
   }
 };
 
 template <class A, class P>
 CACR_DEVICE void gradients_phase(const P& p, Buffers<typename A::Element, typename A::Acc>& shared) {
   const float scale = A::kScaled ? gradient_scale(p, shared.reduction) : 1.0f;
-  const int units = gradient_targets(p) * gradient_blocks(p) * gradient_groups<A>(p) * p.shares;
+  const int units = p.q_units.count + p.k_units.count;
   for (int unit = blockIdx.x; unit < units; unit += gridDim.x) GradientUnit<A, P>(p, shared, unit, scale).run();
 }
 

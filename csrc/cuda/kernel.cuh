@@ -1,7 +1,8 @@
 // The kernel: phases first ... last of those a launch asks for, with barriers of the grid between them.
 //
-// Launched cooperatively it runs all of them at once; where the grid cannot be resident as a whole, each phase is a
-// launch of its own (launcher.cuh). Grids of any size work: every phase is a loop over its units.
+// Launched cooperatively it runs all of them at once; where the grid cannot be resident as a whole there is nothing to
+// wait in, and each phase is a launch of its own (plan.cuh): 3 of contrast, 4 or 5 of its backward, up to 8 of the
+// fused loss. Grids of any size work: every phase is a loop over its units.
 #pragma once
 
 #include "gradient.cuh"
@@ -20,15 +21,9 @@ struct Job {
 // What the units of the gradients have left: shares to be added up, the attraction.
 template <class P>
 CACR_DEVICE void complete_phase(const P& p) {
-  if ((p.shares == 1 && !p.fused.on) || !(p.want_q || p.want_k)) return;
-  const int targets = gradient_targets(p);
-#pragma unroll 1
-  for (int t = 0; t < targets; t++) {
-    const bool is_key_view = t >= p.q_views;
-    if (!(is_key_view ? p.want_k : p.want_q)) continue;
-    auto* const to = is_key_view ? p.grad_k + (t - p.q_views) * p.M * p.D : p.grad_q + t * p.N * p.D;
-    complete_gradients(p, to, t, targets, is_key_view ? p.M : p.N);
-  }
+  if (p.want_q && (p.q_units.shares > 1 || p.fused.on))
+    complete_gradients(p, p.grad_q, p.q_partial, p.q_units.shares, p.q_views * p.N);
+  if (p.want_k && p.k_units.shares > 1) complete_gradients(p, p.grad_k, p.k_partial, p.k_units.shares, p.k_views * p.M);
 }
 
 template <class A, class P>

@@ -28,12 +28,15 @@ cudaError_t launch(void (*kernel)(Parameters), const Launch& l, Parameters param
   return cudaLaunchKernel(kernel, l.grid, l.block, arguments, l.shared_bytes, l.stream);
 }
 
-// All blocks of the grid at once, so that the kernel may call grid_sync().
+// All blocks of the grid at once, so that the kernel may call grid_sync(). cudaErrorCooperativeLaunchTooLarge leaves no
+// trace: the caller has another way.
 template <class Parameters>
 cudaError_t launch_cooperative(void (*kernel)(Parameters), const Launch& l, Parameters parameters) {
   if (const cudaError_t error = permit_shared_memory(kernel, l.shared_bytes)) return error;
   void* arguments[] = {&parameters};
-  return cudaLaunchCooperativeKernel(kernel, l.grid, l.block, arguments, l.shared_bytes, l.stream);
+  const cudaError_t error = cudaLaunchCooperativeKernel(kernel, l.grid, l.block, arguments, l.shared_bytes, l.stream);
+  if (error == cudaErrorCooperativeLaunchTooLarge) cudaGetLastError();
+  return error;
 }
 
 // How many blocks of `threads` threads the current device can hold at once: the largest cooperative grid. 0: none.
@@ -64,7 +67,7 @@ cudaError_t resident_blocks(void (*kernel)(Parameters), int threads, size_t shar
 
 #else
 
-// In the emulation a kernel that goes wrong throws, so these return cudaSuccess or nothing.
+// In the emulation a kernel that goes wrong throws.
 template <class Parameters>
 cudaError_t launch(void (*kernel)(Parameters), const Launch& l, Parameters parameters) {
   cuda_emulation::launch(l.grid, l.block, l.shared_bytes, [&] { kernel(parameters); });
@@ -73,6 +76,7 @@ cudaError_t launch(void (*kernel)(Parameters), const Launch& l, Parameters param
 
 template <class Parameters>
 cudaError_t launch_cooperative(void (*kernel)(Parameters), const Launch& l, Parameters parameters) {
+  if (!cuda_emulation::has_room(l.grid)) return cudaErrorCooperativeLaunchTooLarge;
   cuda_emulation::launch_cooperative(l.grid, l.block, l.shared_bytes, [&] { kernel(parameters); });
   return cudaSuccess;
 }

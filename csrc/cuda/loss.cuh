@@ -101,7 +101,7 @@ CACR_DEVICE double variance_of(const P& p, int s, int64_t row) {
   double variance = 0;
   if (p.sum[row_of(p, s, row)] != 0)
 #pragma unroll 1
-    for (int share = 0; share < p.shares; share++)
+    for (int share = 0; share < p.q_units.shares; share++)
       variance += p.moment[(int64_t(share) * p.softmaxes + s) * rows + row];
   return variance;
 }
@@ -154,24 +154,22 @@ CACR_DEVICE typename P::Accumulator pull_of_views(const P& p, int64_t v, int64_t
   return sum;
 }
 
-// Completes the gradients of the rows of one target, a warp per row: all shares in their order, and the attraction.
+// Completes the gradients of all rows of one side, a warp per row: all shares in their order, and the attraction.
 template <class P>
-CACR_DEVICE void complete_gradients(const P& p, typename P::Accumulator* gradient, int target, int targets,
-                                    int64_t rows) {
+CACR_DEVICE void complete_gradients(const P& p, typename P::Accumulator* gradient,
+                                    const typename P::Accumulator* partial, int shares, int64_t rows) {
   using Acc = typename P::Accumulator;
-  const int64_t block = max(p.N, p.own ? int64_t(0) : p.M) * p.D;
   const int lane = threadIdx.x % 32;
   const int64_t warps = int64_t(gridDim.x) * (kThreads / 32);
 #pragma unroll 1
   for (int64_t i = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; i < rows; i += warps) {
-    const int64_t z = target * p.N + i, v = p.fused.on ? z / p.fused.batch : 0, b = z - v * p.fused.batch;
+    const int64_t v = p.fused.on ? i / p.fused.batch : 0, b = i - v * p.fused.batch;
 #pragma unroll 1
     for (int64_t d = lane; d < p.D; d += 32) {
       Acc* const to = gradient + i * p.D + d;
-      Acc sum = p.accumulate || p.shares == 1 ? *to : Acc(0);
+      Acc sum = p.accumulate || shares == 1 ? *to : Acc(0);
 #pragma unroll 1
-      for (int share = 0; p.shares > 1 && share < p.shares; share++)
-        sum += p.partial_gradient[(int64_t(share) * targets + target) * block + i * p.D + d];
+      for (int share = 0; shares > 1 && share < shares; share++) sum += partial[(share * rows + i) * p.D + d];
       *to = p.fused.on ? sum + pull_of_views(p, v, b, d) : sum;
     }
   }

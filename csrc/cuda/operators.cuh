@@ -29,7 +29,7 @@ template <class P>
 void set_pairs(P& p, const int64_t* q_index, const int64_t* k_index, int64_t first, int64_t count) {
   p.first_pair = first, p.pairs = int32_t(count);
   for (int64_t i = 0; i < count; i++) {
-    p.q_index[i] = int16_t(q_index[first + i]), p.k_index[i] = int16_t(k_index[first + i]);
+    p.q_index[i] = int32_t(q_index[first + i]), p.k_index[i] = int32_t(k_index[first + i]);
   }
 }
 
@@ -114,6 +114,7 @@ cudaError_t run_loss(const Call& c, cudaStream_t stream, const Allocator& memory
 
 template <class A>
 cudaError_t run_call(const Call& c, cudaStream_t stream, const Allocator& memory) {
+  if (c.operation == Operation::kProbe) return probe<A>();
   return c.operation == Operation::kLoss ? run_loss<A>(c, stream, memory) : run_contrast<A>(c, stream, memory);
 }
 

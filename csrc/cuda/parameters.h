@@ -54,6 +54,13 @@ struct FusedLoss {
   double* pair_sums;     // [P][2] rbf: dL/dtau up to factors, sum of the entropies
 };
 
+// How the gradients of one side, queries or keys, are shared out (plan.cuh): a unit is a block of 64 rows of a view,
+// one group of features, one share of the rows on the other side.
+struct Units {
+  int32_t count;  // of all views; 0 where nothing of this side is wanted
+  int32_t blocks, groups, shares;
+};
+
 template <class Element, class Acc>
 struct Parameters {
   using Accumulator = Acc;
@@ -64,7 +71,7 @@ struct Parameters {
   int64_t N, M, D;
   int32_t q_views, k_views, pairs, softmaxes;
   int64_t all_pairs, first_pair;                   // of the operator, of this launch
-  int16_t q_index[kMaxPairs], k_index[kMaxPairs];  // views of each pair
+  int32_t q_index[kMaxPairs], k_index[kMaxPairs];  // views of each pair
   const int32_t* q_id;                             // [N] or null
   const int32_t* k_id;                             // [M] or null
   int32_t period;  // without q_id: the id of a row is row % period, with 0 nothing is masked
@@ -81,7 +88,7 @@ struct Parameters {
   // ---- workspace
   uint32_t phases;                  // bit mask
   int32_t splits;                   // of the keys, in the statistics
-  int32_t shares;                   // of the other side, in the gradients
+  Units q_units, k_units;           // of the gradients; those of keys have none of their own if own
   Acc* q_norm;                      // [q_views][N]
   Acc* k_norm;                      // [k_views][M], q_norm if own
   double* partial;                  // [splits][3][S][P][N] top, sum e, sum e (u - u_top); see softmax.cuh
@@ -89,8 +96,9 @@ struct Parameters {
   Acc* ratio;                       // [P][N] where two softmaxes cancel: a of the second one multiplies e_1 - ratio e_0
   Acc* known_sum;                   // [P][N] sum_j dL/du_ij
   float* bounds;                    // [grid] largest |dL/du| a block has seen, for coefficients that have to be scaled
-  double* moment;                   // [shares][S][P][N] sum_j w (c - F)^2
-  Acc* partial_gradient;            // [shares][targets][max(N, M)][D], shares > 1
+  double* moment;                   // [shares of q][S][P][N] sum_j w (c - F)^2
+  Acc* q_partial;                   // [shares][q_views][N][D], more than one share
+  Acc* k_partial;                   // [shares][k_views][M][D]
   double* scalars;                  // [grid][kScalars] shares of the blocks
 
   // ---- rows [S][all_pairs][N]: forward writes, backward reads

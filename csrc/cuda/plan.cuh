@@ -9,7 +9,7 @@
 
 namespace cacr {
 
-constexpr int64_t kPartialGradientBytes = int64_t(64) << 20;  // at most, for the shares of gradients
+constexpr int kMostShares = 64;  // of the keys of a query, and of what the rows of a gradient meet
 
 // Puts arrays one behind another; without memory it only counts.
 class Workspace {
@@ -35,26 +35,35 @@ struct Plan {
   int grid;
 
   bool runs(int phase) const { return p.phases >> phase & 1; }
-  int64_t row_blocks() const { return (p.N + kTile - 1) / kTile; }
-  int64_t targets() const { return p.q_views + (p.own ? 0 : p.k_views); }
-  int64_t target_rows() const { return std::max(p.N, p.own ? int64_t(0) : p.M); }
 
-  // Enough units for every block of the grid, so that a small problem keeps a large GPU busy. It depends on the device
-  // and the shape alone, and so does the order of all sums.
+  // Enough units for every block of the grid, so that a small problem keeps a large GPU busy. It depends on the device,
+  // the shape and what is wanted alone, and so does the order of all sums.
   void share_out(int blocks, int gradient_chunks) {
-    const int64_t tiles = (p.M + kTile - 1) / kTile, other = (p.N + kTile - 1) / kTile;
-    const int64_t statistics_units = std::max<int64_t>(1, p.pairs * row_blocks());
-    p.splits = int32_t(std::clamp<int64_t>(blocks / statistics_units, 1, std::clamp<int64_t>(tiles, 1, 64)));
-    const int64_t chunks = (p.D + kChunk<Element> - 1) / kChunk<Element>;
-    const int64_t groups = (chunks + gradient_chunks - 1) / gradient_chunks;
-    const int64_t blocks_of_target = (target_rows() + kTile - 1) / kTile;
-    const int64_t gradient_units = std::max<int64_t>(1, targets() * blocks_of_target * groups);
-    const int64_t bytes = std::max<int64_t>(1, targets() * target_rows() * p.D * int64_t(sizeof(Acc)));
-    const int64_t most = std::min({std::max<int64_t>(1, std::min(tiles, other)), int64_t(32),
-                                   std::max<int64_t>(1, kPartialGradientBytes / bytes)});
-    p.shares = int32_t(std::clamp<int64_t>(blocks / gradient_units, 1, most));
-    const int64_t most_units = std::max(statistics_units * p.splits, gradient_units * p.shares);
-    grid = int(std::clamp<int64_t>(most_units, 1, blocks));
+    const int64_t q_tiles = tiles_of(p.N), k_tiles = tiles_of(p.M);
+    const int64_t statistics_units = std::max<int64_t>(1, p.pairs * q_tiles);
+    p.splits = shares_of(blocks / statistics_units, k_tiles);
+    const int64_t owned = gradient_chunks * kChunk<Element>, groups = (p.D + owned - 1) / owned;
+    const bool keys = p.want_k && !p.own;
+    p.q_units = units_of(p.want_q || p.want_moment ? p.q_views : 0, q_tiles, p.want_q ? groups : 1);
+    p.k_units = units_of(keys ? p.k_views : 0, k_tiles, groups);
+    // Shares of both sides meet about as many tiles. A side of several shares has at most `blocks` units: its partial
+    // gradients are no more than what the blocks of one grid hold in registers.
+    const int64_t met = std::max<int64_t>(1, p.q_units.count * k_tiles + p.k_units.count * q_tiles);
+    share_units(p.q_units, blocks * k_tiles / met, k_tiles);
+    share_units(p.k_units, blocks * q_tiles / met, q_tiles);
+    const int64_t gradient_units = int64_t(p.q_units.count) + p.k_units.count;
+    grid = int(std::clamp<int64_t>(std::max(statistics_units * p.splits, gradient_units), 1, blocks));
+  }
+  static int64_t tiles_of(int64_t rows) { return (rows + kTile - 1) / kTile; }
+  static Units units_of(int64_t views, int64_t tiles, int64_t groups) {
+    return {int32_t(views * tiles * groups), int32_t(tiles), int32_t(groups), 1};
+  }
+  // Every share has a tile: its moments are written.
+  static int32_t shares_of(int64_t wanted, int64_t tiles) {
+    return int32_t(std::clamp<int64_t>(wanted, 1, std::clamp<int64_t>(tiles, 1, kMostShares)));
+  }
+  static void share_units(Units& units, int64_t wanted, int64_t tiles) {
+    units.shares = shares_of(wanted, tiles), units.count *= units.shares;
   }
 
   // Pointers into the workspace; called with null first for its size.
@@ -70,11 +79,16 @@ struct Plan {
       p.ratio = w.take<Acc>(rows);
       p.known_sum = w.take<Acc>(rows);
       p.bounds = w.take<float>(grid);
-      p.moment = w.take<double>(p.want_moment ? all * p.shares : 0);
-      p.partial_gradient = w.take<Acc>(p.shares > 1 ? p.shares * targets() * target_rows() * p.D : 0);
+      p.moment = w.take<double>(p.want_moment ? all * p.q_units.shares : 0);
+      p.q_partial = take_partial(w, p.want_q, p.q_units, p.q_views * p.N);
+      p.k_partial = take_partial(w, p.want_k, p.k_units, p.k_views * p.M);
     }
     if (p.fused.on) lay_out_loss(w, all);
     return w.bytes();
+  }
+
+  Acc* take_partial(Workspace& w, bool wanted, const Units& units, int64_t rows) const {
+    return w.take<Acc>(wanted && units.shares > 1 ? units.shares * rows * p.D : 0);
   }
 
   void lay_out_loss(Workspace& w, int64_t all) {
@@ -95,11 +109,15 @@ struct Plan {
 template <class A>
 constexpr size_t kSharedBytes = sizeof(Buffers<typename A::Element, typename A::Acc>);
 
-// Launches all phases of the plan at once or, if `resident` says the grid cannot be, one after another.
+// Launches all phases of the plan at once or, where the grid cannot be resident, one after another: `resident` is what
+// the device said of itself, of which another process or a context of less than all processors can take something.
 template <class A>
 cudaError_t launch_plan(const Plan<typename A::Element, typename A::Acc>& plan, bool resident, cudaStream_t stream) {
   const Launch where{dim3(plan.grid), dim3(kThreads), kSharedBytes<A>, stream};
-  if (resident) return launch_cooperative(run_phases<A>, where, JobOf<A>{plan.p, 0, kPhases - 1});
+  if (resident) {
+    const cudaError_t error = launch_cooperative(run_phases<A>, where, JobOf<A>{plan.p, 0, kPhases - 1});
+    if (error != cudaErrorCooperativeLaunchTooLarge) return error;
+  }
   for (int phase = 0; phase < kPhases; phase++) {
     if (!plan.runs(phase)) continue;
     if (const cudaError_t error = launch(run_phases<A>, where, JobOf<A>{plan.p, phase, phase})) return error;
@@ -108,6 +126,13 @@ cudaError_t launch_plan(const Plan<typename A::Element, typename A::Acc>& plan, 
 }
 
 constexpr int kBlocksWithoutResidence = 512;  // of a grid that does not have to be resident
+
+// Whether the current device has this kernel and can be asked about it: what a launch would need first.
+template <class A>
+cudaError_t probe() {
+  int blocks = 0;
+  return resident_blocks(run_phases<A>, kThreads, sizeof(Buffers<typename A::Element, typename A::Acc>), &blocks);
+}
 
 // Shares out, allocates, launches.
 template <class A>

@@ -23,7 +23,7 @@ inline constexpr int warpSize = 32;
 
 // ---- the host's side ------------------------------------------------------------------------------------------------
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorCooperativeLaunchTooLarge = 720 };
 
 // ---- vectors --------------------------------------------------------------------------------------------------------
 #define CUDA_EMULATION_VECTOR(name, scalar)                            \

@@ -14,14 +14,14 @@ namespace {
 using namespace cacr;
 using cuda_emulation::Random;
 
-// Memory of its exact size for every array, NaN until written.
+// Memory of its exact size until it is asked for again, NaN until written.
 struct Memory {
-  std::vector<std::vector<char>> arrays;
+  std::vector<char> array;
 
   static void* allocate(void* memory, int64_t bytes) {
-    auto& arrays = static_cast<Memory*>(memory)->arrays;
-    arrays.emplace_back(bytes, '\xff');
-    return arrays.back().data();
+    auto& array = static_cast<Memory*>(memory)->array;
+    array = std::vector<char>(bytes, '\xff');
+    return array.data();
   }
 };
 
@@ -51,12 +51,15 @@ struct Shape {
   bool own, inner;
 };
 
+using Pairs = std::vector<int64_t>;
+
 const Shape kShapes[] = {
     {"keys of their own", 70, 83, 37, 2, 1, {0, 1, 0}, {0, 0, 0}, {kSame, kOther}, false, false},
     {"an odd number of steps", 33, 29, 24, 2, 1, {0, 1}, {0, 0}, {kSame, kOther}, false, false},
     {"one softmax, inner", 3, 131, 8, 1, 2, {0, 0}, {1, 0}, {kAll}, false, true},
     {"queries among themselves", 67, 67, 72, 1, 1, {0}, {0}, {kSameNotSelf, kOther}, true, false},
     {"two softmaxes that cancel", 65, 65, 16, 2, 2, {0}, {1}, {kOther, kOther}, true, false},
+    {"more pairs than a launch takes", 3, 5, 8, 2, 1, Pairs(65, 1), Pairs(65, 0), {kAll}, false, false},
 };
 
 struct Results {

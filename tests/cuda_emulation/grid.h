@@ -211,6 +211,10 @@ inline void launch_cooperative(dim3 size, dim3 block_size, size_t shared_bytes, 
   launch(size, block_size, shared_bytes, std::move(kernel), true);
 }
 
+inline bool has_room(dim3 size) {
+  return options.room < 0 || static_cast<int>(size.x * size.y * size.z) <= options.room;
+}
+
 inline int resident_blocks(int /*threads*/, size_t /*shared_bytes*/) { return options.resident_blocks; }
 
 }  // namespace cuda_emulation

@@ -53,6 +53,7 @@ struct Error : std::runtime_error {
 struct Options {
   uint64_t seed = 0;        // of the schedule, and of when copies are made
   int resident_blocks = 4;  // what launch.cuh is told
+  int room = -1;            // how many blocks of a cooperative launch there is room for, after all; -1: for all
   std::string left_out;     // "kernel.cuh:12": the barrier or wait in this line does nothing, as if it were forgotten
 };
 inline Options options;

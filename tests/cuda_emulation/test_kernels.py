@@ -58,3 +58,7 @@ def test_every_barrier_is_missed(left_out: str) -> None:
     """Without it, some results are not those of the orderly schedule, or not numbers: none is there in vain."""
     done = run(emulated(PROGRAM), "double", 4, BARRIERS[left_out], left_out)
     assert re.search(r"^[1-9]\d* failures$", done.stdout, re.MULTILINE)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    assert run(emulated("check_offsets.cpp")).stdout == "0 failures\n"
