@@ -100,7 +100,7 @@ ONE: dict[str, dict[Precision, tuple[Tile, ...]]] = {
         ),
         "tf32": _row((64, 32, 64, 4, 2, 64), (64, 16, 32, 4, 2, 128), (64, 16, 32, 4, 2, 128), (64, 16, 32, 4, 2, 128)),
         "tf32x3": _row((64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64)),
-        "ieee": _row(*[(32, 16, 32, 4, 2, 64)] * 4),
+        "ieee": _row(*[(32, 16, 32, 8, 2, 64)] * 4),
         "fp64": _row(*[(64, 32, 32, 8, 2, 32)] * 4),
     },
     "frozen": {
@@ -148,7 +148,10 @@ SM_100: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
 SM_120: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (True, "statistics", "fp64"): _row(*[(32, 32, 32, 4, 1, 0)] * 4),
 }
-OWN = {"sm_100": SM_100, "sm_120": SM_120}
+SM_80: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
+    (False, "gradient", "ieee"): _row(*[(32, 16, 32, 4, 2, 64)] * 4),
+}
+OWN = {"sm_80": SM_80, "sm_100": SM_100, "sm_120": SM_120}
 
 
 def tile_of(family: str, kernel: str, precision: Precision, D: int, two: bool) -> Tile:
