@@ -136,11 +136,12 @@ TWO: dict[str, dict[Precision, tuple[Tile, ...]]] = {
 # Where a family spills with those entries: by two softmaxes or accumulators, kernel and kind of product.
 SM_100: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (False, "gradient", "half"): _row(
-        (64, 32, 64, 4, 3, 64), (64, 32, 128, 4, 1, 128), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128)
+        (64, 32, 64, 4, 3, 64), (64, 16, 128, 4, 2, 128), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128)
     ),
+    (False, "gradient", "ieee"): _row(*[(32, 16, 32, 4, 2, 64)] * 4),
     (False, "gradient", "tf32x3"): _row(*[(64, 32, 32, 4, 2, 64)] * 4),
     (True, "statistics", "fp64"): _row(*[(32, 32, 32, 4, 1, 0)] * 4),
-    (True, "gradient", "half"): _row(*[(128, 16, 64, 4, 1, 64)] * 4),
+    (True, "gradient", "half"): _row((128, 16, 64, 4, 1, 64), *[(64, 16, 64, 4, 1, 128)] * 3),
     (True, "gradient", "ieee"): _row(*[(64, 32, 32, 8, 2, 64)] * 4),
     (True, "gradient", "fp64"): _row(*[(32, 32, 32, 8, 2, 32)] * 4),
     (True, "frozen", "fp64"): _row(*[(64, 32, 32, 4, 2, 32)] * 4),
