@@ -55,12 +55,21 @@ def _nan(like: Tensor, *shape: int) -> Tensor:
 
 @dataclass
 class Emulation:
-    """One way to run the kernels: ``seed`` of the schedule, how many blocks are resident (0: no cooperative launch)."""
+    """One way to run the kernels.
+
+    Attributes:
+        library: the emulation.
+        seed: of the schedule.
+        resident_blocks: how many blocks are resident; 0: no cooperative launch.
+        float32: the arithmetic of float32: float, tf32, tf32x3.
+        nearest: tensor cores round sums to nearest instead of truncating them (``tensor_cores.h``).
+    """
 
     library: Path
     seed: int = 0
     resident_blocks: int = 3
     float32: str = "float"
+    nearest: bool = False
 
     def __post_init__(self) -> None:
         self.code = ctypes.CDLL(str(self.library))
@@ -71,8 +80,8 @@ class Emulation:
     def run(self, call: Call, dtype: torch.dtype) -> None:
         """Raises RuntimeError if the emulation finds something wrong."""
         name = self.float32 if dtype == torch.float32 else OF_DTYPE[dtype]
-        seed, blocks = ctypes.c_uint64(self.seed), self.resident_blocks
-        error = self.code.cacr_emulate(ARITHMETIC.index(name), ctypes.byref(call), seed, blocks)
+        how = ctypes.c_uint64(self.seed), self.resident_blocks, ctypes.c_bool(self.nearest)
+        error = self.code.cacr_emulate(ARITHMETIC.index(name), ctypes.byref(call), *how)
         if error is not None:
             raise RuntimeError(error.decode())
 
