@@ -57,8 +57,13 @@ def _nan(like: Tensor, *shape: int) -> Tensor:
 class Emulation:
     """One way to run the kernels.
 
-    ``seed`` of the schedule; how many blocks are resident (0: no cooperative launch); how many of a cooperative launch
-    there is ``room`` for when it comes to it (-1: for all).
+    Attributes:
+        library: the emulation.
+        seed: of the schedule.
+        resident_blocks: how many blocks are resident; 0: no cooperative launch.
+        room: how many blocks of a cooperative launch there is room for when it comes to it; -1: for all.
+        float32: the arithmetic of float32: float, tf32, tf32x3.
+        nearest: tensor cores round sums to nearest instead of truncating them (``tensor_cores.h``).
     """
 
     library: Path
@@ -66,6 +71,7 @@ class Emulation:
     resident_blocks: int = 3
     room: int = -1
     float32: str = "float"
+    nearest: bool = False
 
     def __post_init__(self) -> None:
         self.code = ctypes.CDLL(str(self.library))
@@ -76,8 +82,8 @@ class Emulation:
     def run(self, call: Call, dtype: torch.dtype) -> None:
         """Raises RuntimeError if the emulation finds something wrong."""
         name = self.float32 if dtype == torch.float32 else OF_DTYPE[dtype]
-        seed, blocks = ctypes.c_uint64(self.seed), self.resident_blocks
-        error = self.code.cacr_emulate(ARITHMETIC.index(name), ctypes.byref(call), seed, blocks, self.room)
+        how = ctypes.c_uint64(self.seed), self.resident_blocks, self.room, ctypes.c_bool(self.nearest)
+        error = self.code.cacr_emulate(ARITHMETIC.index(name), ctypes.byref(call), *how)
         if error is not None:
             raise RuntimeError(error.decode())
 

@@ -114,6 +114,39 @@ def test_dtypes(dtype, case):
     assert [result for result in testing.compare(case, "cuda", dtype) if not result.ok] == []
 
 
+LONG = Case(
+    "cacr_queue_loss",
+    {"V": 2, "B": 8, "D": 32, "K": 2048},
+    {"tau_pos": 1.0, "tau_neg": 2.0, "weight_grad": "full"},
+    data="clustered",
+)
+DEEP = Case("cacr_loss", {"V": 2, "B": 16, "D": 512}, {"tau_pos": 1.0, "tau_neg": 2.0}, data="unit")
+
+
+@pytest.mark.parametrize("nearest", [False, True], ids=["truncating", "nearest"])
+@pytest.mark.parametrize("arithmetic", ["float", "tf32x3", "bf16", "f16"])
+@pytest.mark.parametrize("case", [LONG, DEEP], ids=["keys", "features"])
+def test_long_sums(emulation, case, arithmetic, nearest):
+    """Over many keys and many features, whichever way the tensor cores round."""
+    dtype = {"bf16": torch.bfloat16, "f16": torch.float16}.get(arithmetic, torch.float32)
+    emulation.nearest = nearest
+    emulation.resident_blocks = 1  # nothing is shared out: one sum over all keys
+    if dtype == torch.float32:
+        emulation.float32 = arithmetic
+    assert [result for result in testing.compare(case, "cuda", dtype) if not result.ok] == []
+
+
+def test_sums_of_the_tensor_cores(emulation):
+    """Truncated or not they are close, and not the same."""
+    views, found = torch.randn(2, 9, 40, generator=torch.Generator().manual_seed(5)), []
+    emulation.float32 = "tf32x3"
+    for nearest in (False, True):
+        emulation.nearest = nearest
+        found.append(cacr_kernels.cacr_loss(views, backend="cuda", reduction="none"))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=0)
+    assert not found[0].equal(found[1])
+
+
 def test_tf32_is_what_it_says(emulation):
     """Products of operands rounded to 11 bits: as wrong as that, and no more."""
     emulation.float32 = "tf32"

@@ -8,6 +8,13 @@
 //   accumulate  g += h b         h: a tile of coefficients, b: 64 rows of one chunk; g: 64 rows of one chunk
 //
 // h keeps the accuracy of float32 where the inputs are half types: it is split into pieces whose sum it is.
+//
+// Tensor cores truncate their sums (Fasi et al. 2021): in a chain of mma the error grows with its length, always
+// towards zero. So a chain begins with zeros and is short, and what it gives is added by ordinary instructions, which
+// round to nearest (Ootomo, Yokota 2022). It is one product of 16 or 8 features, or of as many rows, with its small
+// pieces first; in gradients of half types, which will be rounded to those, the four of a tile. Only TF32 products, far
+// more wrong themselves, go on through all features or through a tile. `accumulate` adds one sum per tile of 64 rows to
+// g.
 #pragma once
 
 #include "ptx.cuh"
@@ -44,6 +51,50 @@ constexpr int kStride = kStrideBytes / int(sizeof(Element));
 template <class Element>
 using Stages = SharedArray<Element, 2 * kTile * kStride<Element>>;  // [2][64][kStride], double buffer
 
+// ---- sums -----------------------------------------------------------------------------------------------------------
+// A sum of many terms with what rounding has taken from it.
+template <class Acc>
+struct Sum {
+  Acc high, low;
+
+  CACR_DEVICE void add(Acc x) {
+    const Acc total = high + x, part = total - high;
+    low += (high - (total - part)) + (x - part);
+    high = total;
+  }
+  CACR_DEVICE void add(const Sum& x) { add(x.high), low += x.low; }
+  CACR_DEVICE void scale(Acc factor) { high *= factor, low *= factor; }
+  CACR_DEVICE Acc rounded() const {
+    const Acc sum = high + low;
+    return sum == sum ? sum : high;
+  }
+  CACR_DEVICE double value() const {
+    const double sum = double(high) + double(low);
+    return sum == sum ? sum : double(high);  // infinite: `low` is not a number
+  }
+};
+
+// The same without.
+template <class Acc>
+struct PlainSum {
+  Acc high;
+
+  CACR_DEVICE void add(Acc x) { high += x; }
+  CACR_DEVICE void add(const PlainSum& x) { high += x.high; }
+  CACR_DEVICE Acc rounded() const { return high; }
+  CACR_DEVICE double value() const { return high; }
+};
+
+template <class Total, class Acc>
+CACR_DEVICE void add(Total (&to)[4], const Acc (&x)[4]) {
+#pragma unroll
+  for (int e = 0; e < 4; e++) to[e].add(x[e]);
+}
+CACR_DEVICE void add(float (&to)[4], const float (&x)[4]) {
+#pragma unroll
+  for (int e = 0; e < 4; e++) to[e] += x[e];
+}
+
 // ---- half types: m16n8k16 -------------------------------------------------------------------------------------------
 CACR_DEVICE void mma(bf16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   ptx::mma_bf16(d, a, b0, b1);
@@ -61,6 +112,7 @@ struct HalfArithmetic {
   static constexpr int kGradientChunks = 1;       // chunks of a gradient that one block owns
   static constexpr int kColumns = kChunk<E> / 8;  // fragments of a chunk
   static constexpr bool kScaled = kIsScaled;      // coefficients have to be brought into the range of the type
+  static constexpr bool kCompensated = false;     // the sum over tiles; a gradient will be rounded to the type
   static constexpr int S = kStride<E>;
 
   static CACR_DEVICE void product(float (&s)[kFragments][4], Stages<E>& a, int a0, Stages<E>& b, int b0) {
@@ -73,9 +125,11 @@ struct HalfArithmetic {
       ptx::ldmatrix_x4(x, ptx::shared_address(&a[a0 + k]));
 #pragma unroll
       for (int n = 0; n < kFragments; n += 2) {
+        float sum[2][4] = {};
         ptx::ldmatrix_x4(y, ptx::shared_address(&b[b0 + n * 8 * S + k]));
-        mma(E{}, s[n], x, y[0], y[1]);
-        mma(E{}, s[n + 1], x, y[2], y[3]);
+        mma(E{}, sum[0], x, y[0], y[1]);
+        mma(E{}, sum[1], x, y[2], y[3]);
+        add(s[n], sum[0]), add(s[n + 1], sum[1]);
       }
     }
   }
@@ -90,26 +144,32 @@ struct HalfArithmetic {
     }
   }
 
-  static CACR_DEVICE void accumulate(float (&g)[kColumns][4], const float (&h)[kFragments][4], Stages<E>& b, int b0) {
+  template <class Total>
+  static CACR_DEVICE void accumulate(Total (&g)[kColumns][4], const float (&h)[kFragments][4], Stages<E>& b, int b0) {
     const int lane = threadIdx.x % 32;
     b0 += (lane % 8 + lane / 8 % 2 * 8) * S + lane / 16 * 8;
+    uint32_t pieces[kTile / 16][kPieces][4];
 #pragma unroll
     for (int k = 0; k < kTile / 16; k++) {  // 16 rows of b
-      uint32_t pieces[kPieces][4];
       float rest[8] = {h[2 * k][0],     h[2 * k][1],     h[2 * k][2],     h[2 * k][3],
                        h[2 * k + 1][0], h[2 * k + 1][1], h[2 * k + 1][2], h[2 * k + 1][3]};
 #pragma unroll
-      for (int i = 0; i < kPieces; i++) take_piece(pieces[i], rest);
+      for (int i = 0; i < kPieces; i++) take_piece(pieces[k][i], rest);
+    }
 #pragma unroll
-      for (int n = 0; n < kColumns; n += 2) {
+    for (int n = 0; n < kColumns; n += 2) {
+      float of_tile[2][4] = {};
+#pragma unroll
+      for (int k = 0; k < kTile / 16; k++) {
         uint32_t y[4];
         ptx::ldmatrix_x4_trans(y, ptx::shared_address(&b[b0 + k * 16 * S + n * 8]));
 #pragma unroll
         for (int i = kPieces - 1; i >= 0; i--) {  // the small ones first
-          mma(E{}, g[n], pieces[i], y[0], y[1]);
-          mma(E{}, g[n + 1], pieces[i], y[2], y[3]);
+          mma(E{}, of_tile[0], pieces[k][i], y[0], y[1]);
+          mma(E{}, of_tile[1], pieces[k][i], y[2], y[3]);
         }
       }
+      add(g[n], of_tile[0]), add(g[n + 1], of_tile[1]);
     }
   }
 };
@@ -125,6 +185,7 @@ struct Tf32Arithmetic {
   static constexpr int kGradientChunks = kPieces == 2 ? 1 : 2;  // what fits the registers
   static constexpr int kColumns = kChunk<float> / 8;
   static constexpr bool kScaled = false;
+  static constexpr bool kCompensated = kPieces == 2;
   static constexpr int S = kStride<float>;
 
   template <int kCount>
@@ -140,10 +201,14 @@ struct Tf32Arithmetic {
   // d += a b without the product of both second pieces.
   static CACR_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[kPieces][4], const uint32_t (&b)[kPieces][2]) {
     if constexpr (kPieces == 2) {
-      ptx::mma_tf32(d, a[1], b[0][0], b[0][1]);
-      ptx::mma_tf32(d, a[0], b[1][0], b[1][1]);
+      float sum[4] = {};
+      ptx::mma_tf32(sum, a[1], b[0][0], b[0][1]);
+      ptx::mma_tf32(sum, a[0], b[1][0], b[1][1]);
+      ptx::mma_tf32(sum, a[0], b[0][0], b[0][1]);
+      add(d, sum);
+    } else {
+      ptx::mma_tf32(d, a[0], b[0][0], b[0][1]);
     }
-    ptx::mma_tf32(d, a[0], b[0][0], b[0][1]);
   }
 
   static CACR_DEVICE void product(float (&s)[kFragments][4], Stages<float>& a, int a0, Stages<float>& b, int b0) {
@@ -167,10 +232,12 @@ struct Tf32Arithmetic {
   }
 
   // The order of the 8 rows of b in a product is free: those of columns 2 quad and 2 quad + 1 of h, which a thread has.
-  static CACR_DEVICE void accumulate(float (&g)[kColumns][4], const float (&h)[kFragments][4], Stages<float>& b,
+  template <class Total>
+  static CACR_DEVICE void accumulate(Total (&g)[kColumns][4], const float (&h)[kFragments][4], Stages<float>& b,
                                      int b0) {
     const int lane = threadIdx.x % 32;
     b0 += lane % 4 * 2 * S + lane / 4;
+    float of_tile[kColumns][4] = {};
 #pragma unroll
     for (int k = 0; k < kFragments; k++) {  // 8 rows of b
       uint32_t a_pieces[kPieces][4], b_pieces[kPieces][2];
@@ -180,9 +247,11 @@ struct Tf32Arithmetic {
       for (int n = 0; n < kColumns; n++) {
         const int at = b0 + k * 8 * S + n * 8;
         split(b_pieces, {__float_as_uint(b[at]), __float_as_uint(b[at + S])});
-        multiply(g[n], a_pieces, b_pieces);
+        multiply(of_tile[n], a_pieces, b_pieces);
       }
     }
+#pragma unroll
+    for (int n = 0; n < kColumns; n++) add(g[n], of_tile[n]);
   }
 };
 
@@ -196,6 +265,7 @@ struct IeeeArithmetic {
   static constexpr int kGradientChunks = sizeof(T) == 8 ? 1 : 2;  // two of double do not fit the registers
   static constexpr int kColumns = kChunk<T> / 8;
   static constexpr bool kScaled = false;
+  static constexpr bool kCompensated = sizeof(T) == 4;
   static constexpr int S = kStride<T>, kVector = 16 / int(sizeof(T));
 
   struct alignas(16) Vector {
@@ -232,9 +302,11 @@ struct IeeeArithmetic {
     }
   }
 
-  static CACR_DEVICE void accumulate(T (&g)[kColumns][4], const T (&h)[kFragments][4], Stages<T>& b, int b0) {
+  template <class Total>
+  static CACR_DEVICE void accumulate(Total (&g)[kColumns][4], const T (&h)[kFragments][4], Stages<T>& b, int b0) {
     const int lane = threadIdx.x % 32;
     b0 += lane % 4 * 2;
+    T of_tile[kColumns][4] = {};
 #pragma unroll
     for (int k = 0; k < kFragments; k++) {
 #pragma unroll 1
@@ -247,11 +319,13 @@ struct IeeeArithmetic {
           for (int n = 0; n < kColumns; n++) {
             const Two y = read<Two>(b, b0 + (8 * k + 2 * quad + column) * S + 8 * n);
 #pragma unroll
-            for (int e = 0; e < 2; e++) g[n][e] += low * y.x[e], g[n][2 + e] += high * y.x[e];
+            for (int e = 0; e < 2; e++) of_tile[n][e] += low * y.x[e], of_tile[n][2 + e] += high * y.x[e];
           }
         }
       }
     }
+#pragma unroll
+    for (int n = 0; n < kColumns; n++) add(g[n], of_tile[n]);
   }
 };
 

@@ -22,23 +22,6 @@ CACR_DEVICE Acc slope_of(const P& p, int s) {
   return Acc(-2 * kLog2e * number(p.tau[s]));
 }
 
-// A sum of many terms with what rounding has taken from it.
-template <class Acc>
-struct Sum {
-  Acc high, low;
-
-  CACR_DEVICE void add(Acc x) {
-    const Acc total = high + x, part = total - high;
-    low += (high - (total - part)) + (x - part);
-    high = total;
-  }
-  CACR_DEVICE void scale(Acc factor) { high *= factor, low *= factor; }
-  CACR_DEVICE double value() const {
-    const double sum = double(high) + double(low);
-    return sum == sum ? sum : double(high);  // infinite: `low` is not a number
-  }
-};
-
 // One row, as far as a thread has seen it.
 template <class Acc>
 struct RowState {

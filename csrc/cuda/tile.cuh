@@ -16,6 +16,17 @@ struct Rows {
   int64_t rows, D;
 };
 
+// What a unit of the gradients knows all along: the registers are needed for sums.
+template <class Element, class Acc>
+struct UnitFacts {
+  SharedArray<Rows<Element>, 1> own;      // rows of the target
+  SharedArray<Acc, kTile> norm;           // |a|^2 of those of the unit
+  SharedArray<int32_t, kTile> id;         // their ids
+  SharedArray<int32_t, 2> tile0, tile1;   // of the share, where the others are keys, and where they are queries
+  SharedArray<Acc, kMaxSoftmaxes> slope;  // 0 beyond the softmaxes there are
+  SharedArray<Acc, 1> scale;              // of the coefficients
+};
+
 template <class Element, class Acc>
 struct Buffers {
   Stages<Element> a;                                                   // rows of the block
@@ -25,6 +36,7 @@ struct Buffers {
   SharedArray<Coefficients<Acc>, kMaxSoftmaxes * kTile> coefficients;  // [softmax][64] of queries, rows or columns
   SharedArray<Acc, kTile> ratio;                                       // of the same
   SharedArray<double, kThreads / 32> reduction;
+  UnitFacts<Element, Acc> unit;
 };
 
 // Thread's place in a tile: it owns rows row and row + 8, and columns 8 n + column and the next.

@@ -49,12 +49,16 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// How tensor cores add up float32 (tensor_cores.h).
+enum class Sums { kTruncated, kNearest };
+
 // What may differ from launch to launch though the program is the same.
 struct Options {
   uint64_t seed = 0;        // of the schedule, and of when copies are made
   int resident_blocks = 4;  // what launch.cuh is told
   int room = -1;            // how many blocks of a cooperative launch there is room for, after all; -1: for all
-  std::string left_out;     // "kernel.cuh:12": the barrier or wait in this line does nothing, as if it were forgotten
+  Sums sums = Sums::kTruncated;
+  std::string left_out;  // "kernel.cuh:12": the barrier or wait in this line does nothing, as if it were forgotten
 };
 inline Options options;
 

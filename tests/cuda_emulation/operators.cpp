@@ -33,7 +33,9 @@ void run(const cacr::Call& call) {
 
 // Null, or what went wrong. arithmetic: bf16, f16, tf32, tf32x3, float, double.
 extern "C" const char* cacr_emulate(int arithmetic, const cacr::Call* call, uint64_t seed, int resident_blocks,
-                                    int room) {
+                                    int room, bool nearest) {
+  using cuda_emulation::Sums;
+  cuda_emulation::options.sums = nearest ? Sums::kNearest : Sums::kTruncated;
   cuda_emulation::options.seed = seed;
   cuda_emulation::options.resident_blocks = resident_blocks;
   cuda_emulation::options.room = room;

@@ -20,7 +20,10 @@ constexpr Entry kEntries[] = {
 }  // namespace
 
 // Runs kernel `name` with one warp; what went wrong is left in `message`, which is empty otherwise.
-extern "C" void run(const char* name, const uint32_t* in, uint32_t* out, uint64_t seed, char* message, size_t size) {
+extern "C" void run(const char* name, const uint32_t* in, uint32_t* out, uint64_t seed, bool nearest, char* message,
+                    size_t size) {
+  using cuda_emulation::Sums;
+  cuda_emulation::options.sums = nearest ? Sums::kNearest : Sums::kTruncated;
   message[0] = '\0';
   cuda_emulation::options.seed = seed;
   try {

@@ -1,6 +1,7 @@
 // ldmatrix and mma: fragments are gathered from the 32 lanes of a warp, and results handed out, as the PTX ISA says.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "barriers.h"
@@ -90,9 +91,41 @@ void ldmatrix(const char* operation, uint32_t (&r)[kMatrices], const char* row, 
 }
 
 // ---- mma ------------------------------------------------------------------------------------------------------------
-// d += a b, products and sums exact to double precision and rounded once. (The hardware aligns and truncates.)
+// d += a b. Sums of float64 are exact to double precision and rounded once. Those of float32 are either that as well
+// (Sums::kNearest) or what is known of the hardware (Sums::kTruncated, the default; M. Fasi, N. Higham, M. Mikaitis,
+// S. Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ Comput. Sci. 7:e330, 2021): products are exact; a
+// group of them and d are aligned to the largest, cut off below its 24 bits and one more, and added; the sum is cut off
+// to 24 bits. A group is 8 products of half types or 4 of TF32, as on the A100; later devices have longer ones and keep
+// more bits. It is a model of the size and the sign of the errors: no device is copied to the last bit.
+inline float truncated(double x) {
+  const float nearest = static_cast<float>(x);
+  if (std::isinf(nearest) || !(std::fabs(static_cast<double>(nearest)) > std::fabs(x))) return nearest;
+  return std::nextafterf(nearest, 0.0f);
+}
+
+// The power of two that is not larger: x is a normal number.
+inline double power_below(double x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, sizeof x);
+  bits &= 0x7ff0000000000000u;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+template <int kGroup>
+float truncated_sum(float d, const double (&products)[kGroup]) {
+  double largest = std::fabs(static_cast<double>(d)), sum = d;
+  for (double x : products) largest = std::max(largest, std::fabs(x)), sum += x;
+  if (largest == 0 || !std::isfinite(sum)) return static_cast<float>(sum);
+  const double unit = power_below(largest) * 0x1p-24, per_unit = 1 / unit;  // the last bit that is kept
+  int32_t units = static_cast<int32_t>(d * per_unit);
+  for (double x : products) units += static_cast<int32_t>(x * per_unit);
+  return truncated(units * unit);
+}
+
 template <int kRows, int kDepth, class Scalar>
 struct Product {
+  static constexpr int kGroup = kDepth / 2;
   Scalar a[kRows][kDepth], b[kDepth][8];
   double d[kRows][8];
 
@@ -100,6 +133,20 @@ struct Product {
     for (int i = 0; i < kRows; i++)
       for (int k = 0; k < kDepth; k++)
         for (int j = 0; j < 8; j++) d[i][j] += static_cast<double>(a[i][k]) * static_cast<double>(b[k][j]);
+  }
+
+  void multiply_truncating() {
+    for (int i = 0; i < kRows; i++)
+      for (int j = 0; j < 8; j++) {
+        float sum = static_cast<float>(d[i][j]);
+        for (int k0 = 0; k0 < kDepth; k0 += kGroup) {
+          double products[kGroup];
+          for (int k = 0; k < kGroup; k++)
+            products[k] = static_cast<double>(a[i][k0 + k]) * static_cast<double>(b[k0 + k][j]);
+          sum = truncated_sum(sum, products);
+        }
+        d[i][j] = sum;
+      }
   }
 };
 
@@ -123,7 +170,7 @@ void multiply_fragments(P& product, MmaArgument<float>* const* lanes) {
       const Place at = accumulator_place(lane, i);
       product.d[at.row][at.column] = lanes[lane]->d[i];
     }
-  product.multiply();
+  options.sums == Sums::kTruncated ? product.multiply_truncating() : product.multiply();
   for (int lane = 0; lane < 32; lane++)
     for (int i = 0; i < 4; i++) {
       const Place at = accumulator_place(lane, i);

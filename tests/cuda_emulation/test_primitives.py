@@ -13,6 +13,7 @@ import numpy as np
 import ptx
 import pytest
 
+from . import warps
 from .building import by_nvcc, disassembly, emulated_library
 from .statements import STATEMENTS, Words
 
@@ -20,16 +21,51 @@ SEEDS = range(6)
 TILE_BYTES = 1024  # primitives.cuh
 
 
-def run_emulated(kernel: str, words: Words, outputs: int) -> Words:
+def run_emulated(kernel: str, words: Words, outputs: int, nearest: bool = False) -> Words:
     """The output words, which are the same whatever the schedule."""
     library = ctypes.CDLL(str(emulated_library("primitives.cpp")))
     words, out, message = np.ascontiguousarray(words), np.empty((len(SEEDS), outputs), np.uint32), bytes(1000)
     for seed in SEEDS:
         pointers = ctypes.c_void_p(words.ctypes.data), ctypes.c_void_p(out[seed].ctypes.data)
-        library.run(kernel.encode(), *pointers, ctypes.c_uint64(seed), message, ctypes.c_size_t(len(message)))
+        how = ctypes.c_uint64(seed), ctypes.c_bool(nearest)
+        library.run(kernel.encode(), *pointers, *how, message, ctypes.c_size_t(len(message)))
         assert message.rstrip(b"\0") == b""
     assert (out == out[0]).all()
     return out[0]
+
+
+def sum_of(products: list[float], start: float, nearest: bool) -> float:
+    """``start`` plus products of bfloat16, as a tensor core adds them up: one row of A against one column of B."""
+    a = np.zeros((16, 16), np.float32)
+    a[0, : len(products)] = products
+    b, d = np.ones((16, 8), np.float32), np.zeros((16, 8), np.float32)
+    d[0, 0] = start
+    words = [
+        warps.fragments((a.view(np.uint32) >> 16).astype(np.uint16), warps.a_16x16, 8).view(np.uint32),
+        warps.fragments((b.view(np.uint32) >> 16).astype(np.uint16), warps.b_16x8, 4).view(np.uint32),
+        warps.fragments(d, warps.element_16x8, 4).view(np.uint32),
+    ]
+    return float(run_emulated("mma_bf16", np.concatenate(words, axis=1), 128, nearest).view(np.float32)[0])
+
+
+# One unit in the last place of 1 is 2^-23.
+TRUNCATED = {
+    "nothing is lost": ([0.5, 2.0**-23], 1.0, 1.5 + 2.0**-23, 1.5 + 2.0**-23),
+    "towards zero": ([1.5 * 2.0**-23], 1.0, 1 + 2.0**-23, 1 + 2.0**-22),
+    "towards zero from below": ([-1.5 * 2.0**-23], -1.0, -1 - 2.0**-23, -1 - 2.0**-22),
+    "each before the sum": ([0.75 * 2.0**-24] * 8, 1.0, 1.0, 1 + 3 * 2.0**-23),
+    "one bit more is kept": ([2.0**-24] * 2, 1.0, 1 + 2.0**-23, 1 + 2.0**-23),
+    "a second group": ([1.0] + [0.0] * 7 + [2.0**-24] * 2, 0.0, 1 + 2.0**-23, 1 + 2.0**-23),
+    "not finite": ([np.inf, 1.0], 1.0, np.inf, np.inf),
+}
+
+
+@pytest.mark.parametrize("name", TRUNCATED)
+def test_truncation(name: str) -> None:
+    """What tensor_cores.h says of the hardware, and the other way to round."""
+    products, start, truncated, nearest = TRUNCATED[name]
+    assert sum_of(products, start, nearest=False) == truncated
+    assert sum_of(products, start, nearest=True) == nearest
 
 
 def ptx_text() -> str:
