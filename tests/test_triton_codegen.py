@@ -27,7 +27,7 @@ ROWS = [
     ("statistics", "B200", "fp64", 64),
     ("frozen keys, inner", "H100", "bf16", 256),
     ("gradient of queries, temperature", "A100", "fp16", 128),
-    ("aligned gradient", "RTX 5090", "fp64", 0),
+    ("aligned gradient", "A100", "fp64", 0),
     ("aligned", "B200", "fp16", 0),
     ("norms", "MI300X", "bf16", 64),
     ("frozen merge", "H100", "fp32", 0),
@@ -38,7 +38,7 @@ ROWS = [
     ("log total", "H100", "fp64", 0),
     ("incoming, rbf", "A100", "fp64", 0),
     ("numbers", "A100", "fp64", 0),
-    ("loss, rbf", "RTX 5090", "fp32", 0),
+    ("loss, rbf", "B200", "fp32", 0),
 ]
 
 

@@ -1,10 +1,11 @@
 """Launch configurations by kernel, kind of product and number of features.
 
 Nothing here was timed. What was looked at are the compiled kernels (``python -m benchmarks.codegen``): every entry
-compiles without spilling registers, within the shared memory of the smallest member of its family, and among those the
-larger tile was taken, as it reads less from memory per similarity. The NVIDIA families share the entries where tiles
-that fit their registers are the same (sm_100, whose products leave their sums in a memory of their own, has some of its
-own), and what the smallest sm_80 has in shared memory is enough. AMD's differ in the number of warps.
+compiles for sm_80, sm_90, sm_100 and gfx942 without spilling registers, within the shared memory of the smallest member
+of its family, and among those the larger tile was taken, as it reads less from memory per similarity. The NVIDIA
+families share the entries where tiles that fit their registers are the same (sm_100, whose products leave their sums in
+a memory of their own, has some of its own), and what the smallest sm_80 has in shared memory is enough. AMD's differ in
+the number of warps. sm_120 takes over what was found for sm_80; there some entries spill up to 24 bytes.
 """
 
 from __future__ import annotations
