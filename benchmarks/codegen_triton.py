@@ -104,7 +104,7 @@ def small() -> tuple[Small, ...]:
 
 
 def devices() -> Iterator[Device]:
-    """One for each family that the launch table was made for; that of sm_120 takes over what was found for the others."""
+    """One for each family that the launch table was made for; sm_120 takes over what was found for the others."""
     for family in dict.fromkeys(device.family for device in DEVICES if device.family != "sm_120"):
         yield next(device for device in DEVICES if device.family == family)
 
