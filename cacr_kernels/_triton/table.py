@@ -153,7 +153,10 @@ SM_120: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
 SM_80: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (False, "gradient", "ieee"): _row(*[(32, 16, 32, 4, 2, 64)] * 4),
 }
-OWN = {"sm_80": SM_80, "sm_100": SM_100, "sm_120": SM_120}
+SM_90: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
+    (False, "gradient", "ieee"): _row(*[(32, 16, 32, 8, 3, 64)] * 4),
+}
+OWN = {"sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_100, "sm_120": SM_120}
 
 
 def tile_of(family: str, kernel: str, precision: Precision, D: int, two: bool) -> Tile:
