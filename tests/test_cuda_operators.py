@@ -231,6 +231,17 @@ def test_close_positives(emulation):
     torch.testing.assert_close(value[0, 0], exact, rtol=1e-6, atol=0)
 
 
+def test_a_late_top(emulation):
+    """What rounding has taken from a long sum moves with it when a key far above all others comes last."""
+    emulation.resident_blocks = 1
+    k = torch.full((1, 64 * 256, 1), -0.03)
+    k[0, :8], k[0, -3] = 0.0, 1.0
+    given = torch.ones(1, 3, 1), k, None, None, torch.tensor([-1.0], dtype=torch.float64), [ALL], [0], [0], True, False
+    exact = given[0].double(), k.double(), *given[2:]
+    value, expected = emulation.contrast(*given)[0], _blocks.contrast(*exact)[0]
+    torch.testing.assert_close(value, expected, rtol=2e-6, atol=0)
+
+
 def test_strided_inputs(emulation):
     q, k, *rest = arguments(PROBLEMS["aligned"], torch.bfloat16)
     strided = torch.stack([q, q], -1)[..., 0], k.transpose(1, 2).contiguous().transpose(1, 2)
@@ -241,7 +252,9 @@ def test_strided_inputs(emulation):
 def test_rows_off_16_bytes(emulation):
     """An array that begins elsewhere takes the way without asynchronous copies, with the same result."""
     q, k, *rest = arguments(PROBLEMS["aligned"], torch.float32)
-    moved = torch.empty(q.numel() + 1)[1:].view(q.shape).copy_(q)
-    assert moved.data_ptr() % 16 != 0
-    for x, y in zip(emulation.contrast(moved, k, *rest), emulation.contrast(q, k, *rest), strict=True):
-        assert x.equal(y)
+    moved_q, moved_k = (torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x) for x in (q, k))
+    expected = emulation.contrast(q, k, *rest)
+    for elsewhere in ((moved_q, k), (q, moved_k)):
+        assert any(x.data_ptr() % 16 != 0 for x in elsewhere)
+        for x, y in zip(emulation.contrast(*elsewhere, *rest), expected, strict=True):
+            assert x.equal(y)

@@ -139,7 +139,7 @@ struct GradientUnit {
     Acc sum[2] = {}, squares[kMaxSoftmaxes][2] = {};
 #pragma unroll
     for (int n = 0; n < kFragments; n++) {
-      __syncwarp();  // or the compiler reads all coefficients ahead, and has no registers left
+      ptx::read_no_further();  // coefficients of all columns do not fit the registers
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         const int query = kAreQueries ? at.row + e / 2 * 8 : at.column + 8 * n + e % 2;
@@ -217,9 +217,9 @@ struct GradientUnit {
     if (w.rows <= 0) return;
     Gradient g = {};
     Total row_sum[2] = {};
-    __syncthreads();  // the unit before has read its last stage
+    __syncthreads();  // the unit before has read its last stage and its facts
     stage_facts(scale);
-    __syncthreads();
+    __syncthreads();  // the facts are there
     int stage = 1;
     Cursor ahead = start(0);
     load(ahead, 0);

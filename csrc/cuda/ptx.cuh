@@ -165,6 +165,15 @@ CACR_DEVICE void cp_async_wait(CACR_SITE_ONLY) {
 #endif
 }
 
+// ---- order of reads -------------------------------------------------------------------------------------------------
+// The compiler does not move reads of shared memory up across it, which keeps what they give out of the registers until
+// it is needed. To the program it means nothing.
+CACR_DEVICE void read_no_further() {
+#ifdef __CUDACC__
+  __syncwarp();
+#endif
+}
+
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
 // 2^x to about 2 ulp; subnormal arguments and results are 0.
 CACR_DEVICE float exp2_approx(float x) {

@@ -6,6 +6,7 @@ Their values are compared with float64 by the tests of the "cuda" backend, which
 from __future__ import annotations
 
 import re
+import signal
 
 import pytest
 
@@ -55,9 +56,12 @@ def test_barriers_are_known() -> None:
 
 @pytest.mark.parametrize("left_out", BARRIERS)
 def test_every_barrier_is_missed(left_out: str) -> None:
-    """Without it, some results are not those of the orderly schedule, or not numbers: none is there in vain."""
+    """Without it, some results are not those of the orderly schedule, or not numbers: none is there in vain.
+
+    Or memory is read that is none: addresses stand in shared memory, too.
+    """
     done = run(emulated(PROGRAM), "double", 4, BARRIERS[left_out], left_out)
-    assert re.search(r"^[1-9]\d* failures$", done.stdout, re.MULTILINE)
+    assert done.returncode == -signal.SIGSEGV or re.search(r"^[1-9]\d* failures$", done.stdout, re.MULTILINE)
 
 
 def test_offsets_beyond_32_bits() -> None:
