@@ -151,7 +151,8 @@ def summary(rows: list[Row], console: Console) -> None:
         for heading in ("registers", "shared, KiB", "clocks per similarity", "limit"):
             table.add_column(heading, justify="left" if "limit" in heading else "right")
         for row in here:
-            numbers = str(row.registers), f"{row.shared / 1024:.1f}", f"{row.cycles[row.limit]:.3f}"
+            clocks = f"{row.cycles[row.limit]:.3f}" if row.cycles else "–"
+            numbers = str(row.registers), f"{row.shared / 1024:.1f}", clocks
             table.add_row(row.backend, row.kernel, row.dtype, *numbers, row.limit)
         console.print(table, "")
     if any(row.backend == "cuda" for row in rows):
@@ -176,9 +177,11 @@ def sentences(rows: list[Row]) -> str:
         for device in ("A100", "H100", "B200"):
             case = Case(backend, kernel, device, "bf16", 128)
             for row in rows:
-                if row[:5] == case:
+                if row[:5] == case and row.cycles:
                     limits.add(UNITS[row.limit])
                     found.append(f"{row.cycles[row.limit]:.2f}")
+                elif row[:5] == case:
+                    found.append("–")
         return " / ".join(found)
 
     spilling = sum(bool(row.stack or row.spills) for row in rows)

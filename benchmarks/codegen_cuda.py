@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import cuda_code, sass
 from .codegen_rows import DEVICES, DTYPES, Case, Device, Row, cycles, device_of
-from .cuda_way import THREADS, TILE, needs, per_similarity
+from .cuda_way import THREADS, TILE, UnreadableError, needs, per_similarity
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ("-O3", "-std=c++20", "-DNDEBUG", f"-I{ROOT / 'csrc/cuda'}")  # of setup.py that change code
@@ -27,7 +27,8 @@ PHASES = ("statistics", "gradients")
 NOTE = (
     "CUDA rows: registers and memory of the whole kernel; instructions on the shortest way through the main loop of a "
     "phase, for one softmax over all keys. For float64 they cannot be read off (its exponentials branch): its "
-    "multiplications alone are counted there."
+    "multiplications alone are counted there. Where the compiler gave the loops a form that the count does not "
+    "understand there is none."
 )
 
 
@@ -95,7 +96,10 @@ def row_of(case: Case, kernel: cuda_code.Kernel, code: sass.Code, shared: int, c
     if dtype == "fp64":
         per = {"fp64": float(D * (passes + gradients) / passes)}
     else:
-        per = per_similarity(code, dtype, case.kernel, needs(dtype, D, chunk, owned, case.kernel))
+        try:
+            per = per_similarity(code, dtype, case.kernel, needs(dtype, D, chunk, owned, case.kernel))
+        except UnreadableError:
+            per = {}
     per = {kind: passes * n for kind, n in per.items()}
     tile = {"block_m": TILE, "block_n": TILE, "block_d": chunk, "num_warps": THREADS // 32, "block_out": chunk * owned}
     spills = count["LDL"] + count["STL"]
@@ -103,5 +107,7 @@ def row_of(case: Case, kernel: cuda_code.Kernel, code: sass.Code, shared: int, c
         *case, tile, kernel.registers, kernel.stack + kernel.local, spills, shared, count["HMMA"] + count["DMMA"],
         {opcode: count[opcode] for opcode in meant}, 1, passes, per, {},
     )  # fmt: skip
+    if not per:
+        return row
     found = cycles(device, dtype, D, int(gradients), row)
     return row._replace(cycles={"fp64": found["fp64"]} if dtype == "fp64" else found)
