@@ -119,7 +119,7 @@ struct HalfArithmetic {
     const int lane = threadIdx.x % 32;
     a0 += lane % 16 * S + lane / 16 * 8;
     b0 += (lane % 8 + lane / 16 * 8) * S + lane / 8 % 2 * 8;
-#pragma unroll
+#pragma unroll 2  // with all four k-steps sm_120 spills
     for (int k = 0; k < kChunk<E>; k += 16) {
       uint32_t x[4], y[4];
       ptx::ldmatrix_x4(x, ptx::shared_address(&a[a0 + k]));
@@ -237,21 +237,26 @@ struct Tf32Arithmetic {
                                      int b0) {
     const int lane = threadIdx.x % 32;
     b0 += lane % 4 * 2 * S + lane / 4;
-    float of_tile[kColumns][4] = {};
+    constexpr int kTogether = kPieces == 2 ? kColumns / 2 : kColumns;  // sums of all columns do not fit the registers
 #pragma unroll
-    for (int k = 0; k < kFragments; k++) {  // 8 rows of b
-      uint32_t a_pieces[kPieces][4], b_pieces[kPieces][2];
-      split(a_pieces,
-            {__float_as_uint(h[k][0]), __float_as_uint(h[k][2]), __float_as_uint(h[k][1]), __float_as_uint(h[k][3])});
+    for (int first = 0; first < kColumns; first += kTogether) {
+      float of_tile[kTogether][4] = {};
 #pragma unroll
-      for (int n = 0; n < kColumns; n++) {
-        const int at = b0 + k * 8 * S + n * 8;
-        split(b_pieces, {__float_as_uint(b[at]), __float_as_uint(b[at + S])});
-        multiply(of_tile[n], a_pieces, b_pieces);
+      for (int k = 0; k < kFragments; k++) {  // 8 rows of b
+        ptx::read_no_further();
+        uint32_t a_pieces[kPieces][4], b_pieces[kPieces][2];
+        split(a_pieces,
+              {__float_as_uint(h[k][0]), __float_as_uint(h[k][2]), __float_as_uint(h[k][1]), __float_as_uint(h[k][3])});
+#pragma unroll
+        for (int n = 0; n < kTogether; n++) {
+          const int at = b0 + k * 8 * S + (first + n) * 8;
+          split(b_pieces, {__float_as_uint(b[at]), __float_as_uint(b[at + S])});
+          multiply(of_tile[n], a_pieces, b_pieces);
+        }
       }
-    }
 #pragma unroll
-    for (int n = 0; n < kColumns; n++) add(g[n], of_tile[n]);
+      for (int n = 0; n < kTogether; n++) add(g[first + n], of_tile[n]);
+    }
   }
 };
 
