@@ -40,6 +40,11 @@ def device_of(backend: str) -> str:
     return "cpu" if backend in ("reference", "torch", "cpu") or interpreted else "cuda"
 
 
+def there(tensors: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    """On the device that the backend works on."""
+    return {name: t.to(device_of(backend)) for name, t in tensors.items()}
+
+
 def small_inputs(loss: str, seed: int = 0) -> dict[str, Tensor]:
     """Tensors of a call by name; no two sizes are equal."""
     if loss == "cacr":

@@ -14,11 +14,13 @@ from agreement import (
     assert_within_budget,
     cast,
     compare,
+    device_of,
     each_backend,
     each_loss,
     randn,
     run,
     small_inputs,
+    there,
     unit,
 )
 from torch import Tensor
@@ -205,7 +207,7 @@ def test_any_float64_input_makes_the_loss_float64(loss: str, backend: str) -> No
 @pytest.mark.parametrize("second", FLOATS)
 def test_list_of_mixed_dtypes(first: torch.dtype, second: torch.dtype, backend: str) -> None:
     z = unit(2, 7, 5)
-    views = [z[0].to(first).requires_grad_(), z[1].to(second).requires_grad_()]
+    views = [v.to(device_of(backend), dtype).requires_grad_() for v, dtype in zip(z, (first, second), strict=True)]
     exact = [v.detach().double().requires_grad_() for v in views]
     loss, truth = LOSSES["cacr"](views, backend=backend), LOSSES["cacr"](exact, backend="reference")
     double = torch.float64 in (first, second)
@@ -227,13 +229,14 @@ def test_half_inputs_are_computed_in_float32(loss: str, dtype: torch.dtype, back
     for options in ({}, {"normalize": True}):
         exact = run(loss, cast(tensors, torch.float64), "reference", **options)
         actual = run(loss, tensors, backend, **options)
-        single = run(loss, tensors, backend, **options)
-        assert torch.equal(actual.parts.loss, single.parts.loss)
         for x, y in zip(actual.parts, exact.parts, strict=True):
             torch.testing.assert_close(x.double(), y, rtol=16 * EPS, atol=16 * EPS)
-        for name, g in actual.gradients.items():
-            if g is not None:
-                assert torch.equal(g, single.gradients[name].to(dtype)), name
+        for name, y in exact.gradients.items():
+            g = actual.gradients[name]
+            assert (g is None) == (y is None), name
+            if y is not None:
+                once = torch.finfo(dtype).eps / 2 * (1 + 32 * EPS)
+                torch.testing.assert_close(g.double(), y, rtol=once, atol=16 * EPS * y.abs().max().item())
 
 
 @each_backend
@@ -244,13 +247,14 @@ def test_scaled_float16_gradients_do_not_underflow(loss: str, backend: str) -> N
     name = next(iter(tensors))
     small = 2.0**-16
     for b in (backend, "reference"):
-        leaves = tensors | {name: tensors[name].clone().requires_grad_()}
+        here = there(tensors, b)
+        leaves = here | {name: here[name].clone().requires_grad_()}
         value = LOSSES[loss](**leaves, backend=b) * small
         (g,) = torch.autograd.grad(value, leaves[name], torch.tensor(1 / small))
         exact = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
         exact[name].requires_grad_()
         (truth,) = torch.autograd.grad(LOSSES[loss](**exact, backend="reference"), exact[name])
-        torch.testing.assert_close(g.double(), truth, rtol=2.0**-10, atol=1e-6)
+        torch.testing.assert_close(g.double().cpu(), truth, rtol=2.0**-10, atol=1e-6)
         assert truth.abs().max() > 1e-3
 
 
@@ -262,6 +266,6 @@ def test_temperature_does_not_change_the_result_dtype(loss: str, backend: str) -
     names = ("temperature",) if loss == "momentum" else ("tau_pos", "tau_neg")
     options = {n: torch.tensor(math.pi / 3, dtype=torch.float64) for n in names}
     number = run(loss, tensors, backend, **dict.fromkeys(names, math.pi / 3)).parts.loss
-    value = LOSSES[loss](**tensors, **options, backend=backend)
+    value = LOSSES[loss](**there(tensors, backend), **options, backend=backend)
     assert value.dtype == torch.float32
-    torch.testing.assert_close(value, number, rtol=4 * EPS, atol=4 * EPS)
+    torch.testing.assert_close(value.cpu(), number, rtol=4 * EPS, atol=4 * EPS)

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from agreement import device_of
+from agreement import there
 from vectors_io import load_vectors, vector_id
 
 import cacr_kernels
 
 BACKENDS = [name for name, reason in cacr_kernels.backends().items() if reason is None]
 TOLERANCE = 1e-10
+TERMS = [("attraction", "beta"), ("repulsion", "alpha")]  # each alone: the weight of the other one is 0
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def there(arrays, backend):
-    """On the device that the backend works on."""
-    return {name: torch.as_tensor(array).to(device_of(backend)) for name, array in arrays.items()}
 
 
 def close(actual, expected):
@@ -44,6 +40,28 @@ def test_views(backend, vector, reduction):
     close(parts.attraction, a["attraction"])
     close(parts.repulsion, a["repulsion"])
     close(torch.autograd.grad(loss, z)[0], a["grad_attraction"] + a["grad_repulsion"])
+
+
+@pytest.mark.parametrize(("term", "off"), TERMS)
+@pytest.mark.parametrize("vector", load_vectors("views"), ids=vector_id)
+def test_terms_of_views(backend, vector, term, off):
+    m, a = vector.meta, there(vector.arrays, backend)
+    z = leaf(a["views"])
+    options = {k: m[k] for k in ("tau_pos", "tau_neg", "alpha", "beta")} | {off: 0.0}
+    loss = cacr_kernels.cacr_loss(z, **options, backend=backend)
+    close(loss.detach(), a[term])
+    close(torch.autograd.grad(loss, z)[0], a[f"grad_{term}"])
+
+
+@pytest.mark.parametrize("vector", load_vectors("views"), ids=vector_id)
+def test_supervised_by_instance_is_the_attraction_of_views(backend, vector):
+    m, a = vector.meta, there(vector.arrays, backend)
+    z = leaf(a["views"])
+    labels = torch.arange(m["B"], device=z.device).repeat(m["V"])
+    options = {"tau_pos": m["tau_pos"], "alpha": m["alpha"], "beta": 0.0}
+    loss = cacr_kernels.supervised_cacr_loss(z.flatten(0, 1), labels, **options, backend=backend)
+    close(loss.detach(), a["attraction"])
+    close(torch.autograd.grad(loss, z)[0], a["grad_attraction"])
 
 
 @pytest.mark.parametrize("vector", load_vectors("views"), ids=vector_id)
@@ -82,6 +100,18 @@ def test_queue(backend, vector):
     close(parts.attraction, a["attraction"])
     close(parts.repulsion, a["repulsion"])
     close(torch.autograd.grad(parts.loss, q)[0], a["grad_attraction"] + a["grad_repulsion"])
+
+
+@pytest.mark.parametrize(("term", "off"), TERMS)
+@pytest.mark.parametrize("vector", load_vectors("queue"), ids=vector_id)
+def test_terms_of_queue(backend, vector, term, off):
+    m, a = vector.meta, there(vector.arrays, backend)
+    q = leaf(a["queries"])
+    options = {k: m[k] for k in ("tau_pos", "tau_neg", "alpha", "beta")} | {off: 0.0}
+    options |= {"in_batch": m["intra_batch"], "normalize": True, "backend": backend}
+    loss = cacr_kernels.cacr_queue_loss(q, a["keys"], a["queue"], **options)
+    close(loss.detach(), a[term])
+    close(torch.autograd.grad(loss, q)[0], a[f"grad_{term}"])
 
 
 @pytest.mark.parametrize(("cost", "reduction"), [("rbf", "mean"), ("sqeuclidean", "sum")])
