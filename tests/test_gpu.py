@@ -1,4 +1,7 @@
-"""What only a GPU can show of the backends "triton" and "cuda": streams, capture, synchronisation, devices."""
+"""What only a GPU can show of the backends "triton" and "cuda": streams, capture, synchronisation, devices.
+
+That they compute what they should is shown by the tests of the losses, which take every backend that can run.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from agreement import LOSSES, cast, each_loss, run, small_inputs
+from agreement import LOSSES, cast, each_loss, small_inputs
 from torch import Tensor
 
 import cacr_kernels
@@ -37,6 +40,12 @@ def step(loss: str, tensors: dict[str, Tensor], backend: str) -> list[Tensor]:
     return [value, *(g for g in torch.autograd.grad(value, wanted, allow_unused=True) if g is not None)]
 
 
+def assert_same_bits(found: list[Tensor], expected: list[Tensor]) -> None:
+    torch.cuda.synchronize()  # whatever stream they are made on
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def on_gpu(loss: str, device: str = "cuda") -> dict[str, Tensor]:
     return {name: t.to(device) for name, t in cast(small_inputs(loss), torch.float32).items()}
 
@@ -62,9 +71,7 @@ def test_in_a_captured_graph(loss: str, backend: str) -> None:
         t.zero_()
     for _ in range(2):
         graph.replay()
-    torch.cuda.synchronize()
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
+    assert_same_bits(found, expected)
 
 
 @each_loss
@@ -80,9 +87,7 @@ def test_on_the_current_stream(loss: str, backend: str) -> None:
         for name, t in late.items():
             t.copy_(tensors[name])
         found = step(loss, late, backend)
-    torch.cuda.synchronize()
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
+    assert_same_bits(found, expected)
 
 
 @each_loss
@@ -92,7 +97,7 @@ def test_same_bits_every_time(loss: str, backend: str) -> None:
     torch.use_deterministic_algorithms(True)
     try:
         for _ in range(5):
-            assert all(torch.equal(a, b) for a, b in zip(step(loss, tensors, backend), first, strict=True))
+            assert_same_bits(step(loss, tensors, backend), first)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -107,17 +112,3 @@ def test_on_another_device_than_the_current_one(loss: str, backend: str) -> None
     for a, b in zip(found, expected, strict=True):
         assert a.device.index == 1
         torch.testing.assert_close(a.cpu(), b.cpu())
-
-
-@each_loss
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_against_the_reference(loss: str, backend: str, dtype: torch.dtype) -> None:
-    tensors = cast(small_inputs(loss), dtype)
-    expected = run(loss, cast(tensors, torch.float64), "reference")
-    found = run(loss, tensors, backend)
-    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5}.get(dtype, 2e-2)
-    torch.testing.assert_close(found.parts.loss.double(), expected.parts.loss, rtol=tolerance, atol=tolerance)
-    for name, g in expected.gradients.items():
-        x = found.gradients[name]
-        if g is not None and x is not None:
-            torch.testing.assert_close(x.double(), g, rtol=0, atol=tolerance * max(1.0, g.abs().max().item()))
