@@ -5,7 +5,7 @@ compiles for sm_80, sm_90, sm_100 and gfx942 without spilling registers, within 
 of its family, and among those the larger tile was taken, as it reads less from memory per similarity. The NVIDIA
 families share the entries where tiles that fit their registers are the same (sm_100, whose products leave their sums in
 a memory of their own, has some of its own), and what the smallest sm_80 has in shared memory is enough. AMD's differ in
-the number of warps. sm_120 takes over what was found for sm_80; there some entries spill up to 24 bytes.
+the number of warps. sm_120 takes over the common entries but for one; there some spill up to 24 bytes.
 """
 
 from __future__ import annotations
@@ -135,6 +135,12 @@ TWO: dict[str, dict[Precision, tuple[Tile, ...]]] = {
 }
 
 # Where a family spills with those entries: by two softmaxes or accumulators, kernel and kind of product.
+SM_80: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
+    (False, "gradient", "ieee"): _row(*[(32, 16, 32, 4, 2, 64)] * 4),
+}
+SM_90: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
+    (False, "gradient", "ieee"): _row(*[(32, 16, 32, 8, 3, 64)] * 4),
+}
 SM_100: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (False, "gradient", "half"): _row(
         (64, 32, 64, 4, 3, 64), (64, 16, 128, 4, 2, 128), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128)
@@ -149,12 +155,6 @@ SM_100: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
 }
 SM_120: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (True, "statistics", "fp64"): _row(*[(32, 32, 32, 4, 1, 0)] * 4),
-}
-SM_80: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
-    (False, "gradient", "ieee"): _row(*[(32, 16, 32, 4, 2, 64)] * 4),
-}
-SM_90: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
-    (False, "gradient", "ieee"): _row(*[(32, 16, 32, 8, 3, 64)] * 4),
 }
 OWN = {"sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_100, "sm_120": SM_120}
 
