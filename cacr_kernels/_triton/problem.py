@@ -15,6 +15,7 @@ from torch import Tensor
 from .._blocks import SAME, SAME_NOT_SELF
 from .table import Precision, Processor, Tile, processor_of, tile_of
 
+AGAIN = 4  # kind of a second softmax over the set of the first; kernels/tile.py
 WORKSPACE = 1 << 28  # bytes that the shares of one array may take
 _tracing = contextvars.ContextVar("tracing", default=False)
 
@@ -153,7 +154,12 @@ class Problem:
     @property
     def cancelling(self) -> bool:
         """Two softmaxes over one set: their gradients nearly cancel (rbf)."""
-        return self.S == 2 and self.kinds[0] == self.kinds[1]
+        return self.S == 2 and self.kinds[1] in (self.kinds[0], AGAIN)
+
+    @property
+    def second(self) -> int:
+        """Kind of the second softmax, -1 if there is none."""
+        return self.kinds[1] if self.S == 2 else -1
 
     def tile(self, kernel: str, two: bool = False) -> Tile:
         """Launch configuration of a kernel, with two softmaxes if the problem has them or if ``two``."""
@@ -161,9 +167,8 @@ class Problem:
 
     def constants(self) -> dict[str, Any]:
         """What all kernels that see similarities are compiled for."""
-        second = self.kinds[1] if self.S == 2 else -1
         product = "ieee" if self.precision in ("half", "fp64") else self.precision
-        return {"KIND0": self.kinds[0], "KIND1": second, "INNER": self.inner, "PRECISION": product}
+        return {"KIND0": self.kinds[0], "KIND1": self.second, "INNER": self.inner, "PRECISION": product}
 
     def by_cost(self, softmax: int) -> bool:
         """Whether it measures pairs by their cost (positives)."""
