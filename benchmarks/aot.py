@@ -13,7 +13,7 @@ POINTERS = {
     **dict.fromkeys(("q_id", "k_id", "x_id", "y_id", "q_view", "k_view", "x_view", "y_view", "ids"), "i32"),
     **dict.fromkeys(("tau", "value", "lse", "weights", "grad_value", "grad_lse", "total", "grad_tau"), "fp64"),
     **dict.fromkeys(("variance", "numbers", "log_total", "grad_numbers"), "fp64"),
-    **dict.fromkeys(("positive_value", "positive_lse", "positive_variance"), "fp64"),
+    **dict.fromkeys(("entropy", "positive_value", "positive_entropy", "positive_variance"), "fp64"),
 }
 ALIGNED = ("D", "share")  # numbers that are multiples of 16 in every shape that matters
 

@@ -35,9 +35,11 @@ class Variant(NamedTuple):
 
 def variants() -> tuple[Variant, ...]:
     """Those of the losses, and what else takes more or other registers, at sizes with and without chunks."""
+    from cacr_kernels._triton.problem import AGAIN
+
     one, all_keys = {"KIND0": OTHER, "KIND1": NONE}, {"KIND0": ALL, "KIND1": NONE}
     two, apart = {"KIND0": SAME_NOT_SELF, "KIND1": OTHER}, {"KIND0": SAME, "KIND1": OTHER}
-    rbf, inner, few = {"KIND0": OTHER, "KIND1": OTHER}, {"INNER": True}, (128, 256)
+    rbf, inner, few = {"KIND0": OTHER, "KIND1": AGAIN}, {"INNER": True}, (128, 256)
     keys = {"QUERY": False, "CANCELLING": False, "WANT_TAU": False}
     queries = {"QUERY": True, "CANCELLING": False, "WANT_TAU": False}
     tau, cancelling, mean = {"WANT_TAU": True}, {"CANCELLING": True}, {"WANT_MEAN": True, "MOMENTS": False}
@@ -78,19 +80,22 @@ class Small(NamedTuple):
 def small() -> tuple[Small, ...]:
     """Those of the losses, where the constants make a difference with those that leave most to do."""
     from cacr_kernels._triton import launch
+    from cacr_kernels._triton.problem import AGAIN
 
     rows, wide, numbers = {"BLOCK": launch.ROWS}, {"BLOCK": 1024}, ("fp64",)
-    two = {"SOFTMAXES": 2, "DETACH": False, "INNER": False, "BY_COST0": False, "BY_COST1": False}
+    by_cost = {"INNER": False, "BY_COST0": False, "BY_COST1": False}
+    two = by_cost | {"SOFTMAXES": 2, "DETACH": False}
     full = {"WANT_MEAN": True, "MOMENTS": True, "INNER": False}
     loss = {"REPELS": True, "WANT_TAU": True, "num_warps": 8}
     pairs = {"BLOCK": 16, "BLOCK_D": 64}
     return (
-        Small("norms", "norms_kernel", {"BLOCK_R": 32}, ROW_DTYPES, (64, 128), 128),
-        Small("aligned", "aligned_kernel", pairs, ROW_DTYPES),
+        Small("norms", "norms_kernel", {"BLOCK_R": 32, "SOFTMAXES": 2}, ROW_DTYPES, (64, 128), 128),
+        Small("aligned", "aligned_kernel", pairs | {"RBF": True}, ROW_DTYPES),
         Small("aligned gradient", "aligned_gradient_kernel", pairs, ROW_DTYPES),
-        Small("merge", "merge_kernel", {"BY_COST0": True, "BY_COST1": False, "INNER": False} | rows),
-        Small("coefficients", "coefficients_kernel", two | {"CANCELLING": False} | rows),
-        Small("coefficients, rbf", "coefficients_kernel", two | {"CANCELLING": True} | rows),
+        Small("merge", "merge_kernel", by_cost | {"KIND1": OTHER, "BY_COST0": True} | rows),
+        Small("merge, rbf", "merge_kernel", by_cost | {"KIND1": AGAIN} | rows),
+        Small("coefficients", "coefficients_kernel", two | {"KIND1": OTHER, "CANCELLING": False} | rows),
+        Small("coefficients, rbf", "coefficients_kernel", two | {"KIND1": AGAIN, "CANCELLING": True} | rows),
         Small("frozen merge", "frozen_merge_kernel", full | pairs),
         Small("add shares", "add_shares_kernel", wide),
         Small("grad tau", "grad_tau_kernel", wide),

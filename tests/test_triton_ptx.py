@@ -12,13 +12,16 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import agreement
 import ptx
 import pytest
 import torch
 from ptx import triton_ptx
 from ptx.tf32 import TF32Products
 
+import cacr_kernels
 from cacr_kernels import testing
 from cacr_kernels._products import VARIABLE
 from cacr_kernels.testing import Case, Result
@@ -158,6 +161,68 @@ def test_a_running_maximum_that_stays_moves_nothing(frozen: bool, monkeypatch: p
     assert (value[0] / (logit.softmax(-1) * c).sum(-1) - 1).abs().max() < 2e-6
 
 
+EXTREMES = [
+    ("cacr", "bf16", {}),
+    ("cacr", "fp64", {"pairing": "pooled"}),
+    ("cacr", "fp16", {"reduction": "none"}),
+    ("queue", "fp16", {"weight_grad": "full"}),
+    ("queue", "tf32x3", {}),
+    ("supervised", "bf16", {}),
+    ("momentum", "tf32x3", {}),
+]
+
+
+@pytest.mark.parametrize(("loss", "precision", "options"), EXTREMES)
+def test_any_temperature(loss: str, precision: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One key takes all of the weight. In an FMA a rounded base is something else than the product it was made of."""
+    monkeypatch.setattr(agreement, "device_of", lambda backend: "cpu")
+    dtype = PRECISIONS[precision][0]
+    tensors = agreement.cast(agreement.small_inputs(loss), dtype)
+    for tau in (1e8, 1e10, 1e30):
+        taus = {"temperature": 1 / tau} if loss == "momentum" else {"tau_pos": tau, "tau_neg": tau}
+        given = options | taus | ({"normalize": True} if loss == "momentum" else {})
+        expected = agreement.run(loss, agreement.cast(tensors, torch.float64), "reference", **given)
+        with triton_ptx.running():
+            found = agreement.run(loss, tensors, "triton", **given)
+        for x, y in zip(found.parts[:3], expected.parts[:3], strict=True):
+            torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=1e-6)
+        for name, y in expected.gradients.items():
+            if y is not None:
+                tolerance = max(1e-6, torch.finfo(dtype).eps) * y.abs().max().item()
+                torch.testing.assert_close(found.gradients[name].double(), y, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("cost", ["sqeuclidean", "rbf"])
+@pytest.mark.parametrize("length", [1e-6, 1e4, 1e6])
+def test_long_and_short_vectors(length: float, cost: str) -> None:
+    """With weights that are uniform, and with one key that has all of it."""
+    for tau in (0.0, 100.0):
+        make = lambda seed: {"views": length * torch.randn(2, 23, 16, generator=torch.Generator().manual_seed(seed))}  # noqa: E731
+        case = Case("cacr_loss", {}, {"tau_pos": tau, "tau_neg": tau, "cost": cost}, make, learnable=False)
+        with triton_ptx.running():
+            assert not wrong(testing.measure(case, testing.expect(case, torch.float32), "triton", torch.float32)), tau
+
+
+@pytest.mark.parametrize("tau", [1e3, 1e6])
+def test_lse_of_rbf_share_their_rounding(tau: float) -> None:
+    """Each is as large as tau, their difference is not."""
+    z = torch.nn.functional.normalize(torch.randn(3, 23, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    options = {"tau_neg": tau, "alpha": 0.0, "cost": "rbf"}
+    with triton_ptx.running():
+        found = cacr_kernels.cacr_loss(z, **options, backend="triton")
+    assert abs(found.double() - cacr_kernels.cacr_loss(z.double(), **options, backend="reference")) < 1e-6
+
+
+def test_logits_out_of_range_show() -> None:
+    """Beyond 2^98 a key would be taken for none."""
+    q, k = torch.ones(1, 3, 4), 1e10 * torch.ones(1, 5, 4)
+    for x, y, seen in ((q, k, True), (k, q, True), (q, q, False)):
+        arguments = x, y, None, None, torch.tensor([-1e12], dtype=torch.float64), [0], [0], [0], False
+        with triton_ptx.running():
+            value, _, _ = torch.ops.cacr_kernels.contrast_triton(*arguments, False)
+        assert value.isnan().all() if seen else (value == 0).all()
+
+
 def right(schedule: Callable[[int], ptx.Lockstep], patch: triton_ptx.Patch | None = None) -> bool:
     """Whether one draw of one case in bfloat16 is right."""
     seeds, expected = iter(range(1000)), testing.expect(FUSED, torch.bfloat16, count=1)
@@ -206,8 +271,8 @@ def found(patch: triton_ptx.Patch | None = None) -> bool:
     [
         pytest.param(
             "statistics_kernel",
-            "columns < M, half_norm(y_norm, sign0",
-            "columns <= M, half_norm(y_norm, sign0",
+            "columns < M, half_norm(y_norm, slope0",
+            "columns <= M, half_norm(y_norm, slope0",
             id="mask",
         ),
         pytest.param("load_rows", "r[:, None] < count - first", "r[:, None] < count - first + 1", id="mask of a load"),

@@ -19,7 +19,7 @@ from . import tuning
 from .kernels.aligned import aligned_gradient_kernel, aligned_kernel
 from .kernels.loss import incoming_kernel, log_total_kernel, loss_kernel, numbers_kernel
 from .launch import query_sweep, readable, row_coefficients, statistics
-from .problem import Problem, cdiv, on_device_of_first, power_of_two, start, view_table
+from .problem import AGAIN, Problem, cdiv, on_device_of_first, power_of_two, start, view_table
 
 OTHER = 2
 
@@ -28,12 +28,13 @@ class Attraction(NamedTuple):
     """Results of ``aligned_kernel``."""
 
     cost: Tensor  # [V, V, B]
-    norm: Tensor  # [V, B]
+    norm: Tensor  # [V, B] squared lengths
     ids: Tensor
     tau: Tensor  # [2] signed temperatures of the repulsion
     value: Tensor  # [V, B] float64
-    lse: Tensor
+    entropy: Tensor
     variance: Tensor
+    weights: Tensor  # [3, V, B] float64: what the weights are made of
 
 
 def on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
@@ -72,11 +73,11 @@ def cacr(
         given = on_device((tau_pos, tau_neg, alpha, beta, rbf_scale), z.device)
     given = given.contiguous()
     want_tau = want_grad_numbers and numbers is not None
-    positive = attract(z, given)
+    positive = attract(z, given, rbf)
     p = repulsion(z, positive, pairing, rbf)
     repels = z.shape[1] > 1
     wide = positive.value
-    value = lse = log_total = wide
+    value = lse = weights = log_total = wide
     coefficients, moment, grads = p.empty(1), p.empty(1, 1), p.empty(0, *z.shape)
     if repels:
         value, lse, weights = statistics(p)
@@ -96,22 +97,22 @@ def cacr(
     loss, parts = p.empty(), p.empty(4)
     grad_numbers = p.empty(0) if numbers is None else torch.empty_like(given) if want_tau else torch.zeros_like(given)
     start(
-        loss_kernel, (1,), positive.value, positive.lse, positive.variance, value, lse, log_total, moment, coefficients,
-        given, loss, parts, grad_numbers, z.shape[0] * z.shape[1], p.P, p.N, moment.shape[0],
+        loss_kernel, (1,), positive.value, positive.entropy, positive.variance, value, lse, weights, log_total,
+        moment, coefficients, given, loss, parts, grad_numbers, z.shape[0] * z.shape[1], p.P, p.N, moment.shape[0],
         REPELS=repels, RBF=rbf, WANT_TAU=want_tau, BLOCK=1024, num_warps=8,
     )  # fmt: skip
     return loss, parts, grad, grad_numbers
 
 
-def attract(z: Tensor, numbers: Tensor) -> Attraction:
+def attract(z: Tensor, numbers: Tensor, rbf: bool) -> Attraction:
     """Costs and statistics of the attraction, and what the repulsion needs of every row."""
     V, B, D = z.shape
     cost = z.new_empty((V, V, B), dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
     value = z.new_empty((V, B), dtype=torch.float64)
     others = cost.new_empty((V, B)), z.new_empty((V, B), dtype=torch.int32), value.new_empty(2)
-    out = Attraction(cost, *others, value, torch.empty_like(value), torch.empty_like(value))
+    out = Attraction(cost, *others, value, torch.empty_like(value), torch.empty_like(value), value.new_empty((3, V, B)))
     block = 16
-    sizes = {"BLOCK": block, "BLOCK_D": min(64, power_of_two(D))}
+    sizes = {"RBF": rbf, "BLOCK": block, "BLOCK_D": min(64, power_of_two(D))}
     start(aligned_kernel, (cdiv(B, block), V), z, numbers, *out, V, B, D, **sizes)
     return out
 
@@ -121,7 +122,7 @@ def add_attraction(z: Tensor, numbers: Tensor, positive: Attraction, grads: Tens
     V, B, D = z.shape
     block, width = 16, min(64, power_of_two(D))
     grid = cdiv(B, block), V, cdiv(D, width)
-    arrays = z, numbers, positive.cost, positive.value, positive.lse, grads, grad
+    arrays = z, numbers, positive.cost, positive.weights, grads, grad
     start(aligned_gradient_kernel, grid, *arrays, V, B, D, grads.shape[0], BLOCK=block, BLOCK_D=width)
 
 
@@ -133,4 +134,4 @@ def repulsion(z: Tensor, positive: Attraction, pairing: int, rbf: bool) -> Probl
     q_view, k_view = (view_table(tuple(index), z.device) for index in zip(*pairs, strict=True))
     z = z.view(1, V * B, D) if pooled else z
     same = z, z, positive.norm, positive.norm, positive.ids, positive.ids, positive.tau
-    return Problem(*same, q_view, k_view, (OTHER, OTHER) if rbf else (OTHER,), False, True)
+    return Problem(*same, q_view, k_view, (OTHER, AGAIN) if rbf else (OTHER,), False, True)

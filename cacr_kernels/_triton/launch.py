@@ -37,8 +37,9 @@ def make_problem(
     ids = (q_view, k_view)
     if q_id is not None and k_id is not None and any(kinds):
         ids = q_id.contiguous(), k_id.contiguous()
-    q_norm, k_norm = norms(q, q if own else k)
-    return Problem(q, k, q_norm, k_norm, *ids, tau.contiguous(), q_view, k_view, tuple(kinds), inner, own)
+    tau = tau.contiguous()
+    q_norm, k_norm = norms(q, q if own else k, tau)
+    return Problem(q, k, q_norm, k_norm, *ids, tau, q_view, k_view, tuple(kinds), inner, own)
 
 
 def readable(x: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ def readable(x: Tensor) -> Tensor:
     return (x.float() if interpreted and x.dtype == torch.bfloat16 else x).contiguous()
 
 
-def norms(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def norms(q: Tensor, k: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     """Squared lengths of all rows."""
     rows, k_rows, D = q.shape[0] * q.shape[1], k.shape[0] * k.shape[1], q.shape[2]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -55,8 +56,8 @@ def norms(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     k_norm = q_norm if k is q else k.new_empty(k_rows, dtype=dtype)
     block = 32
     blocks = cdiv(rows, block) + (0 if k is q else cdiv(k_rows, block))
-    sizes = {"BLOCK_R": block, "BLOCK_D": min(128, power_of_two(D))}
-    start(norms_kernel, (blocks,), q, k, q_norm, k_norm, rows, k_rows, D, **sizes)
+    sizes = {"SOFTMAXES": tau.numel(), "BLOCK_R": block, "BLOCK_D": min(128, power_of_two(D))}
+    start(norms_kernel, (blocks,), q, k, q_norm, k_norm, tau, rows, k_rows, D, **sizes)
     return q_norm, k_norm
 
 
@@ -85,7 +86,7 @@ def statistics(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     by_cost = {"BY_COST0": p.by_cost(0), "BY_COST1": p.by_cost(p.S - 1)}
     start(
         merge_kernel, (cdiv(p.N, ROWS), p.P, p.S), state, p.q_norm, p.tau, p.q_view, value, lse, weights,
-        p.N, p.P, state.shape[0], **by_cost, INNER=p.inner, BLOCK=ROWS,
+        p.N, p.P, state.shape[0], KIND1=p.second, **by_cost, INNER=p.inner, BLOCK=ROWS,
     )  # fmt: skip
     return value, lse, weights
 
@@ -145,7 +146,7 @@ def row_coefficients(
     """What the gradients of rows are made of [5, S, P, N], and bounds of them."""
     coefficients, blocks = p.empty(5, p.S, p.P, p.N), cdiv(p.N, ROWS)
     bound = p.empty(blocks * p.P)
-    flags = {"SOFTMAXES": p.S, "CANCELLING": p.cancelling, "DETACH": detach, "INNER": p.inner}
+    flags = {"SOFTMAXES": p.S, "KIND1": p.second, "CANCELLING": p.cancelling, "DETACH": detach, "INNER": p.inner}
     by_cost = {"BY_COST0": p.by_cost(0), "BY_COST1": p.by_cost(p.S - 1)}
     start(
         coefficients_kernel, (blocks, p.P), weights, value, grad_value, grad_lse, p.tau, p.q_norm, p.q_view,

@@ -16,6 +16,7 @@ from .._blocks import SAME, SAME_NOT_SELF
 from .._products import fp32_products
 from .table import Precision, Processor, Tile, processor_of, tile_of
 
+AGAIN = 4  # kind of a second softmax over the set of the first; kernels/tile.py
 WORKSPACE = 1 << 28  # bytes that the shares of one array may take
 _tracing = contextvars.ContextVar("tracing", default=False)
 _launched: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("launched", default=None)
@@ -168,7 +169,12 @@ class Problem:
     @property
     def cancelling(self) -> bool:
         """Two softmaxes over one set: their gradients nearly cancel (rbf)."""
-        return self.S == 2 and self.kinds[0] == self.kinds[1]
+        return self.S == 2 and self.kinds[1] in (self.kinds[0], AGAIN)
+
+    @property
+    def second(self) -> int:
+        """Kind of the second softmax, -1 if there is none."""
+        return self.kinds[1] if self.S == 2 else -1
 
     def tile(self, kernel: str, two: bool = False) -> Tile:
         """Launch configuration of a kernel, with two softmaxes if the problem has them or if ``two``."""
@@ -176,9 +182,8 @@ class Problem:
 
     def constants(self) -> dict[str, Any]:
         """What all kernels that see similarities are compiled for."""
-        second = self.kinds[1] if self.S == 2 else -1
         product = "ieee" if self.precision in ("half", "fp64") else self.precision
-        return {"KIND0": self.kinds[0], "KIND1": second, "INNER": self.inner, "PRECISION": product}
+        return {"KIND0": self.kinds[0], "KIND1": self.second, "INNER": self.inner, "PRECISION": product}
 
     def by_cost(self, softmax: int) -> bool:
         """Whether it measures pairs by their cost (positives)."""

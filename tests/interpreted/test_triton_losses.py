@@ -39,3 +39,18 @@ def test_bfloat16(loss: str) -> None:
     assert_agree(found, expected, 4e-3)
     for x, y in zip(found.parts, expected.parts, strict=True):
         assert (x - y).abs() <= 2e-6 * max(1.0, y.abs())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_any_temperature(loss: str, dtype: torch.dtype) -> None:
+    """One key takes all of the weight. Products are exact: statistics and gradient are to see the same similarity."""
+    tensors = {n: (t * 256).round() / 256 if t.is_floating_point() else t for n, t in small_inputs(loss).items()}
+    tensors = cast(tensors, dtype)
+    for tau in (1e8, 1e30):
+        options = {"tau_pos": tau, "tau_neg": tau}
+        if loss != "cacr":
+            options = {"temperature": 1 / tau} if loss == "momentum" else {"tau_pos": 1.0, "tau_neg": tau}
+        expected = run(loss, cast(tensors, torch.float64), "reference", **options)
+        found = run(loss, tensors, "triton", **options)
+        assert_agree(found, expected, max(1e-6, torch.finfo(dtype).eps))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tile import load_rows
+from .tile import in_range, load_rows
 
 TAU_POS, TAU_NEG, ALPHA, BETA, RBF_SCALE = (tl.constexpr(i) for i in range(5))  # places in ``numbers``
 
@@ -13,15 +13,17 @@ def aligned_kernel(
     z,  # [V, B, D]
     numbers,  # [5] float64: tau_pos, tau_neg, alpha, beta, rbf_scale
     cost,  # [V, V, B] between views of an instance
-    norm,  # [V, B] squared lengths
+    norm,  # [V, B] squared lengths, NaN out of range
     ids,  # [V, B] int32: the instance
     tau,  # [2] float64: the signed temperatures of the repulsion
     value,  # [V, B] float64, as are the next two
-    lse,
+    entropy,
     variance,  # of the costs
+    weights,  # [3, V, B] float64: the cost with the largest weight, sum e relative to it, mean cost minus it
     V,
     B,
     D,
+    RBF: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -35,12 +37,16 @@ def aligned_kernel(
     for d0 in range(0, D, BLOCK_D):
         x = load_rows(z + v * view, b0, B, D, d0, BLOCK, BLOCK_D).to(acc_type)
         length += tl.sum(x * x, 1)
+    tau_neg = tl.load(numbers + TAU_NEG)
+    tau_rbf = tau_neg + tl.load(numbers + RBF_SCALE)
     at = tl.cast(v, tl.int64) * B + rows
+    length = in_range(length, tau_neg, acc_type)
+    length = in_range(length, tau_rbf, acc_type) if RBF else length
     tl.store(norm + at, length, mask=inside)
     tl.store(ids + at, rows, mask=inside)
     tau_pos = tl.load(numbers + TAU_POS)
-    top = tl.full((BLOCK,), -float("inf"), tl.float64)
-    total, total_c = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    nothing = tl.zeros((BLOCK,), tl.float64)
+    top, total, total_d = nothing, nothing, nothing
     for u in range(V):
         c = tl.zeros((BLOCK,), dtype=acc_type)
         for d0 in range(0, D, BLOCK_D):
@@ -49,27 +55,40 @@ def aligned_kernel(
             c += tl.sum((x - y) * (x - y), 1)
         tl.store(cost + u * tl.cast(B, tl.int64) + tl.cast(v, tl.int64) * V * B + rows, c, mask=inside)
         if u != v:
-            logit = tau_pos * c.to(tl.float64)
-            new_top = tl.maximum(top, logit)
-            shrink, e = tl.exp(top - new_top), tl.exp(logit - new_top)
+            wide = c.to(tl.float64)
+            new_top = tl.where((total == 0) | (tau_pos * (wide - top) > 0), wide, top)
+            moved = tl.where(total == 0, 0.0, top - new_top)
+            shrink, e = tl.exp(tau_pos * moved), tl.exp(tau_pos * (wide - new_top))
+            total_d = (total_d + moved * total) * shrink + e * (wide - new_top)
             total = total * shrink + e
-            total_c = total_c * shrink + e * c.to(tl.float64)
             top = new_top
-    F = total_c / total
+    mean_d = total_d / total
+    F = top + mean_d
     tl.debug_barrier()  # costs are read by other threads than those that wrote them
     moment = tl.zeros((BLOCK,), tl.float64)
     for u in range(V):
         if u != v:
             where = cost + u * tl.cast(B, tl.int64) + tl.cast(v, tl.int64) * V * B + rows
             c = tl.load(where, mask=inside, other=0.0).to(tl.float64)
-            moment += tl.exp(tau_pos * c - top) / total * (c - F) * (c - F)
+            moment += tl.exp(tau_pos * (c - top)) / total * (c - F) * (c - F)
     tl.store(value + at, F, mask=inside)
-    tl.store(lse + at, tl.log(total) + top + F * 0.0, mask=inside)
+    tl.store(entropy + at, tl.log(total) - tau_pos * mean_d, mask=inside)
     tl.store(variance + at, moment, mask=inside)
+    one = tl.cast(V, tl.int64) * B
+    tl.store(weights + at, top, mask=inside)
+    tl.store(weights + one + at, total, mask=inside)
+    tl.store(weights + 2 * one + at, mean_d, mask=inside)
     if (tl.program_id(0) == 0) & (v == 0):
-        tau_neg = tl.load(numbers + TAU_NEG)
         tl.store(tau, -tau_neg)
-        tl.store(tau + 1, -(tau_neg + tl.load(numbers + RBF_SCALE)))
+        tl.store(tau + 1, -tau_rbf)
+
+
+@triton.jit
+def aligned_coefficient(c, tau, weights, one, inside):
+    """Derivatives w (1 + tau (c - F)) of the rows that ``weights`` points to."""
+    d = c - tl.load(weights, mask=inside, other=0.0)
+    w = tl.exp(tau * d) / tl.load(weights + one, mask=inside, other=1.0)
+    return w * (1.0 + tau * (d - tl.load(weights + 2 * one, mask=inside, other=0.0)))
 
 
 @triton.jit
@@ -77,8 +96,7 @@ def aligned_gradient_kernel(
     z,  # [V, B, D]
     numbers,  # [5] float64
     cost,  # [V, V, B], of aligned_kernel
-    value,  # [V, B] float64
-    lse,
+    weights,  # [3, V, B] float64
     shares,  # [SHARES, V, B, D]: gradient of the repulsion
     grad,  # [V, B, D]: gradient of the loss
     V,
@@ -97,17 +115,13 @@ def aligned_gradient_kernel(
     inside = rows < B
     tau = tl.load(numbers + TAU_POS)
     scale = tl.load(numbers + ALPHA) / (V * wide).to(tl.float64)
-    own_lse = tl.load(lse + v * wide + rows, mask=inside, other=0.0)
-    own_value = tl.load(value + v * wide + rows, mask=inside, other=0.0)
     x = load_rows(z + v * view, b0, B, D, d0, BLOCK, BLOCK_D).to(acc_type)
     total = tl.zeros((BLOCK, BLOCK_D), dtype=acc_type)
     for u in range(V):
         if u != v:
             c = tl.load(cost + (v * V + u) * wide + rows, mask=inside, other=0.0).to(tl.float64)
-            other_lse = tl.load(lse + u * wide + rows, mask=inside, other=0.0)
-            other_value = tl.load(value + u * wide + rows, mask=inside, other=0.0)
-            g = tl.exp(tau * c - own_lse) * (1.0 + tau * (c - own_value))
-            g += tl.exp(tau * c - other_lse) * (1.0 + tau * (c - other_value))
+            g = aligned_coefficient(c, tau, weights + v * wide + rows, V * wide, inside)
+            g += aligned_coefficient(c, tau, weights + u * wide + rows, V * wide, inside)
             y = load_rows(z + u * view, b0, B, D, d0, BLOCK, BLOCK_D).to(acc_type)
             total += (2.0 * scale * g).to(acc_type)[:, None] * (x - y)
     d = d0 + tl.arange(0, BLOCK_D)

@@ -5,25 +5,31 @@ are large, dL/dc_ij = e'_ij (A_i + B_i z'_ij): one FMA, which does not cancel.
 
 Two softmaxes over one set (rbf) nearly cancel: a w_0 + b w_1 = (a + b) w_0 + b (w_1 - w_0), of which the kernels make
 A_0 e_0 + A_1 (e_1 - ratio e_0).
+
+The base of the first is kept if there is AGAIN: z_1 = ratio z would be far off where it is next to 0 and z is not.
 """
 
 import triton
 import triton.language as tl
 
-from .tile import HUGE, LN2, slope_of
+from .tile import AGAIN, LN2, slope_of, slopes_of
 
-BASE = tl.constexpr(0)  # rows of the array of coefficients
+BASE = tl.constexpr(0)  # rows of the array of coefficients; of AGAIN: base - ratio base of the first
 A = tl.constexpr(1)
 B = tl.constexpr(2)
-MEAN_V = tl.constexpr(3)
+MEAN_U = tl.constexpr(3)  # of v / slope
 RATIO = tl.constexpr(4)
 
 
 @triton.jit
-def row_of(weights, grad_value, grad_lse, tau, at, stride, inside, acc_type: tl.constexpr, DETACH: tl.constexpr):
+def row_of(
+    weights, grad_value, grad_lse, tau, at, stride, inside, origin, none,
+    acc_type: tl.constexpr, DETACH: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
     """New base, and in float64: the constant part and gF, both for weights of sum 1; the sum of the new e; a bound.
 
-    The bound is of |dL/dc| by |constant| + |gF| ln 2 (1 + |mean z|) times the largest weight, as 2^z |z| < 1 for z < 0.
+    The base counts from ``origin``, is ``none`` for an empty set, and stays where it is to KEEP it.
+    The bound is of |dL/dc|: |constant| + |gF| ln 2 (1 + |mean z|) times the largest weight, as 2^z |z| < 1 for z < 0.
     """
     base = tl.load(weights + at, mask=inside, other=0.0)
     total = tl.load(weights + stride + at, mask=inside, other=0.0)
@@ -31,15 +37,15 @@ def row_of(weights, grad_value, grad_lse, tau, at, stride, inside, acc_type: tl.
     empty = total == 0
     g_value = tl.where(empty, 0.0, tl.load(grad_value + at, mask=inside, other=0.0))
     g_lse = tl.where(empty, 0.0, tl.load(grad_lse + at, mask=inside, other=0.0))
-    new_base = (base + mean_z).to(acc_type)
-    moved = new_base.to(tl.float64) - base
+    new_base = (base - origin + (0.0 if KEEP else mean_z)).to(acc_type)
+    moved = new_base.to(tl.float64) + origin - base
     largest = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
     total = tl.where(empty, 1.0, total) * tl.exp2(-moved)
     constant = g_value
     if not DETACH:
         constant += g_value * (moved - mean_z) * LN2 + g_lse * tau
     bound = largest * (tl.abs(constant) + tl.abs(g_value) * LN2 * (1.0 + tl.abs(mean_z)))
-    return tl.where(empty, HUGE, new_base).to(acc_type), constant, g_value, total, bound
+    return tl.where(empty, none, new_base), constant, g_value, total, bound
 
 
 @triton.jit
@@ -56,6 +62,7 @@ def coefficients_kernel(
     N,
     P,
     SOFTMAXES: tl.constexpr,
+    KIND1: tl.constexpr,
     CANCELLING: tl.constexpr,
     DETACH: tl.constexpr,
     BY_COST0: tl.constexpr,  # v of this softmax is made of costs
@@ -74,22 +81,30 @@ def coefficients_kernel(
     norm = tl.load(q_norm + tl.load(q_view + p).to(tl.int64) * N + rows, mask=inside, other=0.0).to(tl.float64)
     size = tl.zeros((BLOCK,), tl.float64)
     first, first_total = tl.zeros((BLOCK,), tl.float64), tl.full((BLOCK,), 1.0, tl.float64)
+    origin = tl.zeros((BLOCK,), tl.float64)
     for s in tl.static_range(SOFTMAXES):
         t = tl.load(tau + s)
+        _, huge = slope_of(t, acc_type)
+        if KIND1 == AGAIN:
+            _, huge, ratio, _ = slopes_of(tau, KIND1, acc_type)
+        none = 2.0 * huge
+        if KIND1 == AGAIN and s == 1:
+            none = 0.0 * huge
         base, a, g_value, total, most = row_of(
-            weights, grad_value, grad_lse, t, at + s * one, stride, inside, acc_type, DETACH
+            weights, grad_value, grad_lse, t, at + s * one, stride, inside, origin, none,
+            acc_type, DETACH, KIND1 == AGAIN and s == 0,
         )  # fmt: skip
+        if KIND1 == AGAIN:
+            origin = tl.where(base == none, 0.0, base.to(tl.float64) * ratio.to(tl.float64))
         b = tl.zeros_like(a) if DETACH else g_value * LN2
         size += 2.0 * most
         here = out + s * one + at
         mean = tl.load(value + at + s * one, mask=inside, other=0.0)
-        sign, _ = slope_of(t, acc_type)
-        sign = sign.to(tl.float64)
         own = tl.zeros_like(norm) if INNER or (BY_COST0 if s == 0 else BY_COST1) else norm
         tl.store(here + BASE * stride, base, mask=inside)
         tl.store(here + A * stride, (a / total).to(acc_type), mask=inside)
         tl.store(here + B * stride, (b / total).to(acc_type), mask=inside)
-        tl.store(here + MEAN_V * stride, (0.5 * sign * (own - mean)).to(acc_type), mask=inside)
+        tl.store(here + MEAN_U * stride, (0.5 * (own - mean)).to(acc_type), mask=inside)
         if CANCELLING and s == 0:
             first, first_total = a, total
         if CANCELLING and s == 1:

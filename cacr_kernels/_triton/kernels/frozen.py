@@ -3,17 +3,16 @@
     mean   = sum_j w_j k_j
     spread = sum_j w_j (c_j - F) k_j            where weights and value carry a gradient
 
-A program keeps sums relative to base = |slope| top as statistics.py does, and the sums of keys beside them, which
+A program keeps sums relative to the largest v as statistics.py does, and the sums of keys beside them, which
 shrink with them. Shares of the keys are merged by ``frozen_merge_kernel``.
 """
 
 import triton
 import triton.language as tl
 
-from .statistics import base_of
+from .statistics import base_of, raised
 from .tile import (
     ALL,
-    HUGE,
     LN2,
     half_norm,
     level,
@@ -38,7 +37,7 @@ def frozen_kernel(
     tau,  # [1] float64, signed
     q_view,  # [P] int32
     k_view,  # [P]
-    state,  # [shares, 4, P, N]: top, sum e, sum e z, sum e (z / |slope|)^2
+    state,  # [shares, 4, P, N]: top, sum e, sum e z, sum e (z / slope)^2
     sums,  # [shares, 1 or 2, P, N, D]: sum e k, sum e z k
     N,
     M,
@@ -69,10 +68,10 @@ def frozen_kernel(
     rows = i0 + tl.arange(0, BLOCK_M)
     x_id = load_vector(q_id, i0, N, BLOCK_M, 0) if KIND0 != ALL else rows
     x_tile = load_rows(q_base, i0, N, D, 0, BLOCK_M, BLOCK_D) if CHUNKS == 1 else rows
-    sign, size = slope_of(tl.load(tau), acc_type)
-    inverse = 1.0 / size
-    top = tl.full((BLOCK_M,), -HUGE, dtype=acc_type)
-    base, total, total_z, total_dd = tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top)
+    slope, huge = slope_of(tl.load(tau), acc_type)
+    inverse = 1.0 / slope
+    total = tl.zeros((BLOCK_M,), dtype=acc_type)
+    top, total_z, total_dd = total - huge, total, total
     mean = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=acc_type)
     spread = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=acc_type) if MOMENTS else top
     for j0 in range(begin, min(begin + share, M), BLOCK_N):
@@ -83,13 +82,10 @@ def frozen_kernel(
         S = similarity(
             x_tile, q_base, i0, N, y_out, k_base, j0, M, D, BLOCK_M, BLOCK_N, BLOCK_D, CHUNKS, PRECISION, acc_type
         )  # fmt: skip
-        bias = tl.where(columns < M, half_norm(y_norm, sign, KIND0, INNER), HUGE)
-        v = level(S, S, bias[None, :], sign, KIND0, INNER, x_id, y_id, rows, columns)
-        new_top = tl.maximum(top, tl.max(v, 1))
-        old_base = base
-        base = base_of(new_top, size)
-        moved = tl.where(top == -HUGE, 0.0, old_base - base)
-        z = v * size - base[:, None]
+        bias = tl.where(columns < M, half_norm(y_norm, slope, KIND0, INNER), huge)
+        v = level(S, S, bias[None, :], slope, huge, KIND0, INNER, x_id, y_id, rows, columns)
+        top, moved = raised(top, v, huge)
+        z = v - base_of(top, huge)[:, None]
         e = tl.exp2(z)
         ez = e * z
         shrink = tl.exp2(moved)
@@ -99,7 +95,6 @@ def frozen_kernel(
             total_dd += tl.sum(ez * inverse * (z * inverse), 1)
         total_z = (total_z + moved * total) * shrink + tl.sum(ez, 1)
         total = total * shrink + tl.sum(e, 1)
-        top = new_top
         if WANT_MEAN:
             if MOMENTS:
                 spread = (spread + moved[:, None] * mean) * shrink[:, None]
@@ -152,13 +147,12 @@ def frozen_merge_kernel(
     one = tl.cast(P, tl.int64) * N
     at = tl.cast(p, tl.int64) * N + rows
     temperature = tl.load(tau)
-    sign, size = slope_of(temperature, acc_type)
-    top = tl.load(state + at, mask=inside, other=-HUGE)
+    slope, huge = slope_of(temperature, acc_type)
+    top = tl.load(state + at, mask=inside, other=0.0)
     for i in range(1, SHARES):
-        top = tl.maximum(top, tl.load(state + i * 4 * one + at, mask=inside, other=-HUGE))
-    anchor = tl.where(top == -HUGE, 0.0, top).to(acc_type)
-    base = size * anchor
-    sign, wide = sign.to(tl.float64), size.to(tl.float64)
+        top = tl.maximum(top, tl.load(state + i * 4 * one + at, mask=inside, other=0.0))
+    base = base_of(top, huge).to(tl.float64)
+    slope = slope.to(tl.float64)
     nothing = tl.zeros((BLOCK,), tl.float64)
     total, total_z, total_dd = nothing, nothing, nothing
     d = d0 + tl.arange(0, BLOCK_D)
@@ -168,44 +162,42 @@ def frozen_merge_kernel(
     kinds = 2 if MOMENTS else 1
     for i in range(SHARES):
         part = state + i * 4 * one + at
-        part_top = tl.load(part, mask=inside, other=-HUGE)
-        moved = tl.where(part_top == -HUGE, 0.0, (size * part_top).to(tl.float64) - base.to(tl.float64))
+        part_top = tl.load(part, mask=inside, other=0.0)
+        moved = tl.where(part_top == -huge, 0.0, part_top.to(tl.float64) - base)
         e = tl.load(part + one, mask=inside, other=0.0).to(tl.float64)
         ez = tl.load(part + 2 * one, mask=inside, other=0.0).to(tl.float64)
         shrink = tl.exp2(moved)
         total += e * shrink
         total_z += (ez + moved * e) * shrink
         if MOMENTS:
-            shift = moved / wide
+            shift = moved / slope
             edd = tl.load(part + 3 * one, mask=inside, other=0.0).to(tl.float64)
-            total_dd += (edd + shift * (2.0 * ez / wide + shift * e)) * shrink
+            total_dd += (edd + shift * (2.0 * ez / slope + shift * e)) * shrink
         if WANT_MEAN:
             part_mean = tl.load(tile + i * kinds * one * D, mask=features, other=0.0).to(tl.float64)
             mean += part_mean * shrink[:, None]
             if MOMENTS:
                 part_spread = tl.load(tile + (i * kinds + 1) * one * D, mask=features, other=0.0).to(tl.float64)
                 spread += (part_spread + moved[:, None] * part_mean) * shrink[:, None]
-    rounding = wide * anchor.to(tl.float64) - base.to(tl.float64)
     total_z += temperature * 0.0  # Inf and NaN leave no trace in 2^z where there is no key
     empty = (total == 0) & (total_z == 0)
     total = tl.where(empty, 1.0, total)
     mean_z = total_z / total
     norm = tl.load(q_norm + tl.load(q_view + p).to(tl.int64) * N + rows, mask=inside, other=0.0).to(tl.float64)
     norm = tl.zeros_like(norm) if INNER else norm
-    F = norm - 2.0 * sign * (anchor.to(tl.float64) + (mean_z - rounding) / wide)
-    F = tl.where(empty, 0.0, F)
-    logit = temperature * (norm - 2.0 * sign * anchor.to(tl.float64))
-    log_sum = tl.where(empty, -float("inf"), (tl.log2(total) - rounding) * LN2 + logit)
+    F = tl.where(empty, 0.0, norm - 2.0 * (base + mean_z) / slope)
+    logit = temperature * (norm - 2.0 * base / slope)
+    log_sum = tl.where(empty, -float("inf"), tl.log2(total) * LN2 + logit)
     first = rows < tl.where(d0 == 0, N, 0)
     tl.store(value + at, F, mask=first)
     tl.store(lse + at, tl.where(F == F, log_sum, F), mask=first)
     if MOMENTS:
-        second = total_dd / total - (mean_z / wide) * (mean_z / wide)
+        second = total_dd / total - (mean_z / slope) * (mean_z / slope)
         tl.store(variance + at, tl.where(empty, 0.0, 4.0 * second), mask=first)
     if WANT_MEAN:
         mean = mean / total[:, None] + F[:, None] * 0.0
         out = means + at[:, None] * D + d[None, :]
         tl.store(out, mean.to(acc_type), mask=features)
         if MOMENTS:
-            spread = -2.0 * sign / wide * (spread / total[:, None] - mean_z[:, None] * mean)
+            spread = -2.0 / slope * (spread / total[:, None] - mean_z[:, None] * mean)
             tl.store(out + one * D, spread.to(acc_type), mask=features)

@@ -9,10 +9,10 @@ columns. No atomics: every gradient is written by one program, or as shares that
 import triton
 import triton.language as tl
 
-from .coefficients import BASE, MEAN_V, RATIO, A, B
+from .coefficients import BASE, MEAN_U, RATIO, A, B
 from .tile import (
+    AGAIN,
     ALL,
-    HUGE,
     NONE,
     by_cost,
     half_norm,
@@ -22,7 +22,7 @@ from .tile import (
     multiply,
     positive_cost,
     similarity,
-    slope_of,
+    slopes_of,
 )  # fmt: skip
 
 
@@ -38,12 +38,9 @@ def range_scale(bound, BOUNDS, acc_type: tl.constexpr):
 
 
 @triton.jit
-def coefficient(rows, which: tl.constexpr, stride, first, count, SIZE: tl.constexpr, AS_QUERY: tl.constexpr):
+def coefficient(rows, which: tl.constexpr, stride, first, count, SIZE: tl.constexpr, AS_QUERY: tl.constexpr, none=0.0):
     """One row coefficient of SIZE queries, shaped to go along the rows of a tile or along its columns."""
-    if which == BASE:
-        x = load_vector(rows, first, count, SIZE, HUGE)  # no weight where there is no query
-    else:
-        x = load_vector(rows + which * stride, first, count, SIZE, 0.0)
+    x = load_vector(rows + which * stride, first, count, SIZE, none)
     return x[:, None] if AS_QUERY else x[None, :]
 
 
@@ -66,7 +63,7 @@ def sweep(
     acc, acc_sum, lost, moment0, moment1,
     x_tile, x_base, x_norm, x_id, i0, N,
     y_base, y_norm_base, y_id_base, begin, end, M,
-    rows_base, stride, one, sign0, size0, sign1, size1, scale, d_out, D,
+    rows_base, stride, one, slope0, huge0, slope1, huge1, scale, d_out, D,
     AS_QUERY: tl.constexpr, KIND0: tl.constexpr, KIND1: tl.constexpr, CANCELLING: tl.constexpr, INNER: tl.constexpr,
     WANT_TAU: tl.constexpr, PRECISION: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr,
@@ -75,6 +72,9 @@ def sweep(
     acc_type: tl.constexpr = x_norm.dtype
     QUERIES: tl.constexpr = BLOCK_M if AS_QUERY else BLOCK_N
     rows = i0 + tl.arange(0, BLOCK_M)
+    none0, none1 = (0.0, 0.0) if AS_QUERY else (2.0 * huge0, 2.0 * huge1)  # where there is no query: no weight
+    inverse0 = 1.0 / slope0
+    inverse1 = inverse0 if KIND1 == AGAIN else 1.0 / slope1
     for j0 in range(begin, end, BLOCK_N):
         columns = j0 + tl.arange(0, BLOCK_N)
         y_out = load_rows(y_base, j0, M, D, d_out, BLOCK_N, BLOCK_OUT)
@@ -90,25 +90,28 @@ def sweep(
         q0 = i0 if AS_QUERY else j0
         count = N if AS_QUERY else M
         key_norm = y_norm if AS_QUERY else x_norm
-        bias = half_norm(key_norm, sign0, KIND0, INNER)
+        bias = half_norm(key_norm, slope0, KIND0, INNER)
         if AS_QUERY:
-            bias = tl.where(columns < M, bias, HUGE)
-        v = level(S, c, along(bias, not AS_QUERY), sign0, KIND0, INNER, x_id, y_id, rows, columns)
-        z = v * size0 - coefficient(rows_base, BASE, stride, q0, count, QUERIES, AS_QUERY)
+            bias = tl.where(columns < M, bias, huge0)
+        v = level(S, c, along(bias, not AS_QUERY), slope0, huge0, KIND0, INNER, x_id, y_id, rows, columns)
+        z = v - coefficient(rows_base, BASE, stride, q0, count, QUERIES, AS_QUERY, none0)
         e = tl.exp2(z)
         a = coefficient(rows_base, A, stride, q0, count, QUERIES, AS_QUERY) * scale
         b = coefficient(rows_base, B, stride, q0, count, QUERIES, AS_QUERY) * scale
         g = e * (b * z + a)
         if WANT_TAU and AS_QUERY:
-            d = v - coefficient(rows_base, MEAN_V, stride, q0, count, QUERIES, AS_QUERY)
+            d = v * inverse0 - coefficient(rows_base, MEAN_U, stride, q0, count, QUERIES, AS_QUERY)
             moment0 += tl.sum(e * d * d, 1)
         if KIND1 != NONE:
             second = rows_base + one
-            bias = half_norm(key_norm, sign1, KIND1, INNER)
-            if AS_QUERY:
-                bias = tl.where(columns < M, bias, HUGE)
-            v = level(S, c, along(bias, not AS_QUERY), sign1, KIND1, INNER, x_id, y_id, rows, columns)
-            z = v * size1 - coefficient(second, BASE, stride, q0, count, QUERIES, AS_QUERY)
+            if KIND1 == AGAIN:
+                z = slope1 * z - coefficient(second, BASE, stride, q0, count, QUERIES, AS_QUERY)
+            else:
+                bias = half_norm(key_norm, slope1, KIND1, INNER)
+                if AS_QUERY:
+                    bias = tl.where(columns < M, bias, huge1)
+                v = level(S, c, along(bias, not AS_QUERY), slope1, huge1, KIND1, INNER, x_id, y_id, rows, columns)
+                z = v - coefficient(second, BASE, stride, q0, count, QUERIES, AS_QUERY, none1)
             e1 = tl.exp2(z)
             a = coefficient(second, A, stride, q0, count, QUERIES, AS_QUERY) * scale
             b = coefficient(second, B, stride, q0, count, QUERIES, AS_QUERY) * scale
@@ -118,7 +121,7 @@ def sweep(
             else:
                 g += e1 * (b * z + a)
             if WANT_TAU and AS_QUERY:
-                d = v - coefficient(second, MEAN_V, stride, q0, count, QUERIES, AS_QUERY)
+                d = v * inverse1 - coefficient(second, MEAN_U, stride, q0, count, QUERIES, AS_QUERY)
                 moment1 += tl.sum(e1 * d * d, 1)
         acc_sum, lost = add_exactly(acc_sum, lost, tl.sum(g, 1))
         acc = multiply(g, y_out, acc, PRECISION)
@@ -139,7 +142,7 @@ def gradient_kernel(
     coefficients,  # [5, softmaxes, P, queries], of coefficients_kernel
     bound,  # [BOUNDS]
     grad,  # [shares, views of x, N, D], in the type of the arithmetic
-    moment,  # [shares, softmaxes, P, N], where wanted: sum e (v - mean v)^2
+    moment,  # [shares, softmaxes, P, N], where wanted: sum e (u - mean u)^2, u = v / slope
     N,
     M,
     D,
@@ -171,8 +174,7 @@ def gradient_kernel(
     norm = load_vector(x_norm + view * N, i0, N, BLOCK_M, 0.0)
     ids = load_vector(x_id, i0, N, BLOCK_M, 0) if KIND0 != ALL or KIND1 > ALL else rows
     x_tile = load_rows(x_base, i0, N, D, 0, BLOCK_M, BLOCK_D) if CHUNKS == 1 else rows
-    sign0, size0 = slope_of(tl.load(tau), acc_type)
-    sign1, size1 = slope_of(tl.load(tau + (KIND1 != NONE)), acc_type)
+    slope0, huge0, slope1, huge1 = slopes_of(tau, KIND1, acc_type)
     scale = range_scale(bound, BOUNDS, acc_type) if x.dtype.element_ty == tl.float16 else 1.0
     SOFTMAXES: tl.constexpr = 1 if KIND1 == NONE else 2
     queries = tl.cast(N if QUERY else M, tl.int64)
@@ -187,7 +189,7 @@ def gradient_kernel(
         acc, acc_sum, lost, moment0, moment1 = sweep(
             acc, acc_sum, lost, moment0, moment1, x_tile, x_base, norm, ids, i0, N,
             y + there * M * D, y_norm + there * M, y_id, begin, tl.where(here == view, last, begin), M,
-            rows_base, stride, one, sign0, size0, sign1, size1, scale, d_out, D,
+            rows_base, stride, one, slope0, huge0, slope1, huge1, scale, d_out, D,
             QUERY, KIND0, KIND1, CANCELLING, INNER, WANT_TAU, PRECISION, CHUNKS,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_OUT,
         )  # fmt: skip

@@ -85,10 +85,11 @@ def incoming_kernel(
 @triton.jit
 def loss_kernel(
     positive_value,  # [ROWS] float64: attraction, as are the next two
-    positive_lse,
+    positive_entropy,
     positive_variance,
     value,  # [softmaxes, P, N] float64: repulsion
     lse,
+    weights,  # [3, softmaxes, P, N], of merge_kernel
     log_total,  # [P] float64 (rbf)
     moment,  # [SHARES, softmaxes, P, N] of gradient_kernel, where wanted
     coefficients,  # [5, softmaxes, P, N]
@@ -106,15 +107,13 @@ def loss_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program: loss, parts and derivatives of the temperatures."""
-    tau_pos, tau_neg = tl.load(numbers + TAU_POS), tl.load(numbers + TAU_NEG)
     alpha, beta = tl.load(numbers + ALPHA), tl.load(numbers + BETA)
     nothing = tl.zeros((BLOCK,), tl.float64)
     total, entropy, variance = nothing, nothing, nothing
     for i0 in range(0, ROWS, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
-        F = tl.load(positive_value + i, mask=i < ROWS, other=0.0)
-        total += F
-        entropy += tl.load(positive_lse + i, mask=i < ROWS, other=0.0) - tau_pos * F
+        total += tl.load(positive_value + i, mask=i < ROWS, other=0.0)
+        entropy += tl.load(positive_entropy + i, mask=i < ROWS, other=0.0)
         variance += tl.load(positive_variance + i, mask=i < ROWS, other=0.0)
     attraction = alpha * tl.sum(total, 0) / ROWS
     attraction_entropy = tl.sum(entropy, 0) / ROWS
@@ -128,11 +127,12 @@ def loss_kernel(
             i = i0 + tl.arange(0, BLOCK)
             inside = i < rows
             F = tl.load(value + i, mask=inside, other=0.0)
-            first = tl.load(lse + i, mask=inside, other=0.0)
             total += F
-            entropy += first + tau_neg * F
+            sum_e = tl.load(weights + softmaxes * rows + i, mask=inside, other=1.0)
+            entropy += (tl.log2(sum_e) - tl.load(weights + 2 * softmaxes * rows + i, mask=inside, other=0.0)) * LN2
             if RBF:
-                log_value = tl.load(lse + rows + i, mask=inside, other=0.0) - first
+                log_value = tl.load(lse + rows + i, mask=inside, other=0.0)
+                log_value -= tl.load(lse + i, mask=inside, other=0.0)
                 weight = tl.exp(log_value - tl.load(log_total + i // N, mask=inside, other=0.0))
                 slope += tl.where(inside, weight * (F - tl.load(value + rows + i, mask=inside, other=0.0)), 0.0)
             elif WANT_TAU:

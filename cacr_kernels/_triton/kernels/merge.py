@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .tile import HUGE, LN2, slope_of
+from .statistics import base_of
+from .tile import AGAIN, LN2, slope_of, slopes_of
 
 
 @triton.jit
@@ -18,6 +19,7 @@ def merge_kernel(
     N,
     P,
     SHARES,
+    KIND1: tl.constexpr,
     BY_COST0: tl.constexpr,
     BY_COST1: tl.constexpr,
     INNER: tl.constexpr,
@@ -32,26 +34,28 @@ def merge_kernel(
     stride = one * tl.num_programs(2)
     at = s * one + p.to(tl.int64) * N + rows
     temperature = tl.load(tau + s)
-    sign, size = slope_of(temperature, acc_type)
-    top = tl.load(state + at, mask=inside, other=-HUGE)
+    if KIND1 == AGAIN:  # in units of the first
+        slope, huge, ratio, _ = slopes_of(tau, KIND1, acc_type)
+        ratio = tl.where(s == 0, 1.0, ratio).to(tl.float64)
+    else:
+        slope, huge = slope_of(temperature, acc_type)
+        ratio = 1.0
+    top = tl.load(state + at, mask=inside, other=0.0)
     for i in range(1, SHARES):
-        top = tl.maximum(top, tl.load(state + i * 3 * stride + at, mask=inside, other=-HUGE))
-    anchor = tl.where(top == -HUGE, 0.0, top).to(acc_type)
-    base = size * anchor
+        top = tl.maximum(top, tl.load(state + i * 3 * stride + at, mask=inside, other=0.0))
+    base = base_of(top, huge).to(tl.float64)
     total, total_z = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     for i in range(SHARES):
         from_state = state + i * 3 * stride + at
-        part = tl.load(from_state, mask=inside, other=-HUGE)
-        moved = tl.where(part == -HUGE, 0.0, (size * part).to(tl.float64) - base.to(tl.float64))
+        part = tl.load(from_state, mask=inside, other=0.0)
+        moved = tl.where(part == -huge, 0.0, part.to(tl.float64) - base) * ratio
         part_sum = tl.load(from_state + stride, mask=inside, other=0.0).to(tl.float64)
         part_z = tl.load(from_state + 2 * stride, mask=inside, other=0.0).to(tl.float64)
         shrink = tl.exp2(moved)
         total += part_sum * shrink
         total_z += (part_z + moved * part_sum) * shrink
-    # The base is rounded: z of the top itself is
-    rounding = size.to(tl.float64) * anchor.to(tl.float64) - base.to(tl.float64)
     total_z += temperature * 0.0  # Inf and NaN leave no trace in 2^z where there is no key
-    empty = (total == 0) & (total_z == 0) & (top == -HUGE)
+    empty = (total == 0) & (total_z == 0) & (top == -huge)
     total = tl.where(empty, 1.0, total)
     mean_z = total_z / total
     norm = tl.load(q_norm + tl.load(q_view + p).to(tl.int64) * N + rows, mask=inside, other=0.0)
@@ -60,13 +64,12 @@ def merge_kernel(
     elif BY_COST0 or BY_COST1:
         norm = tl.where((s == 0) & BY_COST0 | (s != 0) & BY_COST1, 0.0, norm)
     norm = norm.to(tl.float64)
-    sign = sign.to(tl.float64)
-    mean = norm - 2.0 * sign * (anchor.to(tl.float64) + (mean_z - rounding) / size.to(tl.float64))
-    mean = tl.where(empty, 0.0, mean)
-    logit = temperature * (norm - 2.0 * sign * anchor.to(tl.float64))
-    log_sum = tl.where(empty, -float("inf"), (tl.log2(total) - rounding) * LN2 + logit)
+    base, slope = base * ratio, slope.to(tl.float64) * ratio
+    mean = tl.where(empty, 0.0, norm - 2.0 * (base + mean_z) / slope)
+    logit = temperature * (norm - 2.0 * base / slope)
+    log_sum = tl.where(empty, -float("inf"), tl.log2(total) * LN2 + logit)
     tl.store(value + at, mean, mask=inside)
     tl.store(lse + at, tl.where(mean == mean, log_sum, mean), mask=inside)
-    tl.store(weights + at, base.to(tl.float64), mask=inside)
+    tl.store(weights + at, base, mask=inside)
     tl.store(weights + stride + at, tl.where(empty, 0.0, total + mean * 0.0), mask=inside)
     tl.store(weights + 2 * stride + at, mean_z, mask=inside)

@@ -1,15 +1,15 @@
 """Row statistics of one or two softmaxes over a share of the keys.
 
 A program holds BLOCK_M queries of one problem and walks over its share of the keys in tiles. Per softmax and row it
-keeps (top, sum, sum_z): the largest v, and sum e and sum e z relative to base = |slope| top, rounded.
+keeps (top, sum, sum_z): the largest v, and sum e and sum e z relative to it.
 """
 
 import triton
 import triton.language as tl
 
 from .tile import (
+    AGAIN,
     ALL,
-    HUGE,
     NONE,
     by_cost,
     half_norm,
@@ -18,32 +18,31 @@ from .tile import (
     load_vector,
     positive_cost,
     similarity,
-    slope_of,
+    slopes_of,
 )
 
 
 @triton.jit
-def base_of(top, size):
-    """|slope| top, rounded; 0 before there is a key."""
-    return tl.where(top == -HUGE, 0.0, size * top)
+def raised(top, v, huge):
+    """The largest v of each row with one more tile, and by how much that moves the z of all keys before."""
+    new_top = tl.maximum(top, tl.max(v, 1))
+    return new_top, tl.where(top == -huge, 0.0, top - new_top)
 
 
 @triton.jit
-def add_tile(v, size, top, old_base, total, total_z):
-    """The statistics of a row with one more tile.
+def base_of(top, huge):
+    """What z is relative to; 0 before there is a key."""
+    return tl.where(top == -huge, 0.0, top)
 
-    ``old_base`` is carried from tile to tile: made anew next to the subtraction, its product would become part of an
-    FMA and ``moved`` what rounding took from it, in which all that was added so far is multiplied again and again.
-    """
-    new_top = tl.maximum(top, tl.max(v, 1))
-    base = base_of(new_top, size)
-    moved = tl.where(top == -HUGE, 0.0, old_base - base)  # in z, of everything added so far
-    z = v * size - base[:, None]
+
+@triton.jit
+def add_tile(z, moved, total, total_z):
+    """Sums of a row with one more tile, all keys before which moved by ``moved``."""
     e = tl.exp2(z)
     shrink = tl.exp2(moved)
     total_z = (total_z + moved * total) * shrink + tl.sum(e * z, 1)
     total = total * shrink + tl.sum(e, 1)
-    return new_top, base, total, total_z
+    return total, total_z
 
 
 @triton.jit
@@ -82,11 +81,9 @@ def statistics_kernel(
     x_norm = load_vector(q_norm + x * N, i0, N, BLOCK_M, 0.0)
     x_id = load_vector(q_id, i0, N, BLOCK_M, 0) if KIND0 != ALL or KIND1 > ALL else rows
     x_tile = load_rows(q_base, i0, N, D, 0, BLOCK_M, BLOCK_D) if CHUNKS == 1 else rows
-    sign0, size0 = slope_of(tl.load(tau), acc_type)
-    top0 = tl.full((BLOCK_M,), -HUGE, dtype=acc_type)
-    base0, sum0, sum_z0 = tl.zeros_like(top0), tl.zeros_like(top0), tl.zeros_like(top0)
-    sign1, size1 = slope_of(tl.load(tau + (KIND1 != NONE)), acc_type)
-    top1, base1, sum1, sum_z1 = top0, sum0, sum0, sum0
+    slope0, huge0, slope1, huge1 = slopes_of(tau, KIND1, acc_type)
+    sum0 = tl.zeros((BLOCK_M,), dtype=acc_type)
+    top0, sum_z0, top1, sum1, sum_z1 = sum0 - huge0, sum0, sum0 - huge1, sum0, sum0
     for j0 in range(begin, min(begin + share, M), BLOCK_N):
         columns = j0 + tl.arange(0, BLOCK_N)
         y_tile = load_rows(k_base, j0, M, D, 0, BLOCK_N, BLOCK_D) if CHUNKS == 1 else columns
@@ -99,13 +96,19 @@ def statistics_kernel(
             c = positive_cost(q_base, x_norm, x_id, i0, N, k_base, y_norm, y_id, j0, M, D, S)
         else:
             c = S
-        bias = tl.where(columns < M, half_norm(y_norm, sign0, KIND0, INNER), HUGE)
-        v = level(S, c, bias[None, :], sign0, KIND0, INNER, x_id, y_id, rows, columns)
-        top0, base0, sum0, sum_z0 = add_tile(v, size0, top0, base0, sum0, sum_z0)
-        if KIND1 != NONE:
-            bias = tl.where(columns < M, half_norm(y_norm, sign1, KIND1, INNER), HUGE)
-            v = level(S, c, bias[None, :], sign1, KIND1, INNER, x_id, y_id, rows, columns)
-            top1, base1, sum1, sum_z1 = add_tile(v, size1, top1, base1, sum1, sum_z1)
+        bias = tl.where(columns < M, half_norm(y_norm, slope0, KIND0, INNER), huge0)
+        v = level(S, c, bias[None, :], slope0, huge0, KIND0, INNER, x_id, y_id, rows, columns)
+        top0, moved = raised(top0, v, huge0)
+        z = v - base_of(top0, huge0)[:, None]
+        sum0, sum_z0 = add_tile(z, moved, sum0, sum_z0)
+        if KIND1 == AGAIN:
+            top1 = top0
+            sum1, sum_z1 = add_tile(slope1 * z, slope1 * moved, sum1, sum_z1)
+        elif KIND1 != NONE:
+            bias = tl.where(columns < M, half_norm(y_norm, slope1, KIND1, INNER), huge1)
+            v = level(S, c, bias[None, :], slope1, huge1, KIND1, INNER, x_id, y_id, rows, columns)
+            top1, moved = raised(top1, v, huge1)
+            sum1, sum_z1 = add_tile(v - base_of(top1, huge1)[:, None], moved, sum1, sum_z1)
     one = tl.cast(P, tl.int64) * N  # entries of one softmax
     stride = one if KIND1 == NONE else 2 * one  # of one quantity
     out = state + tl.program_id(2) * 3 * stride + tl.cast(p, tl.int64) * N + rows

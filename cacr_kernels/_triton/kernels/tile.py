@@ -2,13 +2,21 @@
 
 With slope = -2 log2(e) tau, a softmax sees in it
 
-    v = sign(slope) (S - |k|^2 / 2)      so that c = |q|^2 - 2 sign v   (inner cost: no norms)
-    z = |slope| v - base                 the logit in powers of two, relative to a base of the query: one FMA
+    v = slope S - slope |k|^2 / 2        the logit in powers of two, one FMA: c = |q|^2 - 2 v / slope (inner: no norms)
+    z = v - base                         relative to a base of the query, which is a v: exact where e is not small
     e = 2^z                              one ex2
 
-where v of a key outside the set is -HUGE, so that e is exactly 0 whatever else the key holds. |slope| is no smaller
-than TINY, which keeps that true for tau = 0, and lets means of c be taken from means of z: sum e z is accumulated, and
-divided by |slope| once per row. For positives v = -sign c / 2, and |q|^2 is not added.
+For positives v = -slope c / 2, and |q|^2 is not added. Means of c are taken from means of z: sum e z is accumulated,
+and divided by the slope once per row.
+
+A key outside the set has v = -huge: e is exactly 0 whatever else the key holds, and e z, b z and v / slope stay finite.
+So nothing else may be that far from 0 (``in_range``), and |slope| stays within [least, most]. What that changes:
+tau = 0 becomes weights that are uniform for |v / slope| up to 2^50, and a |slope| beyond 2^84 (float64: 2^580) tells
+costs apart down to 2^-84, where all of the weight is on one key anyway. There the last bit of S counts: statistics and
+gradient add up the features in the same order.
+
+A second softmax over the same set (rbf, AGAIN) has z_1 = ratio z, ratio = slope_1 / slope: its lse, of which that of
+the first is subtracted, is relative to the very same base.
 """
 
 import triton
@@ -18,9 +26,8 @@ ALL = tl.constexpr(0)  # kinds of key sets: csrc/common/problem.h
 SAME = tl.constexpr(1)
 OTHER = tl.constexpr(2)
 SAME_NOT_SELF = tl.constexpr(3)
+AGAIN = tl.constexpr(4)  # second softmax: the set of the first, and a temperature of the same sign
 NONE = tl.constexpr(-1)  # no second softmax
-HUGE = tl.constexpr(2.0**100)
-TINY = tl.constexpr(2.0**-88)
 LOG2E = tl.constexpr(1.4426950408889634074)
 LN2 = tl.constexpr(0.69314718055994530942)
 NEAR = tl.constexpr(0.125)  # positives closer than this share of |q|^2 + |k|^2 are recomputed as differences
@@ -99,36 +106,70 @@ def by_cost(kind: tl.constexpr, INNER: tl.constexpr):
 
 
 @triton.jit
-def half_norm(key_norm, sign, kind: tl.constexpr, INNER: tl.constexpr):
+def half_norm(key_norm, slope, kind: tl.constexpr, INNER: tl.constexpr):
     """What is subtracted in v."""
     if INNER or kind == SAME or kind == SAME_NOT_SELF:
         return tl.zeros_like(key_norm)
     else:
-        return 0.5 * sign * key_norm
+        return 0.5 * slope * key_norm
 
 
 @triton.jit
-def level(S, c, bias, sign, kind: tl.constexpr, INNER: tl.constexpr, x_id, y_id, x_row, y_row):
-    """Make v of one softmax; ``bias`` is half_norm of the keys, HUGE where there is no key, in two dimensions."""
+def level(S, c, bias, slope, huge, kind: tl.constexpr, INNER: tl.constexpr, x_id, y_id, x_row, y_row):
+    """Make v of one softmax; ``bias`` is half_norm of the keys, huge where there is no key, in two dimensions."""
     if kind == ALL or kind == OTHER or INNER:
-        v = sign * S - bias
+        v = slope * S - bias
     else:
-        v = -0.5 * sign * c - bias
+        v = -0.5 * slope * c - bias
     if kind == OTHER:
-        v = tl.where(x_id[:, None] != y_id[None, :], v, -HUGE)
+        v = tl.where(x_id[:, None] != y_id[None, :], v, -huge)
     if kind == SAME:
-        v = tl.where(x_id[:, None] == y_id[None, :], v, -HUGE)
+        v = tl.where(x_id[:, None] == y_id[None, :], v, -huge)
     if kind == SAME_NOT_SELF:
-        v = tl.where((x_id[:, None] == y_id[None, :]) & (x_row[:, None] != y_row[None, :]), v, -HUGE)
+        v = tl.where((x_id[:, None] == y_id[None, :]) & (x_row[:, None] != y_row[None, :]), v, -huge)
     return v
 
 
 @triton.jit
 def slope_of(tau, acc_type: tl.constexpr):
-    """Sign and size of -2 log2(e) tau, float64; the size is at least TINY, NaN and Inf stay."""
-    slope = (tau * (-2.0 * LOG2E)).to(acc_type)
-    size = tl.abs(slope)
-    return tl.where(slope < 0, -1.0, 1.0).to(acc_type), tl.where(size < TINY, TINY, size).to(acc_type)
+    """-2 log2(e) tau (float64, NaN stays) with a size within [least, most], and huge for it."""
+    least: tl.constexpr = 2.0**-300 if acc_type == tl.float64 else 2.0**-76
+    most: tl.constexpr = 2.0**580 if acc_type == tl.float64 else 2.0**84
+    size = tl.abs(tau) * (2.0 * LOG2E)
+    size = tl.where(size < least, least, tl.where(size > most, most, size)).to(acc_type)
+    huge = limit(acc_type)
+    if acc_type != tl.float64:  # whose range holds huge / least
+        huge *= tl.minimum(size, 1.0)
+    return tl.where(tau > 0, -size, size), huge
+
+
+@triton.jit
+def slopes_of(tau, KIND1: tl.constexpr, acc_type: tl.constexpr):
+    """Slope and huge of the first and of the second softmax; of AGAIN its ratio to the first, which then has both."""
+    slope0, huge0 = slope_of(tl.load(tau), acc_type)
+    slope1, huge1 = slope_of(tl.load(tau + (KIND1 != NONE)), acc_type)
+    if KIND1 == AGAIN:
+        size1 = tl.abs(slope1)
+        least = size1 * (2.0**-300 if acc_type == tl.float64 else 2.0**-76)
+        slope0 = tl.where(tl.abs(slope0) < least, slope1 * (least / size1), slope0)
+        slope1 = slope1 / slope0
+        slope1 = tl.where(slope1 < 0, float("nan"), slope1)  # the largest z_1 is not where the largest z is
+        if acc_type != tl.float64:
+            huge0 = limit(acc_type) * tl.minimum(tl.minimum(tl.abs(slope0), 1.0), 1.0 / slope1)
+    return slope0, huge0, slope1, huge1
+
+
+@triton.jit
+def limit(acc_type: tl.constexpr):
+    """What huge is for a size of at least 1: a coefficient b of up to 2^26 (float64: 2^400) times it is finite."""
+    return tl.full((), 2.0**600 if acc_type == tl.float64 else 2.0**100, acc_type)
+
+
+@triton.jit
+def in_range(norm, tau, acc_type: tl.constexpr):
+    """Squared lengths as they are, but NaN where v could come near huge: it must be seen, not taken for no key."""
+    slope, _ = slope_of(tau, acc_type)
+    return tl.where(norm * tl.maximum(tl.abs(slope), 1.0) > 0.25 * limit(acc_type), float("nan"), norm)
 
 
 @triton.jit

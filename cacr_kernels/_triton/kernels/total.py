@@ -29,7 +29,7 @@ def grad_tau_kernel(
     SHARES,
     BLOCK: tl.constexpr,
 ):
-    """Derivative of tau: sum_i gF_i Var_i(c) + glse_i F_i; grid: softmaxes. Var(c) = 4 Var(v)."""
+    """Derivative of tau: sum_i gF_i Var_i(c) + glse_i F_i; grid: softmaxes. Var(c) = 4 Var(v / slope)."""
     s, stride = tl.program_id(0), tl.num_programs(0) * tl.cast(rows, tl.int64)
     acc = tl.zeros((BLOCK,), tl.float64)
     for i0 in range(0, rows, BLOCK):
