@@ -85,7 +85,7 @@ def statistics(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     lse, weights = torch.empty_like(value), p.empty(3, p.S, p.P, p.N, dtype=torch.float64)
     by_cost = {"BY_COST0": p.by_cost(0), "BY_COST1": p.by_cost(p.S - 1)}
     start(
-        merge_kernel, (cdiv(p.N, ROWS), p.P, p.S), state, p.q_norm, p.tau, p.q_view, value, lse, weights,
+        merge_kernel, (cdiv(p.N, ROWS) * p.P, p.S), state, p.q_norm, p.tau, p.q_view, value, lse, weights,
         p.N, p.P, state.shape[0], KIND1=p.second, **by_cost, INNER=p.inner, BLOCK=ROWS,
     )  # fmt: skip
     return value, lse, weights
@@ -98,7 +98,7 @@ def statistics_sweep(p: Problem, tile: Tile) -> Tensor:
     state = p.empty(shares, 3, p.S, p.P, p.N)
     arrays = p.q, p.k, p.q_norm, p.k_norm, p.q_id, p.k_id, p.tau, p.q_view, p.k_view
     start(
-        statistics_kernel, (blocks, p.P, shares), *arrays, state, p.N, p.M, p.D, p.P, share, **p.constants(),
+        statistics_kernel, (blocks * p.P, shares), *arrays, state, p.N, p.M, p.D, p.P, share, **p.constants(),
         CHUNKS=tile.chunks(p.D), **tile.constants(False),
     )  # fmt: skip
     return state
@@ -149,7 +149,7 @@ def row_coefficients(
     flags = {"SOFTMAXES": p.S, "KIND1": p.second, "CANCELLING": p.cancelling, "DETACH": detach, "INNER": p.inner}
     by_cost = {"BY_COST0": p.by_cost(0), "BY_COST1": p.by_cost(p.S - 1)}
     start(
-        coefficients_kernel, (blocks, p.P), weights, value, grad_value, grad_lse, p.tau, p.q_norm, p.q_view,
+        coefficients_kernel, (blocks * p.P,), weights, value, grad_value, grad_lse, p.tau, p.q_norm, p.q_view,
         coefficients, bound, p.N, p.P, **flags, **by_cost, BLOCK=ROWS,
     )  # fmt: skip
     return coefficients, bound

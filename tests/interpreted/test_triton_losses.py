@@ -6,7 +6,8 @@ import pytest
 import torch
 from agreement import LOSSES, assert_agree, cast, run, small_inputs
 
-from cacr_kernels import testing
+from cacr_kernels import cacr_loss, testing
+from cacr_kernels._triton import cacr, launch
 
 
 def small(case: testing.Case) -> bool:
@@ -54,3 +55,14 @@ def test_any_temperature(loss: str, dtype: torch.dtype) -> None:
         expected = run(loss, cast(tensors, torch.float64), "reference", **options)
         found = run(loss, tensors, "triton", **options)
         assert_agree(found, expected, max(1e-6, torch.finfo(dtype).eps))
+
+
+def test_grids_of_many_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    """260 views are 67340 ordered pairs, and what axes of a grid but the first hold ends at 65535."""
+    grids = {}
+    for module in (cacr, launch):
+        monkeypatch.setattr(module, "start", lambda kernel, grid, *_, **__: grids.setdefault(kernel.__name__, grid))
+    cacr_loss(torch.ones(260, 2, 1, requires_grad=True), pairing="ordered", backend="triton")
+    assert {"statistics_kernel", "merge_kernel", "coefficients_kernel", "gradient_kernel"} <= set(grids)
+    assert grids["statistics_kernel"][0] >= 260 * 259
+    assert all(size <= 65535 for grid in grids.values() for size in grid[1:]), grids

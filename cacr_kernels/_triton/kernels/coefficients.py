@@ -12,7 +12,7 @@ The base of the first is kept if there is AGAIN: z_1 = ratio z would be far off 
 import triton
 import triton.language as tl
 
-from .tile import AGAIN, LN2, slope_of, slopes_of
+from .tile import AGAIN, LN2, row_and_problem, slope_of, slopes_of
 
 BASE = tl.constexpr(0)  # rows of the array of coefficients; of AGAIN: base - ratio base of the first
 A = tl.constexpr(1)
@@ -70,9 +70,9 @@ def coefficients_kernel(
     INNER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: blocks of queries, problems."""
+    """Grid: blocks of queries of every problem."""
     acc_type: tl.constexpr = out.dtype.element_ty
-    i0, p = tl.program_id(0) * BLOCK, tl.program_id(1)
+    i0, p = row_and_problem(N, BLOCK)
     rows = i0 + tl.arange(0, BLOCK)
     inside = rows < N
     one = tl.cast(P, tl.int64) * N
@@ -110,4 +110,4 @@ def coefficients_kernel(
         if CANCELLING and s == 1:
             tl.store(out + A * stride + at, ((first + a) / first_total).to(acc_type), mask=inside)
             tl.store(here + RATIO * stride, (total / first_total).to(acc_type), mask=inside)
-    tl.store(bound + p * tl.num_programs(0) + tl.program_id(0), tl.max(size, 0).to(acc_type))
+    tl.store(bound + tl.program_id(0), tl.max(size, 0).to(acc_type))

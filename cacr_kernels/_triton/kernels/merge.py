@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .statistics import base_of
-from .tile import AGAIN, LN2, slope_of, slopes_of
+from .tile import AGAIN, LN2, row_and_problem, slope_of, slopes_of
 
 
 @triton.jit
@@ -25,13 +25,14 @@ def merge_kernel(
     INNER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: blocks of queries, problems, softmaxes."""
+    """Grid: blocks of queries of every problem, softmaxes."""
     acc_type: tl.constexpr = q_norm.dtype.element_ty
-    i0, p, s = tl.program_id(0) * BLOCK, tl.program_id(1), tl.program_id(2)
+    i0, p = row_and_problem(N, BLOCK)
+    s = tl.program_id(1)
     rows = i0 + tl.arange(0, BLOCK)
     inside = rows < N
     one = tl.cast(P, tl.int64) * N  # of one softmax
-    stride = one * tl.num_programs(2)
+    stride = one * tl.num_programs(1)
     at = s * one + p.to(tl.int64) * N + rows
     temperature = tl.load(tau + s)
     if KIND1 == AGAIN:  # in units of the first

@@ -17,6 +17,7 @@ from .tile import (
     load_rows,
     load_vector,
     positive_cost,
+    row_and_problem,
     similarity,
     slopes_of,
 )
@@ -71,10 +72,10 @@ def statistics_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid: blocks of queries, problems, shares of the keys."""
+    """Grid: blocks of queries of every problem, shares of the keys."""
     acc_type: tl.constexpr = q_norm.dtype.element_ty
-    i0, p = tl.program_id(0) * BLOCK_M, tl.program_id(1)
-    begin = tl.program_id(2) * share
+    i0, p = row_and_problem(N, BLOCK_M)
+    begin = tl.program_id(1) * share
     x, y = tl.load(q_view + p).to(tl.int64), tl.load(k_view + p).to(tl.int64)
     q_base, k_base = q + x * N * D, k + y * M * D
     rows = i0 + tl.arange(0, BLOCK_M)
@@ -111,7 +112,7 @@ def statistics_kernel(
             sum1, sum_z1 = add_tile(v - base_of(top1, huge1)[:, None], moved, sum1, sum_z1)
     one = tl.cast(P, tl.int64) * N  # entries of one softmax
     stride = one if KIND1 == NONE else 2 * one  # of one quantity
-    out = state + tl.program_id(2) * 3 * stride + tl.cast(p, tl.int64) * N + rows
+    out = state + tl.program_id(1) * 3 * stride + tl.cast(p, tl.int64) * N + rows
     tl.store(out, top0, mask=rows < N)
     tl.store(out + stride, sum0, mask=rows < N)
     tl.store(out + 2 * stride, sum_z0, mask=rows < N)

@@ -34,6 +34,13 @@ NEAR = tl.constexpr(0.125)  # positives closer than this share of |q|^2 + |k|^2 
 
 
 @triton.jit
+def row_and_problem(rows, SIZE: tl.constexpr):
+    """First row and problem of a program. Axis 0 of the grid has the blocks of every problem: others end at 65535."""
+    blocks = tl.cdiv(rows, SIZE)
+    return tl.program_id(0) % blocks * SIZE, tl.program_id(0) // blocks
+
+
+@triton.jit
 def load_rows(base, first, count, D, d0, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Features [d0, d0 + BLOCK_D) of rows [first, first + ROWS) of ``base`` [count, D]; zeros outside."""
     r, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
