@@ -109,8 +109,8 @@ def small() -> tuple[Small, ...]:
 
 
 def devices() -> Iterator[Device]:
-    """One for each family that the launch table was made for; sm_120 takes over what was found for the others."""
-    for family in dict.fromkeys(device.family for device in DEVICES if device.family != "sm_120"):
+    """One for each family of the launch table."""
+    for family in dict.fromkeys(device.family for device in DEVICES):
         yield next(device for device in DEVICES if device.family == family)
 
 

@@ -1,11 +1,11 @@
 """Launch configurations by kernel, kind of product and number of features.
 
 Nothing here was timed. What was looked at are the compiled kernels (``python -m benchmarks.codegen``): every entry
-compiles for sm_80, sm_90, sm_100 and gfx942 without spilling registers, within the shared memory of the smallest member
+compiles for sm_80, sm_90, sm_100, sm_120 and gfx942 without spilling registers, within the shared memory of the smallest member
 of its family, and among those the larger tile was taken, as it reads less from memory per similarity. The NVIDIA
-families share the entries where tiles that fit their registers are the same (sm_100, whose products leave their sums in
-a memory of their own, has some of its own), and what the smallest sm_80 has in shared memory is enough. AMD's differ in
-the number of warps. sm_120 takes over the common entries but for one; there some spill up to 24 bytes.
+families share the entries where tiles that fit their registers are the same (each has some of its own, most of them
+sm_100, whose products leave their sums in a memory of their own), and what the smallest sm_80 has in shared memory is
+enough. AMD's differ in the number of warps.
 """
 
 from __future__ import annotations
@@ -136,10 +136,16 @@ TWO: dict[str, dict[Precision, tuple[Tile, ...]]] = {
 
 # Where a family spills with those entries: by two softmaxes or accumulators, kernel and kind of product.
 SM_80: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
+    (False, "statistics", "tf32"): _row((128, 64, 64, 4, 2, 0), *[(64, 64, 32, 4, 3, 0)] * 3),
+    (False, "gradient", "half"): _row((64, 32, 64, 4, 2, 64), (64, 32, 128, 4, 1, 128), *[(64, 32, 32, 4, 2, 128)] * 2),
     (False, "gradient", "ieee"): _row(*[(32, 16, 32, 4, 2, 64)] * 4),
+    (True, "statistics", "half"): _row((64, 32, 64, 4, 2, 0), (64, 32, 128, 4, 2, 0), *[(64, 32, 32, 4, 2, 0)] * 2),
+    (True, "statistics", "fp64"): _row(*[(32, 32, 64, 4, 2, 0)] * 4),
+    (True, "gradient", "tf32"): _row(*[(128, 16, 32, 8, 2, 64)] * 4),
 }
 SM_90: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (False, "gradient", "ieee"): _row(*[(32, 16, 32, 8, 3, 64)] * 4),
+    (False, "frozen", "fp64"): _row(*[(64, 32, 32, 4, 2, 32)] * 4),
 }
 SM_100: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (False, "gradient", "half"): _row(
@@ -147,14 +153,23 @@ SM_100: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     ),
     (False, "gradient", "ieee"): _row(*[(32, 16, 32, 4, 2, 64)] * 4),
     (False, "gradient", "tf32x3"): _row(*[(64, 32, 32, 4, 2, 64)] * 4),
+    (False, "gradient", "fp64"): _row(*[(64, 32, 32, 4, 1, 32)] * 4),
+    (False, "frozen", "fp64"): _row(*[(128, 16, 32, 4, 2, 32)] * 4),
+    (True, "statistics", "tf32"): _row(*[(64, 32, 64, 4, 2, 0)] * 4),
     (True, "statistics", "fp64"): _row(*[(32, 32, 32, 4, 1, 0)] * 4),
     (True, "gradient", "half"): _row((128, 16, 64, 4, 1, 64), *[(64, 16, 64, 4, 1, 128)] * 3),
-    (True, "gradient", "ieee"): _row(*[(64, 32, 32, 8, 2, 64)] * 4),
+    (True, "gradient", "ieee"): _row(*[(64, 32, 32, 8, 1, 64)] * 4),
     (True, "gradient", "fp64"): _row(*[(32, 32, 32, 8, 2, 32)] * 4),
     (True, "frozen", "fp64"): _row(*[(64, 32, 32, 4, 2, 32)] * 4),
 }
 SM_120: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
+    (False, "statistics", "fp64"): _row(*[(32, 64, 32, 4, 3, 0)] * 4),
+    (False, "gradient", "fp64"): _row(*[(128, 16, 32, 8, 2, 32)] * 4),
+    (True, "statistics", "ieee"): _row(*[(64, 64, 32, 8, 2, 0)] * 4),
     (True, "statistics", "fp64"): _row(*[(32, 32, 32, 4, 1, 0)] * 4),
+    (True, "gradient", "ieee"): _row(*[(32, 64, 32, 8, 2, 64)] * 4),
+    (True, "gradient", "fp64"): _row(*[(32, 32, 32, 8, 1, 32)] * 4),
+    (True, "frozen", "half"): _row(*[(64, 32, 32, 4, 2, 64)] * 4),
 }
 OWN = {"sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_100, "sm_120": SM_120}
 
