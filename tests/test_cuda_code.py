@@ -7,6 +7,7 @@ compiled here.
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,15 @@ ON_TENSOR_CORES = ("bf16", "f16", "tf32", "tf32x3")
 LIBRARY = os.environ.get("CACR_CUDA_LIBRARY")
 
 
+read = cache(kernels)  # half a minute for a library
+
+
 @pytest.fixture(scope="module", params=list(ARITHMETIC) if LIBRARY else ["bf16"])
 def compiled(request) -> list[Kernel]:
     tool("cuobjdump")
     source = ROOT / "csrc/cuda" / f"instance_{request.param}.cu"
     path = Path(LIBRARY) if LIBRARY else by_nvcc(str(source), "cubin")
-    found = [kernel for kernel in kernels(path) if kernel.arithmetic == request.param]
+    found = [kernel for kernel in read(path) if kernel.arithmetic == request.param]
     assert found, f"no kernel of {request.param} in {path}"
     return found
 
