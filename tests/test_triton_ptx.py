@@ -161,6 +161,12 @@ def test_a_running_maximum_that_stays_moves_nothing(frozen: bool, monkeypatch: p
     assert (value[0] / (logit.softmax(-1) * c).sum(-1) - 1).abs().max() < 2e-6
 
 
+def unit(V: int, B: int, D: int, seed: int = 0) -> torch.Tensor:  # noqa: N803
+    """Unit vectors."""
+    z = torch.randn(V, B, D, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(z, dim=-1)
+
+
 EXTREMES = [
     ("cacr", "bf16", {}),
     ("cacr", "fp64", {"pairing": "pooled"}),
@@ -203,6 +209,35 @@ def test_long_and_short_vectors(length: float, cost: str) -> None:
             assert not wrong(testing.measure(case, testing.expect(case, torch.float32), "triton", torch.float32)), tau
 
 
+@pytest.mark.parametrize(
+    ("length", "tau", "scale", "pairing"),
+    [(1e-3, 1e6, 1e-3, "pooled"), (1e-3, 1e6, 1e-2, "unordered"), (1.0, 1e4, 1e-3, "pooled"), (1.0, 10.0, 1e-7, "ordered")],
+)
+def test_rbf_of_two_softmaxes_that_are_nearly_one(length: float, tau: float, scale: float, pairing: str) -> None:
+    """Their gradients cancel but for a part in 1e9: what rounds them has to be the same."""
+    make = lambda seed: {"views": length * unit(2, 11, 7, seed)}  # noqa: E731
+    options = TAUS | {"tau_neg": tau, "cost": "rbf", "rbf_scale": scale, "pairing": pairing, "alpha": 0.0}
+    case = Case("cacr_loss", {}, options, make, learnable=False)
+    with triton_ptx.running():
+        assert not wrong(testing.measure(case, testing.expect(case, torch.float32), "triton", torch.float32))
+
+
+def test_rbf_of_any_scale() -> None:
+    """Of two slopes that are more than 2^76 apart neither may be moved so far that it shows."""
+    for tau, scale in ((1.0, 1e30), (0.0, 1e30), (0.0, 1e20), (0.0, 1e-30), (1e-30, 1e-30)):
+        results = []
+        for backend, dtype in (("reference", torch.float64), ("triton", torch.float32)):
+            z, t = unit(2, 11, 7).to(dtype).requires_grad_(), torch.tensor(tau, dtype=dtype, requires_grad=True)
+            options = {"tau_neg": t, "cost": "rbf", "rbf_scale": scale, "return_parts": True}
+            with triton_ptx.running():
+                parts = cacr_kernels.cacr_loss(z, **options, backend=backend)
+                parts.loss.backward()
+            results.append([x.double() for x in (*parts, z.grad, t.grad)])
+        for found, expected in zip(results[1], results[0], strict=True):
+            most = expected.abs().max().item()
+            torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 * max(most, 1.0))
+
+
 @pytest.mark.parametrize("tau", [1e3, 1e6])
 def test_lse_of_rbf_share_their_rounding(tau: float) -> None:
     """Each is as large as tau, their difference is not."""
@@ -214,13 +249,18 @@ def test_lse_of_rbf_share_their_rounding(tau: float) -> None:
 
 
 def test_logits_out_of_range_show() -> None:
-    """Beyond 2^98 a key would be taken for none."""
+    """Beyond 2^98 a key would be taken for none; and beyond lengths of 2^31 weights with tau = 0 would not be uniform."""
     q, k = torch.ones(1, 3, 4), 1e10 * torch.ones(1, 5, 4)
     for x, y, seen in ((q, k, True), (k, q, True), (q, q, False)):
-        arguments = x, y, None, None, torch.tensor([-1e12], dtype=torch.float64), [0], [0], [0], False
+        for inner in (False, True):
+            arguments = x, y, None, None, torch.tensor([-1e12], dtype=torch.float64), [0], [0], [0], inner
+            with triton_ptx.running():
+                value, _, _ = torch.ops.cacr_kernels.contrast_triton(*arguments, False)
+            assert value.isnan().all() if seen else (value == (-8 if inner else 0)).all()
+    for length in (1e9, 1e10):
         with triton_ptx.running():
-            value, _, _ = torch.ops.cacr_kernels.contrast_triton(*arguments, False)
-        assert value.isnan().all() if seen else (value == 0).all()
+            loss = cacr_kernels.cacr_loss(length * unit(2, 5, 4), tau_neg=0.0, backend="triton")
+        assert bool(loss.isnan()) == (length > 2**31)
 
 
 def right(schedule: Callable[[int], ptx.Lockstep], patch: triton_ptx.Patch | None = None) -> bool:

@@ -106,10 +106,14 @@ def _choose(key: Key, tiles: list[Tile], p: Problem, sweep: Callable[..., Any], 
 
 
 def candidates(kernel: str, precision: Precision, D: int, entry: Tile, family: str) -> list[Tile]:
-    """The entry of the launch table and its neighbours, each with one size changed."""
+    """The entry of the launch table and its neighbours, each with one size changed.
+
+    How three TF32 products are rounded depends on the chunks, which therefore stay those of the other sweeps.
+    """
+    names = ("block_n", "num_warps") if precision == "tf32x3" else ("block_n", "num_warps", "block_d")
     neighbours = [
         entry._replace(**{name: value})
-        for name in ("block_n", "num_warps", "block_d")
+        for name in names
         for value in (2 * getattr(entry, name), getattr(entry, name) // 2)
     ]
     neighbours += [entry._replace(num_stages=entry.num_stages + step) for step in (1, -1)]

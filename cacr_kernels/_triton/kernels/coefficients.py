@@ -6,15 +6,15 @@ are large, dL/dc_ij = e'_ij (A_i + B_i z'_ij): one FMA, which does not cancel.
 Two softmaxes over one set (rbf) nearly cancel: a w_0 + b w_1 = (a + b) w_0 + b (w_1 - w_0), of which the kernels make
 A_0 e_0 + A_1 (e_1 - ratio e_0).
 
-The base of the first is kept if there is AGAIN: z_1 = ratio z would be far off where it is next to 0 and z is not.
+There (AGAIN) the base stays where it is: z_1 = ratio z, and where the ratio is next to 1 all rounds alike.
 """
 
 import triton
 import triton.language as tl
 
-from .tile import AGAIN, LN2, row_and_problem, slope_of, slopes_of
+from .tile import AGAIN, LN2, row_and_problem, slopes_of
 
-BASE = tl.constexpr(0)  # rows of the array of coefficients; of AGAIN: base - ratio base of the first
+BASE = tl.constexpr(0)  # rows of the array of coefficients; not read of AGAIN
 A = tl.constexpr(1)
 B = tl.constexpr(2)
 MEAN_U = tl.constexpr(3)  # of v / slope
@@ -23,12 +23,12 @@ RATIO = tl.constexpr(4)
 
 @triton.jit
 def row_of(
-    weights, grad_value, grad_lse, tau, at, stride, inside, origin, none,
+    weights, grad_value, grad_lse, tau, at, stride, inside, none,
     acc_type: tl.constexpr, DETACH: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """New base, and in float64: the constant part and gF, both for weights of sum 1; the sum of the new e; a bound.
 
-    The base counts from ``origin``, is ``none`` for an empty set, and stays where it is to KEEP it.
+    The base is ``none`` for an empty set, and stays where it is to KEEP it.
     The bound is of |dL/dc|: |constant| + |gF| ln 2 (1 + |mean z|) times the largest weight, as 2^z |z| < 1 for z < 0.
     """
     base = tl.load(weights + at, mask=inside, other=0.0)
@@ -37,8 +37,8 @@ def row_of(
     empty = total == 0
     g_value = tl.where(empty, 0.0, tl.load(grad_value + at, mask=inside, other=0.0))
     g_lse = tl.where(empty, 0.0, tl.load(grad_lse + at, mask=inside, other=0.0))
-    new_base = (base - origin + (0.0 if KEEP else mean_z)).to(acc_type)
-    moved = new_base.to(tl.float64) + origin - base
+    new_base = (base if KEEP else base + mean_z).to(acc_type)
+    moved = tl.zeros_like(base) if KEEP else new_base.to(tl.float64) - base
     largest = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
     total = tl.where(empty, 1.0, total) * tl.exp2(-moved)
     constant = g_value
@@ -81,21 +81,12 @@ def coefficients_kernel(
     norm = tl.load(q_norm + tl.load(q_view + p).to(tl.int64) * N + rows, mask=inside, other=0.0).to(tl.float64)
     size = tl.zeros((BLOCK,), tl.float64)
     first, first_total = tl.zeros((BLOCK,), tl.float64), tl.full((BLOCK,), 1.0, tl.float64)
-    origin = tl.zeros((BLOCK,), tl.float64)
+    _, huge0, _, huge1 = slopes_of(tau, KIND1, acc_type)
     for s in tl.static_range(SOFTMAXES):
-        t = tl.load(tau + s)
-        _, huge = slope_of(t, acc_type)
-        if KIND1 == AGAIN:
-            _, huge, ratio, _ = slopes_of(tau, KIND1, acc_type)
-        none = 2.0 * huge
-        if KIND1 == AGAIN and s == 1:
-            none = 0.0 * huge
         base, a, g_value, total, most = row_of(
-            weights, grad_value, grad_lse, t, at + s * one, stride, inside, origin, none,
-            acc_type, DETACH, KIND1 == AGAIN and s == 0,
+            weights, grad_value, grad_lse, tl.load(tau + s), at + s * one, stride, inside,
+            2.0 * (huge0 if s == 0 else huge1), acc_type, DETACH, KIND1 == AGAIN,
         )  # fmt: skip
-        if KIND1 == AGAIN:
-            origin = tl.where(base == none, 0.0, base.to(tl.float64) * ratio.to(tl.float64))
         b = tl.zeros_like(a) if DETACH else g_value * LN2
         size += 2.0 * most
         here = out + s * one + at

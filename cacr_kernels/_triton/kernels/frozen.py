@@ -180,11 +180,11 @@ def frozen_merge_kernel(
                 part_spread = tl.load(tile + (i * kinds + 1) * one * D, mask=features, other=0.0).to(tl.float64)
                 spread += (part_spread + moved[:, None] * part_mean) * shrink[:, None]
     total_z += temperature * 0.0  # Inf and NaN leave no trace in 2^z where there is no key
-    empty = (total == 0) & (total_z == 0)
+    empty = (total == 0) & (total_z == 0) & (top == -huge)
     total = tl.where(empty, 1.0, total)
     mean_z = total_z / total
     norm = tl.load(q_norm + tl.load(q_view + p).to(tl.int64) * N + rows, mask=inside, other=0.0).to(tl.float64)
-    norm = tl.zeros_like(norm) if INNER else norm
+    norm = norm * 0.0 if INNER else norm
     F = tl.where(empty, 0.0, norm - 2.0 * (base + mean_z) / slope)
     logit = temperature * (norm - 2.0 * base / slope)
     log_sum = tl.where(empty, -float("inf"), tl.log2(total) * LN2 + logit)

@@ -105,7 +105,7 @@ def sweep(
         if KIND1 != NONE:
             second = rows_base + one
             if KIND1 == AGAIN:
-                z = slope1 * z - coefficient(second, BASE, stride, q0, count, QUERIES, AS_QUERY)
+                z = slope1 * z
             else:
                 bias = half_norm(key_norm, slope1, KIND1, INNER)
                 if AS_QUERY:

@@ -61,7 +61,7 @@ def merge_kernel(
     mean_z = total_z / total
     norm = tl.load(q_norm + tl.load(q_view + p).to(tl.int64) * N + rows, mask=inside, other=0.0)
     if INNER:
-        norm = tl.zeros_like(norm)
+        norm *= 0.0
     elif BY_COST0 or BY_COST1:
         norm = tl.where((s == 0) & BY_COST0 | (s != 0) & BY_COST1, 0.0, norm)
     norm = norm.to(tl.float64)

@@ -10,19 +10,23 @@ For positives v = -slope c / 2, and |q|^2 is not added. Means of c are taken fro
 and divided by the slope once per row.
 
 A key outside the set has v = -huge: e is exactly 0 whatever else the key holds, and e z, b z and v / slope stay finite.
-So nothing else may be that far from 0 (``in_range``), and |slope| stays within [least, most]. What that changes:
-tau = 0 becomes weights that are uniform for |v / slope| up to 2^50, and a |slope| beyond 2^84 (float64: 2^580) tells
-costs apart down to 2^-84, where all of the weight is on one key anyway. There the last bit of S counts: statistics and
-gradient add up the features in the same order.
+So nothing else may be that far from 0 (``in_range``), and |slope| stays within [LEAST, MOST]. What that changes: tau = 0
+becomes weights that are uniform for |v / slope| up to 2^50, and a |slope| beyond MOST tells costs apart down to its
+inverse, where all of the weight is on one key anyway. There the last bit of S counts: e stays below 1 if the gradient
+rounds S as the statistics did. A chain of products over the features does, whichever operand comes first and whatever
+the chunks; three TF32 products do not if the operands change places.
 
 A second softmax over the same set (rbf, AGAIN) has z_1 = ratio z, ratio = slope_1 / slope: its lse, of which that of
 the first is subtracted, is relative to the very same base.
+
+In float32, whose numbers end at 2^128, huge = 2^100 min(|slope|, 1), so that huge / LEAST = 2^100 and b z with b < 2^26
+are finite; v ends at a quarter of huge, which is why MOST leaves lengths of up to 2^7. In float64 there is room.
 """
 
 import triton
 import triton.language as tl
 
-ALL = tl.constexpr(0)  # kinds of key sets: csrc/common/problem.h
+ALL = tl.constexpr(0)  # kinds of key sets: csrc/common/problem.h, but for AGAIN
 SAME = tl.constexpr(1)
 OTHER = tl.constexpr(2)
 SAME_NOT_SELF = tl.constexpr(3)
@@ -114,8 +118,10 @@ def by_cost(kind: tl.constexpr, INNER: tl.constexpr):
 
 @triton.jit
 def half_norm(key_norm, slope, kind: tl.constexpr, INNER: tl.constexpr):
-    """What is subtracted in v."""
-    if INNER or kind == SAME or kind == SAME_NOT_SELF:
+    """What is subtracted in v. A length that is NaN shows (where v is made of costs, in those)."""
+    if INNER:
+        return 0.0 * key_norm
+    elif kind == SAME or kind == SAME_NOT_SELF:
         return tl.zeros_like(key_norm)
     else:
         return 0.5 * slope * key_norm
@@ -138,12 +144,18 @@ def level(S, c, bias, slope, huge, kind: tl.constexpr, INNER: tl.constexpr, x_id
 
 
 @triton.jit
+def least(acc_type: tl.constexpr):
+    """Smallest |slope|, and the inverse of the largest ratio of two."""
+    return 2.0**-300 if acc_type == tl.float64 else 2.0**-76
+
+
+@triton.jit
 def slope_of(tau, acc_type: tl.constexpr):
     """-2 log2(e) tau (float64, NaN stays) with a size within [least, most], and huge for it."""
-    least: tl.constexpr = 2.0**-300 if acc_type == tl.float64 else 2.0**-76
+    smallest = least(acc_type)
     most: tl.constexpr = 2.0**580 if acc_type == tl.float64 else 2.0**84
     size = tl.abs(tau) * (2.0 * LOG2E)
-    size = tl.where(size < least, least, tl.where(size > most, most, size)).to(acc_type)
+    size = tl.where(size < smallest, smallest, tl.where(size > most, most, size)).to(acc_type)
     huge = limit(acc_type)
     if acc_type != tl.float64:  # whose range holds huge / least
         huge *= tl.minimum(size, 1.0)
@@ -156,10 +168,12 @@ def slopes_of(tau, KIND1: tl.constexpr, acc_type: tl.constexpr):
     slope0, huge0 = slope_of(tl.load(tau), acc_type)
     slope1, huge1 = slope_of(tl.load(tau + (KIND1 != NONE)), acc_type)
     if KIND1 == AGAIN:
+        # A ratio that is too large: the first slope grows as far as its weights stay uniform, then the second is cut
         size1 = tl.abs(slope1)
-        least = size1 * (2.0**-300 if acc_type == tl.float64 else 2.0**-76)
-        slope0 = tl.where(tl.abs(slope0) < least, slope1 * (least / size1), slope0)
-        slope1 = slope1 / slope0
+        enough = tl.minimum(size1 * least(acc_type), 2.0**-60 if acc_type == tl.float64 else 2.0**-40)
+        slope0 = tl.where(tl.abs(slope0) < enough, tl.where(slope1 < 0, -enough, enough), slope0)
+        most = tl.abs(slope0) / least(acc_type)
+        slope1 = tl.where(size1 > most, tl.where(slope1 < 0, -most, most), slope1) / slope0
         slope1 = tl.where(slope1 < 0, float("nan"), slope1)  # the largest z_1 is not where the largest z is
         if acc_type != tl.float64:
             huge0 = limit(acc_type) * tl.minimum(tl.minimum(tl.abs(slope0), 1.0), 1.0 / slope1)
@@ -174,9 +188,15 @@ def limit(acc_type: tl.constexpr):
 
 @triton.jit
 def in_range(norm, tau, acc_type: tl.constexpr):
-    """Squared lengths as they are, but NaN where v could come near huge: it must be seen, not taken for no key."""
+    """Squared lengths as they are, but NaN where v could come near huge: it must be seen, not taken for no key.
+
+    And where the smallest slope, which stands for tau = 0, would tell costs apart.
+    """
     slope, _ = slope_of(tau, acc_type)
-    return tl.where(norm * tl.maximum(tl.abs(slope), 1.0) > 0.25 * limit(acc_type), float("nan"), norm)
+    size = tl.abs(slope)
+    most = 0.25 * limit(acc_type) / tl.maximum(size, 1.0)
+    most = tl.where(size > least(acc_type), most, 2.0**-14 / least(acc_type))
+    return tl.where(norm > most, float("nan"), norm)
 
 
 @triton.jit
