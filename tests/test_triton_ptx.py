@@ -161,7 +161,7 @@ def test_a_running_maximum_that_stays_moves_nothing(frozen: bool, monkeypatch: p
     assert (value[0] / (logit.softmax(-1) * c).sum(-1) - 1).abs().max() < 2e-6
 
 
-def unit(V: int, B: int, D: int, seed: int = 0) -> torch.Tensor:  # noqa: N803
+def unit(V: int, B: int, D: int, seed: int = 0) -> torch.Tensor:
     """Unit vectors."""
     z = torch.randn(V, B, D, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.normalize(z, dim=-1)
@@ -211,7 +211,12 @@ def test_long_and_short_vectors(length: float, cost: str) -> None:
 
 @pytest.mark.parametrize(
     ("length", "tau", "scale", "pairing"),
-    [(1e-3, 1e6, 1e-3, "pooled"), (1e-3, 1e6, 1e-2, "unordered"), (1.0, 1e4, 1e-3, "pooled"), (1.0, 10.0, 1e-7, "ordered")],
+    [
+        (1e-3, 1e6, 1e-3, "pooled"),
+        (1e-3, 1e6, 1e-2, "unordered"),
+        (1.0, 1e4, 1e-3, "pooled"),
+        (1.0, 10.0, 1e-7, "ordered"),
+    ],
 )
 def test_rbf_of_two_softmaxes_that_are_nearly_one(length: float, tau: float, scale: float, pairing: str) -> None:
     """Their gradients cancel but for a part in 1e9: what rounds them has to be the same."""
@@ -249,7 +254,7 @@ def test_lse_of_rbf_share_their_rounding(tau: float) -> None:
 
 
 def test_logits_out_of_range_show() -> None:
-    """Beyond 2^98 a key would be taken for none; and beyond lengths of 2^31 weights with tau = 0 would not be uniform."""
+    """Beyond 2^98 a key would be taken for none; with tau = 0 weights would not be uniform beyond lengths of 2^31."""
     q, k = torch.ones(1, 3, 4), 1e10 * torch.ones(1, 5, 4)
     for x, y, seen in ((q, k, True), (k, q, True), (q, q, False)):
         for inner in (False, True):

@@ -10,17 +10,17 @@ For positives v = -slope c / 2, and |q|^2 is not added. Means of c are taken fro
 and divided by the slope once per row.
 
 A key outside the set has v = -huge: e is exactly 0 whatever else the key holds, and e z, b z and v / slope stay finite.
-So nothing else may be that far from 0 (``in_range``), and |slope| stays within [LEAST, MOST]. What that changes: tau = 0
-becomes weights that are uniform for |v / slope| up to 2^50, and a |slope| beyond MOST tells costs apart down to its
-inverse, where all of the weight is on one key anyway. There the last bit of S counts: e stays below 1 if the gradient
-rounds S as the statistics did. A chain of products over the features does, whichever operand comes first and whatever
-the chunks; three TF32 products do not if the operands change places.
+So nothing else may be that far from 0 (``in_range``), and |slope| stays within [least, most] of ``slope_of``. What that
+changes: tau = 0 becomes weights that are uniform for |v / slope| up to 2^50, and a |slope| beyond the most tells costs
+apart down to its inverse, where all of the weight is on one key anyway. There the last bit of S counts: e stays below 1
+if the gradient rounds S as the statistics did. A chain of products over the features does, whichever operand comes
+first and whatever the chunks; three TF32 products do not if the operands change places.
 
 A second softmax over the same set (rbf, AGAIN) has z_1 = ratio z, ratio = slope_1 / slope: its lse, of which that of
 the first is subtracted, is relative to the very same base.
 
-In float32, whose numbers end at 2^128, huge = 2^100 min(|slope|, 1), so that huge / LEAST = 2^100 and b z with b < 2^26
-are finite; v ends at a quarter of huge, which is why MOST leaves lengths of up to 2^7. In float64 there is room.
+In float32, whose numbers end at 2^128, huge = 2^100 min(|slope|, 1), so that huge / |slope| and b z with b < 2^26 are
+finite; v ends at a quarter of huge, which leaves lengths of up to 2^7 to the largest slope. In float64 there is room.
 """
 
 import triton
