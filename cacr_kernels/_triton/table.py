@@ -3,9 +3,9 @@
 Nothing here was timed. What was looked at are the compiled kernels (``python -m benchmarks.codegen``): every entry
 compiles for sm_80, sm_90, sm_100, sm_120 and gfx942 without spilling registers, within the shared memory of the
 smallest member of its family, and among those the larger tile was taken, as it reads less from memory per similarity.
-The NVIDIA families share the entries where tiles that fit their registers are the same (each has some of its own, most of them
-sm_100, whose products leave their sums in a memory of their own), and what the smallest sm_80 has in shared memory is
-enough. AMD's differ in the number of warps.
+The NVIDIA families share the entries where tiles that fit their registers are the same (each has some of its own, most
+of them sm_100, whose products leave their sums in a memory of their own), and what the smallest sm_80 has in shared
+memory is enough. AMD's differ in the number of warps.
 """
 
 from __future__ import annotations
