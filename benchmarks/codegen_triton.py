@@ -86,7 +86,7 @@ def small() -> tuple[Small, ...]:
     by_cost = {"INNER": False, "BY_COST0": False, "BY_COST1": False}
     two = by_cost | {"SOFTMAXES": 2, "DETACH": False}
     full = {"WANT_MEAN": True, "MOMENTS": True, "INNER": False}
-    loss = {"REPELS": True, "WANT_TAU": True, "num_warps": 8}
+    loss = {"REPELS": True, "WANT_TAU": True, "BLOCK": 512, "num_warps": 8}
     pairs = {"BLOCK": 16, "BLOCK_D": 64}
     return (
         Small("norms", "norms_kernel", {"BLOCK_R": 32, "SOFTMAXES": 2}, ROW_DTYPES, (64, 128), 128),
@@ -103,8 +103,8 @@ def small() -> tuple[Small, ...]:
         Small("log total", "log_total_kernel", wide, numbers),
         Small("incoming", "incoming_kernel", {"RBF": False} | wide, numbers),
         Small("incoming, rbf", "incoming_kernel", {"RBF": True} | wide, numbers),
-        Small("loss", "loss_kernel", loss | {"RBF": False} | wide),
-        Small("loss, rbf", "loss_kernel", loss | {"RBF": True} | wide),
+        Small("loss", "loss_kernel", loss | {"RBF": False}),
+        Small("loss, rbf", "loss_kernel", loss | {"RBF": True}),
     )
 
 

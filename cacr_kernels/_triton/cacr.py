@@ -99,7 +99,7 @@ def cacr(
     start(
         loss_kernel, (1,), positive.value, positive.entropy, positive.variance, value, lse, weights, log_total,
         moment, coefficients, given, loss, parts, grad_numbers, z.shape[0] * z.shape[1], p.P, p.N, moment.shape[0],
-        REPELS=repels, RBF=rbf, WANT_TAU=want_tau, BLOCK=1024, num_warps=8,
+        REPELS=repels, RBF=rbf, WANT_TAU=want_tau, BLOCK=512, num_warps=8,
     )  # fmt: skip
     return loss, parts, grad, grad_numbers
 

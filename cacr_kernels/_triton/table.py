@@ -145,7 +145,7 @@ SM_80: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
 }
 SM_90: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (False, "gradient", "ieee"): _row(*[(32, 16, 32, 8, 3, 64)] * 4),
-    (False, "frozen", "fp64"): _row(*[(64, 32, 32, 4, 2, 32)] * 4),
+    (False, "frozen", "fp64"): _row(*[(64, 16, 32, 4, 2, 32)] * 4),
 }
 SM_100: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (False, "gradient", "half"): _row(

@@ -128,8 +128,6 @@ def loss_kernel(
             inside = i < rows
             F = tl.load(value + i, mask=inside, other=0.0)
             total += F
-            sum_e = tl.load(weights + softmaxes * rows + i, mask=inside, other=1.0)
-            entropy += (tl.log2(sum_e) - tl.load(weights + 2 * softmaxes * rows + i, mask=inside, other=0.0)) * LN2
             if RBF:
                 log_value = tl.load(lse + rows + i, mask=inside, other=0.0)
                 log_value -= tl.load(lse + i, mask=inside, other=0.0)
@@ -140,6 +138,11 @@ def loss_kernel(
                 for j in range(SHARES):
                     part = tl.load(moment + j * softmaxes * rows + i, mask=inside, other=0.0).to(tl.float64)
                     slope += weight * part * (-4.0 / LN2)
+        for i0 in range(0, rows, BLOCK):  # on its own: together they take too many registers
+            i = i0 + tl.arange(0, BLOCK)
+            sum_e = tl.load(weights + softmaxes * rows + i, mask=i < rows, other=1.0)
+            mean_z = tl.load(weights + 2 * softmaxes * rows + i, mask=i < rows, other=0.0)
+            entropy += (tl.log2(sum_e) - mean_z) * LN2
         repulsion = -beta * tl.sum(total, 0) / rows.to(tl.float64)
         repulsion_entropy = tl.sum(entropy, 0) / rows.to(tl.float64)
         grad_neg = tl.sum(slope, 0)
