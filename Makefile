@@ -7,6 +7,7 @@ VENV ?= .venv
 PYTEST_FLAGS ?= -q -n 2
 BENCH ?= baselines # the extra that the benchmarks install; "bench" leaves out the other packages
 BENCH_FLAGS ?=
+DEMO_FLAGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -19,8 +20,10 @@ CLANG_FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.
 test: $(VENV)/.with-test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
+# Threads that spin while others need the processor take many times as long.
+demo: export OMP_WAIT_POLICY ?= passive
 demo: $(VENV)/.with-demo
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m benchmarks.demo $(DEMO_FLAGS)
 
 bench: $(VENV)/.with-$(strip $(BENCH))
 	$(BIN)/python -m benchmarks $(BENCH_FLAGS)

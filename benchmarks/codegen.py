@@ -30,7 +30,7 @@ from .codegen_rows import DEVICES, Case, Row, describe, problems
 
 OUT = Path(__file__).parent / "results" / "codegen"
 README = Path(__file__).resolve().parents[1] / "README.md"
-START, END = "  <!-- codegen: made by `python -m benchmarks.codegen --readme` -->", "  <!-- codegen: end -->"
+START, END = "<!-- codegen: made by `python -m benchmarks.codegen --readme` -->", "<!-- codegen: end -->"
 
 
 class Source(NamedTuple):
@@ -188,10 +188,11 @@ def sentences(rows: list[Row]) -> str:
     triton = clocks("triton", "statistics"), clocks("triton", "gradient of queries")
     cuda = clocks("cuda", "statistics"), clocks("cuda", "gradients")
     return (
-        f"{len(rows):,} rows for {len({row.device for row in rows})} processors, {spilling or 'none'} of them with "
-        "spilled registers. In bfloat16 at D = 128 a similarity takes a multiprocessor of A100 / H100 / B200 at least "
-        f"{triton[0]} clocks in the statistics and {triton[1]} in a gradient of the Triton kernels, and {cuda[0]} and "
-        f"{cuda[1]} in those of the CUDA kernels; the limit is set by {' or '.join(sorted(limits))}."
+        f"{len(rows):,} compiled kernels for {len({row.device for row in rows})} processors, {spilling or 'none'} of them "
+        "with spilled registers. In bfloat16 at D = 128 a similarity takes a multiprocessor of A100 / H100 / B200 at least "
+        f"{triton[0]} clocks in the first sweep (statistics) and {triton[1]} in that of one gradient with the Triton "
+        f"kernels, and {cuda[0]} and {cuda[1]} with the CUDA kernels (–: a loop that the count does not understand); the "
+        f"limit is set by {' or '.join(sorted(limits))}."
     )
 
 
@@ -206,7 +207,7 @@ def write_readme(rows: dict[str, Row]) -> None:
 def wrapped(rows: dict[str, Row]) -> str:
     """As a point of the list there."""
     text = sentences(list(rows.values()))
-    return textwrap.fill(text, 118, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)
+    return textwrap.fill(text, 118, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def main(argv: list[str] | None = None) -> int:

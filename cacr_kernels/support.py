@@ -225,7 +225,7 @@ def markdown() -> str:
     features = [[name, *(supported(probe, backend) for backend in names)] for name, probe in FEATURES.items()]
     words = (
         "One sweep: loss and gradients from one pass over the similarities. Tiles: the gradients compute them again.\n"
-        "One operator: the same, but loss and gradients come from one call that autograd does not enter.\n"
+        "One operator: as tiles, but loss and gradients come from one call that autograd does not enter.\n"
         "Plain, N × M: PyTorch operations, which hold arrays of that size."
     )
     head = ["loss and its gradients", *columns, "gradients flow to"]

@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         Path(options.json).write_text(text, encoding="utf-8")
     count = sum(r.checks for r in rows)
     verdict = "all within tolerance" if not (wrong or wrong_numeric) else "NOT within tolerance"
-    print(f"{count} checks, {len(numeric)} gradchecks: {verdict}")
+    print(f"{' and '.join(names)}: {count} checks, {len(numeric)} gradchecks: {verdict}")
     return 1 if wrong or wrong_numeric else 0
 
 
