@@ -7,7 +7,6 @@ from collections.abc import Generator
 
 import pytest
 import torch
-from hypothesis import settings
 
 # Kernels run in Triton's interpreter or are compiled, by an environment variable that is read when Triton is imported:
 # the tests in there are for processes of their own (test_triton.py).
@@ -15,11 +14,6 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpre
 
 # What a test machine may lack. Any other skip is a failure under CI=true: what can run there has to.
 ALLOWED_SKIPS = ("needs a CUDA device", "needs an AVX-512 processor")
-
-# A change is judged by the same examples every time; new ones are drawn elsewhere.
-settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI") == "true":
-    settings.load_profile("ci")
 
 
 def pytest_configure(config: pytest.Config) -> None:
