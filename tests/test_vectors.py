@@ -89,8 +89,8 @@ def test_queue(backend, vector):
     q = leaf(a["queries"])
     parts = cacr_kernels.cacr_queue_loss(
         q,
-        torch.as_tensor(a["keys"]),
-        torch.as_tensor(a["queue"]),
+        a["keys"],
+        a["queue"],
         **{k: m[k] for k in ("tau_pos", "tau_neg", "alpha", "beta")},
         in_batch=m["intra_batch"],
         normalize=True,
@@ -121,7 +121,7 @@ def test_momentum(backend, vector, cost, reduction):
     q = leaf(a["queries"])
     loss = cacr_kernels.cacr_momentum_loss(
         q,
-        torch.as_tensor(a["keys"]),
+        a["keys"],
         temperature=m["T"],
         cost=cost,
         key_offset=m["rank"] * m["B"],
