@@ -174,8 +174,18 @@ def test_candidates_are_legal() -> None:
                 for tile in tiles:
                     assert sum(a != b for a, b in zip(tile, entry, strict=True)) <= 1
                     assert min(tile.block_n, tile.block_d) >= 16
+                    assert precision != "tf32x3" or tile.block_d == entry.block_d
                     assert tile.block_d <= max(16, problem.power_of_two(D))
                     assert kernel == "statistics" or tile.chunks(D) > 1 or tile.block_out == tile.block_d
+
+
+@pytest.mark.parametrize("two", [False, True])
+@pytest.mark.parametrize("D", table.CLASSES)
+def test_sweeps_share_the_chunks_of_three_tf32_products(D: int, two: bool) -> None:
+    """By which they are rounded: where one key has all of the weight the gradient needs the bits of the statistics."""
+    for family in FAMILIES:
+        sizes = {table.tile_of(family, kernel, "tf32x3", D, two).block_d for kernel in ("statistics", "gradient")}
+        assert len(sizes) == 1, family
 
 
 @pytest.mark.parametrize("D", [1, 13, 16, 33, 64, 100, 300, 512, 513, 1000])
