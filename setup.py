@@ -191,7 +191,7 @@ class NativeBuild(build_ext):
     """Builds ``NativeLibrary`` extensions with ninja."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """The name ``cacr_kernels/_extension.py`` looks for, on every platform."""
+        """The name ``cacr_kernels/backends/library.py`` looks for, on every platform."""
         return fullname.replace(".", "/") + ".abi3.so"
 
     def build_extension(self, ext: Extension) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import cacr_kernels
-from cacr_kernels._extension import cuda_library
+from cacr_kernels.backends.library import cuda_library
 
 OPERATORS = torch.ops.cacr_kernels
 

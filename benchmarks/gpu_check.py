@@ -16,7 +16,12 @@ from pathlib import Path
 
 import torch
 
-TESTS = ("test_gpu.py", "test_vectors.py", "test_functional.py", "test_functional_numbers.py")
+TESTS = (
+    "device/test_gpu.py",
+    "losses/test_vectors.py",
+    "losses/test_functional.py",
+    "losses/test_functional_numbers.py",
+)
 
 
 def steps(out: Path, device: str) -> dict[str, list[str]]:

@@ -6,12 +6,13 @@
 >>> CACRLoss()(*views).backward()
 """
 
-from . import _cuda, _triton  # noqa: F401 register their operators
 from ._version import __version__
-from .autograd import CACRFunction
-from .backends import backends
+from .backends import cuda as _cuda  # noqa: F401 register their operators
+from .backends import triton as _triton  # noqa: F401
+from .backends.table import backends
 from .functional import cacr_loss, cacr_momentum_loss, cacr_queue_loss, supervised_cacr_loss
 from .modules import CACRLoss, CACRMomentumLoss, CACRQueueLoss, SupervisedCACRLoss
+from .operators.autograd import CACRFunction
 from .types import CACRParts
 from .weights import CACRWeights, cacr_weights
 

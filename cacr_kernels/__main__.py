@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from cacr_kernels._extension import active_isa, compiled_isas, cpu_library, cuda_library, isa_error
 from cacr_kernels._version import __version__
-from cacr_kernels.backends import backends
+from cacr_kernels.backends.library import active_isa, compiled_isas, cpu_library, cuda_library, isa_error
+from cacr_kernels.backends.table import backends
 
 
 def _cpu_model() -> str:
@@ -40,7 +40,7 @@ def _triton() -> dict[str, str | None]:
 
 def _autotune() -> dict[str, Any]:
     try:
-        tuning = importlib.import_module("cacr_kernels._triton.tuning")
+        tuning = importlib.import_module("cacr_kernels.backends.triton.tuning")
     except ValueError as error:
         return {"on": False, "cache": None, "error": str(error)}
     return {"on": tuning.ON, "cache": str(tuning.cache_dir()), "error": None}

@@ -12,8 +12,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from .autograd import witness
-from .backends import check as check_backend
+from .backends.table import check as check_backend
+from .operators.autograd import witness
 from .types import Cost, Pairing, Reduction, WeightGrad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

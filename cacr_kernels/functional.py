@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize as l2_normalize
 
-from . import _cuda, checks, losses, ops, reference
-from .autograd import fused_cacr
-from .backends import select
+from . import checks, losses, reference
+from .backends import cuda as _cuda
+from .backends.table import select
+from .operators import ops
+from .operators.autograd import fused_cacr
 from .types import CACRParts, Cost, Pairing, Reduction, Terms, WeightGrad
 
 FUSED = ("triton", "cuda", "cpu")  # backends with the operator cacr_<backend>

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._blocks import ALL, OTHER, SAME, SAME_NOT_SELF
-from .autograd import aligned_cost, contrast
-from .frozen import contrast_frozen
+from .backends.torch import ALL, OTHER, SAME, SAME_NOT_SELF
+from .operators.autograd import aligned_cost, contrast
+from .operators.frozen import contrast_frozen
 from .reference import Statistics, Temperature, mean_entropy, rows_of_pairs, statistics, view_pairs
 from .types import Cost, Pairing, Terms, WeightGrad
 

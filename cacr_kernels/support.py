@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import checks, functional, ops
+from . import checks, functional
+from .operators import ops
 from .types import CACRParts, Reduction
 
 BEGIN = "<!-- made by `python -m cacr_kernels --table README.md` -->"

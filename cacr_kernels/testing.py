@@ -1,4 +1,4 @@
-"""Tolerances and the measure of error: one rule for the tests, ``verify`` and the benchmarks (problems: ``_cases.py``).
+"""Tolerances and the measure of error: one rule for the tests, ``verify`` and the benchmarks (problems: ``cases.py``).
 
 What is compared
 ----------------
@@ -57,7 +57,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from . import functional, reference
-from ._cases import NEAR, Case, cases, make_inputs
+from .cases import NEAR, Case, cases, make_inputs
 from .types import Terms
 
 FACTOR = 2.0  # tolerance = FACTOR yardstick + EPSILONS eps

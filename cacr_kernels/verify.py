@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _extension, functional, testing
+from . import functional, testing
 from ._version import __version__
-from .backends import TABLE, backends
+from .backends import library as _extension
+from .backends.table import TABLE, backends
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

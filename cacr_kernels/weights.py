@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize as l2_normalize
 
-from . import checks, ops
-from ._blocks import BLOCK, block_cost
-from .autograd import aligned_cost
-from .backends import check as check_backend
+from . import checks
+from .backends.table import check as check_backend
+from .backends.torch import BLOCK, block_cost
 from .losses import attraction
+from .operators import ops
+from .operators.autograd import aligned_cost
 from .reference import view_pairs
 from .types import Pairing
 

@@ -10,7 +10,7 @@ import torch
 
 # Kernels run in Triton's interpreter or are compiled, by an environment variable that is read when Triton is imported:
 # the tests in there are for processes of their own (test_triton.py).
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["triton/interpreted"]
 
 # What a test machine may lack. Any other skip is a failure under CI=true: what can run there has to.
 ALLOWED_SKIPS = ("needs a CUDA device", "needs an AVX-512 processor")

@@ -1,5 +1,5 @@
 // The only file that knows torch: checks what the kernels rely on, hands them pointers, registers the ops.
-// Schemas, fakes and autograd formulas stand in cacr_kernels/ops.py.
+// Schemas, fakes and autograd formulas stand in cacr_kernels/operators/ops.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -1,6 +1,6 @@
 // The only file that knows torch: checks what the kernels rely on, hands them device pointers, registers the operators.
-// They are those of cacr_kernels/ops.py with one more argument, the kind of products of float32
-// (cacr_kernels/_cuda.py).
+// They are those of cacr_kernels/operators/ops.py with one more argument, the kind of products of float32
+// (cacr_kernels/backends/cuda.py).
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

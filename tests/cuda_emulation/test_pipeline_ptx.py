@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import ptx
 import pytest
 from numpy.typing import NDArray
+
+from tests import ptx
 
 from . import warps
 from .building import by_nvcc

@@ -10,8 +10,9 @@ import ctypes
 import re
 
 import numpy as np
-import ptx
 import pytest
+
+from tests import ptx
 
 from . import warps
 from .building import by_nvcc, disassembly, emulated_library

@@ -11,11 +11,12 @@ import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import emulated_backend
 import numpy as np
 import torch
-from cuda_emulation.building import ROOT, emulated_library
-from emulated_cuda import Call, Emulation
+
+from tests.cuda import emulated_backend
+from tests.cuda.emulated_cuda import Call, Emulation
+from tests.cuda_emulation.building import ROOT, emulated_library
 
 from . import launch
 from .arguments import Image

@@ -1,0 +1,200 @@
+"""Rows of the Triton kernels, with the constants and launch configurations that calls of the losses use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from cacr_kernels.backends.torch import ALL, OTHER, SAME, SAME_NOT_SELF
+
+from . import aot, sass
+from .rows import DEVICES, DTYPES, SIZES, Case, Device, Row, cycles, device_of
+
+NONE = -1  # no second softmax
+ROW_DTYPES = ("bf16", "fp16", "fp32", "fp64")  # of kernels without products
+
+
+class Variant(NamedTuple):
+    """A kernel that sees similarities, as one call uses it."""
+
+    name: str
+    kernel: str  # a key of the launch table
+    constants: dict[str, Any]
+    products: int  # matrix products of a similarity beside that which makes it
+    sizes: tuple[int, ...] = SIZES
+
+    @property
+    def exponentials(self) -> int:
+        return 1 if self.constants["KIND1"] == NONE else 2
+
+    @property
+    def two(self) -> bool:
+        """Which part of the launch table it takes."""
+        return self.exponentials == 2 or self.constants.get("MOMENTS", False)
+
+
+def variants() -> tuple[Variant, ...]:
+    """Those of the losses, and what else takes more or other registers, at sizes with and without chunks."""
+    from cacr_kernels.backends.triton.problem import AGAIN
+
+    one, all_keys = {"KIND0": OTHER, "KIND1": NONE}, {"KIND0": ALL, "KIND1": NONE}
+    two, apart = {"KIND0": SAME_NOT_SELF, "KIND1": OTHER}, {"KIND0": SAME, "KIND1": OTHER}
+    rbf, inner, few = {"KIND0": OTHER, "KIND1": AGAIN}, {"INNER": True}, (128, 256)
+    keys = {"QUERY": False, "CANCELLING": False, "WANT_TAU": False}
+    queries = {"QUERY": True, "CANCELLING": False, "WANT_TAU": False}
+    tau, cancelling, mean = {"WANT_TAU": True}, {"CANCELLING": True}, {"WANT_MEAN": True, "MOMENTS": False}
+    full = mean | {"MOMENTS": True}
+    return (
+        Variant("statistics", "statistics", one, 0),
+        Variant("statistics, two softmaxes", "statistics", two, 0),
+        Variant("gradient of queries", "gradient", one | queries, 1),
+        Variant("gradient of keys", "gradient", one | keys, 1),
+        Variant("gradient of queries, two softmaxes", "gradient", two | queries | tau, 1),
+        Variant("gradient of keys, two softmaxes", "gradient", two | keys, 1),
+        Variant("gradient of keys, rbf", "gradient", rbf | keys | cancelling, 1),
+        Variant("frozen keys", "frozen", one | mean, 1),
+        Variant("frozen keys, full gradient", "frozen", one | full, 2),
+        Variant("statistics, rbf", "statistics", rbf, 0, few),
+        Variant("statistics, reference set", "statistics", apart, 0, few),
+        Variant("statistics, inner", "statistics", all_keys | inner, 0, few),
+        Variant("gradient of queries, temperature", "gradient", one | queries | tau, 1, few),
+        Variant("gradient of queries, reference set", "gradient", apart | queries | tau, 1, few),
+        Variant("gradient of queries, rbf", "gradient", rbf | queries | cancelling | tau, 1, few),
+        Variant("gradient of queries, inner", "gradient", all_keys | queries | inner, 1, few),
+        Variant("frozen keys, all", "frozen", all_keys | full, 2, few),
+        Variant("frozen keys, inner", "frozen", all_keys | inner | mean, 1, few),
+    )
+
+
+class Small(NamedTuple):
+    """A kernel that works on rows. ``dtypes``: of its arithmetic, where it sees no embeddings."""
+
+    name: str
+    kernel: str
+    constants: dict[str, Any]
+    dtypes: tuple[str, ...] = ("fp32", "fp64")
+    sizes: tuple[int, ...] = (0,)
+    features: int = 0  # most of a tile
+
+
+def small() -> tuple[Small, ...]:
+    """Those of the losses, where the constants make a difference with those that leave most to do."""
+    from cacr_kernels.backends.triton import launch
+    from cacr_kernels.backends.triton.problem import AGAIN
+
+    rows, wide, numbers = {"BLOCK": launch.ROWS}, {"BLOCK": 1024}, ("fp64",)
+    by_cost = {"INNER": False, "BY_COST0": False, "BY_COST1": False}
+    two = by_cost | {"SOFTMAXES": 2, "DETACH": False}
+    full = {"WANT_MEAN": True, "MOMENTS": True, "INNER": False}
+    loss = {"REPELS": True, "WANT_TAU": True, "BLOCK": 512, "num_warps": 8}
+    pairs = {"BLOCK": 16, "BLOCK_D": 64}
+    return (
+        Small("norms", "norms_kernel", {"BLOCK_R": 32, "SOFTMAXES": 2}, ROW_DTYPES, (64, 128), 128),
+        Small("aligned", "aligned_kernel", pairs | {"RBF": True}, ROW_DTYPES),
+        Small("aligned gradient", "aligned_gradient_kernel", pairs, ROW_DTYPES),
+        Small("merge", "merge_kernel", by_cost | {"KIND1": OTHER, "BY_COST0": True} | rows),
+        Small("merge, rbf", "merge_kernel", by_cost | {"KIND1": AGAIN} | rows),
+        Small("coefficients", "coefficients_kernel", two | {"KIND1": OTHER, "CANCELLING": False} | rows),
+        Small("coefficients, rbf", "coefficients_kernel", two | {"KIND1": AGAIN, "CANCELLING": True} | rows),
+        Small("frozen merge", "frozen_merge_kernel", full | pairs),
+        Small("add shares", "add_shares_kernel", wide),
+        Small("grad tau", "grad_tau_kernel", wide),
+        Small("numbers", "numbers_kernel", {}, numbers),
+        Small("log total", "log_total_kernel", wide, numbers),
+        Small("incoming", "incoming_kernel", {"RBF": False} | wide, numbers),
+        Small("incoming, rbf", "incoming_kernel", {"RBF": True} | wide, numbers),
+        Small("loss", "loss_kernel", loss | {"RBF": False}),
+        Small("loss, rbf", "loss_kernel", loss | {"RBF": True}),
+    )
+
+
+def devices() -> Iterator[Device]:
+    """One for each family of the launch table."""
+    for family in dict.fromkeys(device.family for device in DEVICES):
+        yield next(device for device in DEVICES if device.family == family)
+
+
+def cases() -> Iterator[Case]:
+    """The matrix; those in a row that differ in D alone have code in common."""
+    for variant in variants():
+        for device in devices():
+            for dtype in DTYPES:
+                if dtype == "tf32x3" and device.family == "cdna3":
+                    continue  # not offered there
+                for D in variant.sizes:
+                    yield Case("triton", variant.name, device.name, dtype, D)
+    for kernel in small():
+        for device in devices():
+            for dtype in kernel.dtypes:
+                for D in kernel.sizes:
+                    yield Case("triton", kernel.name, device.name, dtype, D)
+
+
+def build(wanted: list[Case]) -> list[Row]:
+    """Compiles them."""
+    of_table, of_rows = {v.name: v for v in variants()}, {s.name: s for s in small()}
+    known: dict[str, Any] = {}  # compiled, by all that it depends on
+    return [
+        compile_variant(of_table[case.kernel], case, known)
+        if case.kernel in of_table
+        else compile_small(of_rows[case.kernel], case)
+        for case in wanted
+    ]
+
+
+def kernels() -> dict[str, Any]:
+    """Triton functions by their name, and by the key of the launch table."""
+    from importlib import import_module
+
+    names = ("aligned", "coefficients", "frozen", "gradient", "loss", "merge", "norms", "statistics", "total")
+    found = {}
+    for name in names:
+        found |= vars(import_module(f"cacr_kernels.backends.triton.kernels.{name}"))
+    return found | {key: found[f"{key}_kernel"] for key in ("statistics", "gradient", "frozen")}
+
+
+def compile_variant(variant: Variant, case: Case, known: dict[str, Any]) -> Row:
+    """With its entry of the launch table."""
+    from cacr_kernels.backends.triton.table import tile_of
+
+    device, dtype, D = device_of(case.device), case.dtype, case.D
+    half = dtype in ("bf16", "fp16")
+    tile = tile_of(device.family, variant.kernel, "half" if half else dtype, D, variant.two)  # type: ignore[arg-type]
+    writes = variant.kernel != "statistics"
+    constants = tile.constants(writes)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    product = dtype if dtype in ("tf32", "tf32x3") else "ieee"
+    several = min(2, tile.chunks(D))  # all that a kernel asks
+    constants |= {"INNER": False} | variant.constants | {"PRECISION": product, "CHUNKS": several}
+    key = str((constants, options))
+    if key not in known:
+        element = dtype if half or dtype == "fp64" else "fp32"
+        known[key] = compile_for(kernels()[variant.kernel], element, constants, device, options)
+    threads = tile.num_warps * device.target[2]
+    similarities = tile.block_m * tile.block_n / threads  # of a thread
+    found = sass.report(known[key], tile.chunks(D), similarities * tile.block_d)
+    passes = -(-D // tile.block_out) if writes else 1
+    per = {kind: passes * count / similarities for kind, count in found.loop.items()}
+    row = Row(
+        *case, tile._asdict(), found.registers, found.stack, found.spills, found.shared, found.tensor, {},
+        variant.exponentials, passes, per, {},
+    )  # fmt: skip
+    return row._replace(cycles=cycles(device, dtype, D, variant.products, row))
+
+
+def compile_small(kernel: Small, case: Case) -> Row:
+    """With the options of its launch, or those that Triton takes."""
+    sizes = {"BLOCK_D": min(kernel.features, case.D)} if kernel.features else {}
+    constants = kernel.constants | sizes
+    tile = {name: int(value) for name, value in constants.items()}
+    options = {name: constants.pop(name) for name in ("num_warps",) if name in constants}
+    function = kernels()[kernel.kernel]
+    found = sass.report(compile_for(function, case.dtype, constants, device_of(case.device), options))
+    numbers = found.registers, found.stack, found.spills, found.shared, found.tensor
+    return Row(*case, tile, *numbers, {}, 0, 1, {}, {})
+
+
+def compile_for(kernel: Any, dtype: str, constants: dict[str, Any], device: Device, options: dict[str, int]) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    return aot.compile_kernel(kernel, dtype, constants, GPUTarget(*device.target), **options)

@@ -1,0 +1,185 @@
+"""Measure the losses against other ways to compute them: ``python -m benchmarks``.
+
+First every row (backends, the eager matmul form, ``torch.compile`` of it, the published broadcasting formulation, …) is
+checked against the float64 reference; if any is wrong, nothing is timed and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .cases import Case
+
+EXTRAS = ("matplotlib", "rich")
+LATEST = "benchmarks/results/latest"
+SECONDS = {"quick": 2.0, "goals": 5.0, "full": 10.0}
+
+
+def positive(kind: type[int] | type[float]) -> Any:
+    """An option that is a positive, finite number."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
+        if not (value > 0 and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        return value
+
+    return parse
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").split("\n\n")[0])
+    add = parser.add_argument
+    add(
+        "--suite",
+        choices=tuple(SECONDS),
+        default="quick",
+        help="quick: within two minutes on two cores; goals: the promised figures; full: all sweeps (%(default)s)",
+    )
+    add("--filter", default="", metavar="TEXT", help="only cases whose name has every word of TEXT")
+    add("--rows", default="", metavar="NAMES", help="only these rows, separated by commas, beside ours")
+    add("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    add("--threads", type=positive(int), default=None, help="CPU threads (what PyTorch picks)")
+    add("--seconds", type=positive(float), default=None, help="for the rounds of a case (quick 2, goals 5, full 10)")
+    add("--no-processes", action="store_true", help="no peak memory and no cold start, which take processes")
+    add("--out", type=Path, default=None, help=f"where results and pictures go ({LATEST}; with --load beside the file)")
+    add("--compare", type=Path, metavar="OLD.json", help="ratios to an earlier run; exit status 1 if slower")
+    add("--threshold", type=positive(float), default=1.25, help="times slower that --compare allows (%(default)s)")
+    add("--load", type=Path, metavar="RESULTS.json", help="measure nothing, show and compare these results")
+    add("--readme", action="store_true", help="with --load: write the speed section of README.md from these results")
+    add("--list", action="store_true", help="print the cases and end")
+    options = parser.parse_args(arguments)
+    if options.readme and options.load is None:
+        parser.error("--readme needs --load, results that are committed beside it")
+    return options
+
+
+def select(options: argparse.Namespace) -> list[Case]:
+    """The cases asked for."""
+    import torch
+
+    from .cases import SUITES
+
+    threads = options.threads or torch.get_num_threads()
+    words = options.filter.split()
+    return [case for case in SUITES[options.suite](threads, options.device) if all(w in case.key for w in words)]
+
+
+def measure(options: argparse.Namespace, cases: list[Case], console: Console) -> dict[str, Any]:
+    """Runs the suite under a progress bar. Raises ``RedGateError`` before anything wrong is timed."""
+    from rich import progress as bars
+
+    from . import machine
+    from .measure import Budget
+    from .rows import Row, ours, rows
+    from .runner import Suite
+
+    def chosen(device: str) -> list[Row]:
+        names = {name.strip() for name in options.rows.split(",") if name.strip()}
+        known = rows(device)
+        if names - {row.name for row in known}:
+            accepted = ", ".join(row.name for row in known)
+            raise SystemExit(f"--rows: {options.rows!r} has an unknown name; accepted: {accepted}")
+        return [row for row in known if not names or row.name in names or row.name == ours(device)]
+
+    environment = machine.environment(options.device)
+    times = bars.TimeElapsedColumn(), bars.TextColumn("eta"), bars.TimeRemainingColumn()
+    columns = bars.BarColumn(bar_width=28), bars.TaskProgressColumn(), *times, bars.TextColumn("{task.description}")
+    with bars.Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("")
+
+        def progress(text: str, weight: float) -> None:
+            bar.update(task, advance=weight, **({"description": text} if text else {}))
+
+        budget = Budget(options.seconds or SECONDS[options.suite])
+        suite = Suite(cases, budget, environment, progress, chosen, not options.no_processes)
+        bar.update(task, total=suite.weight())
+        found = suite.run()
+    return {"environment": environment, "rows": found, "suite": options.suite}
+
+
+def show(options: argparse.Namespace, data: dict[str, Any], written: list[Path], console: Console) -> None:
+    """Prints results, and writes README.md from them if asked to."""
+    from . import goals, readme, tables
+
+    tables.print_environment(console, data["environment"])
+    tables.print_results(console, data["rows"])
+    tables.print_goals(console, goals.verdicts(data["rows"]))
+    if written:
+        console.print("written: " + ", ".join(str(path) for path in written), soft_wrap=True)
+    if options.readme:
+        console.print(f"README.md now shows {readme.write(options.load)}", soft_wrap=True)
+
+
+def compare(options: argparse.Namespace, data: dict[str, Any], console: Console) -> bool:
+    """Whether nothing of the library got slower than in the old results beyond the threshold."""
+    from . import results, tables
+
+    if options.compare is None:
+        return True
+    old = results.read(options.compare)
+    same = all(old["environment"][k] == data["environment"][k] for k in ("machine", "cores", "isa", "torch"))
+    compared = results.compare(old["rows"], data["rows"])
+    return tables.print_comparison(console, compared, options.threshold, same)
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Measure or load, show, compare. Raises ``ValueError`` for files that cannot be used."""
+    from . import plots, results, tables
+    from .runner import RedGateError
+
+    if options.compare:
+        results.read(options.compare)  # refused now rather than in the end
+    if options.load:
+        data = results.read(options.load)
+        written = plots.draw(options.out or options.load.parent, data["rows"])
+    else:
+        cases = select(options)
+        if options.list or not cases:
+            console.print("\n".join(case.key for case in cases) or f"no case has {options.filter!r}", markup=False)
+            return 0 if cases else 1
+        try:
+            data = measure(options, cases, console)
+        except RedGateError as error:
+            tables.print_red(console, error.checks)
+            return 1
+        out = options.out or Path(LATEST)
+        written = [*results.write(out, data["rows"], data["environment"], data["suite"])]
+        written += plots.draw(out, data["rows"])
+    show(options, data, written, console)
+    return 0 if compare(options, data, console) else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
+    options = parse_arguments(arguments)
+    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(f"the benchmarks need {' and '.join(missing)}: pip install cacr_kernels[bench]")
+    import torch
+    from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
+    if options.device != "cpu" and not torch.cuda.is_available():
+        raise SystemExit(f"--device {options.device}: there is no such GPU here")
+    try:
+        return run(options, console)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""What is compared: the backends of the library and the other ways to the same numbers.
+
+Every row gets its inputs in the form that suits it best: the library one tensor [V, B, D], the eager forms a list of V
+tensors [B, D]. A step computes the loss, or the loss and the gradients of all embeddings.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cacr_kernels
+from cacr_kernels import testing
+from cacr_kernels.backends.table import TABLE
+
+from . import eager, others
+from .cases import BROADCASTING, COMPILED, EAGER, GRADIENTS, LOSS, PRODUCTS, SUM, Case
+from .machine import available_bytes
+
+Step = Callable[[], tuple[Tensor, ...]]
+Loss = Callable[..., Tensor]
+
+OURS, BASELINE, LESS_WORK, OTHER = "cacr_kernels", "baseline", "products only", "another function"
+BROADCAST_LIMIT = 4 * 2**30
+FLOOR_NUMEL = 2**14
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to compute a case. ``why_not`` says in a sentence why it is left out, or ``None``.
+
+    ``loss(case)`` takes the tensors of the case by name; ``split`` hands it views as a list. ``compiles``: it is
+    compiled for one shape, so it is checked at the shape that is timed. ``caches``: what it compiles is kept for later
+    processes. Only ``checked`` rows compute the same loss.
+    """
+
+    name: str
+    family: str
+    summary: str
+    why_not: Callable[[Case], str | None]
+    loss: Callable[[Case], Loss]
+    split: bool = True
+    compiles: bool = False
+    caches: bool = False
+
+    @property
+    def checked(self) -> bool:
+        """Whether the numbers have to agree with the reference."""
+        return self.family in (OURS, BASELINE)
+
+    def step(self, case: Case, inputs: dict[str, Tensor]) -> Step:
+        """The call that is timed, on leaves of its own."""
+        loss, leaves, tensors = self.loss(case), [], {}
+        for name, tensor in inputs.items():
+            wanted = case.mode == GRADIENTS and name in testing.DIFFERENTIABLE
+            parts = list(tensor) if self.split and tensor.dim() == 3 else [tensor]
+            parts = [part.detach().clone().requires_grad_(wanted) for part in parts]
+            leaves += parts if wanted else []
+            tensors[name] = parts if self.split and tensor.dim() == 3 else parts[0]
+        if self.family == LESS_WORK:
+            return partial(loss, **tensors)  # does by hand what autograd would
+        if not leaves:
+            return lambda: (loss(**tensors),)
+
+        def step() -> tuple[Tensor, ...]:
+            for leaf in leaves:
+                leaf.grad = None
+            value = loss(**tensors)
+            value.backward()
+            return value, *(leaf.grad for leaf in leaves if leaf.grad is not None)
+
+        return step
+
+
+def usable_backends(device: str) -> dict[str, str | None]:
+    """Backends by name, from the slowest to the fastest, each with the reason why it cannot run on the device."""
+    return {backend.name: backend.why_not(torch.device(device)) for backend in TABLE}
+
+
+def ours(device: str) -> str:
+    """The backend that ``"auto"`` stands for: every ratio is relative to it."""
+    return [name for name, reason in usable_backends(device).items() if reason is None][-1]
+
+
+# ---- why a row is left out -------------------------------------------------------------------------------------------
+def too_large(case: Case, arrays: float) -> str | None:
+    """A reason if ``arrays`` arrays N x M of every problem do not fit into memory."""
+    P, N, M, _ = case.extent
+    need = arrays * P * N * M * case.arithmetic.itemsize
+    free = available_bytes(case.device)
+    return f"needs about {need / 2**30:.0f} GiB, {free / 2**30:.0f} are free" if need > 0.7 * free else None
+
+
+def _dense(case: Case) -> str | None:
+    return too_large(case, 6)
+
+
+def _broadcasting(case: Case) -> str | None:
+    if case.problem.loss != "cacr_loss" or case.problem.options.get("pairing") == "pooled":
+        return "measured for cacr_loss of pairs of views"
+    P, N, M, D = case.extent
+    array = N * M * D * case.arithmetic.itemsize
+    if array > BROADCAST_LIMIT:
+        return f"one N x M x D array has {array / 2**30:.0f} GiB, more than {BROADCAST_LIMIT >> 30}"
+    return too_large(case, (P + 3) / P * D)
+
+
+def _keops(case: Case) -> str | None:
+    if case.problem.loss != "cacr_loss" or case.problem.options.get("pairing") == "pooled":
+        return "measured for cacr_loss of pairs of views"
+    if case.problem.options.get("cost") == "rbf":
+        return "measured for the squared Euclidean cost"
+    P, N, M, D = case.extent
+    if P * N * M * D > 2**30:
+        return "takes ten seconds and more per call at this size"
+    return others.why_not("pykeops")
+
+
+def _lightly(case: Case) -> str | None:
+    similarities = 24.0  # arrays of 2 B x 2 B, in units of B x B
+    return others.no_ntxent(case.problem) or too_large(case, similarities) or others.why_not("lightly")
+
+
+def _metric_learning(case: Case) -> str | None:
+    triples = 40.0 * case.problem.shape["B"]  # every positive pair beside every negative pair, in several arrays
+    return others.no_ntxent(case.problem) or too_large(case, triples) or others.why_not("pytorch_metric_learning")
+
+
+def _backend(name: str, case: Case) -> str | None:
+    reason = usable_backends(case.device)[name]
+    if reason is None and name == "reference":
+        D = case.problem.shape["D"]
+        return too_large(case, D + 10 if case.problem.loss == "supervised_cacr_loss" else 10)
+    return reason
+
+
+# ---- the losses ------------------------------------------------------------------------------------------------------
+def _library(name: str, case: Case) -> Loss:
+    return partial(getattr(cacr_kernels, case.problem.loss), **case.problem.options, backend=name)
+
+
+def _eager(case: Case) -> Loss:
+    return partial(getattr(eager, case.problem.loss), **case.problem.options)
+
+
+def _compiled(case: Case) -> Loss:
+    function = getattr(eager, case.problem.loss)
+    # A code object of its own: the compiler's cache and its limit of shapes per function belong to the code object.
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    return partial(torch.compile(own, fullgraph=True, dynamic=False), **case.problem.options)
+
+
+def _broadcast(case: Case) -> Loss:
+    return partial(eager.cacr_loss, pair_cost=eager.broadcast_cost, **case.problem.options)
+
+
+def _products(case: Case) -> Loss:
+    """The bare products of the textbook algorithm: similarities, again in backward, and both gradients."""
+    pooled = case.problem.options.get("pairing") == "pooled"
+    ordered = case.problem.options.get("pairing") == "ordered"
+
+    def products(views: list[Tensor]) -> Any:
+        views = [eager.single(view.detach()) for view in views]
+        V = len(views)
+        if pooled:
+            z = torch.cat(views)
+            pairs = [(z, z)]
+        else:
+            pairs = [(views[x], views[y]) for x in range(V) for y in range(V) if x < y or (ordered and x != y)]
+        for q, k in pairs:
+            s = torch.mm(q, k.T)
+            if case.mode == GRADIENTS:
+                s = torch.mm(q, k.T)
+                found = torch.mm(s, k), torch.mm(s.T, q)
+        return (s,) if case.mode == LOSS else found
+
+    return products
+
+
+def _floor(case: Case) -> str | None:
+    if case.mode == LOSS or case.problem.loss != "cacr_loss":
+        return "what autograd costs by itself: gradients of cacr_loss only"
+    V, B, D = (case.problem.shape[k] for k in "VBD")
+    return "for small problems only" if V * B * D > FLOOR_NUMEL else None
+
+
+def _cacr_only(case: Case) -> str | None:
+    return None if case.problem.loss == "cacr_loss" else "measured for cacr_loss"
+
+
+def rows(device: str) -> list[Row]:
+    """All rows, ours first; ``why_not`` of each says whether it can be measured in a case."""
+    names = reversed([*usable_backends(device)])
+    summaries = {backend.name: backend.summary for backend in TABLE}
+    found = [
+        Row(name, OURS, summaries[name], partial(_backend, name), partial(_library, name), split=False)
+        for name in names
+    ]
+    ntxent = "NT-Xent of "
+    return [
+        *found,
+        Row(EAGER, BASELINE, "matmul form in PyTorch, autograd", _dense, _eager),
+        Row(COMPILED, BASELINE, "torch.compile of the eager form", _dense, _compiled, compiles=True, caches=True),
+        Row(BROADCASTING, BASELINE, "published formulation, N x M x D arrays", _broadcasting, _broadcast),
+        Row("keops", BASELINE, "KeOps, symbolic N x M arrays", _keops, others.keops, caches=True),
+        Row(PRODUCTS, LESS_WORK, "four torch.mm per pair (loss only: one), nothing else", _products_fit, _products),
+        Row(SUM, OTHER, "sum of the views: what autograd costs", _floor, lambda case: _sum, split=False),
+        Row("ntxent lightly", OTHER, ntxent + "lightly", _lightly, others.lightly),
+        Row("ntxent pml", OTHER, ntxent + "pytorch-metric-learning", _metric_learning, others.metric_learning),
+    ]
+
+
+def _products_fit(case: Case) -> str | None:
+    P = case.extent[0]
+    return _cacr_only(case) or too_large(case, 3 / P)
+
+
+def _sum(views: Tensor) -> Tensor:
+    return views.sum()

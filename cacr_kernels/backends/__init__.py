@@ -1,0 +1,1 @@
+"""The table of backends, and one file or folder each."""

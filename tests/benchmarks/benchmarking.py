@@ -1,0 +1,26 @@
+"""What the tests of the benchmarks share: a tiny case, its environment, rows that need no compiler."""
+
+from __future__ import annotations
+
+from benchmarks.suite import cases, machine, measure, rows
+from benchmarks.suite.cases import Case
+from benchmarks.suite.rows import Row
+
+ENVIRONMENT = machine.environment("cpu")
+TINY = Case(cases.cacr(2, 9, 6))
+BUDGET = measure.Budget(0.05)
+PACKAGES = ("keops", "ntxent lightly", "ntxent pml")  # other packages; slow to import, and KeOps compiles
+
+
+def silent(text: str, weight: float) -> None:
+    """No progress bar."""
+
+
+def row_named(name: str) -> Row:
+    """A row of the CPU."""
+    return next(row for row in rows.rows("cpu") if row.name == name)
+
+
+def uncompiled(device: str) -> list[Row]:
+    """All rows that are quick to make."""
+    return [row for row in rows.rows(device) if not row.compiles and row.name not in PACKAGES]

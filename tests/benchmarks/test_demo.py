@@ -1,0 +1,205 @@
+"""The training demo: its data, its own loss, and one run from end to end."""
+
+# ruff: noqa: E402 (the demo can be imported only where its extra is installed)
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+for package in ("sklearn", "matplotlib", "rich"):
+    pytest.importorskip(package)
+
+from benchmarks.demo import __main__ as demo
+from benchmarks.demo.config import LOSSES, QUICK
+from benchmarks.demo.data import CLASSES, HELD_OUT_PER_CLASS, augment, load_split
+from benchmarks.demo.evaluation import MEASURES, PROBES, REPRESENTATIONS, score
+from benchmarks.demo.training import nt_xent, train
+
+# Without compiled kernels the package says so once; the demo works all the same.
+pytestmark = pytest.mark.filterwarnings("ignore:cacr_kernels. only the plain PyTorch backend:RuntimeWarning")
+
+DIGITS_PER_CLASS = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_training_part_is_linearly_imbalanced():
+    expected = [(count - HELD_OUT_PER_CLASS) * (i + 1) // 10 for i, count in enumerate(DIGITS_PER_CLASS)]
+    assert load_split().train_counts == expected
+
+
+def test_held_out_part_is_balanced_and_disjoint_from_training():
+    split = load_split()
+    assert split.test_counts == [HELD_OUT_PER_CLASS] * CLASSES
+    assert len(set(split.test_index.tolist())) == HELD_OUT_PER_CLASS * CLASSES
+    assert not set(split.test_index.tolist()) & set(split.train_index.tolist())
+
+
+def test_validation_split_comes_from_the_training_part_only():
+    split, validation = load_split(), load_split(validate=True)
+    rows = [set(index.tolist()) for index in (validation.train_index, validation.test_index)]
+    assert not rows[0] & rows[1]
+    assert rows[0] | rows[1] == set(split.train_index.tolist())
+    assert min(validation.test_counts) >= 1
+
+
+def test_split_is_the_same_every_time():
+    assert torch.equal(load_split().train_index, load_split().train_index)
+
+
+@pytest.mark.parametrize("views", [1, 4])
+def test_augment_keeps_shape_dtype_and_range(views):
+    images = load_split().train_images[:7]
+    batch = augment(images, views, torch.Generator().manual_seed(3))
+    assert batch.shape == (views, 7, 1, 8, 8)
+    assert batch.dtype == images.dtype
+    assert batch.min() >= 0.0
+    assert batch.max() <= 1.0
+
+
+def test_augment_is_seeded_and_leaves_its_input_alone():
+    images = load_split().train_images[:7]
+    before = images.clone()
+    first, again, other = (augment(images, 3, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first[0], first[1])
+    assert torch.equal(images, before)
+
+
+def naive_nt_xent(views, temperature):
+    """One loop per index, straight from the definition."""
+    v, b, _ = views.shape
+    z = torch.nn.functional.normalize(views, dim=-1)
+    total = 0.0
+    for x in range(v):
+        for i in range(b):
+            others = [torch.exp(z[x, i] @ z[y, j] / temperature) for y in range(v) for j in range(b) if j != i]
+            for y in range(v):
+                if y != x:
+                    positive = torch.exp(z[x, i] @ z[y, i] / temperature)
+                    total += -torch.log(positive / (positive + sum(others)))
+    return total / (v * (v - 1) * b)
+
+
+@pytest.mark.parametrize(("v", "b", "d"), [(2, 5, 3), (4, 7, 5), (3, 2, 1)])
+def test_nt_xent_matches_the_loops(v, b, d):
+    views = torch.randn(v, b, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    got, want = nt_xent(views, 0.5), naive_nt_xent(views, 0.5)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    gradients = (torch.autograd.grad(value, views)[0] for value in (got, want))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+def test_nt_xent_with_two_views_is_cross_entropy_over_all_others():
+    b, temperature = 6, 0.3
+    views = torch.randn(2, b, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    z = torch.nn.functional.normalize(views, dim=-1).flatten(0, 1)
+    logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)
+    target = torch.arange(2 * b).roll(b)
+    want = torch.nn.functional.cross_entropy(logits, target)
+    torch.testing.assert_close(nt_xent(views, temperature), want, rtol=1e-12, atol=1e-12)
+
+
+def test_score_separates_overall_from_balanced():
+    truth = torch.tensor([0] * 1 + [1] * 2 + [2] * 2 + list(range(3, 10)) * 5).numpy()
+    predicted = truth.copy()
+    predicted[0] = 9
+    result = score(predicted, truth)
+    assert result.per_class == [0.0] + [1.0] * 9
+    assert result.overall == pytest.approx(39 / 40)
+    assert result.balanced == pytest.approx(0.9)
+    assert result.tail == pytest.approx(2 / 3)
+    assert result.worst_class == 0.0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_training_is_deterministic(loss):
+    split = load_split()
+    first, again, other = (train(loss, seed, split, QUICK, lambda run: None) for seed in (0, 0, 1))
+    assert first.history == again.history
+    assert first.history != other.history
+    for a, b in zip(first.encoder.state_dict().values(), again.encoder.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_training_leaves_the_global_generator_alone():
+    before = torch.random.get_rng_state()
+    train("NT-Xent", 0, load_split(), QUICK, lambda run: None)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def finite_numbers(node):
+    """Every number in nested lists and dictionaries."""
+    if isinstance(node, dict):
+        node = list(node.values())
+    if isinstance(node, list):
+        return [number for child in node for number in finite_numbers(child)]
+    return [node] if isinstance(node, float) else []
+
+
+def test_quick_run_from_end_to_end(tmp_path, capsys):
+    picture, figures = tmp_path / "new" / "demo.png", tmp_path / "demo.json"
+    demo.main(["--quick", "--threads", "1", "--out", str(picture), "--json", str(figures)])
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert picture.stat().st_size > 20_000
+    result = json.loads(figures.read_text(encoding="utf-8"))
+    numbers = finite_numbers(result)
+    assert len(numbers) > 100
+    assert all(math.isfinite(number) for number in numbers)
+    for name in REPRESENTATIONS:
+        for probe in PROBES:
+            for measure in MEASURES:
+                assert 0.0 <= result["accuracy"][name][probe][measure]["mean"] <= 1.0
+    assert result["scored_on"] == "held-out part"
+    assert {run["loss"] for run in result["history"]} == set(LOSSES)
+    entropies = [run["per_epoch"] for run in result["history"] if run["loss"] == "CACR"]
+    for history in entropies:
+        assert max(history["attraction_entropy"]) <= math.log(QUICK.views - 1) + 1e-5
+        assert max(history["repulsion_entropy"]) <= math.log(QUICK.batch - 1) + 1e-5
+        for loss, attraction, repulsion in zip(*(history[k] for k in ("loss", "attraction", "repulsion")), strict=True):
+            assert loss == pytest.approx(attraction + repulsion, abs=1e-5)
+    printed = capsys.readouterr().out
+    assert str(Path(picture).name) in printed
+    assert "backend" in printed
+    assert "\x1b" not in printed
+
+
+def test_missing_extra_is_named(monkeypatch):
+    original = importlib.import_module
+
+    def without_sklearn(name, *rest):
+        if name == "sklearn":
+            raise ImportError(name)
+        return original(name, *rest)
+
+    monkeypatch.setattr(demo.importlib, "import_module", without_sklearn)
+    with pytest.raises(SystemExit, match=r"scikit-learn.*pip install cacr_kernels\[demo\]"):
+        demo.require_extras()
+
+
+@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--epochs", "-1"], ["--threads", "none"]])
+def test_wrong_options_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        demo.main(arguments)
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_temperatures_reach_the_configuration():
+    options = demo.parse_arguments(["--tau-neg", "0.9", "--temperature", "0.1", "--validate", "--seeds", "5"])
+    config = demo.configure(options)
+    assert (config.tau_pos, config.tau_neg, config.temperature) == (1.0, 0.9, 0.1)
+    assert config.validate
+    assert config.seeds == 5

@@ -1,0 +1,216 @@
+"""``python -m cacr_kernels.verify``: exit status, report, and that a planted error is found and named."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cacr_kernels import functional, testing, verify
+from cacr_kernels.backends.table import backends
+
+USABLE = [name for name, reason in backends().items() if reason is None and name != "reference"]
+FEW = [
+    testing.Case("cacr_loss", {"V": 2, "B": 5, "D": 3}, {"tau_pos": 1.0, "tau_neg": 2.0}),
+    testing.Case("supervised_cacr_loss", {"B": 7, "D": 3, "C": 2}, {"tau_pos": 1.0, "tau_neg": 2.0}),
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of seconds: two cases and no gradcheck."""
+    monkeypatch.setattr(testing, "cases", lambda quick=False: FEW)
+    monkeypatch.setattr(verify, "numeric_checks", list)
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, backend: str, factor: float) -> None:
+    """Makes ``cacr_loss`` of one backend wrong by ``factor``."""
+    right = functional.cacr_loss
+
+    def wrong(*args, **kw):
+        return right(*args, **kw) * (factor if kw["backend"] == backend else 1.0)
+
+    monkeypatch.setattr(functional, "cacr_loss", wrong)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_quick_run_passes(backend: str, capsys: pytest.CaptureFixture[str]):
+    status = verify.main(["--quick", "--backend", backend])
+    assert status == 0, [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
+
+
+@pytest.mark.usefixtures("few")
+def test_right_backends_exit_0_and_end_with_the_verdict(capsys: pytest.CaptureFixture[str]):
+    assert verify.main([]) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__ in out
+    assert all(name in out for name in USABLE)
+    assert out.splitlines()[-1].endswith("all within tolerance")
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("backend", USABLE)
+def test_planted_error_exits_1_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: str
+):
+    plant(monkeypatch, backend, 1 + 1e-4)
+    assert verify.main([]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
+    assert failed
+    assert all(line.startswith(f"FAILED {backend} ") and FEW[0].name in line for line in failed)
+    assert {line.split()[2] for line in failed} == {f"{dtype}:" for dtype in verify.DTYPES}
+
+
+@pytest.mark.usefixtures("few")
+def test_nan_is_a_failure(monkeypatch: pytest.MonkeyPatch):
+    plant(monkeypatch, "torch", math.nan)
+    assert verify.main(["--backend", "torch"]) == 1
+
+
+@pytest.mark.usefixtures("few")
+def test_exception_is_a_failure_that_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def broken(*args, **kw):
+        raise RuntimeError("kernel on fire")
+
+    monkeypatch.setattr(functional, "supervised_cacr_loss", broken)
+    assert verify.main(["--backend", "torch"]) == 1
+    assert "kernel on fire" in capsys.readouterr().out
+
+
+def test_wrong_gradient_is_found_by_gradcheck(monkeypatch: pytest.MonkeyPatch):
+    class Off(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * (1 + 1e-2)
+
+    right = functional.cacr_loss
+    monkeypatch.setattr(functional, "cacr_loss", lambda views, **kw: right(Off.apply(views), **kw))
+    checks = {check.label: check for check in verify.numeric_checks()}
+    assert not checks["cacr_loss unordered sqeuclidean"].run("torch", "cpu")
+    assert checks["supervised_cacr_loss mean"].run("torch", "cpu")
+
+
+@pytest.mark.parametrize("check", verify.numeric_checks(), ids=lambda check: check.label)
+def test_reference_passes_gradcheck(check: verify.Numeric):
+    assert check.run("reference", "cpu")
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("how", ["wrong", "raises"])
+def test_failed_gradcheck_exits_1_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str
+):
+    def gradcheck(*args, **kw):
+        if how == "raises":
+            raise RuntimeError("kernel on fire")
+        return False
+
+    monkeypatch.setattr(verify, "numeric_checks", lambda: [verify.Numeric("this one", "cacr_loss", {})])
+    monkeypatch.setattr(torch.autograd, "gradcheck", gradcheck)
+    assert verify.main(["--backend", "torch"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED torch gradcheck: this one" in out
+    assert ("kernel on fire" in out) is (how == "raises")
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("rich", [True, False])
+def test_progress_is_shown_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rich: bool
+):
+    if rich:
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setitem(sys.modules, "rich", None)
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+        monkeypatch.setitem(sys.modules, "rich.progress", None)
+    assert verify.main(["--backend", "torch"]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "150")
+    monkeypatch.setattr(sys, "stderr", _Terminal())
+    assert verify.main(["--backend", "torch"]) == 0
+    shown = sys.stderr.getvalue()
+    assert "torch float16 supervised_cacr_loss" in shown
+    assert ("8/8" if rich else " 87 %  torch float16 supervised_cacr_loss") in shown  # two cases in four dtypes
+
+
+def test_report_that_cannot_be_written_exits_2_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(verify, "run_checks", None)
+    assert verify.main(["--json", str(tmp_path / "nowhere" / "report.json")]) == 2
+    assert "report.json" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_json_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, factor: float):
+    plant(monkeypatch, "torch", factor)
+    file = tmp_path / "report.json"
+    status = verify.main(["--backend", "torch", "--json", str(file)])
+    report = json.loads(file.read_text(encoding="utf-8"))
+    assert set(report) == {"environment", "backends", "ok", "checks", "gradcheck"}
+    assert report["ok"] is (status == 0) is (factor == 1.0)
+    assert report["environment"]["torch"] == torch.__version__
+    assert {row["dtype"] for row in report["checks"]} == {"float64", "float32", "bfloat16", "float16"}
+    for row in report["checks"]:
+        assert set(row) == {*verify.Row._fields, "ok"}
+        assert row["ok"] is (row["failures"] == 0)
+        assert row["backend"] == "torch"
+        assert row["tolerance"] > 0
+
+
+@pytest.mark.parametrize("name", ["reference", "abacus"])
+def test_backend_that_is_not_to_be_checked_exits_2(capsys: pytest.CaptureFixture[str], name: str):
+    assert verify.main(["--backend", name]) == 2
+    err = capsys.readouterr().err
+    assert name in err
+    assert "torch" in err  # what is accepted
+
+
+def test_unknown_device_exits_2(capsys: pytest.CaptureFixture[str]):
+    assert verify.main(["--device", "abacus"]) == 2
+    assert "abacus" in capsys.readouterr().err
+
+
+def test_unknown_option_exits_2():
+    with pytest.raises(SystemExit) as stopped:
+        verify.main(["--fast"])
+    assert stopped.value.code == 2
+
+
+def test_backend_that_cannot_run_exits_2_with_its_reason():
+    code = "from cacr_kernels import verify; raise SystemExit(verify.main(['--backend', 'cpu']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"CACR_DISABLE_EXTENSION": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "CACR_DISABLE_EXTENSION" in done.stderr

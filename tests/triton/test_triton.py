@@ -1,0 +1,195 @@
+"""The Triton backend: in its interpreter (processes with ``TRITON_INTERPRET=1``), and as registered."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+
+from benchmarks import gpu_check
+from cacr_kernels import cacr_loss
+from cacr_kernels.backends.table import TABLE, select
+from cacr_kernels.backends.triton import table
+from cacr_kernels.operators import ops
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parents[1]
+# Numbers of the published code; of those with CACR_TEST_ALL=1 in the environment, what takes an interpreter seconds.
+FEW = " and (views_00 or views_03 or rbf_01 or queue_01 or momentum_02)"
+VECTORS = "triton and not weights" + ("" if os.environ.get("CACR_TEST_ALL") == "1" else FEW)
+SUITES = {
+    "operators": ["interpreted/test_triton_operators.py"],
+    "losses": ["interpreted/test_triton_losses.py"],
+    "tuning": ["interpreted/test_triton_candidates.py"],
+    "vectors": ["../losses/test_vectors.py", "-k", VECTORS],
+}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_in_the_interpreter(suite: str) -> None:
+    file, *selection = SUITES[suite]
+    quiet = ["-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning:triton.runtime.interpreter"]
+    command = [sys.executable, "-m", "pytest", str(TESTS / file), *selection, *quiet]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert found.returncode == 0, found.stdout[-8000:] + found.stderr[-2000:]
+    assert " passed" in found.stdout
+
+
+# ---- as registered ---------------------------------------------------------------------------------------------------
+def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence for every reason."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    why = next(backend.why_not for backend in TABLE if backend.name == "triton")
+    assert "TRITON_INTERPRET=1" in str(why(cpu))
+    if not torch.cuda.is_available():
+        assert "no GPU" in str(why(cuda))
+        assert "no GPU" in str(why(None))
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        cacr_loss(torch.ones(2, 3, 4), backend="triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert "8.0" in str(why(cuda))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert why(cuda) is None
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "TRITON_INTERPRET=1" in str(why(cpu))
+    for value in ("True", "on", "y", "1"):
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        assert why(cpu) is None
+    assert select("auto", cpu) != "triton"  # an interpreter is for tests
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert "not installed" in str(why(cuda))
+
+
+def test_import_without_triton() -> None:
+    """The package imports, computes and says why this backend cannot."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "triton" else found(name, *more)
+import torch, cacr_kernels
+assert "not installed" in cacr_kernels.backends()["triton"], cacr_kernels.backends()
+cacr_kernels.cacr_loss(torch.randn(2, 4, 3, requires_grad=True)).backward()
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+
+
+def captured(graphs: list[torch.fx.GraphModule]) -> Any:
+    """A compiler that keeps the graph, and whose code returns zeros."""
+
+    def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        output = next(node for node in graph.graph.nodes if node.op == "output")
+        fakes = [x.meta["val"] for x in output.args[0]]
+        return make_boxed_func(lambda *_: [torch.zeros(f.shape, dtype=f.dtype) for f in fakes])
+
+    return aot_autograd(fw_compiler=compiler)
+
+
+@pytest.mark.filterwarnings("ignore")  # what torch itself says while it compiles
+@pytest.mark.parametrize("name", ["contrast", "contrast_frozen", "cacr"])
+def test_a_compiler_sees_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The graph that Inductor would get for a GPU holds kernels, and no operator of this package.
+
+    Autotuning is on, and times nothing.
+    """
+    pytest.importorskip("triton", reason="needs Triton")
+    from cacr_kernels.backends.triton import launch, problem, tuning
+
+    monkeypatch.setattr(tuning, "ON", True)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "measure", lambda *_: pytest.fail("timed while tracing"))
+    monkeypatch.setenv("CACR_CACHE_DIR", str(tmp_path))
+    for module in (launch, problem, table):
+        monkeypatch.setattr(module, "processor_of", lambda _: table.Processor("sm_90", 132))
+
+    def call(z: Tensor, numbers: Tensor) -> Any:
+        if name == "cacr":
+            return ops.operator("cacr_triton")(z, numbers, 0.0, 0.0, 0.0, 0.0, 0, False, 0.0, True, True)
+        more = (False, True, True) if name == "contrast_frozen" else ()
+        op = ops.operator(f"{name}_triton")
+        return op(z, z, None, None, numbers[:1], [0], [0, 1], [1, 0], False, False, *more)
+
+    graphs: list[torch.fx.GraphModule] = []
+    torch._dynamo.reset()
+    z, numbers = torch.zeros(2, 64, 32), torch.zeros(5, dtype=torch.float64)
+    found = torch.compile(call, backend=captured(graphs), fullgraph=True)(z, numbers)
+    assert all(x.dtype in (torch.float32, torch.float64) for x in found)
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    kernels = [target for target in targets if "triton_kernel_wrapper" in target]
+    assert len(kernels) == {"contrast": 3, "contrast_frozen": 3, "cacr": 9}[name], targets
+    assert not any("cacr_kernels" in target for target in targets), targets
+    assert tuning._chosen
+    assert not any(tmp_path.iterdir())
+
+
+def test_tiles_fit_the_features() -> None:
+    """A tile that holds all features is operand of both products: both of its sizes are the same then."""
+    for family in ("sm_80", "sm_90", "sm_100", "sm_120", "cdna3", "interpreter"):
+        for kernel, rows in table.ONE.items():
+            for precision, two, D in itertools.product(
+                rows, (False, True), (1, 16, 17, 33, 64, 65, 128, 129, 257, 1031)
+            ):
+                tile = table.tile_of(family, kernel, precision, D, two)
+                assert tile.chunks(D) * tile.block_d >= D
+                assert kernel == "statistics" or tile.chunks(D) > 1 or tile.block_out == tile.block_d >= D
+
+
+# ---- for owners of a GPU ---------------------------------------------------------------------------------------------
+def test_gpu_check_reports_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever one of them finds, the others run, and the report holds it all."""
+    scripts = {"environment": ["-c", "print('{}')", "--json"], "verify": ["-c", "raise SystemExit(3)"],
+               "tests": ["-c", "print('fine')"]}  # fmt: skip
+    monkeypatch.setattr(gpu_check, "steps", lambda out, device: scripts)
+    out = tmp_path / "report"
+    assert gpu_check.main(["--device", "cpu", "--out", str(out)]) == 1
+    assert (out / "environment.json").read_text() == "{}\n"
+    assert (out / "tests.log").read_text() == "fine\n"
+    with tarfile.open(tmp_path / "report.tar.gz") as tar:
+        assert {Path(name).name for name in tar.getnames()} == {"report", "environment.json", "verify.log", "tests.log"}
+
+
+def test_gpu_check_steps_exist() -> None:
+    for name, (_, module, *rest) in gpu_check.steps(Path("out"), "cuda").items():
+        assert importlib.util.find_spec(module), name
+        assert all((ROOT / x).exists() for x in rest if x.startswith("tests/"))
+    if not torch.cuda.is_available():
+        assert gpu_check.main([]) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_products_compile_again() -> None:
+    """The products of float32 are part of the graph, and torch.compile guards what they follow."""
+    graphs = []
+
+    def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    loss, z = torch.compile(lambda z: cacr_loss(z, backend="torch"), backend=compiler), torch.randn(2, 5, 3)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for asked, found in (("ieee", 1), ("tf32", 2), ("none", 2), ("tf32", 2)):
+            torch.backends.cuda.matmul.fp32_precision = asked
+            loss(z)
+            assert len(graphs) == found, asked
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

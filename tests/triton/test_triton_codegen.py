@@ -1,0 +1,184 @@
+"""Compiled Triton kernels, on a machine without a GPU: no spills, tensor cores, as few exponentials as promised.
+
+A few rows of the matrix of ``python -m benchmarks.codegen``, one for every kernel, dtype and processor.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from benchmarks.codegen import sass
+from benchmarks.codegen import triton_kernels as codegen_triton
+from benchmarks.codegen.rows import Case, Row, problems
+
+ROWS = [
+    ("statistics", "A100", "bf16", 64),
+    ("gradient of queries", "H100", "bf16", 128),
+    ("gradient of keys", "A100", "fp16", 64),
+    ("gradient of keys, rbf", "B200", "bf16", 64),
+    ("statistics, two softmaxes", "B200", "bf16", 64),
+    ("statistics, two softmaxes", "A100", "ieee", 64),
+    ("gradient of queries", "MI300X", "bf16", 64),
+    ("frozen keys", "A100", "tf32", 64),
+    ("statistics", "H100", "fp64", 128),
+    ("statistics", "A100", "tf32x3", 256),
+    ("statistics", "B200", "fp64", 64),
+    ("frozen keys, inner", "H100", "bf16", 256),
+    ("gradient of queries, temperature", "A100", "fp16", 128),
+    ("aligned gradient", "A100", "fp64", 0),
+    ("aligned", "B200", "fp16", 0),
+    ("norms", "MI300X", "bf16", 64),
+    ("frozen merge", "H100", "fp32", 0),
+    ("merge", "A100", "fp64", 0),
+    ("coefficients, rbf", "B200", "fp64", 0),
+    ("add shares", "A100", "fp32", 0),
+    ("grad tau", "A100", "fp32", 0),
+    ("log total", "H100", "fp64", 0),
+    ("incoming, rbf", "A100", "fp64", 0),
+    ("numbers", "A100", "fp64", 0),
+    ("loss, rbf", "B200", "fp32", 0),
+]
+
+
+@pytest.mark.parametrize(("kernel", "device", "dtype", "D"), ROWS)
+def test_nothing_is_wrong_with_a_shipped_configuration(kernel: str, device: str, dtype: str, D: int) -> None:
+    case = Case("triton", kernel, device, dtype, D)
+    assert case in set(codegen_triton.cases())
+    (row,) = codegen_triton.build([case])
+    assert problems(row) == []
+    assert row[:5] == case
+    assert row.registers > 0
+    assert bool(row.cycles) == bool(row.exponentials)
+    if row.cycles:
+        assert row.cycles[row.limit] > 0
+    if dtype == "fp64":
+        assert ("tensor" in row.cycles) == bool(row.tensor)
+    if device == "B200" and dtype == "fp64" and row.cycles:  # every multiplication is there
+        assert row.per_similarity["fp64"] > D
+
+
+SPILLING = """
+.L_x_0:
+        /*0010*/                   LDL.64 R2, [R1+0x8] ;
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R8, R2, R4 ;
+.L_x_1:
+        /*0030*/                   HMMA.16816.F32.BF16 R4, R8, R2, R4 ;
+        /*0040*/              @!P1 BRA `(.L_x_1) ;
+        /*0050*/                   FFMA R1, R2, R3, R4 ;
+        /*0060*/                   MUFU.EX2 R7, R7 ;
+        /*0070*/                   MUFU.RCP R7, R7 ;
+        /*0080*/               @P0 BRA `(.L_x_0) ;
+        /*0090*/                   FADD R1, R2, R3 ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+def test_main_loop() -> None:
+    """Found by its exponential; what a loop of products inside it does counts for each of its passes."""
+    found = sass.make(200, 16, 1024, sass.parse_sass(SPILLING), passes=3)
+    assert found.spilled
+    assert found.spills == 1
+    assert found.tensor == 2
+    assert found.loop == {"spill": 1, "tensor": 4, "other": 4, "fp32": 1, "ex2": 1, "special": 1}
+
+
+WITHOUT_TENSOR_CORES = """
+.L_x_0:
+        /*0010*/                   DFMA R4, R8, R2, R4 ;
+        /*0020*/                   DFMA R6, R8, R2, R6 ;
+        /*0030*/              @!P1 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0040*/                   DADD R4, R8, R2 ;
+.L_x_2:
+        /*0050*/                   DFMA R4, R8, R2, R4 ;
+        /*0060*/                   DFMA R6, R8, R2, R6 ;
+        /*0070*/                   DFMA R6, R8, R2, R6 ;
+        /*0080*/                   DFMA R6, R8, R2, R6 ;
+        /*0090*/              @!P1 BRA `(.L_x_2) ;
+.L_x_3:
+        /*00a0*/                   DADD R6, R8, R2 ;
+        /*00b0*/              @!P1 BRA `(.L_x_3) ;
+        /*00c0*/                   DADD R6, R8, R2 ;
+        /*00d0*/                   DADD R6, R8, R2 ;
+        /*00e0*/               @P0 BRA `(.L_x_1) ;
+        /*00f0*/                   EXIT ;
+"""
+
+
+def test_main_loop_of_float64() -> None:
+    """Found by its arithmetic; of the loops inside, that with the products is the one over chunks of features."""
+    found = sass.make(200, 0, 1024, sass.parse_sass(WITHOUT_TENSOR_CORES), passes=5, products=4)
+    assert found.loop == {"fp64": 4 + 5 * 4, "other": 5 + 2}
+
+
+def test_what_is_wrong_shows() -> None:
+    good = Row("triton", "statistics", "A100", "bf16", 64, {"block_n": 64}, 200, 0, 0, 1 << 10, 8, {}, 1, 1,
+               {"ex2": 1.0}, {"ex2": 0.1, "issue": 0.2})  # fmt: skip
+    assert problems(good) == []
+    assert good.limit == "issue"
+    for change, words in (
+        ({"stack": 8}, "spills"),
+        ({"spills": 2}, "spills"),
+        ({"shared": 100 << 10}, "shared memory"),
+        ({"tensor": 0}, "tensor-core"),
+        ({"tensor": 0, "dtype": "fp64"}, "tensor-core"),
+        ({"opcodes": {"LDSM": 0}}, "no LDSM"),
+        ({"per_similarity": {"ex2": 2.0}}, "exponentials"),
+    ):
+        (text,) = problems(good._replace(**change))  # type: ignore[arg-type]
+        assert words in text
+    for change in (
+        {"tensor": 0, "dtype": "ieee"},
+        {"tensor": 0, "dtype": "fp64", "device": "B200"},
+        {"tensor": 0, "dtype": "fp64", "backend": "cuda"},
+        {"tensor": 0, "dtype": "fp32", "exponentials": 0},
+        {"shared": 150 << 10, "backend": "cuda"},
+        {"passes": 2, "per_similarity": {"ex2": 2.0}},
+    ):
+        assert problems(good._replace(**change)) == []  # type: ignore[arg-type]
+
+
+def test_constants_are_those_of_the_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel that losses launch is in the matrix; constants of kernels on rows are those of the report."""
+    launched: dict[str, list[dict[str, int]]] = {}
+
+    def record(kernel, grid, *args, **constants) -> None:
+        launched.setdefault(kernel.fn.__name__, []).append(constants)
+
+    for name in ("launch", "cacr", "frozen"):
+        monkeypatch.setattr(f"cacr_kernels.backends.triton.{name}.start", record)
+    run_losses()
+    on_rows = [kernel for kernel in codegen_triton.small() if kernel.name != "numbers"]  # only for tensors on a GPU
+    assert {k.kernel for k in on_rows} | {f"{v.kernel}_kernel" for v in codegen_triton.variants()} == set(launched)
+    for kernel in on_rows:
+        features = [{"BLOCK_D": min(kernel.features, D)} for D in kernel.sizes] if kernel.features else [{}]
+        for constants in ({**kernel.constants, **more} for more in features):
+            blocks = {name: size for name, size in constants.items() if "BLOCK" in name or name == "num_warps"}
+            found = [{name: c[name] for name in blocks} for c in launched[kernel.kernel]]
+            assert blocks in found, f"{kernel.name}: {blocks} is none of {found}"
+            assert all(set(c) == set(constants) for c in launched[kernel.kernel]), kernel.name
+    kinds = {
+        (c["KIND0"], c["KIND1"]) for name in ("statistics", "gradient", "frozen") for c in launched[f"{name}_kernel"]
+    }
+    assert kinds == {(v.constants["KIND0"], v.constants["KIND1"]) for v in codegen_triton.variants()}
+
+
+def run_losses() -> None:
+    """Each in the variants that launch something else, on empty arrays."""
+    from cacr_kernels.backends.triton.cacr import cacr
+    from cacr_kernels.backends.triton.frozen import contrast_frozen
+    from cacr_kernels.backends.triton.launch import contrast, contrast_backward
+
+    numbers, ids = torch.ones(5, dtype=torch.float64), torch.zeros(700, dtype=torch.int32)
+    for D in (64, 200):
+        z = torch.zeros(2, 700, D)
+        for rbf in (False, True):
+            cacr(z, numbers, 1.0, 1.0, 1.0, 1.0, 0, rbf, 1.0, True, True)
+        contrast_frozen(z, z, None, None, numbers[:1], [0], [0], [0], True, False, False, True, True)
+        for kinds in ([1, 2], [3, 2], [2]):  # of few queries, so that keys are shared out
+            arguments = z[:, :20], z, ids[:20], ids, numbers[: len(kinds)], kinds, [0], [0], False, False
+            value, _, weights = contrast(*arguments)
+            contrast_backward(*arguments, value, weights, value, value, True, True, True)
