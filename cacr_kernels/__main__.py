@@ -16,7 +16,7 @@ import torch
 
 from cacr_kernels._version import __version__
 from cacr_kernels.backends.library import active_isa, compiled_isas, cpu_library, cuda_library, isa_error
-from cacr_kernels.backends.table import backends
+from cacr_kernels.backends.table import available_backends as backends
 
 
 def _cpu_model() -> str:

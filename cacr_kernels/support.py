@@ -19,14 +19,14 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import checks, functional
-from .operators import ops
+from .operators.registry import NAMESPACE
 from .types import CACRParts, Reduction
 
 BEGIN = "<!-- made by `python -m cacr_kernels --table README.md` -->"
 END = "<!-- end of what was made -->"
 N = 4096  # queries, and at least as many keys
 V, B, D = 2, N // 2, 8  # with views V x B = N
-_TABLE: Any = importlib.import_module(f"{__package__}.backends")  # not the function of that name
+_TABLE: Any = importlib.import_module(f"{__package__}.backends.table")  # not the function of that name
 
 
 class Case(NamedTuple):
@@ -89,7 +89,7 @@ class _Recorder(TorchDispatchMode):
         self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == ops.NAMESPACE:
+        if func.namespace == NAMESPACE:
             self.operators.add(func._opname)
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):

@@ -23,7 +23,8 @@ from torch import Tensor
 from . import functional, testing
 from ._version import __version__
 from .backends import library as _extension
-from .backends.table import TABLE, backends
+from .backends.table import TABLE
+from .backends.table import available_backends as backends
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 import cacr_kernels
 from cacr_kernels import cacr_loss, cacr_momentum_loss, cacr_queue_loss, supervised_cacr_loss
 
-BACKENDS = [name for name, reason in cacr_kernels.backends().items() if reason is None and name != "reference"]
+BACKENDS = [
+    name for name, reason in cacr_kernels.available_backends().items() if reason is None and name != "reference"
+]
 Z = torch.nn.functional.normalize(torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0)), dim=-1)
 LABELS = torch.arange(7) % 3
 

@@ -30,7 +30,7 @@ def test_every_loss_and_backend_has_its_place() -> None:
     import cacr_kernels
 
     table = README.read_text(encoding="utf-8").partition(support.BEGIN)[2].partition(support.END)[0]
-    for name in cacr_kernels.backends():
+    for name in cacr_kernels.available_backends():
         assert f"`{name}`" in table
     for name in (name for name in cacr_kernels.__all__ if name.endswith("_loss")):
         assert f"| `{name}` |" in table
@@ -73,7 +73,7 @@ def _supported(monkeypatch: pytest.MonkeyPatch, *cases: support.Case) -> str:
 
 def test_the_table_does_not_depend_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that cannot run here has its column, and still cannot run afterwards."""
-    table = importlib.import_module("cacr_kernels.backends")
+    table = importlib.import_module("cacr_kernels.backends.table")
     broken = tuple(b._replace(why_not=lambda _: "it is broken") if b.name == "cpu" else b for b in table.TABLE)
     expected = support.way(CACR, "cpu")
     monkeypatch.setattr(table, "TABLE", broken)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cacr_kernels import functional, testing, verify
-from cacr_kernels.backends.table import backends
+from cacr_kernels.backends.table import available_backends as backends
 
 USABLE = [name for name, reason in backends().items() if reason is None and name != "reference"]
 FEW = [
