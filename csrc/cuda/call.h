@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../common/problem.h"
+#include "../common/kinds.h"
 
 namespace cacr {
 

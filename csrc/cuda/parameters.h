@@ -1,12 +1,12 @@
 // What a launch is asked to compute: one plain struct for every phase of every operator.
 //
-// Symbols as in csrc/common/problem.h. Indices: s softmax, p pair, i query, j key, v view. All arrays are contiguous.
+// Symbols as in cacr_kernels/reference.py. Indices: s softmax, p pair, i query, j key, v view. All arrays are contiguous.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "../common/problem.h"
+#include "../common/kinds.h"
 
 namespace cacr {
 
