@@ -17,7 +17,7 @@ from cacr_kernels.operators.ops import NAMESPACE
 from tests.cuda.emulated_cuda import Emulation
 from tests.cuda_emulation.building import emulated_library
 
-backends: Any = importlib.import_module("cacr_kernels.backends")  # the package exports a function of this name
+backends: Any = importlib.import_module("cacr_kernels.backends.table")
 _active: list[Emulation] = []
 
 

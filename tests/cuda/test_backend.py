@@ -19,7 +19,7 @@ from cacr_kernels.backends import library as _extension
 from cacr_kernels.backends.precision import VARIABLE
 from tests.cuda_emulation.building import emulated_library
 
-backends: Any = importlib.import_module("cacr_kernels.backends")
+backends: Any = importlib.import_module("cacr_kernels.backends.table")
 functional: Any = importlib.import_module("cacr_kernels.functional")
 ROOT = _extension._CUDA.path.parents[1]
 CPU = torch.device("cpu")
