@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..operators.ops import CACR_SCHEMA, CONTRAST_BACKWARD_SCHEMA, CONTRAST_SCHEMA, NAMESPACE, operator
+from ..operators.ops import CACR_SCHEMA, CONTRAST_BACKWARD_SCHEMA, CONTRAST_SCHEMA, NAMESPACE
 from ..types import Pairing
 from .precision import fp32_products
 
 SCHEMAS = {"contrast": CONTRAST_SCHEMA, "contrast_backward": CONTRAST_BACKWARD_SCHEMA, "cacr": CACR_SCHEMA}
+COMPILED = "cacr_kernels_cuda"  # namespace of the compiled operators
 IEEE, TF32, TF32X3 = range(3)
 MAX_PAIRS = 64  # of views in the fused loss, kMaxPairs of csrc/cuda/parameters.h
 MAX_ALIGNED = 1 << 24  # costs of views of one instance in the fused loss: B V^2
@@ -38,7 +39,7 @@ def too_many_views(shape: tuple[int, ...], pairing: Pairing) -> bool:
 
 
 class Arithmetic(NamedTuple):
-    """What the kernels do per product of two features (csrc/cuda/arithmetic.cuh)."""
+    """What the kernels do per product of two features (csrc/cuda/tile/arithmetic.cuh)."""
 
     owned: int  # features whose gradient a block adds up; for every such group similarities are computed again
     pieces: int  # multiply-adds that one product of a gradient takes
@@ -67,8 +68,8 @@ def work(similarities: int, D: int, dtype: torch.dtype) -> float:
 
 
 def _register(name: str, schema: str) -> None:
-    torch.library.define(f"{NAMESPACE}::cuda_{name}", schema.replace(") ->", ", int float_products) ->"))
-    compiled: Callable[..., Any] = operator(f"cuda_{name}")
+    torch.library.define(f"{COMPILED}::{name}", schema.replace(") ->", ", int float_products) ->"))
+    compiled: Callable[..., Any] = getattr(getattr(torch.ops, COMPILED), name).default
     torch.library.impl(f"{NAMESPACE}::{name}_cuda", "CUDA", lambda *arguments: compiled(*arguments, float_products()))
 
 

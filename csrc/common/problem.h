@@ -7,17 +7,9 @@
 
 #include <cstdint>
 
+#include "kinds.h"
+
 namespace cacr {
-
-// Which keys j belong to the set of query i.
-enum Kind : int32_t {
-  kAll = 0,         // every key
-  kSame = 1,        // id_j == id_i
-  kOther = 2,       // id_j != id_i
-  kSameNotSelf = 3  // id_j == id_i and j != i
-};
-
-constexpr int kMaxSoftmaxes = 2;
 
 // `pairs` problems of one shape: problem p compares queries q[q_index[p]] with keys k[k_index[p]].
 template <class T>

@@ -1,9 +1,9 @@
-// The arithmetics that are compiled, each in a file of its own (instance_*.cu).
+// The arithmetics that are compiled, each in a file of its own.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include "call.h"
+#include "../call.h"
 
 namespace cacr {
 
