@@ -186,11 +186,15 @@ FROZEN_BACKWARD_DIFFERENTIABLE = (0, 4, 15, 16)  # q, tau, grad_value, grad_lse
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------
+def _name(backend: str) -> str:
+    return f"detached_keys_{backend}" if backend == "cpu" else f"contrast_frozen_{backend}"
+
+
 def _register_frozen(backend: str) -> None:
-    name = f"{NAMESPACE}::contrast_frozen_{backend}"
+    name = f"{NAMESPACE}::{_name(backend)}"
     torch.library.define(name, FROZEN_SCHEMA)
     torch.library.register_fake(name, frozen_fake)
-    op = operator(f"contrast_frozen_{backend}")
+    op = operator(_name(backend))
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         frozen_setup(ctx, op, inputs, output)
@@ -330,7 +334,7 @@ def contrast_frozen(
     narrow: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean cost and log-sum-exp [1, P, N], float64, by ``contrast_frozen_<backend>``; ``k`` gets no gradient."""
-    op = Narrow(operator(f"contrast_frozen_{backend}"), 2, narrow)
+    op = Narrow(operator(_name(backend)), 2, narrow)
     indices, flags = (list(kinds), list(q_index), list(k_index)), (inner, detach_weights, detach_value)
     value, lse, _, _ = _apply(FrozenFunction, q, k, q_id, k_id, tau, *indices, *flags, want_q, want_tau, op)
     return value, lse

@@ -90,15 +90,17 @@ CACR_HOST_DEVICE CancellingCoefficients cancelling_coefficients(Normaliser first
   return {first.factor * sum / first.divisor, first.factor * second.divisor / (second.factor * first.divisor)};
 }
 
-// dL/du of a key in one softmax; d: d_j - delta. V: float, double, or a vector of them.
-template <class V>
-CACR_HOST_DEVICE V key_gradient(const V& e, const V& d, const V& a, const V& b) {
+// dL/du of a key in one softmax; d: d_j - delta. Value: float, double, or vectors of them; a and b may be numbers
+// there.
+template <class Value, class Coefficient>
+CACR_HOST_DEVICE Value key_gradient(const Value& e, const Value& d, const Coefficient& a, const Coefficient& b) {
   return e * (a + b * d);
 }
 
 // The same for one of two softmaxes; less: ratio e_0 in the second one, 0 in the first.
-template <class V>
-CACR_HOST_DEVICE V key_gradient(const V& e, const V& less, const V& d, const V& a, const V& b) {
+template <class Value, class Coefficient>
+CACR_HOST_DEVICE Value key_gradient(const Value& e, const Value& less, const Value& d, const Coefficient& a,
+                                    const Coefficient& b) {
   return a * (e - less) + b * (e * d);
 }
 

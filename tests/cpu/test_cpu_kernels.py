@@ -41,7 +41,7 @@ def run_python(code: str, **environment: str) -> str:
 
 # ---- kernels of one instruction set against those of another ---------------------------------------------------------
 class Builder:
-    """Compiles csrc/cpu/kernels.cpp as setup.py does, but faster."""
+    """Compiles csrc/cpu/kernels/kernels.cpp as setup.py does, but faster."""
 
     def __init__(self, directory: Path, *extra: str) -> None:
         compiler = shutil.which("g++")
@@ -60,7 +60,7 @@ class Builder:
         return str(target)
 
     def kernels(self, isa: str, flags: list[str]) -> str:
-        return self.compile("csrc/cpu/kernels.cpp", f"kernels_{isa}", f"-DCACR_ISA={isa}", *flags)
+        return self.compile("csrc/cpu/kernels/kernels.cpp", f"kernels_{isa}", f"-DCACR_ISA={isa}", *flags)
 
     def check(self, isa: str, flags: list[str], source: str | Path = "tests/cpp/check_kernels.cpp") -> str:
         """Builds the comparison of ``isa`` with the portable kernels, runs it, and returns what it prints."""
@@ -285,8 +285,8 @@ value, lse, _ = torch.ops.cacr_kernels.contrast_cpu(q, k, None, None, tau, [0], 
     assert grown(setup, call) <= 256 * MIB + 4 * 49 * MIB + 10 * MIB + 16 * MIB
 
 
-FROZEN = """
-op = torch.ops.cacr_kernels.contrast_frozen_cpu
+DETACHED_KEYS = """
+op = torch.ops.cacr_kernels.detached_keys_cpu
 op(q, k, None, None, tau, [0], [0], [0], False, False, False, True, True)
 """
 
@@ -302,13 +302,13 @@ op(q, k, None, None, tau, [0], [0], [0], False, False, False, True, True)
         (2048, 2048, 16_384, 2 * 2048 * 16_384 * 4),
     ],
 )
-def test_workspace_of_frozen_keys(n: int, m: int, dim: int, outputs: int) -> None:
+def test_workspace_of_detached_keys(n: int, m: int, dim: int, outputs: int) -> None:
     """Beside 256 MiB: the answers, 3 doubles per query among them, and 16 MiB of threads' stacks."""
     setup = f"""
 q, k = torch.randn(1, {n}, {dim}), torch.randn(1, {m}, {dim})
 tau = torch.tensor([-1.0], dtype=torch.float64)
 """
-    assert grown(setup, FROZEN) <= 256 * MIB + outputs + 3 * 8 * n + 16 * MIB
+    assert grown(setup, DETACHED_KEYS) <= 256 * MIB + outputs + 3 * 8 * n + 16 * MIB
 
 
 def test_more_than_2_31_pairs() -> None:

@@ -1,17 +1,18 @@
 // Attraction: each instance's views against one another, by form differences.
 //
-// W instances go through together, one per lane: costs [V][V][W], a softmax over u != v in the lanes, then the
-// gradients row by row. O(V^2 B D) operations.
+// The formulas are those of cacr_kernels/reference.py (attraction_statistics). W instances go through together, one per
+// lane: costs [V][V][W], a softmax over u != v in the lanes, then the gradients row by row. O(V^2 B D) operations.
 #pragma once
 
-#include "sweep.h"
+#include "pack.h"
+#include "tiles.h"
 
 namespace cacr::CACR_ISA {
 
 template <class T>
 struct Aligned {
   static constexpr idx W = Lanes<T>::W;
-  const AlignedTask<T>& t;
+  const AlignedParams<T>& t;
   T *cost, *gradient;  // [V][V][W]; dL/dc_vu
 
   const T* row(idx v, idx b) const { return t.z + v * t.view_stride + b * t.row_stride; }
@@ -19,7 +20,7 @@ struct Aligned {
 
   static size_t scratch(idx V) { return 2 * size_t(V * V * W) * sizeof(T) + 128; }
 
-  explicit Aligned(const AlignedTask<T>& task) : t(task) {
+  explicit Aligned(const AlignedParams<T>& task) : t(task) {
     char* p = static_cast<char*>(t.scratch);
     cost = carve<T>(p, t.V * t.V * W);
     gradient = carve<T>(p, t.V * t.V * W);
@@ -66,7 +67,7 @@ struct Aligned {
     for (idx l = 0; l < n; l++) {
       const idx i = v * t.B + b + l;
       t.statistics.value[i] = double(top_cost[l]) + double(delta[l]), t.statistics.variance[i] = variance[l];
-      t.statistics.lse[i] = kLn2 * __builtin_log2(double(sum[l])) + t.tau * double(top_cost[l]) + 0 * double(delta[l]);
+      t.statistics.lse[i] = row_lse(t.statistics.value[i], sum[l], t.tau, top_cost[l]);
     }
   }
 

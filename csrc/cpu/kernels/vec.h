@@ -1,4 +1,4 @@
-// Vectors of float or double for one instruction set, on GCC/Clang vector extensions.
+// Vectors of float or double for one instruction set, on GCC/Clang vector extensions; and panels, two of them.
 //
 // The including source is compiled once per instruction set with CACR_ISA (a name) and CACR_VECTOR_BYTES set; all code
 // lives in namespace cacr::CACR_ISA, so that no function compiled for a newer processor can be linked in place of one
@@ -48,7 +48,13 @@ using IntVec = typename Lanes<T>::I;
 
 // A panel is two vectors wide: queries of a similarity tile, or features of a gradient tile, stand side by side in it.
 template <class T>
-inline constexpr int kPanel = 2 * Lanes<T>::W;
+inline constexpr idx kPanel = 2 * Lanes<T>::W;
+
+// n rounded up to whole panels.
+template <class T>
+CACR_INLINE idx padded(idx n) {
+  return (n + kPanel<T> - 1) / kPanel<T> * kPanel<T>;
+}
 
 // Rows of a register tile: two accumulators each, beside two operands and one broadcast.
 #if CACR_VECTOR_BYTES == 64
@@ -101,6 +107,85 @@ CACR_INLINE T sum_lanes(Vec<T> v) {  // in a fixed order
   for (int n = Lanes<T>::W / 2; n > 0; n /= 2)
     for (int i = 0; i < n; i++) s[i] += s[i + n];
   return s[0];
+}
+
+// ---- panels ---------------------------------------------------------------------------------------------------------
+template <class T>
+struct Panel {
+  Vec<T> v[2];
+};
+template <class T>
+struct PanelMask {
+  IntVec<T> v[2];
+};
+
+template <class T>
+CACR_INLINE Panel<T> load_panel(const T* p) {
+  return {{load(p), load(p + Lanes<T>::W)}};
+}
+template <class T>
+CACR_INLINE void store_panel(T* p, Panel<T> x) {
+  store<T>(p, x.v[0]), store<T>(p + Lanes<T>::W, x.v[1]);
+}
+template <class T>
+CACR_INLINE Panel<T> splat_panel(T x) {
+  return {{splat<T>(x), splat<T>(x)}};
+}
+
+#define CACR_PANEL_OPERATOR(op)                              \
+  template <class T>                                         \
+  CACR_INLINE Panel<T> operator op(Panel<T> a, Panel<T> b) { \
+    return {{a.v[0] op b.v[0], a.v[1] op b.v[1]}};           \
+  }                                                          \
+  template <class T>                                         \
+  CACR_INLINE Panel<T> operator op(T a, Panel<T> b) {        \
+    return {{a op b.v[0], a op b.v[1]}};                     \
+  }                                                          \
+  template <class T>                                         \
+  CACR_INLINE Panel<T> operator op(Panel<T> a, T b) {        \
+    return {{a.v[0] op b, a.v[1] op b}};                     \
+  }
+CACR_PANEL_OPERATOR(+)
+CACR_PANEL_OPERATOR(-)
+CACR_PANEL_OPERATOR(*)
+#undef CACR_PANEL_OPERATOR
+
+template <class T>
+CACR_INLINE Panel<T> operator-(Panel<T> a) {
+  return {{-a.v[0], -a.v[1]}};
+}
+template <class T>
+CACR_INLINE Panel<T>& operator+=(Panel<T>& a, Panel<T> b) {
+  return a = a + b;
+}
+template <class T>
+CACR_INLINE Panel<T>& operator-=(Panel<T>& a, Panel<T> b) {
+  return a = a - b;
+}
+template <class T>
+CACR_INLINE PanelMask<T> operator>(Panel<T> a, Panel<T> b) {
+  return {{a.v[0] > b.v[0], a.v[1] > b.v[1]}};
+}
+// NaN in `b` is dropped, NaN in `a` stays.
+template <class T>
+CACR_INLINE Panel<T> max_vec(Panel<T> a, Panel<T> b) {
+  return {{max_vec<T>(a.v[0], b.v[0]), max_vec<T>(a.v[1], b.v[1])}};
+}
+template <class T>
+CACR_INLINE Panel<T> min_vec(Panel<T> a, Panel<T> b) {
+  return {{b.v[0] < a.v[0] ? b.v[0] : a.v[0], b.v[1] < a.v[1] ? b.v[1] : a.v[1]}};
+}
+template <class T>
+CACR_INLINE Panel<T> choose(PanelMask<T> mask, Panel<T> a, Panel<T> b) {  // a where the mask is set, else b
+  return {{mask.v[0] ? a.v[0] : b.v[0], mask.v[1] ? a.v[1] : b.v[1]}};
+}
+template <class T>
+CACR_INLINE Panel<T> select(PanelMask<T> mask, Panel<T> a) {  // a where the mask is set, else 0
+  return {{select<T>(mask.v[0], a.v[0]), select<T>(mask.v[1], a.v[1])}};
+}
+template <class T>
+CACR_INLINE bool any_lane(PanelMask<T> mask) {
+  return any_lane<T>(mask.v[0] | mask.v[1]);
 }
 
 // r[i][l] <-> r[l][i]: a square of W x W in registers, whose off-diagonal blocks of kBlock x kBlock are exchanged, and
@@ -177,6 +262,31 @@ template <class T>
 CACR_INLINE Vec<T> exp2_flushed(Vec<T> x) {
   IntVec<T> in_range = x >= kExp2Min<T>;
   return select<T>(in_range, exp2_in_range(max_vec<T>(splat<T>(kExp2Min<T>), x)));
+}
+
+// The weights of a softmax: 2^x, where kBounded says that no x leaves the range.
+template <bool kBounded, class T>
+CACR_INLINE Panel<T> exp2_panel(Panel<T> x) {
+  if constexpr (kBounded)
+    return {{exp2_in_range(x.v[0]), exp2_in_range(x.v[1])}};
+  else
+    return {{exp2_flushed<T>(x.v[0]), exp2_flushed<T>(x.v[1])}};
+}
+
+// ---- choice of an instance -----------------------------------------------------------------------------------------
+// The runtime flags as constants that choose among instances of a template: f(Flag<...>{}, ...).
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+template <class F>
+auto with_flags(F f) {
+  return f();
+}
+template <class F, class... Rest>
+auto with_flags(F f, bool first, Rest... rest) {
+  return first ? with_flags([&](auto... flags) { return f(Flag<true>{}, flags...); }, rest...)
+               : with_flags([&](auto... flags) { return f(Flag<false>{}, flags...); }, rest...);
 }
 
 }  // namespace cacr::CACR_ISA

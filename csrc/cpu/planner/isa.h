@@ -1,7 +1,7 @@
 // Instruction sets: which were compiled, which one runs.
 #pragma once
 
-#include "task.h"
+#include "../kernels/params.h"
 
 namespace cacr {
 

@@ -14,19 +14,17 @@ namespace cacr::CACR_ISA {
 
 // C[r][0:kPanel] += sum_k A[r*row + k*step] * B[k][0:kPanel]
 template <class T, int R>
-CACR_INLINE void multiply_tile(idx n, const T* A, idx row, idx step, const T* B, Vec<T> (&c0)[R], Vec<T> (&c1)[R]) {
-  constexpr int W = Lanes<T>::W;
+CACR_INLINE void multiply_tile(idx n, const T* A, idx row, idx step, const T* B, Panel<T> (&C)[R]) {
 #pragma GCC unroll 4
   for (idx k = 0; k < n; k++) {
-    Vec<T> b0 = load(B), b1 = load(B + W);
+    const Panel<T> b = load_panel(B);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      T a = A[r * row];
-      c0[r] += a * b0;
-      c1[r] += a * b1;
+      const T a = A[r * row];
+      C[r] += a * b;
     }
     A += step;
-    B += 2 * W;
+    B += kPanel<T>;
   }
 }
 
@@ -61,31 +59,26 @@ CACR_INLINE void for_tiles(idx n, F f) {
 // One panel of queries against `n` keys: S[j][:] = K[j] . q + bias[j].   K: rows `ldk` apart; q: [D][kPanel]
 template <class T, idx kFixedD>
 CACR_NOINLINE void similarity_panel(idx n, idx D, const T* K, idx ldk, const T* q, const T* bias, T* S) {
-  constexpr int W = Lanes<T>::W;
   if (kFixedD) D = ldk = kFixedD;
   for_tiles(n, [&](idx j, auto rows) __attribute__((always_inline)) {
     constexpr int R = decltype(rows)::value;
-    Vec<T> c0[R] = {}, c1[R] = {};
-    multiply_tile<T, R>(D, K + j * ldk, ldk, 1, q, c0, c1);
-    for (int r = 0; r < R; r++) {
-      store<T>(S + (j + r) * 2 * W, c0[r] + bias[j + r]);
-      store<T>(S + (j + r) * 2 * W + W, c1[r] + bias[j + r]);
-    }
+    Panel<T> c[R] = {};
+    multiply_tile<T, R>(D, K + j * ldk, ldk, 1, q, c);
+    for (int r = 0; r < R; r++) store_panel(S + (j + r) * kPanel<T>, c[r] + bias[j + r]);
   });
 }
 
 // One panel of queries, one panel of features: dQ[i][:] += sum_j H[j][i] * K[j][:].   K: [n][kPanel]
 template <class T>
 CACR_NOINLINE void query_gradient_panel(idx n, const T* H, const T* K, T* dQ) {
-  constexpr int W = Lanes<T>::W;
-  for_tiles(2 * W, [&](idx i, auto rows) __attribute__((always_inline)) {
+  constexpr idx P = kPanel<T>;
+  for_tiles(P, [&](idx i, auto rows) __attribute__((always_inline)) {
     constexpr int R = decltype(rows)::value;
-    Vec<T> c0[R] = {},
-           c1[R] = {};  // added up on their own first: the sum over a tile loses less than one over all keys
-    multiply_tile<T, R>(n, H + i, 1, 2 * W, K, c0, c1);
+    Panel<T> c[R] = {};  // added up on their own first: the sum over a tile loses less than one over all keys
+    multiply_tile<T, R>(n, H + i, 1, P, K, c);
     for (int r = 0; r < R; r++) {
-      T* out = dQ + (i + r) * 2 * W;
-      store<T>(out, load(out) + c0[r]), store<T>(out + W, load(out + W) + c1[r]);
+      T* out = dQ + (i + r) * P;
+      store_panel(out, load_panel(out) + c[r]);
     }
   });
 }
@@ -94,21 +87,18 @@ CACR_NOINLINE void query_gradient_panel(idx n, const T* H, const T* K, T* dQ) {
 // Q: [panels * kPanel][kPanel]; rows of dK are `ldk` apart.
 template <class T>
 CACR_NOINLINE void key_gradient_panel(idx n, idx panels, const T* H, idx ldh, const T* Q, T* dK, idx ldk) {
-  constexpr int W = Lanes<T>::W, P = 2 * W;
+  constexpr idx P = kPanel<T>;
   for_tiles(n, [&](idx j, auto rows) __attribute__((always_inline)) {
     constexpr int R = decltype(rows)::value;
     T* out = dK + j * ldk;
-    Vec<T> c0[R] = {}, c1[R] = {};
+    Panel<T> c[R] = {};
     const T *a = H + j * P, *b = Q;
     for (idx p = 0; p < panels; p++, a += ldh, b += P * P) {
       idx trips = P;
       asm volatile("" : "+r"(trips));  // hidden: a fully unrolled panel spills
-      multiply_tile<T, R>(trips, a, P, 1, b, c0, c1);
+      multiply_tile<T, R>(trips, a, P, 1, b, c);
     }
-    for (int r = 0; r < R; r++) {
-      store<T>(out + r * ldk, load(out + r * ldk) + c0[r]);
-      store<T>(out + r * ldk + W, load(out + r * ldk + W) + c1[r]);
-    }
+    for (int r = 0; r < R; r++) store_panel(out + r * ldk, load_panel(out + r * ldk) + c[r]);
   });
 }
 

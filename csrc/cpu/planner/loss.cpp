@@ -1,5 +1,6 @@
-// cacr_loss with its gradients: attraction by form differences, repulsion in one sweep over the strip.
-#include "sweeps.h"
+// The operator cacr: the loss with its gradients (cacr_kernels/reference.py, cacr). Attraction by form differences,
+// repulsion in one sweep over the strip, or in two.
+#include "forward_backward.h"
 
 namespace cacr {
 namespace {
@@ -11,7 +12,7 @@ struct LossPlan {
   bool want_tau;
   const Parallel& parallel;
   Workspace memory;
-  std::vector<int64_t> q_index, k_index;
+  ViewPairs pairs;
   std::vector<int32_t> ids;
   CacrResult result{};
 
@@ -19,13 +20,13 @@ struct LossPlan {
       : loss(l), dz(grad), want_tau(tau), parallel(par) {}
 
   // ---- attraction --------------------------------------------------------------------------------------------------
-  AlignedTask<T> aligned_task(const Kernels<T>& kernels, int64_t n, Statistics& out) {
+  AlignedParams<T> aligned_params(const Kernels<T>& kernels, int64_t n, Statistics& out) {
     const int64_t rows = loss.V * loss.B;
     out = statistics(memory, rows);
-    AlignedTask<T> t{};
+    AlignedParams<T> t{};
     t.z = loss.z, t.view_stride = loss.B * loss.D, t.row_stride = loss.D;
     t.V = loss.V, t.B = loss.B, t.D = loss.D;
-    t.tau = loss.tau_pos, t.scale = loss.alpha / double(rows);
+    t.tau = loss.tau_pos, t.scale = mean_weight(loss.alpha, loss.V, loss.B);
     t.statistics = out, t.dz = dz, t.dz_row_stride = loss.D;
     t.scratch = memory.get<char>(int64_t(kernels.aligned_scratch(loss.V)) * aligned_threads(kernels, n));
     return t;
@@ -36,7 +37,7 @@ struct LossPlan {
     return std::max<int64_t>(1, std::min<int64_t>(n, int64_t(kWorkspaceBytes / kernels.aligned_scratch(loss.V))));
   }
 
-  void run_aligned(const Kernels<T>& kernels, AlignedTask<T> t, int64_t i, int64_t n) {
+  void run_aligned(const Kernels<T>& kernels, AlignedParams<T> t, int64_t i, int64_t n) {
     t.b0 = share(loss.B, i, n), t.b1 = share(loss.B, i + 1, n);
     t.scratch = static_cast<char*>(t.scratch) + size_t(i) * kernels.aligned_scratch(loss.V);
     kernels.aligned(t);
@@ -57,18 +58,16 @@ struct LossPlan {
     Contrast<T> p{};
     const int64_t V = loss.V, B = loss.B;
     const bool pooled = loss.pairing == Pairing::kPooled;
-    for (int64_t x = 0; x < (pooled ? 1 : V); x++)
-      for (int64_t y = 0; y < (pooled ? 1 : V); y++)
-        if (pooled || x < y || (x > y && loss.pairing == Pairing::kOrdered)) q_index.push_back(x), k_index.push_back(y);
+    pairs = view_pairs(V, loss.pairing);
     p.N = p.M = pooled ? V * B : B;
     p.D = loss.D, p.q_views = p.k_views = pooled ? 1 : V;
     p.q = p.k = loss.z;
     p.q_view_stride = p.k_view_stride = p.N * loss.D, p.q_row_stride = p.k_row_stride = loss.D;
-    p.pairs = int64_t(q_index.size()), p.q_index = q_index.data(), p.k_index = k_index.data();
+    p.pairs = int64_t(pairs.q_index.size()), p.q_index = pairs.q_index.data(), p.k_index = pairs.k_index.data();
     ids.resize(size_t(p.N));
     for (int64_t i = 0; i < p.N; i++) ids[size_t(i)] = int32_t(i % B);
     p.q_id = p.k_id = ids.data(), p.period = B;
-    p.own = true, p.softmaxes = loss.rbf ? 2 : 1;
+    p.keys_are_queries = true, p.softmaxes = loss.rbf ? 2 : 1;
     p.kind[0] = p.kind[1] = kOther;
     p.tau[0] = -loss.tau_neg, p.tau[1] = -(loss.tau_neg + loss.rbf_scale);
     return p;
@@ -104,17 +103,17 @@ struct LossPlan {
       d_tau += row_weight[i] * (s.value[i] - s.value[p.N + i]);
       entropy += s.lse[i] + loss.tau_neg * s.value[i];
     }
-    const double log_sum = top + std::log(sum), pairs = double(q_index.size());
+    const double log_sum = top + std::log(sum), pair_count = double(pairs.q_index.size());
     for (int64_t i = 0; i < p.N; i++) row_weight[i] /= sum;
-    result.repulsion += loss.beta * (log_sum - std::log(double(p.N))) / pairs;
-    result.grad_tau_neg += loss.beta * d_tau / sum / pairs;
-    result.repulsion_entropy += entropy / double(p.N) / pairs;
+    result.repulsion += loss.beta * (log_sum - std::log(double(p.N))) / pair_count;
+    result.grad_tau_neg += loss.beta * d_tau / sum / pair_count;
+    result.repulsion_entropy += entropy / double(p.N) / pair_count;
     return log_sum;
   }
 
   Statistics statistics(Workspace& ws, int64_t rows) {
     auto some = [&] { return ws.get<double>(rows); };
-    return {some(), some(), some(), some(), some(), some()};
+    return {some(), some(), some(), {some(), some(), some()}};
   }
 
   // Symmetric or unbounded rbf, or strips and slices beyond the workspace: statistics first, then their backward.
@@ -125,7 +124,7 @@ struct LossPlan {
     forward_sweep(e, s, n);
     double *g_value = e.memory.template zeros<double>(all), *g_lse = e.memory.template zeros<double>(all);
     if (!loss.rbf) {
-      std::fill(g_value, g_value + rows, -loss.beta / double(rows));
+      std::fill(g_value, g_value + rows, mean_weight(-loss.beta, p.pairs, p.N));
     } else {
       std::vector<double> weight(size_t(p.N));
       Statistics one = statistics(e.memory, 2 * p.N);
@@ -143,44 +142,41 @@ struct LossPlan {
     }
     double* variance = want_tau && !loss.rbf ? s.variance : nullptr;
     if (dz || variance)
-      backward_sweep(e, {s.value, s.top, s.sum, s.delta, g_value, g_lse, false}, dz, dz, variance, true, n);
+      backward_sweep(e, {s.value, {s.state.top, s.state.sum, s.state.delta}, g_value, g_lse, false},
+                     {dz, dz, variance, true}, n);
     if (!loss.rbf) sum_mean_cost(p, s);
   }
 
   void one_sweep(Engine<T>& e, const Blocking& blocking, int64_t n) {
     const Contrast<T>& p = e.p;
     const int64_t rows = p.pairs * p.N;
-    Statistics s{e.memory.template get<double>(rows),
-                 e.memory.template get<double>(rows),
-                 want_tau ? e.memory.template get<double>(rows) : nullptr,
-                 nullptr,
-                 nullptr,
-                 nullptr};
-    Task<T> t = e.task(Gradient::kMeanCost, blocking, true, true, want_tau ? s.variance : nullptr);
-    t.scale = -loss.beta / double(rows);
+    auto some = [&] { return e.memory.template get<double>(rows); };
+    const Statistics s{some(), some(), want_tau ? some() : nullptr, {}};
+    SweepParams<T> t = e.params(Gradient::kMeanCost, blocking, true, true, want_tau ? s.variance : nullptr);
+    t.scale = mean_weight(-loss.beta, p.pairs, p.N);
     t.statistics = s;
     const bool direct = e.padded(p.D) == p.D;
-    auto slices = e.make_slices(n, true, true, true, direct ? dz : nullptr);
-    e.sweep_with_slices(t, n, slices, e.sweep_scratch(t, n));
-    e.add_slices(slices.q, slices.q_touched, direct, p.q_views, p.N, dz, p.D, 1, true, n);
+    Slices<T> slices = make_query_slices(e, n, direct ? dz : nullptr);
+    strip_with_slices(e, t, n, &slices, &slices, ThreadScratch::get(e.memory, e.kernels.strip_scratch(t), n));
+    add_slices(e, slices, {dz, true, 1, direct}, n);
     sum_mean_cost(p, t.statistics);
   }
 
   // rbf: the log stands outside the batch mean, so each pair's gradient is scaled when its sum is known.
   void one_sweep_rbf(Engine<T>& e, const Blocking& blocking, int64_t n) {
     const Contrast<T> all = e.p;
-    Task<T> t = e.task(Gradient::kRbfUnscaled, blocking, true, true);
+    SweepParams<T> t = e.params(Gradient::kRbfUnscaled, blocking, true, true);
     t.scale = loss.beta / double(all.pairs);
     t.statistics = statistics(e.memory, 2 * all.N);
     std::vector<double> weight(size_t(all.N));
-    auto slices = e.make_slices(n, true, true, true);
-    char* scratch = e.sweep_scratch(t, n);
+    Slices<T> slices = make_query_slices(e, n);
+    const auto scratch = ThreadScratch::get(e.memory, e.kernels.strip_scratch(t), n);
     for (int64_t pair = 0; pair < all.pairs; pair++) {
       e.p.pairs = 1, e.p.q_index = all.q_index + pair, e.p.k_index = all.k_index + pair;
-      for (auto& touched : slices.q_touched) std::fill(touched.begin(), touched.end(), uint8_t(0));
-      e.sweep_with_slices(t, n, slices, scratch);
+      for (auto& touched : slices.touched) std::fill(touched.begin(), touched.end(), uint8_t(0));
+      strip_with_slices(e, t, n, &slices, &slices, scratch);
       const double log_sum = sum_rbf_pair(e.p, t.statistics, weight.data());
-      e.add_slices(slices.q, slices.q_touched, 0, all.q_views, all.N, dz, all.D, std::exp(-log_sum), true, n);
+      add_slices(e, slices, {dz, true, std::exp(-log_sum)}, n);
     }
     e.p = all;
   }
@@ -190,7 +186,7 @@ struct LossPlan {
     const bool repels = loss.B > 1;
     const int64_t n = e.threads();
     Statistics positive;
-    AlignedTask<T> aligned = aligned_task(e.kernels, n, positive);
+    AlignedParams<T> aligned = aligned_params(e.kernels, n, positive);
     if (repels) e.allocate_packed(dz || want_tau);
     parallel_for(parallel, n, [&](int64_t i) {
       const int64_t some = aligned_threads(e.kernels, n);
@@ -201,7 +197,7 @@ struct LossPlan {
     if (repels) {
       e.find_bound();
       const Gradient fused = loss.rbf ? Gradient::kRbfUnscaled : Gradient::kMeanCost;
-      const Blocking b = e.fitting(fused, n, true, true, size_t(n) * e.slice_bytes(true, true, true));
+      const Blocking b = e.fitting(fused, n, true, true, size_t(n) * slice_bytes(e, true, true, true));
       const bool symmetric = symmetric_pays(e);  // 2 U instead of 3 U
       const bool one = dz && !symmetric && b.rows > 0 && (!loss.rbf || (e.bounded && loss.rbf_scale >= 0));
       if (!one)

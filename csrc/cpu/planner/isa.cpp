@@ -1,5 +1,5 @@
 // Chooses the instruction set once, at first use.
-#include "dispatch.h"
+#include "isa.h"
 
 #include <string>
 

@@ -2,10 +2,11 @@
 #pragma once
 
 #include "gemm.h"
-#include "task.h"
+#include "params.h"
 
 namespace cacr::CACR_ISA {
 
+// `count` numbers of scratch memory, aligned; `at` moves behind them.
 template <class T>
 CACR_INLINE T* carve(char*& at, idx count) {
   T* p = reinterpret_cast<T*>(at);
@@ -13,13 +14,22 @@ CACR_INLINE T* carve(char*& at, idx count) {
   return p;
 }
 
+// How many bytes `layout` cuts from the pointer it is given.
+template <class Layout>
+CACR_INLINE size_t bytes_of(Layout layout) {
+  char *const base = nullptr, *at = base;
+  layout(at);
+  return size_t(at - base);
+}
+
 template <class T>
 CACR_INLINE void zero(T* p, idx n) {
   __builtin_memset(static_cast<void*>(p), 0, size_t(n) * sizeof(T));
 }
 
+// |x|^2
 template <class T>
-T dot(idx D, const T* x) {
+T squared_norm(idx D, const T* x) {
   constexpr int W = Lanes<T>::W;
   Vec<T> s0{}, s1{};
   idx d = 0;
@@ -33,16 +43,16 @@ T dot(idx D, const T* x) {
 }
 
 template <class T>
-void pack(const PackTask<T>& t) {
-  constexpr int W = Lanes<T>::W, P = 2 * W;
+void pack(const PackParams<T>& t) {
+  constexpr idx P = kPanel<T>;
   for (idx i = t.row0; i < t.row1; i++) {
     const T* x = t.x + i * t.row_stride;
-    if (t.norm) t.norm[i] = t.factor == 0 ? T(0) : t.factor * dot(t.D, x);
+    if (t.norm) t.norm[i] = t.factor == 0 ? T(0) : t.factor * squared_norm(t.D, x);
     if (!t.panels) continue;
     for (idx f = 0; f * P < t.D; f++) {
       T* out = t.panels + (f * t.rows + i) * P;
       if ((f + 1) * P <= t.D) {
-        store<T>(out, load(x + f * P)), store<T>(out + W, load(x + f * P + W));
+        store_panel(out, load_panel(x + f * P));
       } else {
         for (idx l = 0; l < P; l++) out[l] = f * P + l < t.D ? x[f * P + l] : T(0);
       }
@@ -53,7 +63,7 @@ void pack(const PackTask<T>& t) {
 // out[d][l] = rows[l][d] of one panel, of which `n` rows exist, `stride` apart; the others are 0.
 template <class T>
 CACR_INLINE void transpose_panel(idx n, idx D, const T* rows, idx stride, T* out) {
-  constexpr idx W = Lanes<T>::W, P = 2 * W;
+  constexpr idx W = Lanes<T>::W, P = kPanel<T>;
   if (n < P) zero(out, D * P);
   for (idx l = 0; l < P && l < n; l += W) {
     idx d = 0;
