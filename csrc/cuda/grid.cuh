@@ -18,7 +18,7 @@ struct GridStride {
   }
 };
 
-// Of the four threads that hold a row of a tile; every one of them gets it.
+// Over the four threads that hold a row of a tile; every one of them gets the result.
 template <class T>
 CACR_DEVICE T quad_sum(T x) {
 #pragma unroll
@@ -32,7 +32,7 @@ CACR_DEVICE T quad_max(T x) {
   return x;
 }
 
-// Of the 32 lanes; every lane gets it.
+// Over the 32 lanes; every lane gets the result.
 template <class T>
 CACR_DEVICE T warp_sum(T x) {
 #pragma unroll
@@ -47,7 +47,7 @@ CACR_DEVICE double warp_max(double x) {
 
 using Reduction = SharedArray<double, kThreads / 32>;  // one number per warp
 
-// Of all threads of the block; every thread gets it. The caller does not write `shared` before a barrier.
+// Over all threads of the block; every thread gets the result. The caller may write `shared` after a barrier only.
 CACR_DEVICE double block_sum(Reduction& shared, double x) {
   x = warp_sum(x);
   __syncthreads();
@@ -58,7 +58,7 @@ CACR_DEVICE double block_sum(Reduction& shared, double x) {
   return sum;
 }
 
-// The largest that is a number: fmax passes over NaN.
+// The largest number; fmax ignores NaN.
 CACR_DEVICE double block_max(Reduction& shared, double x) {
   x = warp_max(x);
   __syncthreads();
