@@ -97,7 +97,7 @@ def cuda_library(nvcc: Path) -> NativeLibrary:
     stable_abi = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
     home = cuda_root(nvcc)
     headers = ["-isystem", str(home / "include")]
-    instances = sorted(path.as_posix() for path in Path("csrc/cuda").glob("instance_*.cu"))
+    instances = sorted(path.as_posix() for path in Path("csrc/cuda/instances").glob("*.cu"))
     objects = [
         Object("binding", "csrc/cuda/binding.cpp", [*stable_abi, *headers], torch=True),
         *(Object(Path(source).stem, source, cuda_targets(nvcc)) for source in instances),

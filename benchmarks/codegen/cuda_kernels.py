@@ -71,7 +71,7 @@ def build(wanted: list[Case]) -> list[Row]:
     device, instance = device_of(name), INSTANCES[dtype]
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
-        source = ROOT / f"csrc/cuda/instance_{instance}.cu"
+        source = ROOT / f"csrc/cuda/instances/{instance}.cu"
         run(compiler, *FLAGS, f"-arch=sm_{device.arch}", "-cubin", "-o", cubin, source)
         (kernel,) = cuda_code.kernels(cubin)
         code = sass.parse_sass(sass.tool("nvdisasm", "-c", str(cubin)))

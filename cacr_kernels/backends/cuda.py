@@ -43,7 +43,7 @@ def fuses(shape: tuple[int, ...], pairing: Pairing) -> bool:
 
 
 class Arithmetic(NamedTuple):
-    """What the kernels do per product of two features (csrc/cuda/arithmetic.cuh)."""
+    """What the kernels do per product of two features (csrc/cuda/tile/arithmetic.cuh)."""
 
     owned: int  # features whose gradient a block adds up; for every such group similarities are computed again
     pieces: int  # multiply-adds that one product of a gradient takes

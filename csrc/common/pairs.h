@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "host_device.h"
+
 namespace cacr {
 
 enum class Pairing : int32_t {
@@ -32,7 +34,7 @@ inline ViewPairs view_pairs(int64_t views, Pairing pairing) {
 }
 
 // What each of `rows` rows in each of `groups` views or pairs counts in a mean that is multiplied by `factor`.
-inline double mean_weight(double factor, int64_t groups, int64_t rows) {
+CACR_HOST_DEVICE double mean_weight(double factor, int64_t groups, int64_t rows) {
   return factor / (double(groups) * double(rows));
 }
 

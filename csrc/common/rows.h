@@ -65,11 +65,18 @@ struct RowCoefficients {
   double sum;  // sum_j dL/du_j
 };
 
+// What turns e_j into w_j = e_j factor / divisor: the CPU kernels keep the factor 1 / sum_j e_j, the CUDA kernels the
+// sum itself as the divisor. The other one is 1 and changes nothing.
+struct Normaliser {
+  double factor, divisor;
+  CACR_HOST_DEVICE Normaliser(double factor_, double divisor_ = 1) : factor(factor_), divisor(divisor_) {}
+};
+
 // g_value = dL/dF, g_lse = dL/dlse. detach_weights: the weights are constants, and the lse carries no gradient.
-CACR_HOST_DEVICE RowCoefficients row_coefficients(double factor, double g_value, double g_lse, double tau,
+CACR_HOST_DEVICE RowCoefficients row_coefficients(Normaliser n, double g_value, double g_lse, double tau,
                                                   bool detach_weights) {
   const double t = detach_weights ? 0 : tau, sum = -2 * (g_value + (detach_weights ? 0 : g_lse * t));
-  return {factor * sum, factor * 4 * g_value * t, sum};
+  return {n.factor * sum / n.divisor, n.factor * 4 * g_value * t / n.divisor, sum};
 }
 
 // Two softmaxes over one set, whose gradients nearly cancel (cost="rbf"): A w_0 + B w_1 = B (w_1 - w_0) + (A + B) w_0
@@ -79,8 +86,8 @@ struct CancellingCoefficients {
   double first_a, ratio;
 };
 
-CACR_HOST_DEVICE CancellingCoefficients cancelling_coefficients(double first_factor, double second_factor, double sum) {
-  return {first_factor * sum, first_factor / second_factor};
+CACR_HOST_DEVICE CancellingCoefficients cancelling_coefficients(Normaliser first, Normaliser second, double sum) {
+  return {first.factor * sum / first.divisor, first.factor * second.divisor / (second.factor * first.divisor)};
 }
 
 // dL/du of a key in one softmax; d: d_j - delta. Value: float, double, or vectors of them; a and b may be numbers

@@ -1,5 +1,5 @@
+#include "../operators.cuh"
 #include "instances.h"
-#include "operators.cuh"
 
 cudaError_t cacr::run_float(const Call& call, cudaStream_t stream, const Allocator& memory) {
   return run_call<IeeeArithmetic<float>>(call, stream, memory);

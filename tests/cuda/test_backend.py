@@ -174,7 +174,7 @@ def test_work_is_that_of_the_kernels():
     keys = torch.bfloat16, torch.float16, _cuda.TF32, _cuda.TF32X3, _cuda.IEEE
     assert [_cuda.ARITHMETIC[key].owned for key in keys] == [library.cacr_owned_features(i) for i in range(5)]
     assert library.cacr_owned_features(5) == 16  # of float64, which "auto" leaves to "triton"
-    source = (ROOT / "csrc/cuda/arithmetic.cuh").read_text()
+    source = (ROOT / "csrc/cuda/tile/arithmetic.cuh").read_text()
     pieces = dict(re.findall(r"= HalfArithmetic<(b?f16), (\d),", source))
     assert pieces == {name: str(_cuda.ARITHMETIC[key].pieces) for name, key in zip(("bf16", "f16"), keys, strict=False)}
 
@@ -220,5 +220,5 @@ def test_fakes():
         assert {loss.dtype, parts.dtype, grad.dtype} == {torch.float32}
         tau, ids = torch.ones(2, dtype=torch.float64), torch.zeros(7, dtype=torch.int32)
         arguments = views, None, ids, None, tau, [1, 2], [0, 1], [1, 2], False, False
-        value, lse, weights = torch.ops.cacr_kernels.contrast_cuda(*arguments)
-        assert (value.shape, lse.shape, weights.shape) == ((2, 2, 7), (2, 2, 7), (3, 2, 2, 7))
+        value, lse, row_state = torch.ops.cacr_kernels.contrast_cuda(*arguments)
+        assert (value.shape, lse.shape, row_state.shape) == ((2, 2, 7), (2, 2, 7), (3, 2, 2, 7))

@@ -131,7 +131,7 @@ def test_long_sums(emulation, case, arithmetic, nearest):
     """Over many keys and many features, whichever way the tensor cores round."""
     dtype = {"bf16": torch.bfloat16, "f16": torch.float16}.get(arithmetic, torch.float32)
     emulation.nearest = nearest
-    emulation.resident_blocks = 1  # nothing is shared out: one sum over all keys
+    emulation.resident_blocks = 1  # no splits: one sum over all keys
     if dtype == torch.float32:
         emulation.float32 = arithmetic
     assert [result for result in testing.compare(case, "cuda", dtype) if not result.ok] == []
@@ -174,7 +174,7 @@ def run_emulated(loss: str, tensors: dict[str, Tensor], **options: object):
 
 @pytest.mark.parametrize("resident_blocks", [0, 1, 5, 64])
 def test_any_grid(emulation, resident_blocks):
-    """Phases as launches of their own, persistent loops, more shares than one: the same numbers."""
+    """Phases as launches of their own, persistent loops, more splits than one: the same numbers."""
     emulation.resident_blocks = resident_blocks
     views = cacr_kernels.testing.make_inputs(next(iter(small_cases())), 0)["views"].double()
     options = {"tau_pos": torch.tensor(1.5), "tau_neg": torch.tensor(2.5), "cost": "rbf"}

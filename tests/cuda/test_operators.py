@@ -33,7 +33,7 @@ class Problem(NamedTuple):
     D: int
     kinds: tuple[int, ...]
     pairs: tuple[tuple[int, int], ...] = ((0, 0), (2, 1))
-    inner: bool = False
+    inner_product: bool = False
     detach: bool = False
     taus: tuple[float, ...] = (1.3, -2.1)
 
@@ -53,15 +53,15 @@ def arguments(problem: Problem, dtype: torch.dtype) -> tuple[Any, ...]:
     k, k_id = (None, None) if problem.M is None else (embeddings(2, problem.M), ids(problem.M))
     tau = torch.tensor(problem.taus[: len(problem.kinds)], dtype=torch.float64)
     index = [x for x, _ in problem.pairs], [y for _, y in problem.pairs]
-    return q, k, q_id, k_id, tau, list(problem.kinds), *index, problem.inner, problem.detach
+    return q, k, q_id, k_id, tau, list(problem.kinds), *index, problem.inner_product, problem.detach
 
 
 def everything(forward: Any, backward: Any, given: tuple[Any, ...]) -> list[Tensor]:
     """Value, lse, and the gradients of q, k and tau."""
-    value, lse, weights = forward(*given)
+    value, lse, row_state = forward(*given)
     g = torch.Generator().manual_seed(1)
     incoming = [torch.rand(value.shape, generator=g, dtype=torch.float64) - 0.25 for _ in range(2)]
-    return [value, lse, *backward(*given, value, weights, *incoming, True, True, True)]
+    return [value, lse, *backward(*given, value, row_state, *incoming, True, True, True)]
 
 
 def assert_right(emulation: Emulation, problem: Problem, arithmetic: str) -> list[Tensor]:
@@ -82,9 +82,9 @@ PROBLEMS = {
     "one row": Problem(1, 1, 1, (ALL,)),
     "tails": Problem(67, 70, 19, (SAME, OTHER)),
     "aligned": Problem(66, 65, 40, (OTHER, OTHER), taus=(-1.0, -3.0)),
-    "own": Problem(71, None, 24, (SAME_NOT_SELF, OTHER), ((0, 1), (2, 1), (1, 1))),
+    "symmetric": Problem(71, None, 24, (SAME_NOT_SELF, OTHER), ((0, 1), (2, 1), (1, 1))),
     "features": Problem(3, 5, 275, (ALL,)),
-    "inner": Problem(65, 5, 16, (OTHER,), inner=True),
+    "inner product": Problem(65, 5, 16, (OTHER,), inner_product=True),
     "detached": Problem(5, 65, 24, (ALL,), detach=True),
     "no keys": Problem(5, 0, 3, (ALL,)),
     "no pairs": Problem(5, 7, 3, (ALL,), ()),
@@ -102,9 +102,9 @@ def test_against_float64(emulation, name, arithmetic):
 def test_schedules(emulation, seed):
     """In reverse, at random, starving: the same bits, and nothing that the emulation objects to."""
     emulation.resident_blocks = 4
-    first = assert_right(emulation, PROBLEMS["own"], "f16")
+    first = assert_right(emulation, PROBLEMS["symmetric"], "f16")
     emulation.seed = seed
-    again = assert_right(emulation, PROBLEMS["own"], "f16")
+    again = assert_right(emulation, PROBLEMS["symmetric"], "f16")
     for x, y in zip(first, again, strict=True):
         assert x.equal(y)
 
@@ -161,20 +161,20 @@ def test_largest_temperature(emulation, cost):
 
 @pytest.mark.parametrize("resident_blocks", [0, 1, 50])
 def test_grids(emulation, resident_blocks):
-    """A launch per phase; one block for all units; keys and gradients shared out among more blocks than there are."""
+    """A launch per phase; one block for all units; keys and gradients split among more blocks than there are."""
     emulation.resident_blocks = resident_blocks
     assert_right(emulation, PROBLEMS["tails"], "bf16")
-    assert_right(emulation, PROBLEMS["own"], "float")
+    assert_right(emulation, PROBLEMS["symmetric"], "float")
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "t", "qk", "qt", "kt"])
-@pytest.mark.parametrize("name", ["tails", "own", "many pairs"])
+@pytest.mark.parametrize("name", ["tails", "symmetric", "many pairs"])
 def test_what_is_wanted(emulation, name, wanted):
-    """Shares of one side, of moments alone, of all: the gradients are those of a call that wants everything."""
+    """Splits of one side, of variances alone, of all: the gradients are those of a call that wants everything."""
     given = arguments(PROBLEMS[name]._replace(D=70), torch.float64)
     emulation.resident_blocks = 1
-    value, lse, weights = emulation.contrast(*given)
-    everything = value, weights, torch.full_like(value, 0.75), torch.full_like(lse, -0.5)
+    value, lse, row_state = emulation.contrast(*given)
+    everything = value, row_state, torch.full_like(value, 0.75), torch.full_like(lse, -0.5)
     expected = emulation.contrast_backward(*given, *everything, True, True, True)
     emulation.resident_blocks = 50
     found = emulation.contrast_backward(*given, *everything, *(x in wanted for x in "qkt"))
@@ -189,9 +189,9 @@ def test_what_is_wanted(emulation, name, wanted):
 def test_less_room_than_the_device_said(emulation, room):
     """A cooperative launch that is refused after all becomes one for every phase, with the same bits."""
     emulation.resident_blocks = 50
-    first = assert_right(emulation, PROBLEMS["own"], "bf16")
+    first = assert_right(emulation, PROBLEMS["symmetric"], "bf16")
     emulation.room = room
-    for x, y in zip(first, assert_right(emulation, PROBLEMS["own"], "bf16"), strict=True):
+    for x, y in zip(first, assert_right(emulation, PROBLEMS["symmetric"], "bf16"), strict=True):
         assert x.equal(y)
 
 
@@ -212,12 +212,12 @@ def test_empty_sets(emulation):
     q, k, q_id, k_id, *rest = arguments(PROBLEMS["tails"]._replace(kinds=(SAME,)), torch.float32)
     q_id[:2] = 99
     given = q, k, q_id, k_id, *rest
-    value, lse, weights = emulation.contrast(*given)
+    value, lse, row_state = emulation.contrast(*given)
     assert (value[0, :, :2] == 0).all()
     assert (lse[0, :, :2] == -torch.inf).all()
     incoming = torch.zeros_like(value)
     incoming[0, :, :2] = 7.0
-    for grad in emulation.contrast_backward(*given, value, weights, incoming, incoming, True, True, True):
+    for grad in emulation.contrast_backward(*given, value, row_state, incoming, incoming, True, True, True):
         assert not grad.any()
 
 

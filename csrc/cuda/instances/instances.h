@@ -1,13 +1,13 @@
-// The arithmetics that are compiled, each in a file of its own (instance_*.cu).
+// The arithmetics that are compiled, each in a file of its own.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include "call.h"
+#include "../call.h"
 
 namespace cacr {
 
-// Computes with the products of one arithmetic: `call` on `stream`, without waiting for it.
+// Runs `call` on `stream` in one arithmetic, without waiting for it.
 using Run = cudaError_t(const Call& call, cudaStream_t stream, const Allocator& memory);
 
 Run run_bf16;    // bfloat16, coefficients in three pieces

@@ -26,7 +26,7 @@ read = cache(kernels)  # half a minute for a library
 @pytest.fixture(scope="module", params=list(ARITHMETIC) if LIBRARY else ["bf16"])
 def compiled(request) -> list[Kernel]:
     tool("cuobjdump")
-    source = ROOT / "csrc/cuda" / f"instance_{request.param}.cu"
+    source = ROOT / "csrc/cuda/instances" / f"{request.param}.cu"
     path = Path(LIBRARY) if LIBRARY else by_nvcc(str(source), "cubin")
     found = [kernel for kernel in read(path) if kernel.arithmetic == request.param]
     assert found, f"no kernel of {request.param} in {path}"
