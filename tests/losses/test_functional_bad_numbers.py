@@ -18,6 +18,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *(("cacr", {"pairing": p, "cost": c}) for p in ("unordered", "ordered", "pooled") for c in ("sqeuclidean", "rbf")),
     ("cacr", {"pairing": "pooled", "reduction": "none"}),
     ("cacr", {"tau_pos": 0, "tau_neg": 0}),
+    ("cacr", {"tau_neg": 50.0, "cost": "rbf"}),
     ("cacr", {"tau_pos": 50.0, "tau_neg": 50.0, "normalize": True}),
     *(("queue", {"in_batch": i, "weight_grad": w}) for i in (True, False) for w in ("in_batch", "full", "none")),
     ("queue", {"tau_neg": 0.0, "normalize": True}),
@@ -26,6 +27,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
         for c in ("rbf", "sqeuclidean")
         for n in (True, False)
     ),
+    *(("momentum", {"cost": c}) for c in ("rbf", "sqeuclidean")),
     ("supervised", {}),
     ("supervised", {"tau_pos": 0.0, "tau_neg": 30.0}),
 ]
@@ -80,8 +82,8 @@ def test_bad_data_at_every_instance(bad: float, batch: int, backend: str) -> Non
         tensors = {"views": unit(2, batch, 9).float(), "queue": queue.float(), "labels": torch.arange(batch) % 2}
         views, queue, labels = there(tensors, backend).values()
         assert not LOSSES["queue"](views, views, queue, in_batch=False, backend=backend).isfinite(), row
-        if batch > 2:
-            assert not LOSSES["supervised"](queue, labels, tau_neg=40.0, backend=backend).isfinite(), row
+        for tau in (1.0, 40.0) if batch > 2 else ():
+            assert not LOSSES["supervised"](queue, labels, tau_neg=tau, backend=backend).isfinite(), row
 
 
 @each_backend
