@@ -42,7 +42,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None, steps: tuple[Step, ...] = STEPS) -> int:
     """Runs the steps; returns the exit status."""
     options = parse(arguments)
-    folder: Path = options.out
+    folder: Path = options.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""The process of a step: ``python -m benchmarks.gpu_check.child STEP``. Its tasks run one after the other.
+"""The process of a step, started by ``supervise.py``. Its tasks run one after the other.
 
 It ends with ``LOST`` once the GPU is of no more use to it (after a CUDA error every further call fails, too), and when
-a task takes too long; ``supervise.py`` then starts another process, which begins with the next task.
+a task takes too long; another process is then started, which begins with the next task.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ def end_with_parent() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("step")
+    parser.add_argument("--module", required=True)
     parser.add_argument("--lines", type=Path, required=True)
     parser.add_argument("--share", type=int, default=0)
     parser.add_argument("--shares", type=int, default=1)
@@ -111,7 +112,7 @@ def main() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     lines = Lines(options.lines, options.step)
     try:
-        step = importlib.import_module(f"{__package__}.{options.step}")
+        step = importlib.import_module(options.module)
         step.run(Context(lines, options.share, options.shares, options.scale))
     except Exception as error:
         traceback.print_exc()

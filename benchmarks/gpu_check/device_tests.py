@@ -18,7 +18,6 @@ FILES = (
     "tests/losses/test_functional_inputs.py",
     "tests/losses/test_functional_numbers.py",
     "tests/losses/test_functional.py",
-    "tests/losses/test_inputs.py",
     "tests/losses/test_modules.py",
     "tests/operators/test_autocast.py",
     "tests/operators/test_contexts.py",

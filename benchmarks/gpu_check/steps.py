@@ -12,10 +12,10 @@ MOST_PROCESSES = 16  # each holds a CUDA context of about 0.5 GiB
 
 
 class Step(NamedTuple):
-    """``module`` is run by ``child.py``; ``processes``: in as many as there are cores, each with a share of the tasks.
+    """What ``run`` of ``module`` does (by default the module here of the same name), in a process of its own.
 
-    ``only``: the choices of ``--only`` that the step belongs to, beside "all". ``resumes``: after a crash another
-    process goes on with the next task. ``command`` replaces all that, for tests.
+    ``only``: the choices of ``--only`` that the step belongs to. ``processes``: in as many as there are cores, each
+    with a share of the tasks. ``resumes``: after a crash another process goes on with the next task.
     """
 
     name: str
@@ -24,14 +24,13 @@ class Step(NamedTuple):
     only: tuple[str, ...] = ()
     processes: bool = False
     resumes: bool = True
-    command: tuple[str, ...] = ()
+    module: str = ""
 
     def commands(self, lines: Path, scale: float, workers: int) -> list[list[str]]:
         """The command of each process."""
-        if self.command:
-            return [[*self.command]]
         count = workers if self.processes else 1
-        start = [sys.executable, "-m", "benchmarks.gpu_check.child", self.name, "--lines", str(lines)]
+        module = self.module or f"{__package__}.{self.name}"
+        start = [sys.executable, "-m", f"{__package__}.child", self.name, f"--module={module}", f"--lines={lines}"]
         return [[*start, f"--scale={scale:.4g}", f"--share={share}", f"--shares={count}"] for share in range(count)]
 
 

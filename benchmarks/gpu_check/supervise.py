@@ -17,6 +17,7 @@ from typing import NamedTuple
 from .lines import SKIP, START, Lines
 from .steps import Step
 
+ROOT = Path(__file__).resolve().parents[2]
 TRIES = 20  # processes that one share of a step may use up
 LOG_BYTES = 12 << 20  # the log may have at most 16 MiB
 POLL, TICK = 0.05, 3.0  # seconds
@@ -59,6 +60,7 @@ class Share:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment(),
+                cwd=ROOT,
                 start_new_session=True,
             )
 

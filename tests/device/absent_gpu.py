@@ -8,7 +8,7 @@ devices, fails here as it would there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ from cacr_kernels.backends import table
 NAME = "absent"
 GPU_BACKENDS = ("triton", "cuda")
 MIXING = ("aten::copy_", "aten::_to_copy", "aten::index.Tensor")  # operations that take tensors of two devices
-RANDOM = ("aten::rand", "aten::normal", "aten::bernoulli", "aten::uniform")
+HALF = (torch.float16, torch.bfloat16)  # which the operators of the CPU do not take
 
 
 class AbsentTensor(Tensor):
@@ -72,7 +72,7 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
         goes_there = there[0]
     if goes_there and isinstance(kwargs.get("generator"), torch.Generator):
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
-    out = on_host(func)(*tree_map(_host, args), **tree_map(_host, kwargs))
+    out = on_host(func, *tree_map(_host, (args, kwargs)))
     if func._schema.is_mutable and name.endswith("_"):
         return args[0]
     return tree_map(lambda x: AbsentTensor(x) if goes_there and isinstance(x, Tensor) else x, out)
@@ -84,13 +84,18 @@ def _host(x: Any) -> Any:
     return torch.device("cpu") if isinstance(x, torch.device) and x.type == NAME else x
 
 
-def on_host(func: Any) -> Callable[..., Any]:
-    """The operators of GPU backends as those of the CPU, which have the same schemas."""
+def on_host(func: Any, args: Any, kwargs: Any) -> Any:
+    """The result on the host; operators of GPU backends run as those of the CPU, which have the same schemas."""
     namespace, _, name = func._schema.name.partition("::")
     base, _, backend = name.rpartition("_")
     if namespace != "cacr_kernels" or backend not in GPU_BACKENDS:
-        return func  # type: ignore[no-any-return]
-    return getattr(torch.ops.cacr_kernels, f"{base}_cpu").default  # type: ignore[no-any-return]
+        return func(*args, **kwargs)
+    operator = getattr(torch.ops.cacr_kernels, f"{base}_cpu").default
+    if not any(isinstance(x, Tensor) and x.dtype in HALF for x in args):
+        return operator(*args, **kwargs)
+    shapes = func(*tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, args), **kwargs)
+    found = operator(*(x.float() if isinstance(x, Tensor) and x.dtype in HALF else x for x in args), **kwargs)
+    return tree_map(lambda x, like: x.to(like.dtype), found, shapes)
 
 
 def _why_not(device: torch.device | None) -> str | None:
@@ -98,9 +103,13 @@ def _why_not(device: torch.device | None) -> str | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as set_up
+    from torch.utils import backend_registration
 
-    set_up(NAME)
+    class Module(backend_registration._DummyBackendModule):
+        def get_amp_supported_dtype(self) -> list[torch.dtype]:
+            return [*HALF]
+
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=Module())
     table.TABLE = tuple(
         backend._replace(why_not=_why_not) if backend.name in GPU_BACKENDS else backend for backend in table.TABLE
     )
