@@ -22,6 +22,7 @@ from tests.agreement import (
     randn,
     run,
     small_inputs,
+    there,
     unit,
 )
 
@@ -61,7 +62,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_layouts(loss: str, layout: str, backend: str) -> None:
     make = LAYOUTS[layout]
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
-        tensors = cast(small_inputs(loss), dtype)
+        tensors = there(cast(small_inputs(loss), dtype), backend)
         strided = value_and_gradients(loss, tensors, make, backend=backend)
         dense = value_and_gradients(loss, tensors, lambda t: make(t).contiguous(), backend=backend)
         assert torch.equal(strided[0], dense[0])
@@ -75,7 +76,7 @@ def test_layouts(loss: str, layout: str, backend: str) -> None:
 @each_backend
 def test_inputs_are_left_alone(backend: str) -> None:
     for loss, normalize in itertools.product(LOSSES, (False, True)):
-        tensors = {n: t.requires_grad_(t.is_floating_point()) for n, t in small_inputs(loss).items()}
+        tensors = {n: t.requires_grad_(t.is_floating_point()) for n, t in there(small_inputs(loss), backend).items()}
         before = {n: t.detach().clone() for n, t in tensors.items()}
         LOSSES[loss](**tensors, normalize=normalize, backend=backend).backward()
         assert all(torch.equal(t, before[n]) for n, t in tensors.items()), loss
@@ -84,26 +85,26 @@ def test_inputs_are_left_alone(backend: str) -> None:
 @each_backend
 def test_sequences_of_views(backend: str) -> None:
     for loss in ("cacr", "queue", "momentum"):
-        tensors = small_inputs(loss)
+        tensors = there(small_inputs(loss), backend)
         name = next(iter(tensors))
         expected = run(loss, tensors, backend)
         for sequence in (list, tuple):
             leaves = sequence(t.clone().requires_grad_() for t in tensors[name])
             value = LOSSES[loss](**(tensors | {name: leaves}), backend=backend)
-            torch.testing.assert_close(value.detach(), expected.parts.loss, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(value.detach().cpu(), expected.parts.loss, rtol=1e-12, atol=1e-12)
             grads = torch.autograd.grad(value, leaves)
             stacked = tensors[name].clone().requires_grad_()
             value = LOSSES[loss](**(tensors | {name: stacked}), backend=backend)
             torch.testing.assert_close(torch.stack(grads), torch.autograd.grad(value, stacked)[0])
-    keys = small_inputs("queue")["keys"]
-    listed = LOSSES["queue"](**(small_inputs("queue") | {"keys": list(keys)}), backend=backend)
-    torch.testing.assert_close(listed, LOSSES["queue"](**small_inputs("queue"), backend=backend))
+    tensors = there(small_inputs("queue"), backend)
+    listed = LOSSES["queue"](**(tensors | {"keys": list(tensors["keys"])}), backend=backend)
+    torch.testing.assert_close(listed, LOSSES["queue"](**tensors, backend=backend))
 
 
 @each_backend
 def test_keys_and_queue_are_detached(backend: str) -> None:
     for loss in ("queue", "momentum"):
-        tensors = small_inputs(loss)
+        tensors = there(small_inputs(loss), backend)
         for weight_grad in ("in_batch", "full", "none") if loss == "queue" else ("",):
             options = {"weight_grad": weight_grad} if weight_grad else {}
             gradients = run(loss, tensors, backend, **options).gradients
@@ -275,13 +276,13 @@ def test_labels_of_different_dtypes_are_compared_by_value(dtype: torch.dtype, sw
 
 @each_backend
 def test_strided_and_expanded_labels(backend: str) -> None:
-    z, labels = randn(7, 5), torch.arange(14) // 4
+    z, labels = there({"z": randn(7, 5), "labels": torch.arange(14) // 4}, backend).values()
     expected = run("supervised", {"embeddings": z, "labels": labels[::2].contiguous()}, "reference").parts.loss
     for same in (labels[::2], labels.view(7, 2)[:, 0], labels.to(torch.int32)[::2]):
         value = LOSSES["supervised"](z, same, backend=backend)
-        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
-    value = LOSSES["supervised"](z, torch.tensor(3).expand(7), backend=backend)
-    torch.testing.assert_close(value, LOSSES["supervised"](z, torch.full((7,), 3), backend="reference"))
+        torch.testing.assert_close(value.cpu(), expected, rtol=1e-10, atol=1e-10)
+    value = LOSSES["supervised"](z, labels.new_tensor(3).expand(7), backend=backend)
+    torch.testing.assert_close(value, LOSSES["supervised"](z, labels.new_full((7,), 3), backend="reference"))
 
 
 @each_backend

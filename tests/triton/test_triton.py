@@ -7,7 +7,6 @@ import itertools
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
-from benchmarks import gpu_check
 from cacr_kernels import cacr_loss
 from cacr_kernels.backends.table import TABLE, select
 from cacr_kernels.backends.triton import table
@@ -151,28 +149,6 @@ def test_tiles_fit_the_features() -> None:
                 tile = table.tile_of(family, kernel, precision, D, two)
                 assert tile.chunks(D) * tile.block_d >= D
                 assert kernel == "statistics" or tile.chunks(D) > 1 or tile.block_out == tile.block_d >= D
-
-
-# ---- for owners of a GPU ---------------------------------------------------------------------------------------------
-def test_gpu_check_reports_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever one of them finds, the others run, and the report holds it all."""
-    scripts = {"environment": ["-c", "print('{}')", "--json"], "verify": ["-c", "raise SystemExit(3)"],
-               "tests": ["-c", "print('fine')"]}  # fmt: skip
-    monkeypatch.setattr(gpu_check, "steps", lambda out, device: scripts)
-    out = tmp_path / "report"
-    assert gpu_check.main(["--device", "cpu", "--out", str(out)]) == 1
-    assert (out / "environment.json").read_text() == "{}\n"
-    assert (out / "tests.log").read_text() == "fine\n"
-    with tarfile.open(tmp_path / "report.tar.gz") as tar:
-        assert {Path(name).name for name in tar.getnames()} == {"report", "environment.json", "verify.log", "tests.log"}
-
-
-def test_gpu_check_steps_exist() -> None:
-    for name, (_, module, *rest) in gpu_check.steps(Path("out"), "cuda").items():
-        assert importlib.util.find_spec(module), name
-        assert all((ROOT / x).exists() for x in rest if x.startswith("tests/"))
-    if not torch.cuda.is_available():
-        assert gpu_check.main([]) == 2
 
 
 @pytest.mark.filterwarnings("ignore")
