@@ -50,7 +50,7 @@ for call in (lambda: ck.cacr_loss(z, backend="cpu"), lambda: ck.CACRLoss(backend
         refusals.append(str(error))
 print(json.dumps({
     "imported": imported, "first": first, "count": len(caught), "finite": bool(z.grad.isfinite().all()),
-    "named": [x.item() for x in named], "backends": ck.backends(), "refusals": refusals,
+    "named": [x.item() for x in named], "backends": ck.available_backends(), "refusals": refusals,
     "warnings": [[w.category.__name__, str(w.message), w.filename] for w in caught],
 }))
 """

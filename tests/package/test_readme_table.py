@@ -25,7 +25,7 @@ README = Path(__file__).parents[2] / "README.md"
 N = 4096  # queries, and at least as many keys
 MATRIX = N * N // 4  # no call needs a tensor of so many elements unless it stores an N x M array
 SMALL = 64  # queries of a call whose memory is not looked at
-BACKENDS = tuple(cacr_kernels.backends())
+BACKENDS = tuple(cacr_kernels.available_backends())
 Shapes = dict[str, tuple[int, ...]]
 
 
