@@ -133,7 +133,7 @@ int main() {{
 # ---- choice of the instruction set -----------------------------------------------------------------------------------
 LOSS = """
 import torch, cacr_kernels
-from cacr_kernels import _extension, backends
+from cacr_kernels.backends import library as _extension
 torch.manual_seed(0)
 z = torch.nn.functional.normalize(torch.randn(2, 157, 33), dim=-1).requires_grad_()
 print(_extension.active_isa(), end=" ")
@@ -236,7 +236,7 @@ print(len(os.listdir("/proc/self/task")) - before)
 # ---- memory, size, floating-point mode -------------------------------------------------------------------------------
 PEAK = """
 import resource, torch, cacr_kernels
-from cacr_kernels import ops
+import cacr_kernels.operators
 torch.set_num_threads(64)
 def small():
     z = torch.randn(2, 64, 8, requires_grad=True)
