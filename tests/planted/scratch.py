@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ COMPILED = ("build/native-*", "cacr_kernels/*.so")  # what that makes
 NOTICED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - (.*))?$", re.MULTILINE)
 COMPILER = re.compile(r"^.*(?:\berror: |\[-Werror).*$", re.MULTILINE)
 # The package is found here whatever the folder; no bytecode of a source whose time stamp lies; skips are no failures.
-ENVIRONMENT = {"PYTHONDONTWRITEBYTECODE": "1", "OMP_WAIT_POLICY": "passive", "CI": "", "CACR_BUILD_CUDA": "0"}
+ENVIRONMENT = {"PYTHONDONTWRITEBYTECODE": "1", "OMP_WAIT_POLICY": "passive", "CI": ""}
 
 
 class Outcome(NamedTuple):
@@ -62,16 +63,20 @@ class Scratch:
             [sys.executable, *command], cwd=self.tree, env=env, start_new_session=True, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
+        status, output = None, ""
         try:
-            output, _ = process.communicate(timeout=self.limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with its children
-            return None, process.communicate()[0]
-        return process.returncode, output
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                output, _ = process.communicate(timeout=self.limit)
+                status = process.returncode
+        finally:
+            if process.poll() is None:  # out of time, or interrupted
+                os.killpg(process.pid, signal.SIGKILL)  # with its children
+                process.communicate()
+        return status, output
 
     def compile(self) -> tuple[int | None, str]:
         """Makes the CPU library, as far as something has changed."""
-        return self.run("setup.py", "build_ext", "--inplace")
+        return self.run("setup.py", "build_ext", "--inplace", CACR_BUILD_CUDA="0")
 
     def test(self, *arguments: str) -> Outcome:
         """The verdict of a run of pytest up to the first failure."""

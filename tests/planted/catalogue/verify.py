@@ -16,6 +16,7 @@ FAULTS = (
         replacement="failures += r.error > r.tolerance",
         why="an error that is NaN passes",
         tests=OF_VERIFY,
+        equivalent="testing.error gives infinity for what is not finite, never NaN",
     ),
     Fault(
         "verify-first-instead-of-worst",
