@@ -86,7 +86,7 @@ FAULTS = (
         text="c = difference_cost(embeddings[:, None], k)",
         replacement="c = pairwise_cost(embeddings, k)",
         why="close positives of one class lose their digits",
-        tests=(TESTS, "tests/losses/test_inputs.py tests/losses/test_functional_numbers.py"),
+        tests=(TESTS, "tests/losses/test_functional_numbers.py"),
     ),
     Fault(
         "reference-nonempty-factor",
