@@ -20,8 +20,12 @@ NATIVE = ("csrc/cpu/", "csrc/common/", "setup.py")  # after a change of these th
 COMPILED = ("build/native-*", "cacr_kernels/*.so")  # what that makes
 NOTICED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - (.*))?$", re.MULTILINE)
 COMPILER = re.compile(r"^.*(?:\berror: |\[-Werror).*$", re.MULTILINE)
-# The package is found here whatever the folder; no bytecode of a source whose time stamp lies; skips are no failures.
-ENVIRONMENT = {"PYTHONDONTWRITEBYTECODE": "1", "OMP_WAIT_POLICY": "passive", "CI": ""}
+ENVIRONMENT = {
+    "PYTHONDONTWRITEBYTECODE": "1",  # it would be kept by the time of a source, which is set back
+    "OMP_WAIT_POLICY": "passive",
+    "CACR_TEST_ALL": "1",
+    "CI": "",  # where a skip is a failure
+}
 
 
 class Outcome(NamedTuple):
