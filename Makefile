@@ -8,17 +8,22 @@ PYTEST_FLAGS ?= -q -n 2
 BENCH ?= baselines # the extra that the benchmarks install; "bench" leaves out the other packages
 BENCH_FLAGS ?=
 DEMO_FLAGS ?=
+PLANTED_FLAGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f)
 CLANG_FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test demo bench gpu-check lint format build clean
+.PHONY: test planted demo bench gpu-check lint format build clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/.with-test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# Plants faults in a copy of the tree and says which the tests notice; hours, an interrupted run goes on.
+planted: $(VENV)/.with-test
+	$(BIN)/python -m tests.planted $(PLANTED_FLAGS)
 
 # Threads that spin while others need the processor take many times as long.
 demo: export OMP_WAIT_POLICY ?= passive

@@ -1,0 +1,144 @@
+"""``python -m tests.planted`` (``make planted``): plants the faults of the catalogue and says who noticed.
+
+Results are kept in ``build/planted`` and used again as long as the fault, its file and the tests named are what they
+were: an interrupted run goes on where it was. Exit status: 0 every fault was caught, 1 one was not, 2 the catalogue or
+the arguments cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .catalogue import faults, layers
+from .fault import ROOT, Fault
+from .scratch import Outcome, Scratch
+
+FOLDER = ROOT / "build" / "planted"
+Results = list[tuple[Fault, Outcome]]
+
+
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.planted", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("id", nargs="*", help="plant only these faults")
+    parser.add_argument("--only", action="append", choices=layers(), metavar="LAYER", help="may be repeated")
+    parser.add_argument("--sample", type=int, metavar="N", help="only N, others at every --seed")
+    parser.add_argument("--seed", type=int, default=datetime.date.today().toordinal(), help="default: the date")
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds of a run of tests (%(default)g)")
+    parser.add_argument("--again", action="store_true", help="do not use kept results")
+    return parser.parse_args(given)
+
+
+def chosen(options: argparse.Namespace) -> list[Fault]:
+    """What the command line asks for; ``ValueError`` where that is nothing, or does not fit the code."""
+    found = [fault for fault in faults() if not fault.equivalent]
+    if options.id:
+        found = [fault for fault in found if fault.id in options.id]
+    if options.only:
+        found = [fault for fault in found if fault.layer in options.only]
+    if options.sample is not None:
+        found = sample(found, options.sample, options.seed)
+    if not found or set(options.id) - {fault.id for fault in found}:
+        raise ValueError("no such fault")
+    for fault in found:
+        fault.apply((ROOT / fault.file).read_text(encoding="utf-8"))  # now, not after hours
+    return found
+
+
+def sample(found: list[Fault], count: int, seed: int) -> list[Fault]:
+    """``count`` faults of mixed layers; successive seeds go through all of them."""
+    mixed = sorted(found, key=lambda fault: hashlib.sha256(fault.id.encode()).digest())
+    return [mixed[(seed * count + i) % len(mixed)] for i in range(min(count, len(mixed)))]
+
+
+def key(fault: Fault) -> str:
+    """A hash of the fault, the file it stands in and the tests that are named."""
+    digest = hashlib.sha256(repr(fault).encode())
+    named = (word.partition("::")[0] for run in fault.runs for word in shlex.split(run) if word.startswith("tests/"))
+    for path in (ROOT / name for name in (fault.file, *named)):
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def kept(fault: Fault) -> Outcome | None:
+    """The result of an earlier run of the same."""
+    try:
+        data = json.loads((FOLDER / f"{fault.id}.json").read_text(encoding="utf-8"))
+        return Outcome(**data["outcome"]) if data["key"] == key(fault) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def run(found: list[Fault], options: argparse.Namespace, console: Console) -> Results:
+    """Plants one after the other, with a line for each."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    scratch = None
+    results: Results = []
+    width = max(len(fault.id) for fault in found)
+    for i, fault in enumerate(found, 1):
+        outcome = None if options.again else kept(fault)
+        if earlier := outcome is not None:
+            text = "kept"
+        else:
+            scratch = scratch or Scratch(FOLDER / "scratch", options.limit)
+            outcome = scratch.plant(fault)
+            text = f"{outcome.seconds:.0f} s"
+        assert outcome is not None
+        if not earlier and outcome.verdict != "error":  # errors are not kept
+            data = {"key": key(fault), "outcome": outcome._asdict()}
+            (FOLDER / f"{fault.id}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        style = "green" if outcome.caught else "bold red"
+        about = (
+            f"{outcome.by} [dim]{escape(outcome.said[:100])}[/]" if outcome.by else escape(outcome.said or fault.why)
+        )
+        line = f"{i:3d}/{len(found)} {fault.id:{width}} [{style}]{outcome.verdict:10}[/] {text:>6}  {about}"
+        console.print(line, soft_wrap=True)
+        results.append((fault, outcome))
+    return results
+
+
+def print_summary(results: Results, console: Console) -> None:
+    """How many were caught: by layer, of the foreign ones, of all; and which were not."""
+    table = Table("layer", title="planted faults", title_justify="left", show_edge=False)
+    for heading in ("planted", "caught", "%", "minutes"):
+        table.add_column(heading, justify="right")
+    groups = {layer: [(f, o) for f, o in results if f.layer == layer] for layer in layers()}
+    groups |= {"foreign": [(f, o) for f, o in results if f.foreign], "all": results}
+    for name, group in groups.items():
+        if group:
+            caught, minutes = sum(o.caught for _, o in group), sum(o.seconds for _, o in group) / 60
+            table.add_row(name, f"{len(group)}", f"{caught}", f"{100 * caught / len(group):.0f}", f"{minutes:.1f}")
+    console.print(table)
+    for fault, outcome in results:
+        if not outcome.caught:
+            text = f"[bold red]{outcome.verdict}[/] {fault.id} in {fault.file}: {escape(fault.why)}"
+            console.print(text, soft_wrap=True)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Runs; returns the exit status."""
+    options, console = arguments(given), Console(highlight=False)
+    try:
+        results = run(chosen(options), options, console)
+    except (ValueError, OSError) as error:
+        print(f"planted: {error}", file=sys.stderr)
+        return 2
+    print_summary(results, console)
+    if any(outcome.verdict == "error" for _, outcome in results):
+        return 2
+    return 0 if all(outcome.caught for _, outcome in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""A copy of the tree, in which faults are applied, compiled and tested."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from .fault import ROOT, Fault
+
+NATIVE = ("csrc/cpu/", "csrc/common/", "setup.py")  # after a change of these the CPU library is compiled
+COMPILED = ("build/native-*", "cacr_kernels/*.so")  # what that makes
+NOTICED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - (.*))?$", re.MULTILINE)
+COMPILER = re.compile(r"^.*(?:\berror: |\[-Werror).*$", re.MULTILINE)
+ENVIRONMENT = {
+    "PYTHONDONTWRITEBYTECODE": "1",  # it would be kept by the time of a source, which is set back
+    "OMP_WAIT_POLICY": "passive",
+    "CACR_TEST_ALL": "1",
+    "CI": "",  # where a skip is a failure
+}
+
+
+class Outcome(NamedTuple):
+    """``caught``, ``time-out`` (a fault that hangs is caught, too), ``NOT CAUGHT`` or ``error``; by which test."""
+
+    verdict: str
+    by: str = ""
+    said: str = ""
+    seconds: float = 0.0
+
+    @property
+    def caught(self) -> bool:
+        """Whether somebody noticed."""
+        return self.verdict in ("caught", "time-out")
+
+
+class Scratch:
+    """The tree of the repository as it lies there, in a folder of its own."""
+
+    def __init__(self, folder: Path, limit: float) -> None:
+        self.tree, self.clean, self.limit = folder / "tree", folder / "clean", limit
+        self.passing: set[str] = set()  # tests known to pass without a fault
+        shutil.rmtree(folder, ignore_errors=True)
+        listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        for name in subprocess.check_output(listing, cwd=ROOT, text=True).splitlines():
+            if (ROOT / name).is_file():
+                (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, self.tree / name)
+        copy_compiled(ROOT, self.tree)
+        status, output = self.compile()
+        if status != 0:
+            raise ValueError(f"the sources do not compile: {output[-2000:]}")
+        copy_compiled(self.tree, self.clean)
+
+    def run(self, *command: str, **environment: str) -> tuple[int | None, str]:
+        """Status and output of a Python command in the tree; ``None`` if its time was up."""
+        env = os.environ | ENVIRONMENT | {"PYTHONPATH": str(self.tree)} | environment
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=self.tree, env=env, start_new_session=True, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        status, output = None, ""
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                output, _ = process.communicate(timeout=self.limit)
+                status = process.returncode
+        finally:
+            if process.poll() is None:  # out of time, or interrupted
+                os.killpg(process.pid, signal.SIGKILL)  # with its children
+                process.communicate()
+        return status, output
+
+    def compile(self) -> tuple[int | None, str]:
+        """Makes the CPU library, as far as something has changed."""
+        return self.run("setup.py", "build_ext", "--inplace", CACR_BUILD_CUDA="0")
+
+    def test(self, *arguments: str) -> Outcome:
+        """The verdict of a run of pytest up to the first failure."""
+        command = "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments
+        if not any("interpreted" in word for word in arguments):
+            return judge(*self.run(*command))
+        overflows = "-W", "ignore::RuntimeWarning:triton.runtime.interpreter"  # numpy says so
+        return judge(*self.run(*command, *overflows, TRITON_INTERPRET="1"))
+
+    def plant(self, fault: Fault) -> Outcome:
+        """Applies a fault, runs its tests, takes it back; the test that noticed has to pass then."""
+        path, begin = self.tree / fault.file, time.monotonic()
+        before, times = path.read_text(encoding="utf-8"), path.stat()
+        path.write_text(fault.apply(before), encoding="utf-8")
+        try:
+            outcome = self._test(fault)
+        finally:
+            path.write_text(before, encoding="utf-8")
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+            if fault.file.startswith(NATIVE):
+                copy_compiled(self.clean, self.tree)
+            shutil.rmtree(self.tree / ".hypothesis", ignore_errors=True)  # examples that failed belong to this fault
+        outcome = outcome._replace(seconds=round(time.monotonic() - begin, 1))
+        if outcome.verdict == "caught" and "::" in outcome.by and outcome.by not in self.passing:
+            if self.test(outcome.by).verdict != "NOT CAUGHT":
+                return outcome._replace(verdict="error", said="fails without the fault, too")
+            self.passing.add(outcome.by)
+        return outcome
+
+    def _test(self, fault: Fault) -> Outcome:
+        if fault.file.startswith(NATIVE):
+            status, output = self.compile()
+            if status != 0:
+                return Outcome("error", said=f"does not compile: {first(COMPILER, output)}")
+        outcomes = (self.test(*shlex.split(run)) for run in fault.runs)
+        return next((outcome for outcome in outcomes if outcome.verdict != "NOT CAUGHT"), Outcome("NOT CAUGHT"))
+
+
+def judge(status: int | None, output: str) -> Outcome:
+    """What a run of pytest with ``-x`` says."""
+    if status is None:
+        return Outcome("time-out", said="the tests did not come to an end")
+    if status == 0:
+        return Outcome("NOT CAUGHT")
+    by, said = next(iter(NOTICED.findall(output)), ("", ""))
+    if COMPILER.search(output):  # emulations are compiled by their tests
+        return Outcome("error", by, f"does not compile: {first(COMPILER, output)}")
+    if status in (1, 2) and by:  # 2: a module that cannot be imported
+        return Outcome("caught", by, said)
+    if status < 0:
+        return Outcome("caught", "the process", f"ended by signal {-status}")
+    return Outcome("error", by, f"pytest ended with status {status}: {output.strip()[-200:]}")
+
+
+def first(pattern: re.Pattern[str], text: str) -> str:
+    """The first line that matches, else the end."""
+    found = pattern.search(text)
+    return found[0].strip() if found else text[-200:]
+
+
+def copy_compiled(source: Path, target: Path) -> None:
+    """Files with their times, by which ninja knows what is up to date."""
+    for path in (path for pattern in COMPILED for path in source.glob(pattern)):
+        to = target / path.relative_to(source)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            shutil.rmtree(to, ignore_errors=True)
+            shutil.copytree(path, to)
+        else:
+            shutil.copy2(path, to)
