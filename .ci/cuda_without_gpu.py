@@ -50,10 +50,10 @@ def check_shapes() -> None:
 
 def check_selection() -> None:
     """No device, in words, from the table, from the selection and from CUDA itself."""
-    select = importlib.import_module("cacr_kernels.backends").select
+    select = importlib.import_module("cacr_kernels.backends.table").select
     refused(lambda: cacr_kernels.cacr_loss(torch.randn(2, 5, 3), backend="cuda"), "CUDA tensors, not on cpu")
     refused(lambda: select("cuda", torch.device("cuda")), "backend='cuda' cannot run here: no CUDA device")
-    reason = cacr_kernels.backends()["cuda"]
+    reason = cacr_kernels.available_backends()["cuda"]
     assert reason is not None
     assert reason.startswith("no CUDA device"), reason
     said = cuda_library().text("cacr_cuda_error", 0)

@@ -15,7 +15,7 @@ import torch
 
 from cacr_kernels._version import __version__
 from cacr_kernels.backends.library import active_isa, compiled_isas, cpu_library, cuda_library, isa_error
-from cacr_kernels.backends.table import backends
+from cacr_kernels.backends.table import available_backends
 
 
 def cpu_model() -> str:
@@ -67,7 +67,7 @@ def report() -> dict[str, Any]:
             "isa_error": isa_error(),
         },
         "cuda_library": {"path": str(cuda_library().path), "error": cuda_library().error},
-        "backends": backends(),
+        "backends": available_backends(),
     }
 
 

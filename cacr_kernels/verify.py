@@ -23,7 +23,7 @@ from torch import Tensor
 from . import functional, testing
 from ._version import __version__
 from .backends.library import active_isa
-from .backends.table import TABLE, backends
+from .backends.table import TABLE, available_backends
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         report = {
             "environment": about,
-            "backends": backends(),
+            "backends": available_backends(),
             "ok": good,
             "checks": [r._asdict() | {"ok": r.failures == 0} for r in rows],
             "gradcheck": numeric,

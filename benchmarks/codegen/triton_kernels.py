@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from cacr_kernels.backends.torch import ALL, OTHER, SAME, SAME_NOT_SELF
+from cacr_kernels.types import ALL, OTHER, SAME, SAME_NOT_SELF
 
 from . import aot, sass
 from .rows import DEVICES, DTYPES, SIZES, Device, KernelCase, Row, cycles, device_of

@@ -226,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_frozen_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor> detached_keys_cpu(
     const Tensor& q, const Tensor& k, std::optional<Tensor> q_id, std::optional<Tensor> k_id, const Tensor& tau,
     std::vector<int64_t> kinds, std::vector<int64_t> q_index, std::vector<int64_t> k_index, bool inner,
     bool detach_weights, bool detach_value, bool want_q, bool want_tau) {
@@ -256,5 +256,5 @@ STABLE_TORCH_LIBRARY_IMPL(cacr_kernels, CPU, m) {
   m.impl("cacr_cpu", TORCH_BOX(&cacr_cpu));
   m.impl("contrast_cpu", TORCH_BOX(&contrast_cpu));
   m.impl("contrast_backward_cpu", TORCH_BOX(&contrast_backward_cpu));
-  m.impl("contrast_frozen_cpu", TORCH_BOX(&contrast_frozen_cpu));
+  m.impl("detached_keys_cpu", TORCH_BOX(&detached_keys_cpu));
 }

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 
 from cacr_kernels import cacr_loss, supervised_cacr_loss
 from cacr_kernels.backends import library as _extension
-from cacr_kernels.operators import ops
+from cacr_kernels.operators.registry import operator
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
@@ -160,7 +160,7 @@ def test_every_instruction_set_gives_the_same_loss() -> None:
 def test_unknown_instruction_set_is_refused() -> None:
     code = """
 import torch, cacr_kernels
-reason = cacr_kernels.backends()["cpu"]
+reason = cacr_kernels.available_backends()["cpu"]
 assert "CACR_CPU_ISA=vax" in reason and "portable" in reason, reason
 try:
     cacr_kernels.cacr_loss(torch.eye(4).repeat(2, 1, 1), backend="cpu")
@@ -286,7 +286,7 @@ value, lse, _ = torch.ops.cacr_kernels.contrast_cpu(q, k, None, None, tau, [0], 
 
 
 FROZEN = """
-op = torch.ops.cacr_kernels.contrast_frozen_cpu
+op = torch.ops.cacr_kernels.detached_keys_cpu
 op(q, k, None, None, tau, [0], [0], [0], False, False, False, True, True)
 """
 
@@ -318,7 +318,7 @@ def test_more_than_2_31_pairs() -> None:
     assert n * n > 2**31
     ids = torch.arange(n, dtype=torch.int32)
     tau = torch.tensor([-1.5], dtype=torch.float64)
-    value, lse, _ = ops.operator("contrast_cpu")(q, k, ids, ids, tau, [2], [0], [0], False, False)
+    value, lse, _ = operator("contrast_cpu")(q, k, ids, ids, tau, [2], [0], [0], False, False)
     for i in (0, 1, n // 2, n - 2, n - 1):
         cost = (q[0, i].double() - k[0].double()).square().sum(-1)
         cost = torch.cat([cost[:i], cost[i + 1 :]])

@@ -16,17 +16,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import cacr_kernels
 from cacr_kernels.backends import cuda as _cuda
 from cacr_kernels.backends import library as _extension
+from cacr_kernels.backends.entry import Backend, Size
 from cacr_kernels.backends.precision import VARIABLE
 from tests.cuda_emulation.building import emulated_library
 
-backends: Any = importlib.import_module("cacr_kernels.backends")
+backends: Any = importlib.import_module("cacr_kernels.backends.table")
 functional: Any = importlib.import_module("cacr_kernels.functional")
 ROOT = _extension._CUDA.path.parents[1]
 CPU = torch.device("cpu")
 
 
 def test_says_why_it_cannot_run():
-    reason = cacr_kernels.backends()["cuda"]
+    reason = cacr_kernels.available_backends()["cuda"]
     if torch.version.cuda is None:
         assert reason is not None
         assert "is not a CUDA build" in reason
@@ -58,16 +59,16 @@ def with_answers(monkeypatch, *answers):
 
 def test_no_device(monkeypatch):
     with_library(monkeypatch, is_available=False)
-    assert backends._cuda(None) == "no CUDA device: torch finds none on this machine"
-    assert backends._cuda(CPU) == "the CUDA kernels work on CUDA tensors, not on cpu"
+    assert _cuda.why_not(None) == "no CUDA device: torch finds none on this machine"
+    assert _cuda.why_not(CPU) == "the CUDA kernels work on CUDA tensors, not on cpu"
 
 
 def test_old_device(monkeypatch):
     with_library(monkeypatch, is_available=True, get_device_capability=(7, 5))
-    assert "8.0" in backends._cuda(None)
+    assert "8.0" in _cuda.why_not(None)
     with_library(monkeypatch, is_available=True, get_device_capability=(8, 0))
     with_answers(monkeypatch, "")
-    assert backends._cuda(None) is None
+    assert _cuda.why_not(None) is None
 
 
 def test_library_for_other_devices(monkeypatch):
@@ -75,13 +76,13 @@ def test_library_for_other_devices(monkeypatch):
     with_library(monkeypatch, is_available=True, get_device_capability=(8, 0))
     asked = with_answers(monkeypatch, "", "no kernel image is available for execution on the device")
     for _ in range(2):
-        assert backends._cuda(torch.device("cuda")) is backends._cuda(torch.device("cuda:0")) is None
-        reason = backends._cuda(torch.device("cuda:1"))
+        assert _cuda.why_not(torch.device("cuda")) is _cuda.why_not(torch.device("cuda:0")) is None
+        reason = _cuda.why_not(torch.device("cuda:1"))
         assert "cuda:1: no kernel image" in reason
         assert "CACR_CUDA_ARCHS" in reason
     assert asked == [0, 1]
     able = [b for b in backends.TABLE if b.name in ("torch", "cuda")]
-    monkeypatch.setattr(backends, "TABLE", (*able[:1], backends.Backend("triton", "", lambda _: None), *able[1:]))
+    monkeypatch.setattr(backends, "TABLE", (*able[:1], Backend("triton", "", lambda _: None), *able[1:]))
     assert backends.select("auto", torch.device("cuda:0")) == "cuda"
     assert backends.select("auto", torch.device("cuda:1")) == "triton"
     with pytest.raises(ValueError, match=r"backend='cuda' cannot run here: .* no kernel image"):
@@ -94,7 +95,7 @@ def test_probe_is_a_constant_of_compiled_code(monkeypatch):
 
     @torch.compile(backend="eager", fullgraph=True)
     def shifted(x):
-        return x + (1 if backends._cuda_probe(0) is None else 2)
+        return x + (1 if _cuda.probe(0) is None else 2)
 
     assert shifted(torch.zeros(())) == 2
 
@@ -102,22 +103,25 @@ def test_probe_is_a_constant_of_compiled_code(monkeypatch):
 def test_auto_goes_by_size(monkeypatch):
     able = tuple(b._replace(why_not=lambda device: None) for b in backends.TABLE if b.name != "cpu")
     gpu = torch.device("cuda")
+    size = Size(_cuda.UP_TO // 11, 1, torch.bfloat16)
+    larger = size._replace(similarities=size.similarities + 1)
+    assert _cuda.work(size) <= _cuda.UP_TO < _cuda.work(larger)
     monkeypatch.setattr(backends, "TABLE", able)
-    assert backends.select("auto", gpu, backends.CUDA_UP_TO) == "cuda"
-    assert backends.select("auto", gpu, backends.CUDA_UP_TO + 1) == "triton"
+    assert backends.select("auto", gpu, size) == "cuda"
+    assert backends.select("auto", gpu, larger) == "triton"
     monkeypatch.setattr(backends, "TABLE", tuple(b for b in able if b.name != "triton"))
-    assert backends.select("auto", gpu, backends.CUDA_UP_TO + 1) == "cuda"
+    assert backends.select("auto", gpu, larger) == "cuda"
 
 
 def work_of(monkeypatch, loss, *shapes, dtype=torch.bfloat16, **options):
-    """What ``select`` is told about a loss of tensors on a GPU."""
+    """The work of a loss of tensors on a GPU, from the size by which the backend is chosen."""
     told = []
 
-    def select(name, device, work):
-        told.append(work)
+    def choose(name, device, size):
+        told.append(_cuda.work(size))
         raise StopIteration
 
-    monkeypatch.setattr(functional, "select", select)
+    monkeypatch.setattr(functional, "choose", choose)
     with FakeTensorMode():
         tensors = [torch.empty(s, dtype=torch.int64 if len(s) == 1 else dtype, device="cuda") for s in shapes]
         with pytest.raises(StopIteration):
@@ -201,8 +205,8 @@ def test_pairs_of_the_fused_loss(pairing):
     source = (ROOT / "csrc/cuda/parameters.h").read_text()
     assert f"constexpr int kMaxPairs = {_cuda.MAX_PAIRS};" in source
     most = {"unordered": 11, "ordered": 8, "pooled": 500}[pairing]
-    assert not _cuda.too_many_views((most, 2, 3), pairing)
-    assert _cuda.too_many_views((most + 1 if pairing != "pooled" else 3000, 2, 3), pairing)
+    assert _cuda.fuses((most, 2, 3), pairing)
+    assert not _cuda.fuses((most + 1 if pairing != "pooled" else 3000, 2, 3), pairing)
 
 
 def test_fakes():

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import cacr_kernels
 from cacr_kernels import testing
-from cacr_kernels.backends.torch import OTHER, SAME_NOT_SELF
 from cacr_kernels.cases import Case, cases
-from cacr_kernels.operators import ops
+from cacr_kernels.operators.registry import operator
+from cacr_kernels.types import OTHER, SAME_NOT_SELF
 from tests.agreement import assert_agree, cast, run, small_inputs
 from tests.cuda.emulated_backend import emulated_cuda
 from tests.cuda.emulated_cuda import Emulation
@@ -199,12 +199,12 @@ def test_opcheck() -> None:
     z = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     numbers = torch.tensor([0.7, 1.3, 0.9, 1.1, 2.0], dtype=torch.float64, requires_grad=True)
     floats = 0.0, 0.0, 0.0, 0.0
-    torch.library.opcheck(ops.operator("cacr_cuda"), (z, numbers, *floats, 0, True, 0.0, True, True))
-    torch.library.opcheck(ops.operator("cacr_cuda"), (z, None, 0.7, 1.3, 0.9, 1.1, 2, False, 2.0, True, False))
+    torch.library.opcheck(operator("cacr_cuda"), (z, numbers, *floats, 0, True, 0.0, True, True))
+    torch.library.opcheck(operator("cacr_cuda"), (z, None, 0.7, 1.3, 0.9, 1.1, 2, False, 2.0, True, False))
     ids, tau = torch.arange(5, dtype=torch.int32) % 3, torch.tensor([0.7, -1.3], dtype=torch.float64)
     given = z, None, ids, None, tau.requires_grad_(), [SAME_NOT_SELF, OTHER], [0], [1], False, False
-    torch.library.opcheck(ops.operator("contrast_cuda"), given)
-    value, _, weights = (t.detach() for t in ops.operator("contrast_cuda")(*given))
+    torch.library.opcheck(operator("contrast_cuda"), given)
+    value, _, weights = (t.detach() for t in operator("contrast_cuda")(*given))
     incoming = torch.ones_like(value).requires_grad_(), torch.full_like(value, 0.5).requires_grad_()
     backward = *given, value, weights, *incoming, True, False, True
-    torch.library.opcheck(ops.operator("contrast_backward_cuda"), backward)
+    torch.library.opcheck(operator("contrast_backward_cuda"), backward)

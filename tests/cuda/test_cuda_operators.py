@@ -11,7 +11,7 @@ from torch import Tensor
 
 import cacr_kernels
 from cacr_kernels.backends import torch as _blocks
-from cacr_kernels.backends.torch import ALL, OTHER, SAME, SAME_NOT_SELF
+from cacr_kernels.types import ALL, OTHER, SAME, SAME_NOT_SELF
 from tests.cuda.emulated_backend import emulated_cuda
 from tests.cuda.emulated_cuda import Call, Emulation
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.parametrize("backend", ["triton", "cuda"])
 
 @pytest.fixture(autouse=True)
 def usable(backend: str) -> None:
-    if (reason := cacr_kernels.backends()[backend]) is not None:
+    if (reason := cacr_kernels.available_backends()[backend]) is not None:
         pytest.skip(reason)
 
 

@@ -283,18 +283,22 @@ def test_autocast_with_a_list_of_bfloat16_features() -> None:
 
 
 def test_backends_are_an_ordered_table_of_reasons() -> None:
-    found = cacr_kernels.backends()
+    found = cacr_kernels.available_backends()
     assert list(found)[:3] == ["reference", "torch", "triton"]
     assert found["reference"] is None
     assert found["torch"] is None
     assert all(reason is None or (isinstance(reason, str) and len(reason.split()) > 3) for reason in found.values())
     found["torch"] = "changed"
-    assert cacr_kernels.backends()["torch"] is None
+    assert cacr_kernels.available_backends()["torch"] is None
 
 
 @each_loss
 def test_auto_is_the_fastest_that_can_run(loss: str) -> None:
-    last = [name for name, reason in cacr_kernels.backends().items() if reason is None and name in ("torch", "cpu")][-1]
+    last = [
+        name
+        for name, reason in cacr_kernels.available_backends().items()
+        if reason is None and name in ("torch", "cpu")
+    ][-1]
     if last == "cpu":
         torch.testing.assert_close(
             LOSSES[loss](**inputs(loss)), LOSSES[loss](**inputs(loss), backend="cpu"), rtol=0, atol=0
@@ -302,7 +306,7 @@ def test_auto_is_the_fastest_that_can_run(loss: str) -> None:
 
 
 def test_auto_is_never_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = importlib.import_module("cacr_kernels.backends")
+    table = importlib.import_module("cacr_kernels.backends.table")
     monkeypatch.setattr(table, "_warned", {"cpu"})
     monkeypatch.setattr(table, "TABLE", table.TABLE[:2])
     assert table.select("auto", torch.device("cpu")) == "torch"

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import cacr_kernels
+from cacr_kernels.backends.entry import Backend
 from tests.agreement import LOSSES, each_loss, randn, small_inputs
 
 MODULES: dict[str, Callable[..., nn.Module]] = {
@@ -210,7 +211,7 @@ def test_modules_refuse_when_they_are_made(refusal: Refusal, loss: str) -> None:
 
 
 def test_unusable_backend_is_refused_when_a_module_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = importlib.import_module("cacr_kernels.backends")
+    table = importlib.import_module("cacr_kernels.backends.table")
     broken = [b._replace(why_not=lambda _: "it needs a screw") if b.name == "cpu" else b for b in table.TABLE]
     monkeypatch.setattr(table, "TABLE", tuple(broken))
     for loss, module in MODULES.items():
@@ -244,14 +245,12 @@ def test_meta_tensors(loss: str, backend: str, call: Callable[..., Any]) -> None
 @each_loss
 def test_unusable_backend(loss: str, call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Named explicitly it is refused with its reason, and nothing else runs in its place; "auto" passes it over."""
-    table = importlib.import_module("cacr_kernels.backends")
+    table = importlib.import_module("cacr_kernels.backends.table")
     usable = [entry for entry in table.TABLE if entry.name in ("reference", "torch")]
-    broken = [
-        table.Backend(name, "", lambda device, name=name: f"the {name} needs a screw") for name in ("cpu", "triton")
-    ]
+    broken = [Backend(name, "", lambda device, name=name: f"the {name} needs a screw") for name in ("cpu", "triton")]
     monkeypatch.setattr(table, "TABLE", (*usable, *broken))
     monkeypatch.setattr(table, "_warned", set())
-    assert cacr_kernels.backends()["triton"] == "the triton needs a screw"
+    assert cacr_kernels.available_backends()["triton"] == "the triton needs a screw"
     for name in ("cpu", "triton"):
         refuse(
             Refusal((loss,), {"backend": name}, ValueError, ("backend", name, f"the {name} needs a screw")), loss, call

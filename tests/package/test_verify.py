@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from cacr_kernels import functional, testing, verify
-from cacr_kernels.backends.table import backends
+from cacr_kernels.backends.table import available_backends
 
 ROOT = Path(__file__).parents[2]
-USABLE = [name for name, reason in backends().items() if reason is None and name != "reference"]
+USABLE = [name for name, reason in available_backends().items() if reason is None and name != "reference"]
 FEW = [
     testing.Case("cacr_loss", {"V": 2, "B": 5, "D": 3}, {"tau_pos": 1.0, "tau_neg": 2.0}),
     testing.Case("supervised_cacr_loss", {"B": 7, "D": 3, "C": 2}, {"tau_pos": 1.0, "tau_neg": 2.0}),

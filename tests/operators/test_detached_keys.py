@@ -1,4 +1,4 @@
-"""``contrast_frozen``: statistics and query gradients from one sweep over keys that carry no gradient."""
+"""``detached_keys``: statistics and query gradients from one sweep over keys that carry no gradient."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import grad, gradcheck, gradgradcheck
 
 from cacr_kernels import cacr_momentum_loss, cacr_queue_loss
-from cacr_kernels.backends import torch as _blocks
-from cacr_kernels.operators import ops
-from cacr_kernels.operators.frozen import contrast_frozen, frozen_backward_fake, frozen_fake
+from cacr_kernels.operators import detached_keys
+from cacr_kernels.operators.contrast import pack, plain_contrast
+from cacr_kernels.operators.registry import Target, operator
+from cacr_kernels.types import ALL, OTHER, SAME, SAME_NOT_SELF, ContrastSpec
 
-ALL, SAME, OTHER, SAME_NOT_SELF = range(4)
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
-OP, BACKWARD = ops.operator("contrast_frozen_cpu"), ops.operator("contrast_frozen_backward")
+OP, BACKWARD = operator("detached_keys_cpu"), operator("detached_keys_backward")
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
@@ -87,13 +87,14 @@ problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=list(PROBLE
 
 def frozen(q: Tensor, tau: Tensor, arguments: tuple[Any, ...], want: bool = True) -> tuple[Tensor, Tensor]:
     """Value and lse by the Function."""
-    return contrast_frozen("cpu", q, *arguments[1:4], tau, *arguments[5:], want, want)
+    q, k, tau, spec, detach_value = pack(q, *arguments[1:4], tau, *arguments[5:])
+    return detached_keys.one_sweep(q, k, tau, spec, detached_keys.Found(detach_value, (want, want), Target("cpu")))
 
 
 def plain(q: Tensor, tau: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """The same in float64 by the formula, as N x M arrays."""
     _, k, q_id, k_id, _, *rest, detach_value = arguments
-    value, lse = _blocks.plain_contrast(q, k.double(), tau, ops.ContrastSpec(q_id, k_id, *rest))
+    value, lse = plain_contrast(q, k.double(), tau, ContrastSpec(q_id, k_id, *rest))
     return value.detach() if detach_value else value, lse.detach() if rest[-1] else lse
 
 
@@ -231,8 +232,8 @@ def test_compiled_queue(weight_grad: str) -> None:
         return value.detach(), *grad(value, args, allow_unused=True, materialize_grads=True)
 
     assert_close(run(torch.compile(loss, fullgraph=True, backend=backend)), run(loss))
-    assert "cacr_kernels.contrast_frozen_cpu.default" in graphs
-    assert "cacr_kernels.contrast_frozen_backward.default" in graphs
+    assert "cacr_kernels.detached_keys_cpu.default" in graphs
+    assert "cacr_kernels.detached_keys_backward.default" in graphs
 
 
 # ---- sets and numbers at the edge ------------------------------------------------------------------------------------
@@ -369,8 +370,8 @@ def test_fakes(dtype: torch.dtype, problem: Problem) -> None:
         return reals
 
     for want in ((True, True), (True, False), (False, True), (False, False)):
-        found = assert_like(frozen_fake, OP, (*arguments, *want))
-        assert_like(frozen_backward_fake, BACKWARD, (*arguments, *found, *found[:2], *want))
+        found = assert_like(detached_keys.fake, OP, (*arguments, *want))
+        assert_like(detached_keys.backward_fake, BACKWARD, (*arguments, *found, *found[:2], *want))
 
 
 @pytest.mark.parametrize("cost", ["rbf", "sqeuclidean"])
@@ -382,6 +383,7 @@ def test_losses_use_it(cost: str, monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the general operator was called")
 
     monkeypatch.setattr(losses, "contrast", never)
+    monkeypatch.setattr(detached_keys, "contrast", never)
     z = randn(2, 5, 4).requires_grad_()
     cacr_momentum_loss(z, randn(9, 4, seed=1), cost=cost, normalize=True, backend="cpu").backward()
     cacr_queue_loss(z, z.detach(), randn(9, 4, seed=1), in_batch=False, backend="cpu").backward()
