@@ -167,7 +167,7 @@ def test_rows_and_columns() -> None:
 def test_cells(text: str, backend: str, recorder: Recorder) -> None:
     """How the loss and its gradients are computed, and which arguments receive a gradient."""
     call = CALLS[text]
-    gradients = gradients_of(call, call.arguments(), backend)
+    gradients = gradients_of(call, call.arguments(N), backend)
     way, stored, _ = TABLE[text][backend].partition(", N × M")
     called = {name.removesuffix(f"_{backend}") for name in recorder.operators} - {"gradient_of"}
     assert called in OPERATORS[way]
