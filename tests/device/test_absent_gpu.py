@@ -39,7 +39,8 @@ def with_absent_gpu(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_test_chooses_tensors_of_its_backend() -> None:
-    done = with_absent_gpu("tests/losses", "tests/operators")
+    """But for the slow ones of test_extremes.py, all of which leave that to ``assert_within_budget``."""
+    done = with_absent_gpu("tests/losses", "tests/operators", "--ignore", "tests/losses/test_extremes.py")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
