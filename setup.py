@@ -82,11 +82,11 @@ def cpu_library() -> NativeLibrary:
     """``cacr_kernels/_C_cpu``: torch-free but for the binding, the kernels once per instruction set."""
     stable_abi = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
     compiled = [f"-DCACR_HAVE_{isa.upper()}" for isa in ISAS]
-    kernels, binding = "csrc/cpu/kernels.cpp", "csrc/cpu/binding.cpp"
-    baseline = sorted({path.as_posix() for path in Path("csrc/cpu").glob("*.cpp")} - {kernels, binding})
+    kernels, binding = "csrc/cpu/kernels/kernels.cpp", "csrc/cpu/binding.cpp"
+    planner = sorted(path.as_posix() for path in Path("csrc/cpu/planner").glob("*.cpp"))
     objects = [
         Object("binding", binding, stable_abi, torch=True),
-        *(Object(Path(source).stem, source, compiled) for source in baseline),
+        *(Object(Path(source).stem, source, compiled) for source in planner),
         *(Object(f"kernels_{isa}", kernels, [f"-DCACR_ISA={isa}", *flags]) for isa, flags in ISAS.items()),
     ]
     return NativeLibrary("cacr_kernels._C_cpu", objects, ["-ltorch_cpu"])
@@ -97,7 +97,7 @@ def cuda_library(nvcc: Path) -> NativeLibrary:
     stable_abi = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
     home = cuda_root(nvcc)
     headers = ["-isystem", str(home / "include")]
-    instances = sorted(path.as_posix() for path in Path("csrc/cuda").glob("instance_*.cu"))
+    instances = sorted(path.as_posix() for path in Path("csrc/cuda/instances").glob("*.cu"))
     objects = [
         Object("binding", "csrc/cuda/binding.cpp", [*stable_abi, *headers], torch=True),
         *(Object(Path(source).stem, source, cuda_targets(nvcc)) for source in instances),

@@ -33,8 +33,8 @@ def check_library() -> None:
     assert "site-packages" in cacr_kernels.__file__, cacr_kernels.__file__
     assert cuda_library().loaded, cuda_library()
     for name in ("contrast", "contrast_backward", "cacr"):
-        for operator in (f"{name}_cuda", f"cuda_{name}"):
-            found = torch._C._dispatch_has_kernel_for_dispatch_key(f"cacr_kernels::{operator}", "CUDA")
+        for operator in (f"cacr_kernels::{name}_cuda", f"cacr_kernels_cuda::{name}"):
+            found = torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA")
             assert found, f"{operator} has no kernel for CUDA"
     assert ctypes.CDLL("libtorch_cuda.so", mode=os.RTLD_NOLOAD).aoti_torch_get_current_cuda_stream
 
@@ -50,10 +50,10 @@ def check_shapes() -> None:
 
 def check_selection() -> None:
     """No device, in words, from the table, from the selection and from CUDA itself."""
-    select = importlib.import_module("cacr_kernels.backends").select
+    select = importlib.import_module("cacr_kernels.backends.table").select
     refused(lambda: cacr_kernels.cacr_loss(torch.randn(2, 5, 3), backend="cuda"), "CUDA tensors, not on cpu")
     refused(lambda: select("cuda", torch.device("cuda")), "backend='cuda' cannot run here: no CUDA device")
-    reason = cacr_kernels.backends()["cuda"]
+    reason = cacr_kernels.available_backends()["cuda"]
     assert reason is not None
     assert reason.startswith("no CUDA device"), reason
     said = cuda_library().text("cacr_cuda_error", 0)
@@ -64,7 +64,7 @@ def check_selection() -> None:
 def directly(name: str, *arguments: Any) -> Any:
     """The compiled operator, called with CPU tensors as if they were on a GPU."""
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    return getattr(OPERATORS, f"cuda_{name}").default.redispatch(cuda, *arguments)
+    return getattr(torch.ops.cacr_kernels_cuda, name).default.redispatch(cuda, *arguments)
 
 
 def check_binding() -> None:
@@ -74,7 +74,7 @@ def check_binding() -> None:
     contrast: dict[str, Any] = {"q": q, "k": None, "q_id": ids, "k_id": None, "tau": tau, "kinds": [2]}
     contrast |= {"q_index": [0], "k_index": [1], "inner": False, "detach_weights": False}
     products = {"float_products": 0}
-    backward = contrast | {"value": rows, "weights": torch.zeros(3, *rows.shape, dtype=torch.float64)}
+    backward = contrast | {"value": rows, "row_state": torch.zeros(3, *rows.shape, dtype=torch.float64)}
     backward |= {"grad_value": rows, "grad_lse": rows, "want_q": True, "want_k": False, "want_tau": True}
     numbers = dict.fromkeys(("tau_pos", "tau_neg", "alpha", "beta"), 1.0)
     loss = {"views": q, "numbers": None, **numbers, "pairing": 0, "rbf": False, "rbf_scale": 2.0}
@@ -95,7 +95,7 @@ def check_binding() -> None:
         ("contrast", "k_index", [0, 1], "of one length"),
         ("contrast", "float_products", 3, "products of float32"),
         *(("contrast_backward", n, rows.float(), n) for n in ("value", "grad_value", "grad_lse")),
-        *(("contrast_backward", n, rows[..., :4], n) for n in ("value", "weights", "grad_value", "grad_lse")),
+        *(("contrast_backward", n, rows[..., :4], n) for n in ("value", "row_state", "grad_value", "grad_lse")),
         ("cacr", "views", q[0], "views [V, B, D]"),
         ("cacr", "views", q[:0], "empty dimension"),
         ("cacr", "views", torch.zeros(12, 5, 3), "too many views"),

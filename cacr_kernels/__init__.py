@@ -7,12 +7,10 @@
 """
 
 from ._version import __version__
-from .backends import cuda as _cuda  # noqa: F401 register their operators
-from .backends import triton as _triton  # noqa: F401
-from .backends.table import backends
+from .backends.table import available_backends
 from .functional import cacr_loss, cacr_momentum_loss, cacr_queue_loss, supervised_cacr_loss
 from .modules import CACRLoss, CACRMomentumLoss, CACRQueueLoss, SupervisedCACRLoss
-from .operators.autograd import CACRFunction
+from .operators.cacr import CACRFunction
 from .types import CACRParts
 from .weights import CACRWeights, cacr_weights
 
@@ -25,7 +23,7 @@ __all__ = [
     "CACRWeights",
     "SupervisedCACRLoss",
     "__version__",
-    "backends",
+    "available_backends",
     "cacr_loss",
     "cacr_momentum_loss",
     "cacr_queue_loss",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import platform
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ import torch
 
 from cacr_kernels._version import __version__
 from cacr_kernels.backends.library import active_isa, compiled_isas, cpu_library, cuda_library, isa_error
-from cacr_kernels.backends.table import backends
+from cacr_kernels.backends.table import available_backends
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The name of the processor, as the operating system gives it."""
     try:
         if platform.system() == "Darwin":
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]
@@ -57,7 +57,7 @@ def report() -> dict[str, Any]:
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip},
         "triton": _triton(),
         "autotune": _autotune(),
-        "cpu": {"model": _cpu_model(), "logical_cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
+        "cpu": {"model": cpu_model(), "logical_cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
         "gpus": gpus,
         "cpu_library": {
             "path": str(library.path),
@@ -67,11 +67,11 @@ def report() -> dict[str, Any]:
             "isa_error": isa_error(),
         },
         "cuda_library": {"path": str(cuda_library().path), "error": cuda_library().error},
-        "backends": backends(),
+        "backends": available_backends(),
     }
 
 
-def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
+def _lines(data: dict[str, Any]) -> list[tuple[str, str]]:
     """The report as lines of a name and a text."""
     cpu, library, triton, autotune = data["cpu"], data["cpu_library"], data["triton"], data["autotune"]
     tuned = f"on, choices kept in {autotune['cache']}" if autotune["on"] else "off (CACR_AUTOTUNE=1 turns it on)"
@@ -94,55 +94,19 @@ def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _print_plain(rows: list[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
-    for name, text in rows:
-        print(f"{name:<{width}}  {text}")
-
-
-def _print_rich(rows: list[tuple[str, str]]) -> None:
-    """As plain, with long texts wrapped in their column and colours on a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table.grid(padding=(0, 2))
-    for name, text in rows:
-        colour = ("green" if text == "can run" else "yellow") if name.startswith("backend") else ""
-        table.add_row(Text(name, style="bold", no_wrap=True), Text(text, style=colour))
-    Console().print(table)
-
-
-def _print_table(file: str) -> None:
-    from cacr_kernels import support  # takes seconds
-
-    if file == "-":
-        print(support.markdown())
-    else:
-        support.update(Path(file))
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """Print the report, as text or with ``--json`` as JSON, or the table of what is supported."""
+    """Print the report, as text or with ``--json`` as JSON."""
     parser = argparse.ArgumentParser(prog="python -m cacr_kernels", description="What can run here, and why not.")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--table",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="print instead what each loss supports on each backend, or put it between its markers in FILE",
-    )
     options = parser.parse_args(arguments)
-    if options.table is not None:
-        _print_table(options.table)
-        return
     data = report()
     if options.json:
         print(json.dumps(data, indent=2))
         return
-    pretty = sys.stdout.isatty() and importlib.util.find_spec("rich") is not None
-    (_print_rich if pretty else _print_plain)(_rows(data))
+    lines = _lines(data)
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        print(f"{name:<{width}}  {text}")
 
 
 if __name__ == "__main__":

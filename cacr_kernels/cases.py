@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Readable and unique."""
+        """A readable name that no other case has."""
         words = [f"{key}={value}" for key, value in (self.shape | self.options).items()]
         kind = self.data if isinstance(self.data, str) else getattr(self.data, "__name__", "inputs")
         return " ".join([self.loss, *words, *([] if kind == "unit" else [kind])])

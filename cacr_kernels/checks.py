@@ -12,8 +12,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from .backends.table import check as check_backend
-from .operators.autograd import witness
+from .backends.table import check_option as check_backend
 from .types import Cost, Pairing, Reduction, WeightGrad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -38,7 +37,7 @@ def float_tensor(name: str, x: Any, shape: str) -> Tensor:
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
     if x.dim() != shape.count(",") + 1:
         raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}")
-    return witness(x)
+    return x
 
 
 def nonempty(name: str, x: Tensor, shape: str) -> Tensor:
@@ -108,24 +107,13 @@ def temperature(name: str, value: Any, device: torch.device, *, positive: bool =
             raise ValueError(f"{name} must be a number or a 0-dim tensor, got shape {list(value.shape)}")
         if value.device != device and value.device.type != "cpu":
             raise ValueError(f"{name} must be on {device} or the CPU, got {value.device}")
-        return witness(value).to(torch.float64)  # 0-dim: does not promote what it multiplies
+        return value.to(torch.float64)  # 0-dim: does not promote what it multiplies
     if positive and not real(name, value) > 0:
         raise ValueError(f"{name} must be > 0, got {value!r}")
     number = non_negative(name, value)
     if positive and number < 1 / LARGEST:
         raise ValueError(f"{name} must be at least {1 / LARGEST:g}, got {value!r}")
     return number
-
-
-def variables(device: torch.device, *values: float | Tensor) -> tuple[Any, ...]:
-    """``values``; while compiling, numbers as 0-dim tensors.
-
-    A number would be a constant of the compiled code, which a schedule compiles again at every step.
-    """
-    if not torch.compiler.is_compiling():
-        return values
-    one = torch.ones((), dtype=torch.float64, device=device)
-    return tuple(x if isinstance(x, Tensor) else x * one for x in values)
 
 
 def real(name: str, value: Any) -> float:

@@ -1,8 +1,7 @@
-"""The public losses: check, promote, normalise, compute with one backend, reduce."""
+"""The public losses: check, choose a backend, prepare the tensors, compute, reduce."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -12,14 +11,26 @@ from torch import Tensor
 from torch.nn.functional import normalize as l2_normalize
 
 from . import checks, losses, reference
-from .backends import cuda as _cuda
-from .backends.table import select
-from .operators import ops
-from .operators.autograd import fused_cacr
-from .types import CACRParts, Cost, Pairing, Reduction, Terms, WeightGrad
-
-FUSED = ("triton", "cuda", "cpu")  # backends with the operator cacr_<backend>
-NARROW = ("triton", "cuda")  # backends whose operators take half types as they are
+from .backends.entry import Backend, Size
+from .backends.table import choose
+from .operators.cacr import cacr
+from .operators.registry import Target
+from .operators.second_derivative import refuse_second_derivative_of_compiled
+from .types import (
+    COSTS,
+    PAIRINGS,
+    REDUCTIONS,
+    WEIGHT_GRADS,
+    CACROptions,
+    CACRParts,
+    Cost,
+    Pairing,
+    Reduction,
+    Terms,
+    WeightGrad,
+    arithmetic_dtype,
+    view_pair_count,
+)
 
 
 @overload
@@ -96,7 +107,7 @@ def cacr_loss(
         normalize: L2-normalise the features first.
         reduction: ``"mean"``, ``"sum"``, or ``"none"``: values [V, B] whose mean is the loss. rbf is mean only.
         return_parts: return :class:`CACRParts` instead of the loss alone.
-        backend: ``"auto"``, or a name from :func:`cacr_kernels.backends`.
+        backend: ``"auto"``, or a name from :func:`cacr_kernels.available_backends`.
 
     Returns:
         The loss, float32 or, if an input is, float64.
@@ -113,29 +124,28 @@ def cacr_loss(
         >>> round(cacr_kernels.cacr_loss(z).item(), 4)
         -2.0
     """
+    views, tau_pos, tau_neg = refuse_second_derivative_of_compiled(views, tau_pos, tau_neg)
     z = checks.views("views", views, at_least=2)
     tau_pos = checks.temperature("tau_pos", tau_pos, z.device)
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
     alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
-    checks.option("pairing", pairing, ops.PAIRINGS)
-    checks.option("cost", cost, ("sqeuclidean", "rbf"))
+    checks.option("pairing", pairing, PAIRINGS)
+    checks.option("cost", cost, COSTS)
     rbf_scale = checks.non_negative("rbf_scale", rbf_scale)
     _check_shared(normalize, reduction, return_parts)
-    if cost == "rbf" and reduction != "mean":
-        raise ValueError(f"reduction={reduction!r} is not defined for cost=\"rbf\" (a log of a mean); accepted: 'mean'")
-    V, rows = z.shape[0], z.shape[1] * (z.shape[0] if pairing == "pooled" else 1)
-    name = _select(backend, [z], normalize, _cuda.pairs_of_views(V, pairing) * rows * rows)
-    with _no_autocast(z.device):
-        narrow = _narrow(name, [z], normalize)
+    checks.reduction_of_rbf(cost, reduction)
+    chosen, on = _choose(backend, [z], normalize, _size_of_views(z, pairing))
+    with checks.without_autocast(z.device):
         (z,) = _prepare([z], normalize)
-        tau_pos, tau_neg, alpha, beta, rbf_scale = checks.variables(z.device, tau_pos, tau_neg, alpha, beta, rbf_scale)
+        tau_pos, tau_neg, alpha, beta, rbf_scale = _variables(z.device, tau_pos, tau_neg, alpha, beta, rbf_scale)
+        if reduction == "mean" and "cacr" in on.operators and chosen.fuses(z.shape, pairing):
+            numbers = tau_pos, tau_neg, alpha, beta, rbf_scale
+            return _fused(on, z, numbers, (pairing, cost), return_parts)
         options: Any = {"alpha": alpha, "beta": beta, "pairing": pairing, "cost": cost, "rbf_scale": rbf_scale}
-        if name in FUSED and reduction == "mean" and not (name == "cuda" and _cuda.too_many_views(z.shape, pairing)):
-            return _fused(name, narrow, z, tau_pos, tau_neg, options, return_parts)
-        if name == "reference":
-            terms = reference.cacr(z, tau_pos, tau_neg, **options)
+        if on.operators:
+            terms = losses.cacr(on, z.contiguous(), tau_pos, tau_neg, **options)
         else:
-            terms = losses.cacr(losses.Contrast(name, narrow), z.contiguous(), tau_pos, tau_neg, **options)
+            terms = reference.cacr(z, tau_pos, tau_neg, **options)
         return _reduce(terms, reduction, return_parts, z.dtype)
 
 
@@ -177,6 +187,7 @@ def cacr_queue_loss(
 
     Source: the published MoCo v2 code with ``K`` and ``unif_intra_batch``.
     """
+    queries, tau_pos, tau_neg = refuse_second_derivative_of_compiled(queries, tau_pos, tau_neg)
     q, k = checks.views("queries", queries, at_least=2), checks.views("keys", keys, at_least=2)
     checks.same_device("keys", k, "queries", q)
     checks.same_shape("keys", k, "queries", q)
@@ -187,26 +198,17 @@ def cacr_queue_loss(
     tau_neg = checks.temperature("tau_neg", tau_neg, q.device)
     alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
     checks.flag("in_batch", in_batch)
-    checks.option("weight_grad", weight_grad, ("in_batch", "full", "none"))
+    checks.option("weight_grad", weight_grad, WEIGHT_GRADS)
     _check_shared(normalize, reduction, return_parts)
-    name = _select(backend, [q, k, n], normalize)
-    with _no_autocast(q.device):
-        narrow = _narrow(name, [q, k, n], normalize)
+    _, on = _choose(backend, [q, k, n], normalize, math.inf)
+    with checks.without_autocast(q.device):
         q, k, n = _prepare([q, k.detach(), n.detach()], normalize)
-        tau_pos, tau_neg, alpha, beta = checks.variables(q.device, tau_pos, tau_neg, alpha, beta)
+        tau_pos, tau_neg, alpha, beta = _variables(q.device, tau_pos, tau_neg, alpha, beta)
         options: Any = {"alpha": alpha, "beta": beta, "in_batch": in_batch, "weight_grad": weight_grad}
-        if name == "reference":
-            terms = reference.queue(q, k, n, tau_pos, tau_neg, **options)
+        if on.operators:
+            terms = losses.queue(on, q.contiguous(), k.contiguous(), n.contiguous(), tau_pos, tau_neg, **options)
         else:
-            terms = losses.queue(
-                losses.Contrast(name, narrow),
-                q.contiguous(),
-                k.contiguous(),
-                n.contiguous(),
-                tau_pos,
-                tau_neg,
-                **options,
-            )
+            terms = reference.queue(q, k, n, tau_pos, tau_neg, **options)
         return _reduce(terms, reduction, return_parts, q.dtype)
 
 
@@ -243,32 +245,26 @@ def cacr_momentum_loss(
 
     Source: the published ``cacr_rbfloss`` and ``cacr_euclideanloss`` (the latter summed over instances).
     """
+    queries, temperature = refuse_second_derivative_of_compiled(queries, temperature)
     q = checks.views("queries", queries, at_least=1)
     k = checks.nonempty("keys", checks.float_tensor("keys", keys, "[M, D]"), "[M, D]")
     checks.same_device("keys", k, "queries", q)
     checks.same_dim("keys", k, "queries", q)
     temperature = checks.temperature("temperature", temperature, q.device, positive=True)
-    checks.option("cost", cost, ("sqeuclidean", "rbf"))
+    checks.option("cost", cost, COSTS)
     if k.shape[0] < q.shape[1]:
         raise ValueError(f"keys must hold at least the B = {q.shape[1]} keys of the queries, got M = {k.shape[0]}")
     checks.integer("key_offset", key_offset, 0, k.shape[0] - q.shape[1])
     _check_shared(normalize, reduction, return_parts)
-    name = _select(backend, [q, k], normalize)
-    with _no_autocast(q.device):
-        narrow = _narrow(name, [q, k], normalize)
+    _, on = _choose(backend, [q, k], normalize, math.inf)
+    with checks.without_autocast(q.device):
         q, k = _prepare([q, k.detach()], normalize)
-        (temperature,) = checks.variables(q.device, temperature)
-        if name == "reference":
-            terms = reference.momentum(q, k, temperature, cost=cost, key_offset=key_offset)
+        (temperature,) = _variables(q.device, temperature)
+        options: Any = {"cost": cost, "key_offset": key_offset}
+        if on.operators:
+            terms = losses.momentum(on, q.contiguous(), k.contiguous(), temperature, **options)
         else:
-            terms = losses.momentum(
-                losses.Contrast(name, narrow),
-                q.contiguous(),
-                k.contiguous(),
-                temperature,
-                cost=cost,
-                key_offset=key_offset,
-            )
+            terms = reference.momentum(q, k, temperature, **options)
         return _reduce(terms, reduction, return_parts, q.dtype)
 
 
@@ -301,6 +297,9 @@ def supervised_cacr_loss(
     Raises:
         TypeError, ValueError: see :func:`cacr_loss`.
     """
+    embeddings, ref_embeddings, tau_pos, tau_neg = refuse_second_derivative_of_compiled(
+        embeddings, ref_embeddings, tau_pos, tau_neg
+    )
     z = checks.nonempty("embeddings", checks.float_tensor("embeddings", embeddings, "[N, D]"), "[N, D]")
     y = checks.labels("labels", labels, "embeddings", z)
     if (ref_embeddings is None) != (ref_labels is None):
@@ -321,58 +320,83 @@ def supervised_cacr_loss(
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
     alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
     _check_shared(normalize, reduction, return_parts)
-    name = _select(backend, tensors, normalize, z.shape[0] * tensors[-1].shape[0])
-    with _no_autocast(z.device):
-        narrow = _narrow(name, tensors, normalize)
+    _, on = _choose(backend, tensors, normalize, _size_of_embeddings(tensors))
+    with checks.without_autocast(z.device):
         z, *ref = _prepare(tensors, normalize)
-        tau_pos, tau_neg, alpha, beta = checks.variables(z.device, tau_pos, tau_neg, alpha, beta)
-        arguments: Any = (ref[0] if ref else None, ref_labels, tau_pos, tau_neg)
-        if name == "reference":
-            terms = reference.supervised(z, y, *arguments, alpha=alpha, beta=beta)
+        tau_pos, tau_neg, alpha, beta = _variables(z.device, tau_pos, tau_neg, alpha, beta)
+        arguments: Any = (z, y, ref[0] if ref else None, ref_labels, tau_pos, tau_neg)
+        if on.operators:
+            terms = losses.supervised(on, *arguments, alpha=alpha, beta=beta)
         else:
-            compare = losses.Contrast(name, narrow)
-            terms = losses.supervised(compare, z, y, *arguments, alpha=alpha, beta=beta)
+            terms = reference.supervised(*arguments, alpha=alpha, beta=beta)
         return _reduce(terms, reduction, return_parts, z.dtype)
 
 
 # ---- shared steps ----------------------------------------------------------------------------------------------------
 def _check_shared(normalize: object, reduction: object, return_parts: object) -> None:
     checks.flag("normalize", normalize)
-    checks.option("reduction", reduction, ("mean", "sum", "none"))
+    checks.option("reduction", reduction, REDUCTIONS)
     checks.flag("return_parts", return_parts)
 
 
-def _select(backend: object, tensors: list[Tensor], normalize: bool, similarities: int | None = None) -> str:
-    """``similarities``: how many are computed; ``None``: against keys that get no gradient."""
-    if not isinstance(backend, str):
-        raise TypeError(f"backend must be a string, got {type(backend).__name__} {backend!r}")
-    device, work = tensors[0].device, math.inf
-    if similarities is not None and device.type == "cuda":
-        work = _cuda.work(similarities, tensors[0].shape[-1], _half(tensors, normalize) or _accurate(tensors))
-    return select(backend, device, work)
+def _choose(backend: object, tensors: Sequence[Tensor], normalize: bool, similarities: float) -> tuple[Backend, Target]:
+    """The entry of the backend that computes the loss, and where its operators run.
+
+    ``similarities``: how many are computed; infinite against keys that get no gradient.
+    """
+    first, dtype = tensors[0], tensors[0].dtype
+    halves = dtype in (torch.float16, torch.bfloat16) and not normalize and all(t.dtype == dtype for t in tensors)
+    size = Size(similarities, first.shape[-1], dtype if halves else arithmetic_dtype(*tensors))
+    chosen = choose(backend, first.device, size)
+    return chosen, Target(chosen.name, chosen.operators, dtype if halves and chosen.half_types else None)
 
 
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The losses choose their own precision, also inside ``torch.autocast``."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+def backend_for(
+    loss: str,
+    tensors: Sequence[Tensor],
+    *,
+    backend: str = "auto",
+    normalize: bool = False,
+    pairing: Pairing = "unordered",
+) -> str:
+    """The name of the backend that computes a loss.
+
+    Args:
+        loss: the name of a public loss, ``"cacr_loss"`` say.
+        tensors: its features in the order of its arguments: views; queries, keys and queue; queries and keys;
+            embeddings and, if given, reference embeddings. Several views as one tensor.
+        backend, normalize, pairing: as they are given to the loss.
+    """
+    if loss == cacr_loss.__name__:
+        similarities = _size_of_views(tensors[0], pairing)
+    elif loss == supervised_cacr_loss.__name__:
+        similarities = _size_of_embeddings(tensors)
+    elif loss in (cacr_queue_loss.__name__, cacr_momentum_loss.__name__):
+        similarities = math.inf
+    else:
+        raise ValueError(f"loss={loss!r} is unknown")
+    return _choose(backend, tensors, normalize, similarities)[0].name
 
 
-def _half(tensors: list[Tensor], normalize: bool) -> torch.dtype | None:
-    """The half type that all embeddings have and keep."""
-    dtype = tensors[0].dtype
-    halves = dtype in (torch.float16, torch.bfloat16) and all(t.dtype == dtype for t in tensors)
-    return dtype if halves and not normalize else None
+def _size_of_views(views: Tensor, pairing: Pairing) -> float:
+    V, B = views.shape[:2]
+    rows = V * B if pairing == "pooled" else B
+    return view_pair_count(V, pairing) * rows * rows
 
 
-def _narrow(name: str, tensors: list[Tensor], normalize: bool) -> torch.dtype | None:
-    """That type, if the operators of the backend multiply in it (``ops.Narrow``)."""
-    return _half(tensors, normalize) if name in NARROW else None
+def _size_of_embeddings(tensors: Sequence[Tensor]) -> float:
+    return tensors[0].shape[0] * tensors[-1].shape[0]
 
 
-def _accurate(tensors: list[Tensor]) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+def _variables(device: torch.device, *values: float | Tensor) -> tuple[Any, ...]:
+    """``values``; while compiling, numbers as 0-dim tensors.
+
+    A number would be a constant of the compiled code, which a schedule compiles again at every step.
+    """
+    if not torch.compiler.is_compiling():
+        return values
+    one = torch.ones((), dtype=torch.float64, device=device)
+    return tuple(x if isinstance(x, Tensor) else x * one for x in values)
 
 
 def _prepare(tensors: list[Tensor], normalize: bool) -> list[Tensor]:
@@ -381,7 +405,7 @@ def _prepare(tensors: list[Tensor], normalize: bool) -> list[Tensor]:
     Temperatures, being 0-dimensional, do not count. Keys of an encoder that ran in inference mode are copied: autograd
     would not keep them.
     """
-    dtype = _accurate(tensors)
+    dtype = arithmetic_dtype(*tensors)
     # Dynamo takes an argument of torch.func.grad for one that needs no gradient; of a cast it knows better.
     tracing = torch.compiler.is_compiling()
     tensors = [t.to(dtype) if tracing or t.dtype != dtype else t for t in tensors]
@@ -390,36 +414,16 @@ def _prepare(tensors: list[Tensor], normalize: bool) -> list[Tensor]:
     return [l2_normalize(t, dim=-1) for t in tensors] if normalize else tensors
 
 
-def _fused(
-    name: str,
-    narrow: torch.dtype | None,
-    views: Tensor,
-    tau_pos: float | Tensor,
-    tau_neg: float | Tensor,
-    options: Any,
-    return_parts: bool,
-) -> Any:
-    given: list[Any] = [tau_pos, tau_neg, options["alpha"], options["beta"], options["rbf_scale"]]
+def _fused(on: Target, views: Tensor, given: Sequence[Any], kind: tuple[Pairing, Cost], return_parts: bool) -> Any:
+    """The loss by the operator ``cacr``; ``given``: tau_pos, tau_neg, alpha, beta and rbf_scale."""
     numbers = None
     if any(isinstance(x, Tensor) for x in given):
         numbers, given = losses.vector(given, views.device), [0.0] * len(given)
-    plain_tau_pos, plain_tau_neg, alpha, beta, rbf_scale = given
+    (tau_pos, tau_neg, alpha, beta, rbf_scale), (pairing, cost) = given, kind
+    options = CACROptions(tau_pos, tau_neg, alpha, beta, PAIRINGS.index(pairing), cost == "rbf", rbf_scale)
     grad = torch.is_grad_enabled()
-    loss, parts = fused_cacr(
-        name,
-        views,
-        numbers,
-        plain_tau_pos,
-        plain_tau_neg,
-        alpha,
-        beta,
-        ops.PAIRINGS.index(options["pairing"]),
-        options["cost"] == "rbf",
-        rbf_scale,
-        grad and views.requires_grad,
-        grad and numbers is not None and numbers.requires_grad,
-        narrow,
-    )
+    wanted = grad and views.requires_grad, grad and numbers is not None and numbers.requires_grad
+    loss, parts = cacr(on, views, numbers, options, wanted)
     return CACRParts(loss, *parts.detach().unbind()) if return_parts else loss
 
 

@@ -1,96 +1,24 @@
-"""The losses as compositions over the ``contrast`` operator, for every backend but the reference.
+"""The losses as compositions over the operators, for every backend but the reference.
 
-Similarities of all queries with all keys go through ``contrast``; the few positives that views of one instance are to
-each other go through ``aligned_cost``. What is left are vectors of one entry per query. ``reference.py`` states what is
-computed; names and shapes are the same there.
+Similarities of all queries with all keys go through ``contrast`` or, where the keys get no gradient,
+``detached_keys``; the few positives that views of one instance are to each other go through ``aligned_cost``. What is
+left are vectors of one entry per query. ``reference.py`` states what is computed; names and shapes are the same there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference
-from .backends.torch import ALL, OTHER, SAME, SAME_NOT_SELF
-from .operators.autograd import aligned_cost, contrast
-from .operators.frozen import contrast_frozen
-from .reference import Statistics, Temperature, mean_entropy, rows_of_pairs, statistics, view_pairs
-from .types import Cost, Pairing, Terms, WeightGrad
-
-FROZEN = ("triton", "cpu")  # backends with the operator contrast_frozen_<backend>
-
-
-class Softmaxes(NamedTuple):
-    """Mean cost and log-sum-exp [S, P, N] of the softmaxes of one call, in float64."""
-
-    value: Tensor
-    lse: Tensor
-
-
-class Contrast:
-    """The ``contrast`` operator of one backend."""
-
-    def __init__(self, backend: str, narrow: torch.dtype | None = None) -> None:
-        self.backend = backend
-        self.narrow = narrow  # the half type that the embeddings, float32 here, came in
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        sets: Sequence[tuple[int, Temperature]],
-        *,
-        q_id: Tensor | None = None,
-        k_id: Tensor | None = None,
-        pairs: Sequence[tuple[int, int]] = ((0, 0),),
-        inner: bool = False,
-        detach_weights: bool = False,
-    ) -> Softmaxes:
-        """``q`` [Vq, N, D], ``k`` [Vk, M, D]; ``sets``: kind and signed temperature of each softmax.
-
-        ``k`` is ``None`` where the queries are the keys, which computes symmetric similarities once.
-        """
-        tau = vector([t for _, t in sets], q.device)
-        tau = tau.detach() if detach_weights else tau
-        kinds = [kind for kind, _ in sets]
-        index = [x for x, _ in pairs], [y for _, y in pairs]
-        arguments = q, k, q_id, k_id, tau, kinds, *index, inner, detach_weights
-        return Softmaxes(*contrast(self.backend, *arguments, self.narrow))
-
-    def frozen(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        kind: int,
-        tau: Temperature,
-        *,
-        q_id: Tensor | None = None,
-        k_id: Tensor | None = None,
-        inner: bool = False,
-        detach_weights: bool = False,
-        detach_value: bool = False,
-    ) -> Softmaxes:
-        """Queries [V, B, D] against ``keys`` [M, D], which get no gradient: statistics [1, V, B] of one softmax.
-
-        ``detach_weights``: only the value carries a gradient, by the costs; ``detach_value``: only the lse does.
-        """
-        k, pairs = keys.detach()[None], [(v, 0) for v in range(queries.shape[0])]
-        if self.backend in FROZEN:
-            taus, grad = vector([tau], queries.device), torch.is_grad_enabled()
-            taus = taus.detach() if detach_weights else taus
-            index = [x for x, _ in pairs], [y for _, y in pairs]
-            flags = inner, detach_weights, detach_value
-            wanted = grad and queries.requires_grad, grad and taus.requires_grad
-            arguments = queries, k, q_id, k_id, taus, [kind], *index, *flags, *wanted
-            s = Softmaxes(*contrast_frozen(self.backend, *arguments, self.narrow))
-        else:
-            options = {"inner": inner, "detach_weights": detach_weights}
-            s = self(queries, k, [(kind, tau)], q_id=q_id, k_id=k_id, pairs=pairs, **options)
-        return Softmaxes(s.value.detach() if detach_value else s.value, s.lse.detach() if detach_weights else s.lse)
+from .operators.aligned import aligned_cost
+from .operators.contrast import contrast
+from .operators.detached_keys import detached_keys
+from .operators.registry import Target
+from .reference import Statistics, mean_entropy, rows_of_pairs, statistics, view_pairs
+from .types import ALL, OTHER, SAME, SAME_NOT_SELF, ContrastSpec, Cost, Pairing, Temperature, Terms, WeightGrad
 
 
 def vector(numbers: Sequence[Temperature], device: torch.device) -> Tensor:
@@ -121,7 +49,7 @@ def attraction(cost: Tensor, logit: Tensor) -> Statistics:
 
 
 def cacr(
-    compare: Contrast,
+    on: Target,
     views: Tensor,
     tau_pos: Temperature,
     tau_neg: Temperature,
@@ -140,28 +68,24 @@ def cacr(
     if batch == 1:  # no negatives
         rows = zero if cost == "rbf" else torch.zeros_like(attracted.value)
         return Terms(alpha * attracted.value, rows, mean_entropy(attracted), zero)
-    sets: list[tuple[int, Temperature]] = [(OTHER, -tau_neg)]
-    if cost == "rbf":
-        sets.append((OTHER, -(tau_neg + rbf_scale)))
+    taus = [-tau_neg, -(tau_neg + rbf_scale)] if cost == "rbf" else [-tau_neg]
+    z, ids, pairs = views, instance_ids(batch, views.device), view_pairs(num_views, pairing)
     if pairing == "pooled":
-        z = views.reshape(1, num_views * batch, dim)
-        ids = instance_ids(batch, views.device).repeat(num_views)
-        negative = compare(z, None, sets, q_id=ids)
-    else:
-        ids = instance_ids(batch, views.device)
-        negative = compare(views, None, sets, q_id=ids, pairs=view_pairs(num_views, pairing))
+        z, ids, pairs = views.reshape(1, num_views * batch, dim), ids.repeat(num_views), [(0, 0)]
+    spec = ContrastSpec(ids, None, [OTHER] * len(taus), [x for x, _ in pairs], [y for _, y in pairs])
+    value, lse = contrast(on, z, None, vector(taus, views.device), spec)
     if cost == "rbf":
-        log_value = negative.lse[1] - negative.lse[0] + 0.0 * negative.value[0].detach()
+        log_value = lse[1] - lse[0] + 0.0 * value[0].detach()
         log_mean = log_value.logsumexp(-1) - math.log(log_value.shape[-1])
         repulsion = beta * log_mean.mean()
     else:
-        repulsion = -beta * rows_of_pairs(negative.value[0], num_views, pairing)
-    entropy = entropy_of(negative.value[0], negative.lse[0], -tau_neg)
+        repulsion = -beta * rows_of_pairs(value[0], num_views, pairing)
+    entropy = entropy_of(value[0], lse[0], -tau_neg)
     return Terms(alpha * attracted.value, repulsion, mean_entropy(attracted), entropy)
 
 
 def queue(
-    compare: Contrast,
+    on: Target,
     queries: Tensor,
     keys: Tensor,
     queue: Tensor,
@@ -179,15 +103,16 @@ def queue(
     attracted = attraction(c, (tau_pos * c).detach())
 
     value, lse = torch.zeros_like(attracted.value), torch.full_like(attracted.value, -torch.inf)
+    every = list(range(num_views))
     if queue.shape[0]:
-        s = compare.frozen(queries, queue, ALL, -tau_neg, detach_weights=weight_grad != "full")
-        value, lse = s.value[0], s.lse[0]
+        spec = ContrastSpec(None, None, [ALL], every, [0] * num_views, detach_weights=weight_grad != "full")
+        (value,), (lse,) = detached_keys(on, queries, queue[None], vector([-tau_neg], queries.device), spec)
     if in_batch and batch > 1:
+        detached, tau = weight_grad == "none", vector([-tau_neg], queries.device)
         ids = instance_ids(batch, queries.device)
-        pairs = [(v, v) for v in range(num_views)]
-        detached = weight_grad == "none"
-        s = compare(queries, None, [(OTHER, -tau_neg)], q_id=ids, pairs=pairs, detach_weights=detached)
-        batch_value, batch_lse = s.value[0], s.lse[0].detach() if detached else s.lse[0]
+        spec = ContrastSpec(ids, None, [OTHER], every, every, detach_weights=detached)
+        (batch_value,), (batch_lse,) = contrast(on, queries, None, tau.detach() if detached else tau, spec)
+        batch_lse = batch_lse.detach() if detached else batch_lse
         value, lse = merge(value, lse, batch_value, batch_lse) if queue.shape[0] else (batch_value, batch_lse)
     return Terms(alpha * attracted.value, -beta * value, mean_entropy(attracted), entropy_of(value, lse, -tau_neg))
 
@@ -199,7 +124,7 @@ def merge(value_a: Tensor, lse_a: Tensor, value_b: Tensor, lse_b: Tensor) -> tup
 
 
 def momentum(
-    compare: Contrast, queries: Tensor, keys: Tensor, temperature: Temperature, *, cost: Cost, key_offset: int
+    on: Target, queries: Tensor, keys: Tensor, temperature: Temperature, *, cost: Cost, key_offset: int
 ) -> Terms:
     """``reference.momentum``: q.k / T is -1 / (2T) times the inner cost -2 q.k."""
     keys = keys.detach()
@@ -209,20 +134,22 @@ def momentum(
     attracted = statistics((c_pos / temperature).detach(), c_pos, torch.ones_like(c_pos, dtype=torch.bool))
     p = attracted.weights.mT  # [V, B]
     tau = -0.5 / temperature
+    taus, index = vector([tau], queries.device), (list(range(queries.shape[0])), [0] * queries.shape[0])
     if cost == "rbf":
-        w = compare.frozen(queries, keys, ALL, tau, inner=True, detach_value=True)
+        spec = ContrastSpec(None, None, [ALL], *index, inner_product=True)
+        (value,), (lse,) = detached_keys(on, queries, keys[None], taus, spec, detach_value=True)
         inner_product = (queries * positive).sum(-1)
-        rows = -2 * (p * inner_product).sum(0), 2 * temperature * (p * (w.lse[0] + 0.0 * w.value[0])).sum(0)
+        rows = -2 * (p * inner_product).sum(0), 2 * temperature * (p * (lse + 0.0 * value)).sum(0)
     else:
         ids = instance_ids(keys.shape[0], keys.device)
-        q_id = ids[key_offset : key_offset + batch]
-        w = compare.frozen(queries, keys, OTHER, tau, q_id=q_id, k_id=ids, detach_weights=True)
-        rows = attracted.value / 2, -(p * w.value[0]).sum(0) / 2
-    return Terms(*rows, mean_entropy(attracted), entropy_of(w.value[0], w.lse[0], tau))
+        spec = ContrastSpec(ids[key_offset : key_offset + batch], ids, [OTHER], *index, detach_weights=True)
+        (value,), (lse,) = detached_keys(on, queries, keys[None], taus, spec)
+        rows = attracted.value / 2, -(p * value).sum(0) / 2
+    return Terms(*rows, mean_entropy(attracted), entropy_of(value, lse, tau))
 
 
 def supervised(
-    compare: Contrast,
+    on: Target,
     embeddings: Tensor,
     labels: Tensor,
     ref_embeddings: Tensor | None,
@@ -234,16 +161,16 @@ def supervised(
     beta: float,
 ) -> Terms:
     """``reference.supervised``: both sets of a query from one pass over the similarities."""
-    own = ref_embeddings is None or ref_labels is None
-    if own and labels.shape[0] == 1:  # in no set: not read
+    keys_are_queries = ref_embeddings is None or ref_labels is None
+    if keys_are_queries and labels.shape[0] == 1:  # in no set: not read
         embeddings = torch.zeros_like(embeddings) + 0.0 * torch.where(
             torch.ones_like(embeddings, dtype=torch.bool), 0.0, embeddings
         )
     keys = None if ref_embeddings is None else ref_embeddings[None]
-    q_id, k_id = compact_ids(labels, ref_labels)
-    same = SAME_NOT_SELF if own else SAME
-    s = compare(embeddings[None], keys, [(same, tau_pos), (OTHER, -tau_neg)], q_id=q_id, k_id=k_id)
-    value, lse = s.value[:, 0], s.lse[:, 0]
+    kinds = [SAME_NOT_SELF if keys_are_queries else SAME, OTHER]
+    spec = ContrastSpec(*compact_ids(labels, ref_labels), kinds, [0], [0])
+    value, lse = contrast(on, embeddings[None], keys, vector([tau_pos, -tau_neg], embeddings.device), spec)
+    value, lse = value[:, 0], lse[:, 0]
     nonempty = (lse != -torch.inf).sum(-1).clamp(min=1).to(value.dtype)
     factor = value.shape[1] / nonempty
     return Terms(
@@ -262,6 +189,3 @@ def compact_ids(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tens
     rank = (ordered != ordered.roll(1)).cumsum(0, dtype=torch.int32)
     ids = torch.zeros_like(rank).scatter(0, where, rank - rank[:1])
     return ids[: labels.shape[0]], None if ref_labels is None else ids[labels.shape[0] :]
-
-
-__all__ = ["Contrast", "cacr", "merge", "momentum", "queue", "reference", "supervised"]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize as l2_normalize
 
 from . import checks, functional
-from .types import Cost, Pairing, Reduction, WeightGrad
+from .operators.second_derivative import refuse_second_derivative_of_compiled
+from .types import Cost, Pairing, Reduction, WeightGrad, arithmetic_dtype
 
 
 class _Loss(nn.Module):
@@ -36,7 +37,7 @@ class _Loss(nn.Module):
         return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:
-        """The options."""
+        """The options as they are written in a call."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
 
 
@@ -172,6 +173,7 @@ class CACRQueueLoss(_Loss):
             return functional.cacr_queue_loss(queries, keys, queue, **self.options())
         if queue is not None:
             raise ValueError(f"queue must not be given: this module keeps its own of queue_size={self.queue_size}")
+        (queries,) = refuse_second_derivative_of_compiled(queries)
         q, k = checks.views("queries", queries, at_least=2), checks.views("keys", keys, at_least=2)
         if k.shape[-1] != self.dim:
             raise ValueError(f"keys must have dim = {self.dim} features, got {k.shape[-1]}")
@@ -182,14 +184,14 @@ class CACRQueueLoss(_Loss):
         own = self.queue[: self._held] if self._pending is None else self._enqueue()
         options = self.options()
         if options.pop("normalize"):
-            q, k = (l2_normalize(x if x.dtype == torch.float64 else x.float(), dim=-1) for x in (q, k.detach()))
+            q, k = (l2_normalize(x.to(arithmetic_dtype(x)), dim=-1) for x in (q, k.detach()))
         loss = functional.cacr_queue_loss(q, k, own, **options)
         if self.training:
             self._pending = k.detach().clone()
         return loss
 
     def extra_repr(self) -> str:
-        """The options."""
+        """The size of the queue, if the module keeps one, and the options as they are written in a call."""
         own = f"queue_size={self.queue_size}, dim={self.dim}, " if self.queue_size else ""
         return own + super().extra_repr()
 

@@ -55,9 +55,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .types import Cost, Pairing, Terms, WeightGrad
-
-Temperature = float | Tensor
+from .types import Cost, Pairing, Temperature, Terms, WeightGrad
 
 
 class Statistics(NamedTuple):

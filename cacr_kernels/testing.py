@@ -159,39 +159,56 @@ def _terms(case: Case, inputs: dict[str, Tensor], dtype: torch.dtype) -> tuple[d
     return tensors, function(**arguments)
 
 
+def _loss(case: Case, terms: Terms) -> Tensor:
+    """The loss that two terms make: a number for every query, or the sum of their means."""
+    if case.per_query:
+        return terms.attraction + terms.repulsion
+    return terms.attraction.mean() + terms.repulsion.mean()
+
+
 def eager_quantities(case: Case, inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The loss and its gradients by the definition in ``dtype``."""
     tensors, terms = _terms(case, inputs, dtype)
-    parts = terms.attraction, terms.repulsion
-    loss = parts[0] + parts[1] if case.per_query else parts[0].mean() + parts[1].mean()
+    loss = _loss(case, terms)
     return {"loss": loss.detach(), **_gradients(loss, tensors, _incoming(case, inputs, loss))}
 
 
 def true_quantities(case: Case, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The same in float64, and the scale of each: the larger of what the two terms contribute."""
     tensors, terms = _terms(case, inputs, torch.float64)
-    values: dict[str, Tensor] = {}
-    scale: dict[str, float] = {}
-    for rows in (terms.attraction, terms.repulsion):
-        part = rows if case.per_query else rows.mean()
-        incoming = _incoming(case, inputs, part)
-        found = {"loss": part.detach(), **_gradients(part, tensors, incoming)}
-        sizes = {name: g.abs().max().item() for name, g in found.items()}
-        if not case.per_query:
-            sizes["loss"] = rows.abs().mean().item()
-        sizes |= _derivative_sizes(rows, tensors, incoming if case.per_query else incoming / rows.numel())
-        values = {name: values[name] + g for name, g in found.items()} if values else found
-        scale = {name: max(scale.get(name, 0.0), size) for name, size in sizes.items()}
-    if case.loss == "cacr_loss" and case.options.get("cost") == "rbf":
-        views, batch, _ = tensors["views"].shape
-        negatives = (views if case.options.get("pairing") == "pooled" else 1) * (batch - 1)
-        beta = abs(case.options.get("beta", 1.0))
-        scale["loss"] = max(scale["loss"], beta * math.log(max(1, negatives)))
-    if "temperature" in scale and case.options.get("cost", "rbf") == "rbf":
-        part = terms.repulsion if case.per_query else terms.repulsion.mean()
-        summand = (part * _incoming(case, inputs, part)).sum().abs() / case.options["temperature"]
-        scale["temperature"] = max(scale["temperature"], summand.item())
+    attraction, attraction_sizes = _contribution(case, inputs, tensors, terms.attraction)
+    repulsion, repulsion_sizes = _contribution(case, inputs, tensors, terms.repulsion)
+    values = {name: x + repulsion[name] for name, x in attraction.items()}
+    found = (attraction_sizes, repulsion_sizes, _rbf_sizes(case, inputs, terms))
+    scale = {name: max(0.0, *(sizes.get(name, 0.0) for sizes in found)) for name in attraction_sizes}
     return values, scale
+
+
+def _contribution(
+    case: Case, inputs: dict[str, Tensor], tensors: dict[str, Tensor], rows: Tensor
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What one term contributes to the loss and each gradient, and the size of that: see Scale above."""
+    part = rows if case.per_query else rows.mean()
+    incoming = _incoming(case, inputs, part)
+    values = {"loss": part.detach(), **_gradients(part, tensors, incoming)}
+    sizes = {name: x.abs().max().item() for name, x in values.items()}
+    if not case.per_query:
+        sizes["loss"] = rows.abs().mean().item()
+    weight = incoming if case.per_query else incoming / rows.numel()
+    return values, sizes | _derivative_sizes(rows, tensors, weight)
+
+
+def _rbf_sizes(case: Case, inputs: dict[str, Tensor], terms: Terms) -> dict[str, float]:
+    """Sizes of what cancels within the repulsion under rbf, for the loss or for the derivative w.r.t. T."""
+    if case.loss == "cacr_loss" and case.options.get("cost") == "rbf":
+        views, batch, _ = inputs["views"].shape
+        negatives = (views if case.options.get("pairing") == "pooled" else 1) * (batch - 1)
+        return {"loss": abs(case.options.get("beta", 1.0)) * math.log(max(1, negatives))}
+    if case.loss == "cacr_momentum_loss" and case.options.get("cost", "rbf") == "rbf":
+        part = terms.repulsion if case.per_query else terms.repulsion.mean()
+        summand = (part * _incoming(case, inputs, part)).sum().abs() / case.options.get("temperature", 1.0)
+        return {"temperature": summand.item()}
+    return {}
 
 
 def _in_opposite_order(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -201,8 +218,8 @@ def _in_opposite_order(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tenso
     if case.loss == "cacr_momentum_loss":
         options["key_offset"] = len(inputs["keys"]) - inputs["queries"].shape[1] - options.get("key_offset", 0)
     tensors, terms = _terms(case._replace(options=options), turned, torch.float64)
-    parts = terms.attraction, terms.repulsion
-    loss = (parts[0] + parts[1]).flip(-1) if case.per_query else parts[0].mean() + parts[1].mean()
+    loss = _loss(case, terms)
+    loss = loss.flip(-1) if case.per_query else loss
     found = _gradients(loss, tensors, _incoming(case, inputs, loss))
     return {"loss": loss.detach(), **{n: g.flip(-2) if g.dim() else g for n, g in found.items()}}
 

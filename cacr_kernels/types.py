@@ -1,15 +1,69 @@
-"""Types shared by every layer: what the losses return and what they are made of."""
+"""Types shared by every layer: options, set kinds, what travels as one argument, what the losses return."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 Pairing = Literal["unordered", "ordered", "pooled"]
 Cost = Literal["sqeuclidean", "rbf"]
 Reduction = Literal["mean", "sum", "none"]
 WeightGrad = Literal["in_batch", "full", "none"]
+Temperature = float | Tensor
+
+PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)  # the operators take the index
+COSTS: tuple[Cost, ...] = get_args(Cost)
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+WEIGHT_GRADS: tuple[WeightGrad, ...] = get_args(WeightGrad)
+
+# Kinds of key sets: all keys, those with the id of the query, those with another id, those with its id but not itself.
+ALL, SAME, OTHER, SAME_NOT_SELF = range(4)
+
+
+def view_pair_count(num_views: int, pairing: Pairing) -> int:
+    """How many times queries of a view meet negatives of a view."""
+    return {"unordered": num_views * (num_views - 1) // 2, "ordered": num_views * (num_views - 1), "pooled": 1}[pairing]
+
+
+def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
+    """The type of the arithmetic and of the gradients: float64 if any of the tensors is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+class CACROptions(NamedTuple):
+    """The arguments of the operator ``cacr`` that are no tensors; its numbers count only without the tensor of them."""
+
+    tau_pos: float
+    tau_neg: float
+    alpha: float
+    beta: float
+    pairing: int  # index into PAIRINGS
+    rbf: bool
+    rbf_scale: float
+
+    @property
+    def numbers(self) -> Any:
+        """The five numbers in the order in which the tensor holds them."""
+        return self.tau_pos, self.tau_neg, self.alpha, self.beta, self.rbf_scale
+
+
+class ContrastSpec(NamedTuple):
+    """The arguments of the operators ``contrast`` and ``detached_keys`` to which no gradient flows.
+
+    Softmax s of pair p compares the queries of view ``q_index[p]`` with the keys of view ``k_index[p]`` that are in the
+    set of kind ``kinds[s]``. ``inner_product``: the cost is -2 q.k, not |q - k|^2. ``detach_weights``: the weights are
+    constants.
+    """
+
+    q_id: Tensor | None  # [N] int32, with k_id [M] needed by every kind but ALL
+    k_id: Tensor | None
+    kinds: list[int]
+    q_index: list[int]
+    k_index: list[int]
+    inner_product: bool = False
+    detach_weights: bool = False
 
 
 class CACRParts(NamedTuple):

@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,14 +22,14 @@ from torch import Tensor
 
 from . import functional, testing
 from ._version import __version__
-from .backends import library as _extension
-from .backends.table import TABLE, backends
+from .backends.library import active_isa
+from .backends.table import TABLE, available_backends
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Row(NamedTuple):
-    """The worst check of a group: the one whose error is the largest share of its tolerance."""
+    """A line of the table: a group of checks, and the one whose error is the largest share of its tolerance."""
 
     backend: str
     dtype: str
@@ -44,48 +44,72 @@ class Row(NamedTuple):
 
 
 def group_of(case: testing.Case) -> str:
-    """The line of the table a case belongs to."""
+    """The loss of a case, for ``cacr_loss`` with pairing and cost: cases of one group share a line of the table."""
     if case.loss == "cacr_loss":
         return f"cacr_loss {case.options.get('pairing', 'unordered')} {case.options.get('cost', 'sqeuclidean')}"
     return case.loss
 
 
+def results_of(case: testing.Case, backend: str, dtype: str, device: str) -> list[testing.Result]:
+    """All checks of a case; an exception counts as a failure that carries its message."""
+    try:
+        return testing.compare(case, backend, DTYPES[dtype], device)
+    except Exception as error:  # a backend under test may fail in any way; it is reported, not hidden
+        return [testing.Result(f"{type(error).__name__}: {error}", math.inf, 0.0, 0.0)]
+
+
+def share_of_tolerance(result: testing.Result) -> float:
+    """The error in units of the tolerance; what is not a number is infinitely wrong."""
+    if math.isnan(result.error) or result.tolerance <= 0:
+        return math.inf
+    return result.error / result.tolerance
+
+
 def check_group(
     backend: str, dtype: str, group: str, cases: list[testing.Case], device: str, advance: Callable[[], None]
 ) -> Row:
-    """Compares all cases of a group, calling ``advance`` after each; an exception counts as a failure."""
-    checks = failures = 0
-    worst = ("", "", -1.0, 0.0, 1.0)
+    """Compares all cases of a group with the reference, calling ``advance`` after each."""
+    found = []
     for case in cases:
-        try:
-            results = testing.compare(case, backend, DTYPES[dtype], device)
-        except Exception as error:  # a backend under test may fail in any way; it is reported, not hidden
-            results = [testing.Result(f"{type(error).__name__}: {error}", math.inf, 0.0, 0.0)]
-        for r in results:
-            checks += 1
-            failures += not r.ok
-            share = r.error / r.tolerance if r.tolerance > 0 else math.inf
-            if share > (worst[2] / worst[4] if worst[4] > 0 else math.inf):
-                worst = (r.quantity, case.name, r.error, r.yardstick, r.tolerance)
+        found += [(case, result) for result in results_of(case, backend, dtype, device)]
         advance()
-    return Row(backend, dtype, group, checks, failures, *worst)
+    case, worst = max(found, key=lambda check: share_of_tolerance(check[1]))
+    failures = sum(not result.ok for _, result in found)
+    numbers = worst.error, worst.yardstick, worst.tolerance
+    return Row(backend, dtype, group, len(found), failures, worst.quantity, case.name, *numbers)
 
 
-class Numeric(NamedTuple):
-    """One ``gradcheck``: a loss, its keywords, how many views, keys and so on, and which temperatures are tensors."""
+class Gradcheck(NamedTuple):
+    """A ``torch.autograd.gradcheck``: of which loss, with which options, sizes and tensor temperatures.
+
+    ``sizes``: queue entries of the queue loss, V, B and M of the momentum loss, references of the supervised loss.
+    """
 
     label: str
     loss: str
     options: dict[str, Any]
     sizes: tuple[int, ...] = ()
-    taus: tuple[str, ...] = ("tau_pos", "tau_neg")
+    temperatures: tuple[str, ...] = ("tau_pos", "tau_neg")
 
     def run(self, backend: str, device: str) -> bool:
-        """``torch.autograd.gradcheck`` of the backend itself in float64, w.r.t. embeddings and temperatures."""
-        g = torch.Generator().manual_seed(1)
+        """Whether the gradients w.r.t. embeddings and temperatures are those of finite differences, in float64."""
+        leaves, fixed = self.tensors(device)
+
+        def loss_of(*tensors: Tensor) -> Tensor:
+            arguments = dict(zip(leaves, tensors, strict=True)) | fixed | self.options
+            result: Tensor = getattr(functional, self.loss)(**arguments, backend=backend)
+            return result
+
+        inputs = tuple(leaf.requires_grad_() for leaf in leaves.values())
+        return bool(torch.autograd.gradcheck(loss_of, inputs, raise_exception=False))
+
+    def tensors(self, device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Arguments that are differentiated, and arguments that are not."""
+        generator = torch.Generator().manual_seed(1)
 
         def make(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=g, dtype=torch.float64).div(shape[-1] ** 0.5).to(device)
+            rows = torch.randn(shape, generator=generator, dtype=torch.float64)
+            return rows.div(shape[-1] ** 0.5).to(device)
 
         fixed: dict[str, Tensor] = {}
         if self.loss == "cacr_loss":
@@ -100,19 +124,12 @@ class Numeric(NamedTuple):
             if self.sizes:
                 (M,) = self.sizes
                 leaves["ref_embeddings"], fixed["ref_labels"] = make(M, 4), torch.arange(M, device=device) % 4
-        for name, value in zip(self.taus, (0.8, 1.3), strict=False):
+        for name, value in zip(self.temperatures, (0.8, 1.3), strict=False):
             leaves[name] = torch.tensor(value, dtype=torch.float64, device=device)
-
-        def f(*tensors: Tensor) -> Tensor:
-            arguments = dict(zip(leaves, tensors, strict=True)) | fixed | self.options
-            result: Tensor = getattr(functional, self.loss)(**arguments, backend=backend)
-            return result
-
-        inputs = tuple(leaf.requires_grad_() for leaf in leaves.values())
-        return bool(torch.autograd.gradcheck(f, inputs, raise_exception=False))
+        return leaves, fixed
 
 
-def numeric_checks() -> list[Numeric]:
+def gradchecks() -> list[Gradcheck]:
     """Every loss where its gradient is a derivative of its value.
 
     It is not where weights that vary are detached. ``cacr_queue_loss`` is checked with constant weights instead
@@ -123,152 +140,116 @@ def numeric_checks() -> list[Numeric]:
     checks = []
     for pairing in ("unordered", "ordered", "pooled"):
         for cost in ("sqeuclidean", "rbf"):
-            checks.append(Numeric(f"cacr_loss {pairing} {cost}", "cacr_loss", {"pairing": pairing, "cost": cost}))
+            checks.append(Gradcheck(f"cacr_loss {pairing} {cost}", "cacr_loss", {"pairing": pairing, "cost": cost}))
         for reduction in ("none", "sum"):
             options = {"pairing": pairing, "reduction": reduction}
-            checks.append(Numeric(f"cacr_loss {pairing} {reduction}", "cacr_loss", options))
+            checks.append(Gradcheck(f"cacr_loss {pairing} {reduction}", "cacr_loss", options))
     name, neg = "cacr_queue_loss", ("tau_neg",)
     for weight_grad in ("in_batch", "none"):
         constant: dict[str, Any] = {"weight_grad": weight_grad, "tau_pos": 0.0, "tau_neg": 0.0}
-        checks.append(Numeric(f"{name} {weight_grad}, constant weights", name, constant, (6,), ()))
+        checks.append(Gradcheck(f"{name} {weight_grad}, constant weights", name, constant, (6,), ()))
     full: dict[str, Any] = {"weight_grad": "full", "tau_pos": 0.0}
     checks += [
-        Numeric(f"{name} in_batch, no queue", name, {"weight_grad": "in_batch", "tau_pos": 0.0}, (0,), neg),
-        Numeric(f"{name} full", name, full, (6,), neg),
-        Numeric(f"{name} full, queue only", name, full | {"in_batch": False}, (6,), neg),
-        Numeric(f"{name} full none", name, full | {"reduction": "none"}, (6,), neg),
+        Gradcheck(f"{name} in_batch, no queue", name, {"weight_grad": "in_batch", "tau_pos": 0.0}, (0,), neg),
+        Gradcheck(f"{name} full", name, full, (6,), neg),
+        Gradcheck(f"{name} full, queue only", name, full | {"in_batch": False}, (6,), neg),
+        Gradcheck(f"{name} full none", name, full | {"reduction": "none"}, (6,), neg),
     ]
     name = "cacr_momentum_loss"
     for cost, sizes in (("rbf", (1, 5, 9)), ("sqeuclidean", (1, 2, 2))):
         for reduction in ("mean", "none"):
             single: dict[str, Any] = {"cost": cost, "reduction": reduction, "normalize": True}
-            checks.append(Numeric(f"{name} {cost} {reduction}", name, single, sizes, ("temperature",)))
+            checks.append(Gradcheck(f"{name} {cost} {reduction}", name, single, sizes, ("temperature",)))
     name = "supervised_cacr_loss"
-    checks += [Numeric(f"{name} {r}", name, {"reduction": r}) for r in ("mean", "none", "sum")]
-    return [*checks, Numeric(f"{name} reference set", name, {}, (9,))]
-
-
-def run_checks(
-    names: Iterable[str], device: str, quick: bool, progress: Progress
-) -> tuple[list[Row], list[dict[str, Any]]]:
-    """All comparisons and gradchecks."""
-    rows, numeric = [], []
-    groups: dict[str, list[testing.Case]] = {}
-    for case in testing.cases(quick):
-        groups.setdefault(group_of(case), []).append(case)
-    checks, names = numeric_checks(), list(names)
-    progress.start(len(names) * (len(DTYPES) * sum(map(len, groups.values())) + len(checks)))
-    for name in names:
-        for dtype in DTYPES:
-            for group, cases in groups.items():
-                progress.now(f"{name} {dtype} {group}")
-                rows.append(check_group(name, dtype, group, cases, device, progress.advance))
-        for check in checks:
-            progress.now(f"{name} gradcheck {check.label}")
-            try:
-                problem = "" if check.run(name, device) else "numerical and analytical gradients differ"
-            except Exception as error:  # as in check_group
-                problem = f"{type(error).__name__}: {error}"
-            numeric.append({"backend": name, "check": check.label, "ok": not problem, "problem": problem})
-            progress.advance()
-    return rows, numeric
+    checks += [Gradcheck(f"{name} {r}", name, {"reduction": r}) for r in ("mean", "none", "sum")]
+    return [*checks, Gradcheck(f"{name} reference set", name, {}, (9,))]
 
 
 class Progress:
-    """Says on stderr what is being checked and how far it is; silent unless that is a terminal."""
+    """A line on stderr that says what is being checked and how far it is; nothing unless stderr is a terminal."""
 
-    def __init__(self) -> None:
-        self._total = self._done = 0
-        self._text = ""
-        self._bar: Any = None
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._text = total, 0, ""
         self._visible = sys.stderr.isatty()
 
-    def start(self, total: int) -> None:
-        """``total``: how often ``advance`` will be called."""
-        self._total = total
-        if not self._visible:
-            return
-        try:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-        except ImportError:
-            return
-        columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
-        self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
-        self._bar.start()
-        self._task = self._bar.add_task("", total=total)
-
     def now(self, text: str) -> None:
-        """What comes next."""
+        """Shows what is checked next."""
         self._text = text
-        self._show(0)
+        self._show()
 
     def advance(self) -> None:
-        """One step is done."""
+        """Counts one of ``total`` steps as done."""
         self._done += 1
-        self._show(1)
-
-    def _show(self, steps: int) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, advance=steps, description=self._text)
-        elif self._visible:
-            percent = 100 * self._done // max(1, self._total)
-            print(f"\r\x1b[K{percent:3d} %  {self._text}", end="", file=sys.stderr, flush=True)
+        self._show()
 
     def close(self) -> None:
-        """Leaves no trace on the terminal."""
-        if self._bar is not None:
-            self._bar.stop()
-        elif self._visible:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        """Clears the line."""
+        self._write("")
+
+    def _show(self) -> None:
+        percent = 100 * self._done // max(1, self._total)
+        self._write(f"{percent:3d} %  {self._text}")
+
+    def _write(self, line: str) -> None:
+        if self._visible:
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def run_checks(names: list[str], device: str, quick: bool) -> tuple[list[Row], list[dict[str, Any]]]:
+    """All comparisons with the reference and all gradchecks of the backends ``names``."""
+    groups: dict[str, list[testing.Case]] = {}
+    for case in testing.cases(quick):
+        groups.setdefault(group_of(case), []).append(case)
+    checks = gradchecks()
+    comparisons = len(DTYPES) * sum(len(cases) for cases in groups.values())
+    rows, numeric = [], []
+    with contextlib.closing(Progress(len(names) * (comparisons + len(checks)))) as progress:
+        for name in names:
+            for dtype in DTYPES:
+                for group, cases in groups.items():
+                    progress.now(f"{name} {dtype} {group}")
+                    rows.append(check_group(name, dtype, group, cases, device, progress.advance))
+            for check in checks:
+                progress.now(f"{name} gradcheck {check.label}")
+                numeric.append(run_gradcheck(name, check, device))
+                progress.advance()
+    return rows, numeric
+
+
+def run_gradcheck(backend: str, check: Gradcheck, device: str) -> dict[str, Any]:
+    """The outcome of one gradcheck, as the report has it."""
+    try:
+        problem = "" if check.run(backend, device) else "numerical and analytical gradients differ"
+    except Exception as error:  # as in results_of
+        problem = f"{type(error).__name__}: {error}"
+    return {"backend": backend, "check": check.label, "ok": not problem, "problem": problem}
 
 
 def print_table(rows: list[Row]) -> None:
-    """One line per backend, dtype and group; with rich if it is installed, else plain text."""
-    header = ["backend", "dtype", "loss", "checks", "worst error", "eager", "tolerance", "of", ""]
-    lines = [
-        [
-            r.backend,
-            r.dtype,
-            r.group,
-            str(r.checks),
-            f"{r.error:.1e}",
-            f"{r.yardstick:.1e}",
-            f"{r.tolerance:.1e}",
-            r.quantity,
-            f"{r.failures} FAILED" if r.failures else "ok",
-        ]
-        for r in rows
-    ]
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-        for line in [header, *lines]:
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        return
-    table = Table(*header, title="largest share of the tolerance in each group")
+    """One line per backend, dtype and group, in columns."""
+    lines = [("backend", "dtype", "loss", "checks", "worst error", "eager", "tolerance", "of", "")]
+    for r in rows:
+        numbers = (f"{r.error:.1e}", f"{r.yardstick:.1e}", f"{r.tolerance:.1e}")
+        verdict = f"{r.failures} FAILED" if r.failures else "ok"
+        lines.append((r.backend, r.dtype, r.group, str(r.checks), *numbers, r.quantity, verdict))
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     for line in lines:
-        table.add_row(*line, style="bold red" if "FAILED" in line[-1] else None)
-    console = Console()
-    (console if console.is_terminal else Console(width=170)).print(table)
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What the report was made with."""
+    """Versions, device, threads and instruction set that the report was made with."""
     return {
         "cacr_kernels": __version__,
         "torch": torch.__version__,
         "device": device,
         "threads": torch.get_num_threads(),
-        "instruction_set": _extension.active_isa(),
+        "instruction_set": active_isa(),
     }
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(prog="cacr-verify", description="Compare the backends with the float64 reference.")
     parser.add_argument("--backend", action="append", help="check only this backend (may be repeated)")
     parser.add_argument("--device", default="cpu", help="device of the tensors (default: cpu)")
@@ -292,8 +273,8 @@ def usable(asked: list[str] | None, device: str) -> tuple[list[str], list[str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the checks and prints the table; returns the exit status."""
-    options = arguments(argv)
+    """Runs the checks, prints the results, writes the report; returns the exit status."""
+    options = parse_arguments(argv)
     try:
         names, skipped = usable(options.backend, options.device)
         if options.json:
@@ -301,30 +282,39 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError, AssertionError) as error:  # torch asserts that it knows CUDA
         print(f"cacr-verify: {error}", file=sys.stderr)
         return 2
-    progress = Progress()
-    with contextlib.closing(progress), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rows, numeric = run_checks(names, options.device, options.quick, progress)
+        rows, numeric = run_checks(names, options.device, options.quick)
     about = environment(options.device)
-    print("  ".join(f"{key} {value}" for key, value in about.items()))
-    print_table(rows)
-    wrong = [r for r in rows if r.failures]
-    wrong_numeric = [n for n in numeric if not n["ok"]]
-    for r in wrong:
-        print(f"FAILED {r.backend} {r.dtype}: {r.quantity} of {r.case}: error {r.error:.2e} > {r.tolerance:.2e}")
-    for n in wrong_numeric:
-        print(f"FAILED {n['backend']} gradcheck: {n['check']}: {n['problem']}")
+    good = print_results(about, rows, numeric)
     for line in skipped:
         print(line)
     if options.json:
-        report = {"environment": about, "backends": backends(), "ok": not (wrong or wrong_numeric)}
-        rows_json = [r._asdict() | {"ok": r.failures == 0} for r in rows]
-        text = json.dumps(report | {"checks": rows_json, "gradcheck": numeric}, indent=1)
-        Path(options.json).write_text(text, encoding="utf-8")
+        report = {
+            "environment": about,
+            "backends": available_backends(),
+            "ok": good,
+            "checks": [r._asdict() | {"ok": r.failures == 0} for r in rows],
+            "gradcheck": numeric,
+        }
+        Path(options.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
     count = sum(r.checks for r in rows)
-    verdict = "all within tolerance" if not (wrong or wrong_numeric) else "NOT within tolerance"
+    verdict = "all within tolerance" if good else "NOT within tolerance"
     print(f"{' and '.join(names)}: {count} checks, {len(numeric)} gradchecks: {verdict}")
-    return 1 if wrong or wrong_numeric else 0
+    return 0 if good else 1
+
+
+def print_results(about: dict[str, Any], rows: list[Row], numeric: list[dict[str, Any]]) -> bool:
+    """Prints the table and a line for every failure; returns whether there is none."""
+    print("  ".join(f"{key} {value}" for key, value in about.items()))
+    print_table(rows)
+    wrong = [r for r in rows if r.failures]
+    wrong_gradients = [n for n in numeric if not n["ok"]]
+    for r in wrong:
+        print(f"FAILED {r.backend} {r.dtype}: {r.quantity} of {r.case}: error {r.error:.2e} > {r.tolerance:.2e}")
+    for n in wrong_gradients:
+        print(f"FAILED {n['backend']} gradcheck: {n['check']}: {n['problem']}")
+    return not (wrong or wrong_gradients)
 
 
 if __name__ == "__main__":

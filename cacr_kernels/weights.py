@@ -13,10 +13,9 @@ from . import checks
 from .backends.table import check as check_backend
 from .backends.torch import BLOCK, block_cost
 from .losses import attraction
-from .operators import ops
-from .operators.autograd import aligned_cost
+from .operators.aligned import aligned_cost
 from .reference import view_pairs
-from .types import Pairing
+from .types import PAIRINGS, Pairing, arithmetic_dtype
 
 
 class CACRWeights(NamedTuple):
@@ -67,14 +66,14 @@ def cacr_weights(
     check_backend("torch", z.device)
     tau_pos = checks.temperature("tau_pos", tau_pos, z.device)
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
-    checks.option("pairing", pairing, ops.PAIRINGS)
+    checks.option("pairing", pairing, PAIRINGS)
     checks.flag("normalize", normalize)
     checks.integer("top_k", top_k, 1, 2**31)
     pooled = pairing == "pooled"
     num_views, batch, dim = z.shape
     chosen = _chosen(queries, num_views * batch if pooled else batch, z.device)
     with checks.without_autocast(z.device):
-        z = z if z.dtype == torch.float64 else z.float()
+        z = z.to(arithmetic_dtype(z))
         z = l2_normalize(z, dim=-1) if normalize else z
         c = aligned_cost(z, z)
         positive = attraction(c, tau_pos * c).weights

@@ -14,7 +14,9 @@ from torch.nn.functional import normalize
 import cacr_kernels
 from cacr_kernels import CACRParts, testing
 
-BACKENDS = [name for name, reason in cacr_kernels.backends().items() if reason is None and name != "reference"]
+BACKENDS = [
+    name for name, reason in cacr_kernels.available_backends().items() if reason is None and name != "reference"
+]
 LOSSES: dict[str, Callable[..., Any]] = {
     "cacr": cacr_kernels.cacr_loss,
     "queue": cacr_kernels.cacr_queue_loss,

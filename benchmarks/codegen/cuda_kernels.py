@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import cuda_code, sass
 from .cuda_way import THREADS, TILE, UnreadableError, needs, per_similarity
-from .rows import DEVICES, DTYPES, Case, Device, Row, cycles, device_of
+from .rows import DEVICES, DTYPES, Device, KernelCase, Row, cycles, device_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ("-O3", "-std=c++20", "-DNDEBUG", f"-I{ROOT / 'csrc/cuda'}")  # of setup.py that change code
@@ -55,23 +55,23 @@ def devices() -> list[Device]:
     return [device for device in DEVICES if device.target[0] == "cuda"]
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[KernelCase]:
     """The matrix, a kernel at a time."""
     for device in devices():
         for dtype in DTYPES:
             for phase in PHASES:
                 for D in SIZES:
-                    yield Case("cuda", phase, device.name, dtype, D)
+                    yield KernelCase("cuda", phase, device.name, dtype, D)
 
 
-def build(wanted: list[Case]) -> list[Row]:
+def build(wanted: list[KernelCase]) -> list[Row]:
     """Compiles the kernel that all of them are about."""
     compiler, (_, _, name, dtype, _) = nvcc(), wanted[0]
     assert compiler is not None
     device, instance = device_of(name), INSTANCES[dtype]
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
-        source = ROOT / f"csrc/cuda/instance_{instance}.cu"
+        source = ROOT / f"csrc/cuda/instances/{instance}.cu"
         run(compiler, *FLAGS, f"-arch=sm_{device.arch}", "-cubin", "-o", cubin, source)
         (kernel,) = cuda_code.kernels(cubin)
         code = sass.parse_sass(sass.tool("nvdisasm", "-c", str(cubin)))
@@ -87,7 +87,7 @@ def sizes(compiler: Path) -> dict[str, tuple[int, int, int]]:
         return {name: (int(a), int(b), int(c)) for name, a, b, c in map(str.split, run(program).splitlines())}
 
 
-def row_of(case: Case, kernel: cuda_code.Kernel, code: sass.Code, shared: int, chunk: int, owned: int) -> Row:
+def row_of(case: KernelCase, kernel: cuda_code.Kernel, code: sass.Code, shared: int, chunk: int, owned: int) -> Row:
     """``shared``: bytes a launch asks for, ``chunk``: features of a chunk, ``owned``: chunks that a block writes."""
     device, dtype, D = device_of(case.device), case.dtype, case.D
     count, gradients = kernel.instructions, case.kernel == "gradients"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .sass import Code, kind_of
 
-TILE, THREADS = 64, 128  # tile.cuh; a product of the tile that does not come out even is refused below
+TILE, THREADS = 64, 128  # tile/layout.cuh; a product of the tile that does not come out even is refused below
 SIMILARITIES = TILE * TILE // THREADS  # of a thread and tile
 COPIES = TILE * 128 // 16 // THREADS  # of a thread for one chunk of one side
 MULTIPLIERS = {"bf16": 16 * 8 * 16, "fp16": 16 * 8 * 16, "tf32": 16 * 8 * 8, "tf32x3": 16 * 8 * 8}  # of a warp's HMMA

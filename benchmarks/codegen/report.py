@@ -25,9 +25,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import cuda_kernels as codegen_cuda
-from . import triton_kernels as codegen_triton
-from .rows import DEVICES, Case, Row, describe, problems
+from . import cuda_kernels, triton_kernels
+from .rows import DEVICES, KernelCase, Row, describe, problems
 
 OUT = Path(__file__).parents[1] / "results" / "codegen"
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -37,14 +36,14 @@ START, END = "<!-- codegen: made by `python -m benchmarks.codegen --readme` -->"
 class Source(NamedTuple):
     """Where rows come from: the matrix, and what compiles cases that differ in ``kernel`` or D alone."""
 
-    cases: Callable[[], Iterator[Case]]
-    build: Callable[[list[Case]], list[Row]]
-    together: Callable[[Case], object]  # cases with the same are built by one call
+    cases: Callable[[], Iterator[KernelCase]]
+    build: Callable[[list[KernelCase]], list[Row]]
+    together: Callable[[KernelCase], object]  # cases with the same are built by one call
 
 
 SOURCES = (
-    Source(codegen_triton.cases, codegen_triton.build, lambda case: case[:4]),
-    Source(codegen_cuda.cases, codegen_cuda.build, lambda case: case[2:4]),
+    Source(triton_kernels.cases, triton_kernels.build, lambda case: case[:4]),
+    Source(cuda_kernels.cases, cuda_kernels.build, lambda case: case[2:4]),
 )
 
 
@@ -92,7 +91,7 @@ def save(rows: dict[str, Row], path: Path) -> None:
     """The report, a row on a line."""
     import triton
 
-    about = {"triton": triton.__version__, "nvcc": codegen_cuda.version(), "timed": False}
+    about = {"triton": triton.__version__, "nvcc": cuda_kernels.version(), "timed": False}
     lines = []
     for name, row in rows.items():
         found = row._asdict() | {"limit": row.limit, "problems": problems(row)}
@@ -102,19 +101,19 @@ def save(rows: dict[str, Row], path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def matrix() -> dict[str, Case]:
+def matrix() -> dict[str, KernelCase]:
     """All cases by the names of their rows."""
     return {case.name: case for source in SOURCES for case in source.cases()}
 
 
-Work = tuple[Callable[[list[Case]], list[Row]], list[Case]]
+Work = tuple[Callable[[list[KernelCase]], list[Row]], list[KernelCase]]
 
 
 def jobs(wanted: set[str]) -> list[Work]:
     """What to call with which cases: those that share compiled code at once."""
     found = []
     for source in SOURCES:
-        groups: dict[object, list[Case]] = {}
+        groups: dict[object, list[KernelCase]] = {}
         for case in source.cases():
             if case.name in wanted:
                 groups.setdefault(source.together(case), []).append(case)
@@ -134,6 +133,7 @@ def compile_all(wanted: set[str], workers: int, console: Console) -> Iterator[li
 
 
 def in_processes(work: list[Work], workers: int) -> Iterator[list[Row]]:
+    """Rows from as many processes, in the order in which they become ready."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for future in as_completed([pool.submit(build, group) for build, group in work]):
             yield future.result()
@@ -157,7 +157,7 @@ def summary(rows: list[Row], console: Console) -> None:
             table.add_row(row.backend, row.kernel, row.dtype, *numbers, row.limit)
         console.print(table, "")
     if any(row.backend == "cuda" for row in rows):
-        console.print(codegen_cuda.NOTE, soft_wrap=True)
+        console.print(cuda_kernels.NOTE, soft_wrap=True)
 
 
 UNITS = {
@@ -176,7 +176,7 @@ def sentences(rows: list[Row]) -> str:
     def clocks(backend: str, kernel: str) -> str:
         found = []
         for device in ("A100", "H100", "B200"):
-            case = Case(backend, kernel, device, "bf16", 128)
+            case = KernelCase(backend, kernel, device, "bf16", 128)
             for row in rows:
                 if row[:5] == case and row.cycles:
                     limits.add(UNITS[row.limit])
@@ -198,7 +198,7 @@ def sentences(rows: list[Row]) -> str:
 
 
 def write_readme(rows: dict[str, Row]) -> None:
-    """Between its marks."""
+    """Writes the sentences between their marks in README.md."""
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(START)
     _, after = rest.split(END)
@@ -206,7 +206,7 @@ def write_readme(rows: dict[str, Row]) -> None:
 
 
 def wrapped(rows: dict[str, Row]) -> str:
-    """As a point of the list there."""
+    """The sentences as an item of a list in README.md."""
     text = sentences(list(rows.values()))
     return textwrap.fill(text, 118, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
 
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     console.print("Compiled and inspected, not timed: there is no GPU in this.")
     known = matrix()
     wanted = {name for name in known if all(word in name for word in options.only.split())}
-    if codegen_cuda.nvcc() is None:
+    if cuda_kernels.nvcc() is None:
         wanted = {name for name in wanted if known[name].backend != "cuda"}
         console.print("There is no nvcc (NVCC, CUDA_HOME, PATH): the CUDA kernels are left out.")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -237,13 +237,13 @@ def main(argv: list[str] | None = None) -> int:
     rows = {name: row for name, row in old.items() if name in known}
     wrong = 0
     for found in compile_all(wanted, options.jobs, console):
-        rows |= {Case(*row[:5]).name: row for row in found}
+        rows |= {KernelCase(*row[:5]).name: row for row in found}
         rows = {name: rows[name] for name in known if name in rows}
         save(rows, report)
         for row in found:
             if bad := problems(row):
                 wrong += 1
-                console.print(f"{Case(*row[:5]).name}: {describe(row)}: {'; '.join(bad)}", soft_wrap=True)
+                console.print(f"{KernelCase(*row[:5]).name}: {describe(row)}: {'; '.join(bad)}", soft_wrap=True)
     if any(row.backend == "triton" for row in rows.values()):
         picture(list(rows.values()), options.out / "codegen.png")
     summary([row for name, row in rows.items() if name in wanted], console)

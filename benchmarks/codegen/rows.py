@@ -53,11 +53,12 @@ DEVICES = (
 
 
 def device_of(name: str) -> Device:
+    """The processor of that name."""
     return next(device for device in DEVICES if device.name == name)
 
 
-class Case(NamedTuple):
-    """What a row is about."""
+class KernelCase(NamedTuple):
+    """Which kernel a row is about, compiled for which device, dtype and number of features."""
 
     backend: str
     kernel: str
@@ -67,7 +68,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """That of the row."""
+        """The name of the row."""
         return ", ".join(self[:4]) + (f", D={self.D}" if self.D else "")
 
 
@@ -151,6 +152,6 @@ def problems(row: Row) -> list[str]:
 
 
 def describe(row: Row) -> str:
-    """In a line."""
+    """Registers, shared memory and clocks of a row in one line."""
     found = f"{row.registers} registers, {row.shared} bytes shared"
     return found + (f", {row.cycles[row.limit]:.3f} clocks per similarity ({row.limit})" if row.cycles else "")

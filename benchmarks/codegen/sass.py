@@ -27,7 +27,7 @@ KINDS = {  # of instructions, by the unit that executes them
 
 
 class Report(NamedTuple):
-    """Of one compiled kernel; ``loop``: instructions of the main loop by kind, for one thread and one pass."""
+    """What one compiled kernel consists of. ``loop``: instructions of the main loop by kind, per thread and pass."""
 
     registers: int
     stack: int  # bytes for a thread
@@ -43,7 +43,7 @@ class Report(NamedTuple):
 
 
 def kind_of(instruction: str) -> str:
-    """Its kind."""
+    """The key of ``KINDS`` that an instruction belongs to."""
     return next(kind for kind, pattern in KINDS.items() if re.match(pattern, instruction))
 
 
@@ -56,7 +56,7 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def report(compiled: Any, passes: int = 1, products: float = 1) -> Report:
-    """Of a kernel compiled by Triton; ``passes``: how often a loop of products in its main loop runs.
+    """The report of a kernel compiled by Triton. ``passes``: how often a loop of products in its main loop runs.
 
     That is the loop over chunks of features; ``products``: multiplications of a thread for one of them.
     """
@@ -71,7 +71,7 @@ def report(compiled: Any, passes: int = 1, products: float = 1) -> Report:
 
 
 def amd_report(compiled: Any, passes: int, products: float) -> Report:
-    """From the metadata and the assembly for an AMD processor."""
+    """The report of a kernel compiled for an AMD processor, from its metadata and assembly."""
     text = compiled.asm["amdgcn"]
     number = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in  # type: ignore[index]
               ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")}  # fmt: skip
@@ -97,13 +97,13 @@ class Code(NamedTuple):
 
 
 def parse_sass(text: str) -> Code:
-    """From ``nvdisasm -c``."""
+    """Instructions, loops and jumps from the output of ``nvdisasm -c``."""
     instruction = r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);"
     return _parse(text, r"^(\.L_x_\d+):", instruction, r"`\((\.L_x_\d+)\)", "BRA|CALL|JMP", r"\s*`")
 
 
 def parse_amd(text: str) -> Code:
-    """From the assembly of LLVM."""
+    """Instructions, loops and jumps from LLVM's assembly for an AMD processor."""
     target = r"(\.LBB\d+_\d+)"
     return _parse(text, r"^(\.LBB\d+_\d+):", r"^\s+()([a-z]+_\w+)(.*)$", target, r"s_c?branch", r"$^")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from cacr_kernels.backends.torch import ALL, OTHER, SAME, SAME_NOT_SELF
+from cacr_kernels.types import ALL, OTHER, SAME, SAME_NOT_SELF
 
 from . import aot, sass
-from .rows import DEVICES, DTYPES, SIZES, Case, Device, Row, cycles, device_of
+from .rows import DEVICES, DTYPES, SIZES, Device, KernelCase, Row, cycles, device_of
 
 NONE = -1  # no second softmax
 ROW_DTYPES = ("bf16", "fp16", "fp32", "fp64")  # of kernels without products
@@ -114,7 +114,7 @@ def devices() -> Iterator[Device]:
         yield next(device for device in DEVICES if device.family == family)
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[KernelCase]:
     """The matrix; those in a row that differ in D alone have code in common."""
     for variant in variants():
         for device in devices():
@@ -122,15 +122,15 @@ def cases() -> Iterator[Case]:
                 if dtype == "tf32x3" and device.family == "cdna3":
                     continue  # not offered there
                 for D in variant.sizes:
-                    yield Case("triton", variant.name, device.name, dtype, D)
+                    yield KernelCase("triton", variant.name, device.name, dtype, D)
     for kernel in small():
         for device in devices():
             for dtype in kernel.dtypes:
                 for D in kernel.sizes:
-                    yield Case("triton", kernel.name, device.name, dtype, D)
+                    yield KernelCase("triton", kernel.name, device.name, dtype, D)
 
 
-def build(wanted: list[Case]) -> list[Row]:
+def build(wanted: list[KernelCase]) -> list[Row]:
     """Compiles them."""
     of_table, of_rows = {v.name: v for v in variants()}, {s.name: s for s in small()}
     known: dict[str, Any] = {}  # compiled, by all that it depends on
@@ -153,7 +153,7 @@ def kernels() -> dict[str, Any]:
     return found | {key: found[f"{key}_kernel"] for key in ("statistics", "gradient", "frozen")}
 
 
-def compile_variant(variant: Variant, case: Case, known: dict[str, Any]) -> Row:
+def compile_variant(variant: Variant, case: KernelCase, known: dict[str, Any]) -> Row:
     """With its entry of the launch table."""
     from cacr_kernels.backends.triton.table import tile_of
 
@@ -182,7 +182,7 @@ def compile_variant(variant: Variant, case: Case, known: dict[str, Any]) -> Row:
     return row._replace(cycles=cycles(device, dtype, D, variant.products, row))
 
 
-def compile_small(kernel: Small, case: Case) -> Row:
+def compile_small(kernel: Small, case: KernelCase) -> Row:
     """With the options of its launch, or those that Triton takes."""
     sizes = {"BLOCK_D": min(kernel.features, case.D)} if kernel.features else {}
     constants = kernel.constants | sizes

@@ -135,7 +135,7 @@ def score_all(config: Config, split: Split, runs: list[Run]) -> Scores:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, score, print, draw."""
+    """Trains with both losses, scores the encoders, prints tables and draws the picture."""
     start = time.perf_counter()
     options = parse_arguments(arguments)
     require_extras()

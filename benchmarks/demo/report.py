@@ -87,7 +87,7 @@ def _table(scores: Scores, probe: str) -> Table:
 
 
 def print_timing(console: Console, runs: list[Run], seconds: float) -> None:
-    """Where the time went."""
+    """Prints how long a step and the loss in it take, and the total time."""
     for loss, timing in timings(runs).items():
         console.print(
             f"  {loss}: {timing['step_ms']:.1f} ms per step, {timing['loss_ms']:.2f} ms of it in the loss "

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .cases import Case
+    from .cases import BenchmarkCase
 
 EXTRAS = ("matplotlib", "rich")
 LATEST = "benchmarks/results/latest"
@@ -40,7 +40,7 @@ def positive(kind: type[int] | type[float]) -> Any:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options."""
+    """Reads the command line, and refuses ``--readme`` without ``--load``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add(
@@ -67,8 +67,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def select(options: argparse.Namespace) -> list[Case]:
-    """The cases asked for."""
+def select(options: argparse.Namespace) -> list[BenchmarkCase]:
+    """The cases of the suite whose names have every word of ``--filter``."""
     import torch
 
     from .cases import SUITES
@@ -78,7 +78,7 @@ def select(options: argparse.Namespace) -> list[Case]:
     return [case for case in SUITES[options.suite](threads, options.device) if all(w in case.key for w in words)]
 
 
-def measure(options: argparse.Namespace, cases: list[Case], console: Console) -> dict[str, Any]:
+def measure(options: argparse.Namespace, cases: list[BenchmarkCase], console: Console) -> dict[str, Any]:
     """Runs the suite under a progress bar. Raises ``RedGateError`` before anything wrong is timed."""
     from rich import progress as bars
 
@@ -93,7 +93,8 @@ def measure(options: argparse.Namespace, cases: list[Case], console: Console) ->
         if names - {row.name for row in known}:
             accepted = ", ".join(row.name for row in known)
             raise SystemExit(f"--rows: {options.rows!r} has an unknown name; accepted: {accepted}")
-        return [row for row in known if not names or row.name in names or row.name == ours(device)]
+        first = {ours(case) for case in cases if case.device == device}
+        return [row for row in known if not names or row.name in names | first]
 
     environment = machine.environment(options.device)
     times = bars.TimeElapsedColumn(), bars.TextColumn("eta"), bars.TimeRemainingColumn()

@@ -15,8 +15,8 @@ TEMPERATURES = {"tau_pos": 1.0, "tau_neg": 2.0}
 
 
 @dataclass(frozen=True)
-class Case:
-    """A problem (shared with the tests), what is computed of it and where.
+class BenchmarkCase:
+    """A problem, shared with the tests, with all that a measurement of it needs: mode, dtype, threads and device.
 
     ``leave_out`` names rows that the suite does not measure here; ``only``, if not empty, those that it measures beside
     ours. ``memory`` asks for their peak memory, too; ``start`` names those whose first call in a fresh process is
@@ -64,6 +64,11 @@ class Case:
         return V * (V - 1) // (1 if options.get("pairing") == "ordered" else 2), B, B, D
 
     @property
+    def constant_keys(self) -> bool:
+        """Whether the keys of the loss carry no gradient."""
+        return self.problem.loss in ("cacr_queue_loss", "cacr_momentum_loss")
+
+    @property
     def flop(self) -> float:
         """Floating-point operations of the products alone, U = 2 P N M D for one.
 
@@ -75,14 +80,13 @@ class Case:
         symmetric = self.problem.loss == "supervised_cacr_loss" or self.problem.options.get("pairing") == "pooled"
         if self.mode == LOSS:
             return unit / 2 if symmetric else unit
-        constant_keys = self.problem.loss in ("cacr_queue_loss", "cacr_momentum_loss")
-        return 2 * unit if symmetric or constant_keys else 3 * unit
+        return 2 * unit if symmetric or self.constant_keys else 3 * unit
 
     def inputs(self, seed: int = 0) -> dict[str, Tensor]:
         """The tensors by argument name, in the dtype and on the device of the case (labels stay integers)."""
         return testing.rounded(testing.make_inputs(self.problem, seed), self.torch_dtype, self.device)
 
-    def smaller(self, batch: int = 61, keys: int = 97) -> Case:
+    def smaller(self, batch: int = 61, keys: int = 97) -> BenchmarkCase:
         """The same case with few queries and keys, for the correctness gate."""
         most = {"B": batch, "K": keys, "M": max(keys, batch)}
         shape = {k: min(v, most.get(k, v)) for k, v in self.problem.shape.items()}
@@ -94,28 +98,28 @@ class Case:
         return fields | {"problem": self.problem._asdict()}
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> Case:
-        """The inverse of ``to_json``."""
-        return Case(**(data | {"problem": testing.Case(**data["problem"])}))
+    def from_json(data: dict[str, Any]) -> BenchmarkCase:
+        """The case that ``to_json`` was called on."""
+        return BenchmarkCase(**(data | {"problem": testing.Case(**data["problem"])}))
 
 
 def cacr(V: int, B: int, D: int, **options: Any) -> testing.Case:
-    """``cacr_loss`` of V views."""
+    """A problem for ``cacr_loss``: V views of B instances with D features."""
     return testing.Case("cacr_loss", {"V": V, "B": B, "D": D}, TEMPERATURES | options)
 
 
 def queue(V: int, B: int, D: int, K: int, **options: Any) -> testing.Case:
-    """``cacr_queue_loss`` with K entries."""
+    """A problem for ``cacr_queue_loss`` with K entries in the queue."""
     return testing.Case("cacr_queue_loss", {"V": V, "B": B, "D": D, "K": K}, TEMPERATURES | options)
 
 
 def momentum(V: int, B: int, D: int, M: int, **options: Any) -> testing.Case:
-    """``cacr_momentum_loss`` with M keys."""
+    """A problem for ``cacr_momentum_loss`` with M keys."""
     return testing.Case("cacr_momentum_loss", {"V": V, "B": B, "D": D, "M": M}, {"temperature": 0.5} | options)
 
 
 def supervised(B: int, D: int, C: int) -> testing.Case:
-    """``supervised_cacr_loss`` of B embeddings in C classes."""
+    """A problem for ``supervised_cacr_loss``: B embeddings in C classes."""
     return testing.Case("supervised_cacr_loss", {"B": B, "D": D, "C": C}, TEMPERATURES)
 
 
@@ -124,14 +128,14 @@ EAGER, COMPILED, PRODUCTS, BROADCASTING, SUM = "eager", "compiled", "bare mm", "
 RATIOS = (EAGER, COMPILED, PRODUCTS)
 
 
-def quick(threads: int, device: str) -> list[Case]:
+def quick(threads: int, device: str) -> list[BenchmarkCase]:
     """What fits into two minutes on two cores: every loss and every kind of figure once.
 
     Without KeOps, which compiles for about a minute per number of features when it is used for the first time.
     """
 
-    def case(problem: testing.Case, *only: str, **fields: Any) -> Case:
-        return Case(problem, threads=threads, device=device, only=only, **fields)
+    def case(problem: testing.Case, *only: str, **fields: Any) -> BenchmarkCase:
+        return BenchmarkCase(problem, threads=threads, device=device, only=only, **fields)
 
     return [
         case(cacr(2, 512, 128), memory=True, start=(EAGER, COMPILED), leave_out=("keops", "ntxent lightly")),
@@ -148,11 +152,11 @@ def quick(threads: int, device: str) -> list[Case]:
     ]
 
 
-def goals(threads: int, device: str) -> list[Case]:
+def goals(threads: int, device: str) -> list[BenchmarkCase]:
     """The figures the project promises (``goals.py``), and nothing else."""
 
-    def case(problem: testing.Case, *only: str, **fields: Any) -> Case:
-        return Case(problem, threads=threads, device=device, only=only or OURS_ONLY, **fields)
+    def case(problem: testing.Case, *only: str, **fields: Any) -> BenchmarkCase:
+        return BenchmarkCase(problem, threads=threads, device=device, only=only or OURS_ONLY, **fields)
 
     widths = [(2, 2048, D) for D in (64, 256, 512)]
     batches = [(2, B, 128) for B in (512, 1024, 4096, 16384)]
@@ -168,9 +172,9 @@ def goals(threads: int, device: str) -> list[Case]:
     ]
 
 
-def full(threads: int, device: str) -> list[Case]:
+def full(threads: int, device: str) -> list[BenchmarkCase]:
     """Sweeps over B, V, D, queue length, dtypes, threads, the four losses and their options; has every goal."""
-    base = Case(cacr(2, 2048, 128), threads=threads, device=device)
+    base = BenchmarkCase(cacr(2, 2048, 128), threads=threads, device=device)
     batches = (32, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
     shapes = ((2, 32, 64), (3, 128, 128), (5, 128, 128), (8, 128, 128), (5, 512, 128))
     options = ({"pairing": "ordered"}, {"pairing": "pooled"}, {"cost": "rbf"}, {"tau_neg": 50.0})

@@ -36,7 +36,7 @@ def eye(n: int, like: Tensor) -> Tensor:
 
 
 def single(x: Tensor) -> Tensor:
-    """Half precision in float32."""
+    """Converts half precision to float32 and leaves other dtypes as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -63,7 +63,7 @@ def cacr_loss(
     rbf_scale: float = 2.0,
     pair_cost: PairCost = matmul_cost,
 ) -> Tensor:
-    """``cacr_kernels.cacr_loss`` with alpha = beta = 1."""
+    """The loss ``cacr_kernels.cacr_loss`` with alpha = beta = 1."""
     views = [single(view) for view in views]
     V, B = len(views), len(views[0])
     if pairing == "pooled":
@@ -95,7 +95,7 @@ def cacr_queue_loss(
     in_batch: bool = True,
     weight_grad: str = "in_batch",
 ) -> Tensor:
-    """``cacr_kernels.cacr_queue_loss`` with alpha = beta = 1."""
+    """The loss ``cacr_kernels.cacr_queue_loss`` with alpha = beta = 1."""
     queries, keys, queue = [single(q) for q in queries], [single(k) for k in keys], single(queue)
     excluded = eye(len(queries[0]), queries[0])
     terms = []
@@ -114,7 +114,7 @@ def cacr_queue_loss(
 def cacr_momentum_loss(
     queries: Sequence[Tensor], keys: Tensor, *, temperature: float, cost: str = "rbf", key_offset: int = 0
 ) -> Tensor:
-    """``cacr_kernels.cacr_momentum_loss``."""
+    """The loss ``cacr_kernels.cacr_momentum_loss``."""
     queries, keys = [single(q) for q in queries], single(keys)
     B = len(queries[0])
     positive = keys[key_offset : key_offset + B]
@@ -136,7 +136,7 @@ def cacr_momentum_loss(
 
 
 def supervised_cacr_loss(embeddings: Tensor, labels: Tensor, *, tau_pos: float, tau_neg: float) -> Tensor:
-    """``cacr_kernels.supervised_cacr_loss`` of embeddings that are their own keys, by masks."""
+    """The loss ``cacr_kernels.supervised_cacr_loss`` without a reference set, by masks."""
     embeddings = single(embeddings)
     c = matmul_cost(embeddings, embeddings)
     same = labels[:, None] == labels

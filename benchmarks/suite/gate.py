@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cacr_kernels import testing
 
-from .cases import GRADIENTS, Case
+from .cases import GRADIENTS, BenchmarkCase
 from .rows import OURS, Row, Step
 
 BASELINE_SLACK = 20.0
@@ -88,12 +88,12 @@ class Gate:
         self._draws: dict[str, list[Draw]] = {}
         self._steps: dict[tuple[str, str], Step] = {}
 
-    def instance(self, case: Case, row: Row) -> Case:
+    def instance(self, case: BenchmarkCase, row: Row) -> BenchmarkCase:
         """What is checked: a smaller instance, or for a row compiled for one shape that shape, if affordable."""
         P, N, M, _ = case.extent
         return case if row.compiles and P * N * M <= AFFORDABLE else case.smaller()
 
-    def step(self, case: Case, row: Row, inputs: dict[str, Tensor]) -> Step:
+    def step(self, case: BenchmarkCase, row: Row, inputs: dict[str, Tensor]) -> Step:
         """The step of a row, the same one each time for a row that compiles."""
         if not row.compiles:
             return row.step(case, inputs)
@@ -102,14 +102,14 @@ class Gate:
             self._steps[key] = row.step(case, inputs)
         return self._steps[key]
 
-    def draws(self, case: Case, count: int) -> list[Draw]:
+    def draws(self, case: BenchmarkCase, count: int) -> list[Draw]:
         """Truths and yardsticks as in the tests, for gradients of the loss itself."""
         key = replace(case, mode=GRADIENTS).key
         if key not in self._draws:
             self._draws[key] = [_draw(case, seed) for seed in range(count)]
         return self._draws[key]
 
-    def check(self, case: Case, row: Row) -> Check:
+    def check(self, case: BenchmarkCase, row: Row) -> Check:
         """Loss and gradients of ``row``, the worst of all draws; an exception is a red check, too."""
         instance = self.instance(case, row)
         count = 1 if instance is case else testing.DRAWS
@@ -135,7 +135,7 @@ class Gate:
         return Check(row.name, instance.key, loss_error, allowed[0], gradient_error, allowed[1])
 
 
-def _draw(case: Case, seed: int) -> Draw:
+def _draw(case: BenchmarkCase, seed: int) -> Draw:
     """One draw. ``testing`` multiplies the incoming gradient by the number of values under the mean."""
     inputs = case.inputs(seed)
     name = next(k for k in inputs if k in testing.DIFFERENTIABLE)
@@ -154,7 +154,7 @@ def _draw(case: Case, seed: int) -> Draw:
     )
 
 
-def agree(row: Row, case: Case, outputs: Sequence[Tensor], like: Tensor, others: Sequence[Tensor]) -> Check:
+def agree(row: Row, case: BenchmarkCase, outputs: Sequence[Tensor], like: Tensor, others: Sequence[Tensor]) -> Check:
     """Roughly the same numbers as another row at the size that is timed: catches what only large shapes show."""
     rough = ROUGH.get(case.dtype, 1e-3)
     loss, other = outputs[0].detach().double(), others[0].detach().double()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .cases import BROADCASTING, COMPILED, EAGER, PRODUCTS, SUM, Case, cacr, queue
+from .cases import BROADCASTING, COMPILED, EAGER, PRODUCTS, SUM, BenchmarkCase, cacr, queue
 from .peak import FMA
 from .results import problem_label
 
@@ -94,10 +94,10 @@ RATIOS = (
 
 def _goals() -> list[Goal]:
     def key(*shape: int) -> str:
-        return Case(cacr(*shape), threads=THREADS).key
+        return BenchmarkCase(cacr(*shape), threads=THREADS).key
 
     ratios = [
-        Goal(Case(problem, threads=THREADS).key, row, f"{row} / ours", "×", required, _slower)
+        Goal(BenchmarkCase(problem, threads=THREADS).key, row, f"{row} / ours", "×", required, _slower)
         for problem, *figures in RATIOS
         for row, required in zip((EAGER, COMPILED, PRODUCTS), figures, strict=True)
         if required is not None

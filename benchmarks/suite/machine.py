@@ -15,7 +15,8 @@ import torch
 from torch.utils.benchmark.utils.timer import timer as clock  # waits for the GPU, where there is one
 
 import cacr_kernels
-from cacr_kernels.backends import library as _extension
+from cacr_kernels.__main__ import cpu_model
+from cacr_kernels.backends.library import active_isa
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,18 +29,6 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def cpu_model() -> str:
-    """The processor as it calls itself."""
-    try:
-        if platform.system() == "Darwin":
-            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration, subprocess.SubprocessError):
-        return platform.processor() or platform.machine()
-
-
 def environment(device: str) -> dict[str, Any]:
     """What every row of the results carries along."""
     commit = _git("rev-parse", "--short=12", "HEAD")
@@ -49,7 +38,7 @@ def environment(device: str) -> dict[str, Any]:
         "machine": torch.cuda.get_device_name(device) if cuda else cpu_model(),
         "cores": torch.get_num_threads() if cuda else (len_affinity() or 1),
         "platform": platform.platform(),
-        "isa": _extension.active_isa() or "none",
+        "isa": active_isa() or "none",
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -86,7 +75,7 @@ def best(rate: Callable[[], float], seconds: float) -> float:
 
 
 def _calls_per_second(call: Callable[[], object], threads: int, seconds: float) -> float:
-    """Of the fastest call."""
+    """How often the call could run in a second, from the fastest of its trials."""
 
     def rate() -> float:
         begin = clock()

@@ -40,11 +40,11 @@ class Timing(NamedTuple):
 
     @property
     def measurement(self) -> Measurement:
-        """As ``torch.utils.benchmark`` has it."""
+        """The times as a ``Measurement`` of ``torch.utils.benchmark``."""
         return Measurement(1, list(self.rounds.values()), TaskSpec("step()", "pass"))
 
     def quantile(self, q: float) -> float:
-        """Seconds per call, interpolated."""
+        """The quantile ``q`` of the seconds per call, interpolated."""
         return quantile(list(self.rounds.values()), q)
 
 

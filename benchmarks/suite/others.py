@@ -18,7 +18,7 @@ from torch import Tensor
 from cacr_kernels import testing
 
 from . import eager
-from .cases import Case
+from .cases import BenchmarkCase
 
 Loss = Callable[..., Tensor]
 
@@ -69,12 +69,12 @@ def why_not(package: str) -> str | None:
 
 
 def no_ntxent(problem: testing.Case) -> str | None:
-    """Why NT-Xent is nothing to compare with."""
+    """Why the problem is not compared with NT-Xent, or ``None``."""
     pairs = problem.loss == "cacr_loss" and not {"pairing", "cost"} & problem.options.keys()
     return None if pairs and problem.shape["V"] == 2 else "a loss of two views"
 
 
-def keops(case: Case) -> Loss:
+def keops(case: BenchmarkCase) -> Loss:
     """``cacr_loss`` with squared Euclidean cost on symbolic N x M arrays."""
     lazy = load("pykeops").LazyTensor
     options = dict(case.problem.options)
@@ -95,14 +95,14 @@ def keops(case: Case) -> Loss:
     return loss
 
 
-def lightly(case: Case) -> Loss:
-    """NT-Xent of two views."""
+def lightly(case: BenchmarkCase) -> Loss:
+    """NT-Xent of two views by lightly."""
     criterion = load("lightly").NTXentLoss(temperature=TEMPERATURE)
     return lambda views: criterion(eager.single(views[0]), eager.single(views[1]))
 
 
-def metric_learning(case: Case) -> Loss:
-    """NT-Xent of two views."""
+def metric_learning(case: BenchmarkCase) -> Loss:
+    """NT-Xent of two views by pytorch-metric-learning."""
     criterion = load("pytorch_metric_learning").NTXentLoss(temperature=TEMPERATURE)
     labels = torch.arange(case.problem.shape["B"], device=case.device).repeat(2)
     return lambda views: criterion(torch.cat([eager.single(view) for view in views]), labels)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cacr_kernels import cacr_loss
 
-from .cases import TEMPERATURES, Case, cacr
+from .cases import TEMPERATURES, BenchmarkCase, cacr
 from .measure import Budget, interleave, quantile, ratios
 
 OPERATOR, FORWARD, WHOLE = "operator: loss and gradients", "loss, with its graph", "loss and backward"
@@ -66,14 +66,14 @@ def steps(z: Tensor) -> dict[str, Callable[[], Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print."""
+    """Times the steps and prints a table of them."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.suite.overhead", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     parser.add_argument("--seconds", type=float, default=4.0, help="in all (%(default)s)")
     options = parser.parse_args(arguments)
-    case = Case(cacr(2, 32, 64))
+    case = BenchmarkCase(cacr(2, 32, 64))
     z = case.inputs()["views"].requires_grad_()
     found = steps(z)
     for step in found.values():

@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import torch
 
+from cacr_kernels.__main__ import cpu_model
+
 from . import machine
 
 SOURCE = Path(__file__).with_name("fma_peak.cpp")
@@ -64,7 +66,7 @@ def _run(command: list[str]) -> str:
 def build(directory: Path = BUILD) -> Path:
     """The compiled micro-benchmark; compiled again for another source, compiler or processor."""
     compiler = find_compiler()
-    parts = [SOURCE.read_text(encoding="utf-8"), _run([*compiler, "--version"]), *FLAGS, machine.cpu_model()]
+    parts = [SOURCE.read_text(encoding="utf-8"), _run([*compiler, "--version"]), *FLAGS, cpu_model()]
     library = directory / f"fma_peak-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
@@ -121,7 +123,7 @@ class Peaks:
         self._found: dict[tuple[torch.dtype, int, str], Peak] = {}
 
     def see(self, dtype: torch.dtype, threads: int, device: str) -> None:
-        """Measures."""
+        """Measures the peak again and keeps the highest."""
         key = dtype, threads, device
         self._found[key] = max(peak(*key), self._found.get(key, Peak(0.0, "")))
 

@@ -1,8 +1,7 @@
 """What takes a process of its own: peak memory, and the first call of a fresh process.
 
 ``python -m benchmarks.suite.processes`` reads what to do from standard input and prints figures as JSON. Peak memory is
-what
-a call adds, gradients included, to a process that already holds the inputs and has run the row once on a small
+what a call adds, gradients included, to a process that already holds the inputs and has run the row once on a small
 instance, so that libraries are loaded and compilers have started. A start is the first call of all, from the row's
 imports to the result; importing torch and making the inputs come before it.
 """
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 
-from .cases import Case
+from .cases import BenchmarkCase
 from .machine import ROOT
 from .rows import Row, rows
 
@@ -32,13 +31,13 @@ TIMEOUT = 600.0
 Figures = dict[str, Any]
 
 
-def memory(case: Case, row: Row, timeout: float = TIMEOUT) -> Figures:
+def memory(case: BenchmarkCase, row: Row, timeout: float = TIMEOUT) -> Figures:
     """``memory_mib`` above the inputs and ``single_ms`` of that call, or ``memory_reason``."""
     found = _ask("memory", case, row, {}, timeout)
     return {"memory_reason": found} if isinstance(found, str) else found
 
 
-def start(case: Case, row: Row, timeout: float = TIMEOUT) -> Figures:
+def start(case: BenchmarkCase, row: Row, timeout: float = TIMEOUT) -> Figures:
     """``cold_ms`` with empty compiler caches; for rows that have such, ``warm_ms`` with the caches just filled."""
     found: Figures = {}
     with tempfile.TemporaryDirectory(prefix="cacr-caches-", ignore_cleanup_errors=True) as caches:
@@ -51,7 +50,7 @@ def start(case: Case, row: Row, timeout: float = TIMEOUT) -> Figures:
     return found
 
 
-def _ask(task: str, case: Case, row: Row, environment: dict[str, str], timeout: float) -> Figures | str:
+def _ask(task: str, case: BenchmarkCase, row: Row, environment: dict[str, str], timeout: float) -> Figures | str:
     """The figures, or the reason why there are none."""
     command = [sys.executable, "-m", "benchmarks.suite.processes"]
     data = json.dumps({"task": task, "case": case.to_json(), "row": row.name})
@@ -110,7 +109,7 @@ def _peak() -> int:
         return _maximum()
 
 
-def _peak_memory(case: Case, row: Row) -> Figures:
+def _peak_memory(case: BenchmarkCase, row: Row) -> Figures:
     """Peak MiB that a call adds in this process, and how long it takes."""
     small = case.smaller()
     row.step(small, small.inputs())()
@@ -139,7 +138,7 @@ def _peak_memory(case: Case, row: Row) -> Figures:
     return {"memory_mib": max(found, 0) / 2**20, "single_ms": milliseconds}
 
 
-def _first_call(case: Case, row: Row) -> Figures:
+def _first_call(case: BenchmarkCase, row: Row) -> Figures:
     """How long the first call of this process takes, imports and compilation of the row included."""
     inputs = case.inputs()
     begin = time.perf_counter()
@@ -153,10 +152,10 @@ TASKS = {"memory": _peak_memory, "start": _first_call}
 
 
 def main() -> None:
-    """Figures on standard output."""
+    """Measures what standard input asks for and prints the figures as JSON."""
     warnings.simplefilter("ignore")
     data = json.load(sys.stdin)
-    case = Case.from_json(data["case"])
+    case = BenchmarkCase.from_json(data["case"])
     torch.set_num_threads(case.threads)
     row = next(row for row in rows(case.device) if row.name == data["row"])
     print(json.dumps(TASKS[data["task"]](case, row)))

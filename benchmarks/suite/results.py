@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .cases import TEMPERATURES, Case
+from .cases import TEMPERATURES, BenchmarkCase
 from .measure import Timing, quantile, ratios
 from .rows import OURS, Row
 
@@ -33,7 +33,7 @@ FIELDS = {
     "warm_ms": "first call of a fresh process, compiler caches filled; null for rows without",
     "single_ms": "the one measured call of the process that measures memory",
     "ratio": "time over ours, median over the rounds", "ratio_p20": "its 20 %", "ratio_p80": "its 80 %",
-    "gflops": "operations of the products (see Case.flop) per second, 1e9; for rows of another function null",
+    "gflops": "operations of the products (see BenchmarkCase.flop) per second, 1e9; for rows of another function null",
     "peak_gflops": "of fused multiply-adds in registers, same dtype and threads", "peak_source": "how it was measured",
     "mm_gflops": "of a large torch.mm, same dtype and threads",
     "fraction": "gflops over peak_gflops",
@@ -47,7 +47,7 @@ FIELDS = {
 }  # fmt: skip
 
 
-def record(case: Case, row: Row, is_ours: bool, environment: dict[str, Any], **found: Any) -> dict[str, Any]:
+def record(case: BenchmarkCase, row: Row, is_ours: bool, environment: dict[str, Any], **found: Any) -> dict[str, Any]:
     """A result with every field."""
     fields: dict[str, Any] = dict.fromkeys(FIELDS)
     fields |= {"case": case.key, "row": row.name, "family": row.family, "ours": is_ours, "status": TIMED, "reason": ""}
@@ -57,7 +57,7 @@ def record(case: Case, row: Row, is_ours: bool, environment: dict[str, Any], **f
     return fields | environment | found
 
 
-def figures(case: Case, row: Row, timing: Timing, ours: Timing | None) -> dict[str, Any]:
+def figures(case: BenchmarkCase, row: Row, timing: Timing, ours: Timing | None) -> dict[str, Any]:
     """What is derived from the times of a row."""
     p20, p50, p80 = (timing.quantile(q) for q in (0.2, 0.5, 0.8))
     found: dict[str, Any] = {"p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50, "p80_ms": 1e3 * p80}
@@ -72,7 +72,7 @@ def figures(case: Case, row: Row, timing: Timing, ours: Timing | None) -> dict[s
 
 
 def write(directory: Path, rows: list[dict[str, Any]], environment: dict[str, Any], suite: str) -> tuple[Path, Path]:
-    """``results.json`` and ``results.csv``."""
+    """Writes ``results.json`` and ``results.csv`` into the directory."""
     directory.mkdir(parents=True, exist_ok=True)
     as_json, as_csv = directory / "results.json", directory / "results.csv"
     data = {"schema": SCHEMA, "suite": suite, "environment": environment, "fields": FIELDS, "rows": rows}
@@ -144,7 +144,7 @@ def problem_label(row: dict[str, Any]) -> str:
 
 
 def where(row: dict[str, Any]) -> str:
-    """What it runs on."""
+    """The threads or the device that a row was measured on."""
     return f"{row['threads']} thread{'s' * (row['threads'] > 1)}" if row["device"] == "cpu" else str(row["device"])
 
 

@@ -6,6 +6,7 @@ tensors [B, D]. A step computes the loss, or the loss and the gradients of all e
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from torch import Tensor
 
 import cacr_kernels
 from cacr_kernels import testing
-from cacr_kernels.backends.table import TABLE
+from cacr_kernels.backends import cuda
+from cacr_kernels.backends.table import TABLE, select
 
 from . import eager, others
-from .cases import BROADCASTING, COMPILED, EAGER, GRADIENTS, LOSS, PRODUCTS, SUM, Case
+from .cases import BROADCASTING, COMPILED, EAGER, GRADIENTS, LOSS, PRODUCTS, SUM, BenchmarkCase
 from .machine import available_bytes
 
 Step = Callable[[], tuple[Tensor, ...]]
@@ -43,8 +45,8 @@ class Row:
     name: str
     family: str
     summary: str
-    why_not: Callable[[Case], str | None]
-    loss: Callable[[Case], Loss]
+    why_not: Callable[[BenchmarkCase], str | None]
+    loss: Callable[[BenchmarkCase], Loss]
     split: bool = True
     compiles: bool = False
     caches: bool = False
@@ -54,7 +56,7 @@ class Row:
         """Whether the numbers have to agree with the reference."""
         return self.family in (OURS, BASELINE)
 
-    def step(self, case: Case, inputs: dict[str, Tensor]) -> Step:
+    def step(self, case: BenchmarkCase, inputs: dict[str, Tensor]) -> Step:
         """The call that is timed, on leaves of its own."""
         loss, leaves, tensors = self.loss(case), [], {}
         for name, tensor in inputs.items():
@@ -83,13 +85,15 @@ def usable_backends(device: str) -> dict[str, str | None]:
     return {backend.name: backend.why_not(torch.device(device)) for backend in TABLE}
 
 
-def ours(device: str) -> str:
-    """The backend that ``"auto"`` stands for: every ratio is relative to it."""
-    return [name for name, reason in usable_backends(device).items() if reason is None][-1]
+def ours(case: BenchmarkCase) -> str:
+    """The backend that ``"auto"`` takes for the case: every ratio is relative to it."""
+    P, N, M, D = case.extent
+    work = math.inf if case.constant_keys else cuda.work(P * N * M, D, case.torch_dtype)
+    return select("auto", torch.device(case.device), work)
 
 
 # ---- why a row is left out -------------------------------------------------------------------------------------------
-def too_large(case: Case, arrays: float) -> str | None:
+def too_large(case: BenchmarkCase, arrays: float) -> str | None:
     """A reason if ``arrays`` arrays N x M of every problem do not fit into memory."""
     P, N, M, _ = case.extent
     need = arrays * P * N * M * case.arithmetic.itemsize
@@ -97,11 +101,11 @@ def too_large(case: Case, arrays: float) -> str | None:
     return f"needs about {need / 2**30:.0f} GiB, {free / 2**30:.0f} are free" if need > 0.7 * free else None
 
 
-def _dense(case: Case) -> str | None:
+def _dense(case: BenchmarkCase) -> str | None:
     return too_large(case, 6)
 
 
-def _broadcasting(case: Case) -> str | None:
+def _broadcasting(case: BenchmarkCase) -> str | None:
     if case.problem.loss != "cacr_loss" or case.problem.options.get("pairing") == "pooled":
         return "measured for cacr_loss of pairs of views"
     P, N, M, D = case.extent
@@ -111,7 +115,7 @@ def _broadcasting(case: Case) -> str | None:
     return too_large(case, (P + 3) / P * D)
 
 
-def _keops(case: Case) -> str | None:
+def _keops(case: BenchmarkCase) -> str | None:
     if case.problem.loss != "cacr_loss" or case.problem.options.get("pairing") == "pooled":
         return "measured for cacr_loss of pairs of views"
     if case.problem.options.get("cost") == "rbf":
@@ -122,17 +126,17 @@ def _keops(case: Case) -> str | None:
     return others.why_not("pykeops")
 
 
-def _lightly(case: Case) -> str | None:
+def _lightly(case: BenchmarkCase) -> str | None:
     similarities = 24.0  # arrays of 2 B x 2 B, in units of B x B
     return others.no_ntxent(case.problem) or too_large(case, similarities) or others.why_not("lightly")
 
 
-def _metric_learning(case: Case) -> str | None:
+def _metric_learning(case: BenchmarkCase) -> str | None:
     triples = 40.0 * case.problem.shape["B"]  # every positive pair beside every negative pair, in several arrays
     return others.no_ntxent(case.problem) or too_large(case, triples) or others.why_not("pytorch_metric_learning")
 
 
-def _backend(name: str, case: Case) -> str | None:
+def _backend(name: str, case: BenchmarkCase) -> str | None:
     reason = usable_backends(case.device)[name]
     if reason is None and name == "reference":
         D = case.problem.shape["D"]
@@ -141,15 +145,15 @@ def _backend(name: str, case: Case) -> str | None:
 
 
 # ---- the losses ------------------------------------------------------------------------------------------------------
-def _library(name: str, case: Case) -> Loss:
+def _library(name: str, case: BenchmarkCase) -> Loss:
     return partial(getattr(cacr_kernels, case.problem.loss), **case.problem.options, backend=name)
 
 
-def _eager(case: Case) -> Loss:
+def _eager(case: BenchmarkCase) -> Loss:
     return partial(getattr(eager, case.problem.loss), **case.problem.options)
 
 
-def _compiled(case: Case) -> Loss:
+def _compiled(case: BenchmarkCase) -> Loss:
     function = getattr(eager, case.problem.loss)
     # A code object of its own: the compiler's cache and its limit of shapes per function belong to the code object.
     own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
@@ -157,11 +161,11 @@ def _compiled(case: Case) -> Loss:
     return partial(torch.compile(own, fullgraph=True, dynamic=False), **case.problem.options)
 
 
-def _broadcast(case: Case) -> Loss:
+def _broadcast(case: BenchmarkCase) -> Loss:
     return partial(eager.cacr_loss, pair_cost=eager.broadcast_cost, **case.problem.options)
 
 
-def _products(case: Case) -> Loss:
+def _products(case: BenchmarkCase) -> Loss:
     """The bare products of the textbook algorithm: similarities, again in backward, and both gradients."""
     pooled = case.problem.options.get("pairing") == "pooled"
     ordered = case.problem.options.get("pairing") == "ordered"
@@ -184,14 +188,14 @@ def _products(case: Case) -> Loss:
     return products
 
 
-def _floor(case: Case) -> str | None:
+def _floor(case: BenchmarkCase) -> str | None:
     if case.mode == LOSS or case.problem.loss != "cacr_loss":
         return "what autograd costs by itself: gradients of cacr_loss only"
     V, B, D = (case.problem.shape[k] for k in "VBD")
     return "for small problems only" if V * B * D > FLOOR_NUMEL else None
 
 
-def _cacr_only(case: Case) -> str | None:
+def _cacr_only(case: BenchmarkCase) -> str | None:
     return None if case.problem.loss == "cacr_loss" else "measured for cacr_loss"
 
 
@@ -217,7 +221,7 @@ def rows(device: str) -> list[Row]:
     ]
 
 
-def _products_fit(case: Case) -> str | None:
+def _products_fit(case: BenchmarkCase) -> str | None:
     P = case.extent[0]
     return _cacr_only(case) or too_large(case, 3 / P)
 

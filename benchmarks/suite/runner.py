@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from . import machine, processes
-from .cases import BROADCASTING, EAGER, Case
+from .cases import BROADCASTING, EAGER, BenchmarkCase
 from .gate import Check, Gate, agree, broken, embeddings, threads
 from .measure import Budget, Timing, clock, interleave
 from .peak import Peaks
@@ -38,13 +38,14 @@ GATE_WEIGHT, PROCESS_WEIGHT = 0.15, 2.5  # seconds, roughly, per row
 COMPILE_WEIGHT = 8.0
 LARGE = 2**26  # similarities; two processes with more may not fit beside each other
 Checks = dict[tuple[str, str], Check]
+Task = Callable[[BenchmarkCase, Row], dict[str, Any]]  # what a process of its own measures
 
 
 @dataclass
 class Suite:
     """The cases to measure. ``make_rows`` exists for tests, which plant a wrong row."""
 
-    cases: list[Case]
+    cases: list[BenchmarkCase]
     budget: Budget
     environment: dict[str, Any]
     progress: Progress
@@ -56,14 +57,14 @@ class Suite:
     def __post_init__(self) -> None:
         self.rows = {case.device: self.make_rows(case.device) for case in self.cases}
 
-    def reason(self, case: Case, row: Row) -> str | None:
+    def reason(self, case: BenchmarkCase, row: Row) -> str | None:
         """Why a row is left out of a case."""
-        wanted = not case.only or row.name in case.only or row.name == ours(case.device)
+        wanted = not case.only or row.name in case.only or row.name == ours(case)
         if not wanted or row.name in case.leave_out:
             return NOT_WANTED
         return row.why_not(case)
 
-    def measured(self, case: Case) -> list[Row]:
+    def measured(self, case: BenchmarkCase) -> list[Row]:
         """The rows of a case."""
         return [row for row in self.rows[case.device] if self.reason(case, row) is None]
 
@@ -79,12 +80,12 @@ class Suite:
     def _gate_weight(self, row: Row) -> float:
         return COMPILE_WEIGHT if row.compiles else GATE_WEIGHT
 
-    def _jobs(self, case: Case, found: list[Row]) -> list[tuple[Callable[[Case, Row], dict[str, Any]], Row]]:
+    def _jobs(self, case: BenchmarkCase, found: list[Row]) -> list[tuple[Task, Row]]:
         """The processes to be started for a case."""
         checked = [row for row in found if row.checked]
         return [
             *((processes.memory, row) for row in checked if case.memory),
-            *((processes.start, row) for row in checked if case.start and row.name in (*case.start, ours(case.device))),
+            *((processes.start, row) for row in checked if case.start and row.name in (*case.start, ours(case))),
         ]
 
     def check(self) -> Checks:
@@ -112,8 +113,8 @@ class Suite:
             self._processes(found)
         return found
 
-    def _case(self, case: Case, checks: Checks) -> list[dict[str, Any]]:
-        first, timings, failed = ours(case.device), dict[str, Timing](), dict[str, str]()
+    def _case(self, case: BenchmarkCase, checks: Checks) -> list[dict[str, Any]]:
+        first, timings, failed = ours(case), dict[str, Timing](), dict[str, str]()
         if case.timed:
             with quiet():
                 timings = self._time(case, failed)
@@ -134,7 +135,7 @@ class Suite:
             results.append(record(case, row, row.name == first, self.environment, **values))
         return results
 
-    def _time(self, case: Case, failed: dict[str, str]) -> dict[str, Timing]:
+    def _time(self, case: BenchmarkCase, failed: dict[str, str]) -> dict[str, Timing]:
         """Times the rows of a case, after their first results at full size have been compared with each other.
 
         A row of another function that cannot run ends up in ``failed``; one of ours or a baseline is red.
@@ -196,14 +197,15 @@ class Suite:
         Memory: two processes at a time where they fit. Starts, which are timed, and large ones: one.
         """
         by_row = {(result["case"], result["row"]): result for result in results if result["status"] != SKIPPED}
-        together, alone = [], []
+        together: list[tuple[Task, BenchmarkCase, Row]] = []
+        alone: list[tuple[Task, BenchmarkCase, Row]] = []
         for case in self.cases:
             for task, row in self._jobs(case, [row for row in self.measured(case) if (case.key, row.name) in by_row]):
                 P, N, M, _ = case.extent
                 single = task is processes.start or row.name == BROADCASTING or P * N * M > LARGE
                 (alone if single else together).append((task, case, row))
 
-        def run(job: tuple[Callable[[Case, Row], dict[str, Any]], Case, Row]) -> None:
+        def run(job: tuple[Task, BenchmarkCase, Row]) -> None:
             task, case, row = job
             self.progress(f"{task.__name__}  {row.name}  {case.key}", 0.0)
             by_row[case.key, row.name].update(task(case, row))

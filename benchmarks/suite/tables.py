@@ -20,19 +20,19 @@ BUSY = 0.5  # running processes per core, without our own
 
 
 def milliseconds(value: float | None) -> str:
-    """Three digits that count."""
+    """Milliseconds with about three significant digits; a dash for none."""
     if value is None:
         return "–"
     return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
 
 
 def factor(value: float | None) -> str:
-    """A ratio."""
+    """A ratio with a multiplication sign; a dash for none."""
     return "–" if value is None else f"{value:.2f}×" if value < 10 else f"{value:,.0f}×"
 
 
 def print_environment(console: Console, environment: dict[str, Any]) -> None:
-    """What was measured where."""
+    """Prints versions, machine and date, and a warning if the machine was busy."""
     e = environment
     console.print(
         f"[bold]cacr_kernels {e['version']}[/bold] {e['commit']}, CPU kernels {e['isa']}, torch {e['torch']} "
@@ -129,7 +129,7 @@ COLUMNS = (
 
 
 def figure(value: float, unit: str) -> str:
-    """A figure of the goals."""
+    """A figure of the goals with its unit."""
     digits = f"{value:.0f}" if value >= 100 or unit == "call" else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
     return digits + ("×" if unit == "×" else f" {unit}")
 
@@ -169,7 +169,7 @@ def print_goals(console: Console, verdicts: list[Verdict]) -> None:
 
 
 def print_red(console: Console, checks: list[Check]) -> None:
-    """What is wrong."""
+    """Prints the checks that failed, with errors and tolerances."""
     table = Table(title="RED GATE: nothing is timed", title_style="bold red", title_justify="left", show_edge=False)
     for heading in ("row", "case", "loss error (allowed)", "gradient error (allowed)", ""):
         table.add_column(heading)

@@ -96,7 +96,7 @@ def _figures(run: Run) -> Figures:
 
 
 def print_table(console: Console, found: Figures, config: Config) -> None:
-    """Before and after."""
+    """Prints the times of every form of the loss, and how much less the last takes."""
     what = f"V = {config.views}, B = {config.batch}, D = {config.embedding_dim}"
     console.print(f"[bold]A training step of the demo ({what}): milliseconds, median and 20–80 %", soft_wrap=True)
     table = Table(show_edge=False, pad_edge=False)
@@ -120,7 +120,7 @@ def print_table(console: Console, found: Figures, config: Config) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare, measure, print, write."""
+    """Compares the forms of the loss, times them, prints and writes the figures."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.suite.training_step", description=(__doc__ or "").split("\n")[0]
     )

@@ -1,6 +1,7 @@
-"""Backend "cuda": the operators of ``ops.py`` on CUDA tensors, by the compiled ones of ``csrc/cuda/binding.cpp``.
+"""Backend "cuda": the operators on CUDA tensors, by the compiled ones of ``csrc/cuda/binding.cpp``.
 
-Those have one more argument, the kind of products of float32, which torch keeps where its stable ABI does not reach.
+Those have one more argument, the kind of products of float32, which torch keeps where its stable ABI does not reach,
+and a namespace of their own.
 """
 
 from __future__ import annotations
@@ -11,34 +12,38 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..operators.ops import CACR_SCHEMA, CONTRAST_BACKWARD_SCHEMA, CONTRAST_SCHEMA, NAMESPACE, operator
-from ..types import Pairing
+from ..operators import cacr, contrast
+from ..operators.registry import implement
+from ..types import Pairing, view_pair_count
+from . import library
+from .entry import Backend, Size
 from .precision import fp32_products
 
-SCHEMAS = {"contrast": CONTRAST_SCHEMA, "contrast_backward": CONTRAST_BACKWARD_SCHEMA, "cacr": CACR_SCHEMA}
+COMPILED = "cacr_kernels_cuda"  # namespace of the compiled operators
 IEEE, TF32, TF32X3 = range(3)
 MAX_PAIRS = 64  # of views in the fused loss, kMaxPairs of csrc/cuda/parameters.h
 MAX_ALIGNED = 1 << 24  # costs of views of one instance in the fused loss: B V^2
 
+# "auto" takes "cuda" for a loss of up to this much work (multiply-adds of bfloat16), another backend with kernels
+# beyond, for keys without a gradient, of which it needs one sweep, and for float64. Reckoned from what the kernels
+# multiply and what data sheets promise, not timed: 2^35 multiply-adds are 0.2 ms of an A100 at its peak, of the order
+# of what the launches cost that "cuda" saves.
+UP_TO = 1 << 35
+
 
 def float_products() -> int:
-    """As ``csrc/cuda/binding.cpp`` numbers them."""
+    """The number of the products of float32 in ``csrc/cuda/binding.cpp``."""
     return {"ieee": IEEE, "tf32": TF32, "tf32x3": TF32X3}[fp32_products()]
 
 
-def pairs_of_views(V: int, pairing: Pairing) -> int:
-    """How many times queries of a view meet negatives of a view."""
-    return {"unordered": V * (V - 1) // 2, "ordered": V * (V - 1), "pooled": 1}[pairing]
-
-
-def too_many_views(shape: tuple[int, ...], pairing: Pairing) -> bool:
-    """Whether views of ``shape`` [V, B, D] are beyond the fused loss, so that it has to be composed of ``contrast``."""
+def fuses(shape: tuple[int, ...], pairing: Pairing) -> bool:
+    """Whether the fused loss takes views of ``shape`` [V, B, D]; more views are composed of ``contrast``."""
     V, B = shape[:2]
-    return pairs_of_views(V, pairing) > MAX_PAIRS or B * V * V > MAX_ALIGNED
+    return view_pair_count(V, pairing) <= MAX_PAIRS and B * V * V <= MAX_ALIGNED
 
 
 class Arithmetic(NamedTuple):
-    """What the kernels do per product of two features (csrc/cuda/arithmetic.cuh)."""
+    """What the kernels do per product of two features (csrc/cuda/tile/arithmetic.cuh)."""
 
     owned: int  # features whose gradient a block adds up; for every such group similarities are computed again
     pieces: int  # multiply-adds that one product of a gradient takes
@@ -54,23 +59,62 @@ ARITHMETIC: dict[torch.dtype | int, Arithmetic] = {
 }
 
 
-def work(similarities: int, D: int, dtype: torch.dtype) -> float:
-    """Multiply-adds of bfloat16 that take as long as a loss of so many similarities (P N M) and both its gradients.
+def work(size: Size) -> float:
+    """Multiply-adds of bfloat16 that take as long as a loss of so many similarities and both its gradients.
 
     Infinite for float64, which the kernels compute on ordinary units in groups of 16 features.
     """
-    if dtype == torch.float64:
+    if size.dtype == torch.float64:
         return math.inf
-    owned, pieces, cost = ARITHMETIC[float_products() if dtype == torch.float32 else dtype]
-    groups = -(-D // owned)
-    return similarities * D * cost * (1 + 2 * (groups + pieces))
+    owned, pieces, cost = ARITHMETIC[float_products() if size.dtype == torch.float32 else size.dtype]
+    groups = -(-size.features // owned)
+    return size.similarities * size.features * cost * (1 + 2 * (groups + pieces))
 
 
-def _register(name: str, schema: str) -> None:
-    torch.library.define(f"{NAMESPACE}::cuda_{name}", schema.replace(") ->", ", int float_products) ->"))
-    compiled: Callable[..., Any] = operator(f"cuda_{name}")
-    torch.library.impl(f"{NAMESPACE}::{name}_cuda", "CUDA", lambda *arguments: compiled(*arguments, float_products()))
+# ---- can it run ------------------------------------------------------------------------------------------------------
+def why_not(device: torch.device | None) -> str | None:
+    """Why the CUDA kernels cannot run on that device, if they cannot."""
+    if (error := library.cuda_library().error) is not None:
+        return error
+    if device is not None and device.type != "cuda":
+        return f"the CUDA kernels work on CUDA tensors, not on {device.type}"
+    if not torch.cuda.is_available():
+        return "no CUDA device: torch finds none on this machine"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the CUDA kernels need a GPU of compute capability 8.0 (Ampere) or newer"
+    index = None if device is None else device.index
+    reason: str | None = probe(torch.cuda.current_device() if index is None else index)
+    return reason
 
 
-for _name, _schema in SCHEMAS.items():
-    _register(_name, _schema)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def probe(index: int) -> str | None:
+    """What a launch would meet only at run time: a library for other GPUs, a driver older than its CUDA runtime."""
+    error = library.cuda_error(index)
+    if error is None:
+        return None
+    return (
+        f"the CUDA kernels cannot be launched on cuda:{index}: {error}; update its driver, or install from source with "
+        "its compute capability in CACR_CUDA_ARCHS"
+    )
+
+
+# ---- operators -------------------------------------------------------------------------------------------------------
+def _implement(name: str) -> None:
+    """Declares the compiled operator, and lets that of the package call it."""
+    schema = (cacr.SCHEMAS | contrast.SCHEMAS)[name].replace(") ->", ", int float_products) ->")
+    torch.library.define(f"{COMPILED}::{name}", schema)
+    compiled: Callable[..., Any] = getattr(getattr(torch.ops, COMPILED), name).default
+    implement(f"{name}_cuda", lambda *arguments: compiled(*arguments, float_products()), "CUDA")
+
+
+BACKEND = Backend(
+    "cuda",
+    "CUDA C++ kernels, one launch for a small loss",
+    why_not,
+    operators=("cacr", "contrast"),
+    implement=_implement,
+    half_types=True,
+    fuses=fuses,
+    suits=lambda size: work(size) <= UP_TO,
+)

@@ -7,15 +7,16 @@ merge (``reference.py``, Merge), and the backward recomputes the blocks.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..operators.ops import ContrastSpec
+from ..operators.contrast import members, pack
+from ..operators.registry import implement
+from ..types import SAME, SAME_NOT_SELF, ContrastSpec
+from .entry import Backend, any_device
 
-ALL, SAME, OTHER, SAME_NOT_SELF = range(4)  # kinds of key sets, see csrc/common/problem.h
 BLOCK = 1 << 21  # costs in a block: 8 MiB each in float32, about ten such arrays live at once
 PIECE = 256  # terms of a sum that is left to BLAS
 REFINE_BELOW = 0.5  # positives closer than this share of |q|^2 + |k|^2 are recomputed as differences
@@ -39,25 +40,9 @@ def blocks(pairs: int, n: int, m: int) -> Iterator[Block]:
                 yield Block(pair, slice(i, min(n, i + rows)), slice(j, min(m, j + keys)))
 
 
-def members(kind: int, q_id: Tensor | None, k_id: Tensor | None, rows: slice, keys: slice) -> Tensor | None:
-    """Mask [rows, keys] of the keys in each query's set; ``None``: all of them."""
-    if kind == ALL:
-        return None
-    assert q_id is not None
-    assert k_id is not None
-    same = q_id[rows, None] == k_id[None, keys]
-    if kind == OTHER:
-        return ~same
-    if kind == SAME_NOT_SELF:
-        i = torch.arange(rows.start, rows.stop, device=same.device)
-        j = torch.arange(keys.start, keys.stop, device=same.device)
-        same = same & (i[:, None] != j)
-    return same
-
-
-def block_cost(q: Tensor, k: Tensor, inner: bool, positives: Tensor | None) -> Tensor:
+def block_cost(q: Tensor, k: Tensor, inner_product: bool, positives: Tensor | None) -> Tensor:
     """Costs [rows, keys]; those of close ``positives`` are taken from differences, which do not cancel."""
-    if inner:
+    if inner_product:
         return -2 * (q @ k.mT)
     norms = q.square().sum(-1)[:, None] + k.square().sum(-1)
     c = norms - 2 * (q @ k.mT)
@@ -90,37 +75,27 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def _costs(q: Tensor, k: Tensor, kinds: list[int], masks: list[Tensor | None], inner: bool) -> Tensor:
-    positives = [m for kind, m in zip(kinds, masks, strict=True) if kind in (SAME, SAME_NOT_SELF)]
-    return block_cost(q, k, inner, positives[0] if positives else None)
+def _costs(q: Tensor, k: Tensor, spec: ContrastSpec, masks: list[Tensor | None]) -> Tensor:
+    positives = [m for kind, m in zip(spec.kinds, masks, strict=True) if kind in (SAME, SAME_NOT_SELF)]
+    return block_cost(q, k, spec.inner_product, positives[0] if positives else None)
 
 
-def contrast(
-    q: Tensor,
-    k: Tensor | None,
-    q_id: Tensor | None,
-    k_id: Tensor | None,
-    tau: Tensor,
-    kinds: list[int],
-    q_index: list[int],
-    k_index: list[int],
-    inner: bool,
-    detach_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean cost and log-sum-exp of each softmax, [S, P, N]; see ``ops.py`` for the arguments.
+def contrast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean cost and log-sum-exp of each softmax, [S, P, N]; arguments: see ``operators/contrast.py``.
 
     The third output holds the maxima of the logits, the sums relative to them, and the values.
     """
-    k, k_id = (q, q_id) if k is None else (k, k_id)
+    q, k, tau, spec = pack(*arguments)
+    k, spec = (q, spec._replace(k_id=spec.q_id)) if k is None else (k, spec)
     q, k = q.contiguous(), k.contiguous()  # a BLAS rounds strided operands differently
-    shape = (len(kinds), len(q_index), q.shape[1])
+    shape = (len(spec.kinds), len(spec.q_index), q.shape[1])
     # running maximum of the logits, and relative to it: sum of exp, and of exp times cost
     top = q.new_full(shape, -torch.inf)
     total, total_cost = tau.new_zeros(shape), tau.new_zeros(shape)
     taus = tau.to(q.dtype)
-    for pair, rows, keys in blocks(len(q_index), q.shape[1], k.shape[1]):
-        masks = [members(kind, q_id, k_id, rows, keys) for kind in kinds]
-        c = _costs(q[q_index[pair], rows], k[k_index[pair], keys], kinds, masks, inner)
+    for pair, rows, keys in blocks(len(spec.q_index), q.shape[1], k.shape[1]):
+        masks = [members(kind, spec, rows, keys) for kind in spec.kinds]
+        c = _costs(q[spec.q_index[pair], rows], k[spec.k_index[pair], keys], spec, masks)
         for s, mask in enumerate(masks):
             at = (s, pair, rows)
             cost = c if mask is None else c.masked_fill(~mask, 0.0)
@@ -142,77 +117,41 @@ def contrast(
     return value, torch.where(value.isnan(), value, lse), torch.stack([top.double(), total, value])
 
 
-def contrast_backward(
-    q: Tensor,
-    k: Tensor | None,
-    q_id: Tensor | None,
-    k_id: Tensor | None,
-    tau: Tensor,
-    kinds: list[int],
-    q_index: list[int],
-    k_index: list[int],
-    inner: bool,
-    detach_weights: bool,
-    value: Tensor,
-    weights: Tensor,
-    grad_value: Tensor,
-    grad_lse: Tensor,
-    want_q: bool,
-    want_k: bool,
-    want_tau: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def contrast_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and tau: dL/dc_ij = w_ij (gF (1 + tau (c_ij - F)) + glse tau), blocks recomputed."""
-    with torch.autocast(q.device.type, enabled=False):
-        return _contrast_backward(
-            q, k, q_id, k_id, tau, kinds, q_index, k_index, inner, detach_weights, value, weights,
-            grad_value, grad_lse, want_q, want_k, want_tau,
-        )  # fmt: skip
+    with torch.autocast(arguments[0].device.type, enabled=False):
+        return gradients(*arguments)
 
 
-def _contrast_backward(
-    q: Tensor,
-    k: Tensor | None,
-    q_id: Tensor | None,
-    k_id: Tensor | None,
-    tau: Tensor,
-    kinds: list[int],
-    q_index: list[int],
-    k_index: list[int],
-    inner: bool,
-    detach_weights: bool,
-    value: Tensor,
-    weights: Tensor,
-    grad_value: Tensor,
-    grad_lse: Tensor,
-    want_q: bool,
-    want_k: bool,
-    want_tau: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``contrast_backward`` where autocast is off."""
+    q, k, tau, spec, value, row_state, grad_value, grad_lse, want_q, want_k, want_tau = pack(*arguments)
+    inner_product, detach_weights = spec.inner_product, spec.detach_weights
     q, k = q.contiguous(), k if k is None else k.contiguous()
     grad_q = torch.zeros_like(q) if want_q else q.new_empty(0)
     if k is None:
-        k, k_id, want_k, grad_k = q, q_id, want_q, grad_q
+        k, spec, want_k, grad_k = q, spec._replace(k_id=spec.q_id), want_q, grad_q
     else:
         grad_k = torch.zeros_like(k) if want_k else k.new_empty(0)
     grad_tau = torch.zeros_like(tau) if want_tau else tau.new_empty(0)
     taus = torch.zeros_like(tau, dtype=q.dtype) if detach_weights else tau.to(q.dtype)
-    grad_lse = torch.where(weights[1] == 0, 0.0, grad_lse)
+    grad_lse = torch.where(row_state[1] == 0, 0.0, grad_lse)
     constants = grad_value + (0.0 if detach_weights else grad_lse * tau[:, None, None])
     # Two softmaxes over one set (rbf) nearly cancel: a w_0 + b w_1 = (a + b) w_0 + b (w_1 - w_0)
-    cancelling = len(kinds) == 2 and kinds[0] == kinds[1]
+    cancelling = len(spec.kinds) == 2 and spec.kinds[0] == spec.kinds[1]
     if cancelling:
         constants = torch.stack([constants.sum(0), constants[1]])
-    for pair, rows, keys in blocks(len(q_index), q.shape[1], k.shape[1]):
-        x, y = q_index[pair], k_index[pair]
-        masks = [members(kind, q_id, k_id, rows, keys) for kind in kinds]
-        c = _costs(q[x, rows], k[y, keys], kinds, masks, inner)
+    for pair, rows, keys in blocks(len(spec.q_index), q.shape[1], k.shape[1]):
+        x, y = spec.q_index[pair], spec.k_index[pair]
+        masks = [members(kind, spec, rows, keys) for kind in spec.kinds]
+        c = _costs(q[x, rows], k[y, keys], spec, masks)
         grad_c = first = torch.zeros_like(c)
         for s, mask in enumerate(masks):
             at = (s, pair, rows)
             cost = c if mask is None else c.masked_fill(~mask, 0.0)
-            total = weights[1][at][:, None]
+            total = row_state[1][at][:, None]
             empty = total == 0
-            shift = torch.where(empty, 0.0, weights[0][at][:, None]).to(q.dtype)
+            shift = torch.where(empty, 0.0, row_state[0][at][:, None]).to(q.dtype)
             w = (tau[s].to(q.dtype) * cost - shift).exp_() * torch.where(empty, 0.0, 1 / total).to(q.dtype)
             if mask is not None:
                 w = w.masked_fill_(~mask, 0.0)
@@ -226,31 +165,21 @@ def _contrast_backward(
                 moment = w * (g_value * centred.square() + g_lse * cost)
                 grad_tau[s] += moment.sum(dtype=grad_tau.dtype)
         if want_q:
-            own = 0.0 if inner else grad_c.sum(1)[:, None] * q[x, rows]
+            own = 0.0 if inner_product else grad_c.sum(1)[:, None] * q[x, rows]
             grad_q[x, rows] += 2 * (own - product(grad_c, k[y, keys]))
         if want_k:
-            own = 0.0 if inner else grad_c.sum(0)[:, None] * k[y, keys]
+            own = 0.0 if inner_product else grad_c.sum(0)[:, None] * k[y, keys]
             grad_k[y, keys] += 2 * (own - product(grad_c.mT, q[x, rows]))
     return grad_q, q.new_empty(0) if grad_k is grad_q else grad_k, grad_tau
 
 
-def plain_contrast(q: Tensor, k: Tensor, tau: Tensor, spec: ContrastSpec) -> tuple[Tensor, Tensor]:
-    """``contrast`` as N x M arrays, differentiable any number of times; only second derivatives use it."""
-    from ..reference import pairwise_cost, statistics
+_KERNELS = {"contrast": contrast, "contrast_backward": contrast_backward}
 
-    # not q[list]: Inductor 2.13 miscompiles a batched product of indexed operands (writes out of bounds)
-    queries, keys = torch.stack([q[i] for i in spec.q_index]), torch.stack([k[i] for i in spec.k_index])
-    c = -2 * queries @ keys.mT if spec.inner else pairwise_cost(queries, keys)
-    everything = slice(0, q.shape[1]), slice(0, k.shape[1])
-    values, lses = [], []
-    for s, kind in enumerate(spec.kinds):
-        mask = members(kind, spec.q_id, spec.k_id, *everything)
-        logit = tau[s].to(c.dtype) * c
-        row = statistics(
-            logit.detach() if spec.detach_weights else logit,
-            c,
-            torch.ones_like(c, dtype=torch.bool) if mask is None else mask,
-        )
-        values.append(row.value)
-        lses.append(row.lse)
-    return torch.stack(values), torch.stack(lses)
+BACKEND = Backend(
+    "torch",
+    "plain PyTorch in blocks; bounded memory, any device",
+    any_device,
+    operators=("contrast",),
+    implement=lambda name: implement(f"{name}_torch", _KERNELS[name]),
+    last_resort=True,
+)

@@ -1,1 +1,1 @@
-"""The operators ``torch.ops.cacr_kernels.*``."""
+"""The operators ``torch.ops.cacr_kernels.*``, one file each."""

@@ -1,10 +1,11 @@
-// An operator as its caller describes it, whatever the types are: what the binding and the emulation of the tests fill
-// in.
+// An operator call as its caller describes it, whatever the types are: what the binding and the emulation of the tests
+// fill in. The operators and their symbols are those of cacr_kernels/reference.py.
 #pragma once
 
 #include <cstdint>
 
-#include "../common/problem.h"
+#include "../common/kinds.h"
+#include "../common/pairs.h"
 
 namespace cacr {
 
@@ -17,8 +18,8 @@ struct Allocator {
   void* context;
 };
 
-// Element and gradient types are those of the arithmetic (arithmetic.cuh). All arrays but the indices are on the device
-// and contiguous; null where an operation does not have or want them.
+// Element and gradient types are those of the arithmetic (tile/arithmetic.cuh). All arrays but the indices are on the
+// device and contiguous; null where an operation does not have or want them.
 struct Call {
   Operation operation;  // kProbe needs nothing else, and launches nothing
   const void* q;        // [q_views][N][D]
@@ -31,26 +32,26 @@ struct Call {
   const int32_t* k_id;     // [M]
   const double* tau;       // [softmaxes] signed
   int32_t softmaxes, kind[kMaxSoftmaxes];
-  bool own, inner, detach_weights;
+  bool keys_are_queries, inner_product, detach_weights;
 
   // forward writes, backward reads
-  double* value;    // [softmaxes][pairs][N]
-  double* lse;      // [softmaxes][pairs][N]
-  double* weights;  // [3][softmaxes][pairs][N]
+  double* value;      // [softmaxes][pairs][N]
+  double* lse;        // [softmaxes][pairs][N]
+  double* row_state;  // [3][softmaxes][pairs][N] u_top, sum, delta of csrc/common/rows.h
 
   const double* grad_value;  // [softmaxes][pairs][N]
   const double* grad_lse;    // [softmaxes][pairs][N]
-  void* grad_q;              // [q_views][N][D], of queries and keys if own; for kLoss of the views
+  void* grad_q;              // [q_views][N][D], of both if the keys are the queries; for kLoss of the views
   void* grad_k;              // [k_views][M][D]
   double* grad_tau;          // [softmaxes]
 
   // kLoss: q are the views [V][B][D]; numbers: tau_pos, tau_neg, alpha, beta, rbf_scale
-  int32_t pairing;  // 0 unordered, 1 ordered, 2 pooled
+  Pairing pairing;
   bool rbf;
   const double* numbers;  // [5] on the device, or null: then `given`
   double given[5];
   void* loss;            // []
-  void* parts;           // [4]
+  void* parts;           // [4] attraction, repulsion and their entropies
   double* grad_numbers;  // [5]
 };
 

@@ -14,7 +14,7 @@ struct Launch {
 
 #ifdef __CUDACC__
 
-// Lets `kernel` use as much shared memory as it asks for: more than 48 KiB need a permission.
+// Lets `kernel` use `bytes` of dynamic shared memory; CUDA wants to be asked for more than 48 KiB.
 template <class Parameters>
 cudaError_t permit_shared_memory(void (*kernel)(Parameters), size_t bytes) {
   if (bytes <= 48 * 1024) return cudaSuccess;
@@ -28,8 +28,8 @@ cudaError_t launch(void (*kernel)(Parameters), const Launch& l, Parameters param
   return cudaLaunchKernel(kernel, l.grid, l.block, arguments, l.shared_bytes, l.stream);
 }
 
-// All blocks of the grid at once, so that the kernel may call grid_sync(). cudaErrorCooperativeLaunchTooLarge leaves no
-// trace: the caller has another way.
+// Runs all blocks of the grid at once, so that the kernel may call grid_sync(). cudaErrorCooperativeLaunchTooLarge is
+// cleared, because the caller then launches in another way.
 template <class Parameters>
 cudaError_t launch_cooperative(void (*kernel)(Parameters), const Launch& l, Parameters parameters) {
   if (const cudaError_t error = permit_shared_memory(kernel, l.shared_bytes)) return error;
@@ -40,7 +40,7 @@ cudaError_t launch_cooperative(void (*kernel)(Parameters), const Launch& l, Para
 }
 
 // How many blocks of `threads` threads the current device can hold at once: the largest cooperative grid. 0: none.
-// Asked anew only when the kernel or the device is another one: a small loss takes no longer than the questions.
+// The last answer is kept, because the questions take as long as a small loss.
 template <class Parameters>
 cudaError_t resident_blocks(void (*kernel)(Parameters), int threads, size_t shared_bytes, int* blocks) {
   struct Answer {

@@ -1,7 +1,7 @@
 // The two platforms that the kernels of this directory are compiled for: nvcc, and a plain C++ compiler with the
 // stand-in for the CUDA execution model of tests/cuda_emulation, which runs the very same source on a CPU.
 //
-// What differs between the two stands in this file, in ptx.cuh (instructions), shared.cuh (shared memory) and
+// What differs between the two stands in this file, in ptx.cuh (instructions), shared_memory.cuh and
 // launch.cuh. Kernels use CUDA's own names everywhere else: __global__, threadIdx, __syncthreads(), __shfl_xor_sync(),
 // float4 ...
 #pragma once
@@ -16,7 +16,7 @@
 #define CACR_SITE_ONLY
 #else
 #include "cuda_emulation.h"
-// Whoever calls a collective operation is told by file and line: the arguments that a call leaves out.
+// A collective operation reports its caller by file and line, in a default argument.
 #define CACR_SITE , ::cuda_emulation::Site site = ::cuda_emulation::Site::current()
 #define CACR_SITE_ONLY ::cuda_emulation::Site site = ::cuda_emulation::Site::current()
 #endif

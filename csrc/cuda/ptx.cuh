@@ -21,7 +21,7 @@ inline SharedAddress shared_address(const void* p) { return static_cast<const ch
 // ---- ldmatrix: 8 x 8 matrices of 16-bit values from shared memory ---------------------------------------------------
 // Lanes 8 i ... 8 i + 7 give the addresses of the rows of matrix i, 16 aligned bytes each. r[i] receives the elements
 // (row group, columns 2 quad and 2 quad + 1) of matrix i; with _trans (rows 2 quad and 2 quad + 1, column group).
-// All lanes of the warp call it. For x2 the addresses of lanes 16 ... 31 are not used.
+// All lanes of the warp call it.
 CACR_DEVICE void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row CACR_SITE) {
 #ifdef __CUDACC__
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -33,17 +33,6 @@ CACR_DEVICE void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row CACR_SITE) {
 #endif
 }
 
-CACR_DEVICE void ldmatrix_x2(uint32_t (&r)[2], SharedAddress row CACR_SITE) {
-#ifdef __CUDACC__
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(row)
-               : "memory");
-#else
-  cuda_emulation::ldmatrix<2, false>("ldmatrix_x2", r, row, site);
-#endif
-}
-
 CACR_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress row CACR_SITE) {
 #ifdef __CUDACC__
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -52,17 +41,6 @@ CACR_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress row CACR_SITE
                : "memory");
 #else
   cuda_emulation::ldmatrix<4, true>("ldmatrix_x4_trans", r, row, site);
-#endif
-}
-
-CACR_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], SharedAddress row CACR_SITE) {
-#ifdef __CUDACC__
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(row)
-               : "memory");
-#else
-  cuda_emulation::ldmatrix<2, true>("ldmatrix_x2_trans", r, row, site);
 #endif
 }
 
@@ -106,42 +84,14 @@ CACR_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, ui
 #endif
 }
 
-// d [8 x 8]: d[0], d[1] = (row group, columns 2 quad and 2 quad + 1); a [8 x 4] = (row group, column quad); b [4 x 8] =
-// (row quad, column group).
-CACR_DEVICE void mma_f64(double (&d)[2], double a, double b CACR_SITE) {
-#ifdef __CUDACC__
-  asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
-               : "+d"(d[0]), "+d"(d[1])
-               : "d"(a), "d"(b));
-#else
-  cuda_emulation::mma_m8n8k4_f64("mma_f64", d, a, b, site);
-#endif
-}
-
 // ---- cp.async: global to shared memory without passing through registers --------------------------------------------
-// Both addresses are aligned to the size. Only `valid` bytes are read, zeros fill the rest; with 0 the source is not
+// Both addresses are multiples of 16. Only `valid` bytes are read, zeros fill the rest; with 0 the source is not
 // read, but has to be an aligned address of global memory all the same.
 CACR_DEVICE void cp_async_16(SharedAddress target, const void* source, int valid = 16 CACR_SITE) {
 #ifdef __CUDACC__
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(valid) : "memory");
 #else
   cuda_emulation::cp_async<16>(target, source, valid, site);
-#endif
-}
-
-CACR_DEVICE void cp_async_8(SharedAddress target, const void* source, int valid = 8 CACR_SITE) {
-#ifdef __CUDACC__
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(target), "l"(source), "r"(valid) : "memory");
-#else
-  cuda_emulation::cp_async<8>(target, source, valid, site);
-#endif
-}
-
-CACR_DEVICE void cp_async_4(SharedAddress target, const void* source, int valid = 4 CACR_SITE) {
-#ifdef __CUDACC__
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(source), "r"(valid) : "memory");
-#else
-  cuda_emulation::cp_async<4>(target, source, valid, site);
 #endif
 }
 
@@ -166,9 +116,9 @@ CACR_DEVICE void cp_async_wait(CACR_SITE_ONLY) {
 }
 
 // ---- order of reads -------------------------------------------------------------------------------------------------
-// The compiler does not move reads of shared memory up across it, which keeps what they give out of the registers until
-// it is needed. To the program it means nothing.
-CACR_DEVICE void read_no_further() {
+// The compiler does not move reads of shared memory up across it, so that their results take no registers before they
+// are needed. The program means the same without it.
+CACR_DEVICE void keep_reads_below() {
 #ifdef __CUDACC__
   __syncwarp();
 #endif

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from benchmarks.suite import cases, machine, measure, rows
-from benchmarks.suite.cases import Case
+from benchmarks.suite.cases import BenchmarkCase
 from benchmarks.suite.rows import Row
 
 ENVIRONMENT = machine.environment("cpu")
-TINY = Case(cases.cacr(2, 9, 6))
+TINY = BenchmarkCase(cases.cacr(2, 9, 6))
 BUDGET = measure.Budget(0.05)
 PACKAGES = ("keops", "ntxent lightly", "ntxent pml")  # other packages; slow to import, and KeOps compiles
 
 
 def silent(text: str, weight: float) -> None:
-    """No progress bar."""
+    """A progress callback that shows nothing."""
 
 
 def row_named(name: str) -> Row:

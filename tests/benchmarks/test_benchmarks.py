@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import cacr_kernels
 from benchmarks.suite import __main__ as command
-from benchmarks.suite import cases, eager, gate, measure, others, peak, processes, results, rows
-from benchmarks.suite import runner as suite
-from benchmarks.suite.cases import GRADIENTS, LOSS, Case
+from benchmarks.suite import cases, eager, gate, measure, others, peak, processes, results, rows, runner
+from benchmarks.suite.cases import GRADIENTS, LOSS, BenchmarkCase
 from benchmarks.suite.rows import BASELINE, OTHER, OURS, Row
 from cacr_kernels import testing
+from cacr_kernels.backends import table
 from tests.benchmarks.benchmarking import BUDGET, ENVIRONMENT, PACKAGES, TINY, row_named, silent, uncompiled
 
 PROBLEMS = [
@@ -44,11 +47,16 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
+def suite_of(*found: BenchmarkCase, make: Callable[[str], list[Row]] = uncompiled) -> runner.Suite:
+    """A suite that starts no processes."""
+    return runner.Suite(list(found), BUDGET, ENVIRONMENT, silent, make, with_processes=False)
+
+
 # ---- baselines -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 @pytest.mark.parametrize("mode", [LOSS, GRADIENTS])
 def test_every_row_agrees_with_the_reference_in_float64(problem: testing.Case, mode: str) -> None:
-    case = Case(problem, mode=mode, dtype="float64")
+    case = BenchmarkCase(problem, mode=mode, dtype="float64")
     checked = [row for row in uncompiled("cpu") if row.checked and row.why_not(case) is None]
     assert {"eager", "reference", "torch"} <= {row.name for row in checked}
     for row in checked:
@@ -61,13 +69,13 @@ def test_every_row_agrees_with_the_reference_in_float64(problem: testing.Case, m
 def test_the_published_formulation_and_the_products_are_measured_where_they_make_sense() -> None:
     for problem in PROBLEMS:
         pairs = problem.loss == "cacr_loss" and problem.options.get("pairing") != "pooled"
-        assert (row_named("broadcasting").why_not(Case(problem)) is None) == pairs
-        assert (row_named("bare mm").why_not(Case(problem)) is None) == (problem.loss == "cacr_loss")
-    assert row_named("broadcasting").why_not(Case(cases.cacr(2, 4096, 512)))  # 32 GiB
-    assert row_named("eager").why_not(Case(cases.cacr(2, 10**6, 4)))
+        assert (row_named("broadcasting").why_not(BenchmarkCase(problem)) is None) == pairs
+        assert (row_named("bare mm").why_not(BenchmarkCase(problem)) is None) == (problem.loss == "cacr_loss")
+    assert row_named("broadcasting").why_not(BenchmarkCase(cases.cacr(2, 4096, 512)))  # 32 GiB
+    assert row_named("eager").why_not(BenchmarkCase(cases.cacr(2, 10**6, 4)))
 
 
-@pytest.mark.parametrize("name", ["eager", rows.ours("cpu"), "z.sum()"])
+@pytest.mark.parametrize("name", ["eager", rows.ours(TINY), "z.sum()"])
 def test_a_step_gives_the_same_gradients_every_time(name: str) -> None:
     step = row_named(name).step(TINY, TINY.inputs())
     first, second = step(), step()
@@ -79,7 +87,7 @@ def test_a_step_gives_the_same_gradients_every_time(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_inputs_are_computed_in_float32(dtype: str) -> None:
-    case = Case(cases.cacr(2, 13, 7), dtype=dtype)
+    case = BenchmarkCase(cases.cacr(2, 13, 7), dtype=dtype)
     for name in ("eager", "broadcasting"):
         outputs = row_named(name).step(case, case.inputs())()
         assert outputs[0].dtype == torch.float32
@@ -98,10 +106,10 @@ def test_the_compiled_row_has_a_code_object_of_its_own_and_the_options() -> None
 
 
 def test_other_packages_are_left_out_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, large = Case(cases.cacr(2, 16, 8)), Case(cases.cacr(2, 4096, 128))
+    case, large = BenchmarkCase(cases.cacr(2, 16, 8)), BenchmarkCase(cases.cacr(2, 4096, 128))
     assert "GiB" in (row_named("ntxent pml").why_not(large) or "")  # it compares every two pairs
     assert row_named("keops").why_not(large)
-    assert row_named("ntxent lightly").why_not(Case(cases.cacr(3, 16, 8))) == "a loss of two views"
+    assert row_named("ntxent lightly").why_not(BenchmarkCase(cases.cacr(3, 16, 8))) == "a loss of two views"
     monkeypatch.setattr(others.importlib.util, "find_spec", lambda name: None)
     assert all("not installed" in (row_named(name).why_not(case) or "") for name in PACKAGES)
     others.load.cache_clear()
@@ -114,13 +122,58 @@ def test_other_packages_are_left_out_with_a_reason(monkeypatch: pytest.MonkeyPat
 def test_a_case_measures_only_the_rows_that_it_names() -> None:
     def measured(**fields: Any) -> set[str]:
         case = replace(TINY, **fields)
-        return {row.name for row in suite.Suite([case], BUDGET, ENVIRONMENT, silent, uncompiled).measured(case)}
+        return {row.name for row in runner.Suite([case], BUDGET, ENVIRONMENT, silent, uncompiled).measured(case)}
 
-    ours, everything = rows.ours("cpu"), measured()
+    ours, everything = rows.ours(TINY), measured()
     assert {ours, "torch", "reference", "eager", "broadcasting", "bare mm", "z.sum()"} <= everything
     assert measured(only=("eager",)) == {ours, "eager"}
     assert measured(only=cases.OURS_ONLY) == {ours}
     assert measured(leave_out=("torch",)) == everything - {"torch"}
+
+
+@pytest.mark.parametrize(("problem", "dtype", "expected"), [
+    (cases.cacr(2, 128, 64), "float32", "cuda"),
+    (cases.cacr(2, 128, 64), "float64", "triton"),
+    (cases.cacr(2, 4096, 128), "bfloat16", "cuda"),
+    (cases.cacr(2, 8192, 128), "bfloat16", "triton"),
+    (cases.cacr(2, 4096, 128), "float32", "triton"),
+    (cases.cacr(2, 1024, 128, pairing="pooled"), "float32", "triton"),
+    (cases.queue(2, 64, 32, 128), "float32", "triton"),
+    (cases.momentum(2, 64, 32, 128), "float32", "triton"),
+    (cases.supervised(256, 32, 5), "float32", "cuda"),
+    (cases.supervised(4096, 32, 5), "float32", "triton"),
+], ids=lambda x: x if isinstance(x, str) else x.name)  # fmt: skip
+def test_ours_is_the_backend_that_auto_takes(
+    monkeypatch: pytest.MonkeyPatch, problem: testing.Case, dtype: str, expected: str
+) -> None:
+    """On a GPU on which all backends can run but that of the CPU.
+
+    ``cacr_loss`` is called there, on fake tensors; the other losses do what asks for a real GPU.
+    """
+    usable = tuple(b._replace(why_not=lambda device, b=b: None if b.name != "cpu" else "no CPU") for b in table.TABLE)
+    monkeypatch.setattr(table, "TABLE", usable)
+    case = BenchmarkCase(problem, dtype=dtype, device="cuda")
+    assert rows.ours(case) == expected
+    if problem.loss != "cacr_loss":
+        return
+    with FakeTensorMode(), _Operators() as called:
+        inputs = replace(case, device="cpu").inputs()
+        inputs = {name: torch.empty_like(x, device="cuda") for name, x in inputs.items()}
+        getattr(cacr_kernels, problem.loss)(**inputs, **problem.options, backend="auto")
+    assert called.backends == {expected}
+
+
+class _Operators(TorchDispatchMode):
+    """The backends whose operators are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backends: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "cacr_kernels":
+            self.backends |= {func._opname.rpartition("_")[2]} - {"witness"}
+        return func(*args, **(kwargs or {}))
 
 
 # ---- gate ------------------------------------------------------------------------------------------------------------
@@ -149,10 +202,12 @@ def _raise(loss: Tensor) -> Tensor:
 )
 @pytest.mark.parametrize("family", [OURS, BASELINE])
 def test_a_wrong_row_is_caught_and_nothing_is_timed(change: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite, "interleave", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(runner, "interleave", lambda *_: pytest.fail("timed"))
     make = lambda device: [*uncompiled(device), replace(planted(change), family=family)]  # noqa: E731
-    with pytest.raises(suite.RedGateError) as caught:
-        suite.Suite([TINY, Case(cases.cacr(2, 8, 5))], BUDGET, ENVIRONMENT, silent, make, with_processes=False).run()
+    with pytest.raises(runner.RedGateError) as caught:
+        runner.Suite(
+            [TINY, BenchmarkCase(cases.cacr(2, 8, 5))], BUDGET, ENVIRONMENT, silent, make, with_processes=False
+        ).run()
     assert {check.row for check in caught.value.checks} == {"planted"}
     assert len(caught.value.checks) == 2
 
@@ -160,11 +215,11 @@ def test_a_wrong_row_is_caught_and_nothing_is_timed(change: Any, family: str, mo
 def test_a_row_that_is_wrong_only_at_full_size_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     row = row_named("torch")
     wrong = replace(row, name="planted", loss=lambda case: lambda views: _beyond(row.loss(case), views))
-    monkeypatch.setattr(suite, "interleave", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(runner, "interleave", lambda *_: pytest.fail("timed"))
     make = lambda device: [*uncompiled(device), wrong]  # noqa: E731
-    large = Case(cases.cacr(2, 70, 6))
-    with pytest.raises(suite.RedGateError) as caught:
-        suite.Suite([large], BUDGET, ENVIRONMENT, silent, make, with_processes=False).run()
+    large = BenchmarkCase(cases.cacr(2, 70, 6))
+    with pytest.raises(runner.RedGateError) as caught:
+        suite_of(large, make=make).run()
     (check,) = caught.value.checks
     assert "full size" in check.case
 
@@ -173,13 +228,15 @@ def test_a_row_that_is_wrong_only_at_full_size_is_caught(monkeypatch: pytest.Mon
 def test_a_row_that_fails_at_full_size_is_red_or_of_another_function_left_out(family: str) -> None:
     row = row_named("torch")
 
-    def loss(case: Case) -> Any:
+    def loss(case: BenchmarkCase) -> Any:
         return row.loss(case) if case.problem.shape["B"] <= 61 else lambda **_: _raise(torch.zeros(()))
 
     make = lambda device: [*uncompiled(device), replace(row, name="planted", loss=loss, family=family)]  # noqa: E731
-    run = suite.Suite([Case(cases.cacr(2, 70, 6))], BUDGET, ENVIRONMENT, silent, make, with_processes=False).run
+    run = runner.Suite(
+        [BenchmarkCase(cases.cacr(2, 70, 6))], BUDGET, ENVIRONMENT, silent, make, with_processes=False
+    ).run
     if family != OTHER:
-        with pytest.raises(suite.RedGateError) as caught:
+        with pytest.raises(runner.RedGateError) as caught:
             run()
         assert [(check.row, check.problem) for check in caught.value.checks] == [("planted", "RuntimeError: cannot")]
         return
@@ -203,11 +260,11 @@ def test_the_command_exits_1_on_a_red_gate(
 
 
 def test_the_gate_checks_the_compiled_row_at_the_shape_that_is_timed() -> None:
-    case = Case(cases.cacr(2, 2048, 128))
+    case = BenchmarkCase(cases.cacr(2, 2048, 128))
     found = gate.Gate()
     assert found.instance(case, row_named("compiled")) == case
     assert found.instance(case, row_named("eager")).problem.shape == {"V": 2, "B": 61, "D": 128}
-    assert found.instance(Case(cases.cacr(2, 16384, 128)), row_named("compiled")).problem.shape["B"] == 61
+    assert found.instance(BenchmarkCase(cases.cacr(2, 16384, 128)), row_named("compiled")).problem.shape["B"] == 61
 
 
 # ---- timing ----------------------------------------------------------------------------------------------------------
@@ -233,13 +290,13 @@ def test_ratios_are_taken_within_a_round() -> None:
 
 def test_flop_of_every_loss() -> None:
     def units(problem: testing.Case, mode: str = GRADIENTS) -> float:
-        case = Case(problem, mode=mode)
+        case = BenchmarkCase(problem, mode=mode)
         P, N, M, D = case.extent
         return case.flop / (2 * P * N * M * D)
 
-    assert Case(cases.cacr(5, 128, 64)).extent == (10, 128, 128, 64)
-    assert Case(cases.cacr(5, 128, 64, pairing="ordered")).extent == (20, 128, 128, 64)
-    assert Case(cases.queue(2, 8, 4, 100)).extent == (2, 8, 108, 4)
+    assert BenchmarkCase(cases.cacr(5, 128, 64)).extent == (10, 128, 128, 64)
+    assert BenchmarkCase(cases.cacr(5, 128, 64, pairing="ordered")).extent == (20, 128, 128, 64)
+    assert BenchmarkCase(cases.queue(2, 8, 4, 100)).extent == (2, 8, 108, 4)
     assert units(cases.cacr(5, 128, 64)) == 3
     assert units(cases.cacr(5, 128, 64), LOSS) == 1
     assert units(cases.cacr(2, 8, 4, pairing="pooled")) == units(cases.supervised(8, 4, 2)) == 2
@@ -249,7 +306,7 @@ def test_flop_of_every_loss() -> None:
 def test_a_case_survives_json() -> None:
     for make in cases.SUITES.values():
         for case in make(2, "cpu"):
-            assert Case.from_json(json.loads(json.dumps(case.to_json()))).key == case.key
+            assert BenchmarkCase.from_json(json.loads(json.dumps(case.to_json()))).key == case.key
 
 
 # ---- processes of their own ------------------------------------------------------------------------------------------
@@ -262,7 +319,7 @@ def test_a_process_that_fails_gives_a_reason(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_peak_memory_is_measured_in_a_process_of_its_own() -> None:
-    case = Case(cases.cacr(2, 1024, 16))  # one array N x M: 4 MiB
+    case = BenchmarkCase(cases.cacr(2, 1024, 16))  # one array N x M: 4 MiB
     found = processes.memory(case, row_named("eager"))
     assert found.keys() == {"memory_mib", "single_ms"}, found
     assert 8 < found["memory_mib"] < 80
@@ -280,7 +337,7 @@ def test_a_cold_start_has_empty_compiler_caches_and_a_warm_one_those_that_it_fil
 ) -> None:
     seen: list[tuple[dict[str, str], bool]] = []
 
-    def ask(task: str, case: Case, row: Row, environment: dict[str, str], timeout: float) -> dict[str, float]:
+    def ask(task: str, case: BenchmarkCase, row: Row, environment: dict[str, str], timeout: float) -> dict[str, float]:
         assert task == "start"
         filled = Path(environment["TORCHINDUCTOR_CACHE_DIR"], "kernel")
         seen.append((environment, filled.exists()))
@@ -297,11 +354,11 @@ def test_a_cold_start_has_empty_compiler_caches_and_a_warm_one_those_that_it_fil
 def test_the_suite_adds_what_processes_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str, str]] = []
 
-    def memory(case: Case, row: Row) -> dict[str, Any]:
+    def memory(case: BenchmarkCase, row: Row) -> dict[str, Any]:
         asked.append(("memory", case.key, row.name))
         return {"memory_mib": 3.0, "single_ms": 9.0}
 
-    def start(case: Case, row: Row) -> dict[str, Any]:
+    def start(case: BenchmarkCase, row: Row) -> dict[str, Any]:
         asked.append(("start", case.key, row.name))
         return {"cold_ms": 7.0}
 
@@ -309,8 +366,8 @@ def test_the_suite_adds_what_processes_measure(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(processes, "start", start)
     once = replace(TINY, problem=cases.cacr(2, 8, 6), memory=True, timed=False, only=("torch",))
     both = replace(TINY, memory=True, start=("eager",), only=("eager", "torch", "bare mm"))
-    found = suite.Suite([once, both], BUDGET, ENVIRONMENT, silent, uncompiled).run()
-    ours = rows.ours("cpu")
+    found = runner.Suite([once, both], BUDGET, ENVIRONMENT, silent, uncompiled).run()
+    ours = rows.ours(TINY)
     assert sorted(asked) == sorted(
         [("memory", once.key, name) for name in (ours, "torch")]
         + [("memory", both.key, name) for name in (ours, "eager", "torch")]
@@ -372,7 +429,7 @@ def test_the_share_is_of_the_highest_peak_seen_in_the_run(monkeypatch: pytest.Mo
     seen = iter([50.0, 80.0, 20.0])
     monkeypatch.setattr(peak, "peak", lambda *_: peak.Peak(next(seen), peak.FMA))
     few = [replace(TINY, problem=cases.cacr(2, B, 6), only=("eager",)) for B in (7, 8, 9)]
-    found = suite.Suite(few, BUDGET, ENVIRONMENT, silent, uncompiled, with_processes=False).run()
+    found = suite_of(*few).run()
     timed = [row for row in found if row["status"] == results.TIMED]
     assert {row["peak_gflops"] for row in timed} == {80.0}
     assert all(row["fraction"] == row["gflops"] / 80.0 for row in timed)

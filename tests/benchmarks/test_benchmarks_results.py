@@ -16,9 +16,21 @@ import torch
 
 from benchmarks.demo.config import QUICK
 from benchmarks.suite import __main__ as command
-from benchmarks.suite import cases, gate, goals, machine, overhead, plots, readme, results, rows, tables, training_step
-from benchmarks.suite import runner as suite
-from benchmarks.suite.cases import LOSS, Case
+from benchmarks.suite import (
+    cases,
+    gate,
+    goals,
+    machine,
+    overhead,
+    plots,
+    readme,
+    results,
+    rows,
+    runner,
+    tables,
+    training_step,
+)
+from benchmarks.suite.cases import LOSS, BenchmarkCase
 from benchmarks.suite.rows import BASELINE, OURS, Row
 from cacr_kernels import testing
 from tests.benchmarks.benchmarking import BUDGET, ENVIRONMENT, PACKAGES, TINY, silent, uncompiled
@@ -36,7 +48,7 @@ def measured() -> list[dict[str, Any]]:
     found = [TINY, replace(TINY, problem=cases.cacr(2, 18, 6)), replace(TINY, mode=LOSS)]
     found = [replace(case, problem=_features(case.problem, 128)) for case in found]
     with gate.threads(1):
-        return suite.Suite(found, BUDGET, ENVIRONMENT, silent, uncompiled, with_processes=False).run()
+        return runner.Suite(found, BUDGET, ENVIRONMENT, silent, uncompiled, with_processes=False).run()
 
 
 def _features(problem: testing.Case, D: int) -> testing.Case:
@@ -61,7 +73,7 @@ def test_json_and_csv_hold_every_field_in_every_row(measured: list[dict[str, Any
         else:
             assert row["reason"]
     timed = [row for row in data["rows"] if row["status"] == results.TIMED]
-    assert {row["row"] for row in timed if row["ours"]} == {rows.ours("cpu")}
+    assert {row["row"] for row in timed if row["ours"]} == {rows.ours(TINY)}
     assert all(row["ratio"] == 1.0 for row in timed if row["ours"])
 
 
@@ -124,7 +136,7 @@ def test_compare_without_a_common_case_fails(measured: list[dict[str, Any]], tmp
 def test_the_command_measures_prints_writes_and_draws(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = [Case(cases.cacr(2, B, 128), threads=1) for B in (8, 16)]
+    found = [BenchmarkCase(cases.cacr(2, B, 128), threads=1) for B in (8, 16)]
     monkeypatch.setitem(cases.SUITES, "quick", lambda threads, device: found)
     monkeypatch.setattr(rows, "rows", lambda device, every=rows.rows: [r for r in every(device) if not r.compiles])
     out = tmp_path / "out"
@@ -143,7 +155,7 @@ def test_the_command_measures_prints_writes_and_draws(
     assert {path.name for path in out.iterdir()} == {
         "results.json", "results.csv", "sweep.png", "speedup.png", "roofline.png",
     }  # fmt: skip
-    assert {row["row"] for row in results.read(out / "results.json")["rows"]} == {rows.ours("cpu"), "eager", "bare mm"}
+    assert {row["row"] for row in results.read(out / "results.json")["rows"]} == {rows.ours(TINY), "eager", "bare mm"}
     printed = capsys.readouterr().out
     assert all(f"cacr_loss V=2 B={B} D=128, float32, loss+gradients, 1 thread" in printed for B in (8, 16))
     assert command.main(["--filter", "no such case"]) == 1
@@ -170,11 +182,11 @@ def test_goals_are_those_promised_and_every_one_is_measured(monkeypatch: pytest.
     for found in by_case.values():
         for goal in goals.GOALS:
             case = found[goal.case]
-            names = {row.name for row in suite.Suite([case], BUDGET, ENVIRONMENT, silent, few_rows).measured(case)}
-            assert (goal.row or rows.ours("cpu")) in names, goal
+            names = {row.name for row in runner.Suite([case], BUDGET, ENVIRONMENT, silent, few_rows).measured(case)}
+            assert (goal.row or rows.ours(TINY)) in names, goal
             assert case.timed if goal.unit in ("×", "%") else case.memory, goal
     wanted = {(goal.case, goal.row): goal for goal in goals.GOALS}
-    large = Case(cases.cacr(2, 2048, 128), threads=2).key
+    large = BenchmarkCase(cases.cacr(2, 2048, 128), threads=2).key
     required = {row: wanted[large, row].required for row in ("eager", "compiled", "bare mm", "broadcasting", None)}
     assert required == {"eager": 3.3, "compiled": 3.0, "bare mm": 1.5, "broadcasting": 300.0, None: 80.0}
 
@@ -185,14 +197,14 @@ def few_rows(device: str) -> list[Row]:
 
 def goal_row(shape: tuple[int, int, int], name: str, **values: Any) -> dict[str, Any]:
     """What a run would say about a case that a goal is set for."""
-    case, ours = Case(cases.cacr(*shape), threads=2), name == rows.ours("cpu")
+    case, ours = BenchmarkCase(cases.cacr(*shape), threads=2), name == rows.ours(TINY)
     return results.record(case, few_rows("cpu")[0], ours, ENVIRONMENT) | {"row": name} | values
 
 
 def test_goals_are_judged(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    ours, large, huge = rows.ours("cpu"), (2, 2048, 128), (2, 65536, 128)
+    ours, large, huge = rows.ours(TINY), (2, 2048, 128), (2, 65536, 128)
     spread = {"p20_ms": 9.0, "p50_ms": 10.0, "p80_ms": 12.5, "peak_gflops": 200.0, "peak_source": goals.FMA}
     found = [
         goal_row(large, ours, fraction=0.85, ratio=1.0, **spread),
@@ -255,7 +267,7 @@ def test_readme_shows_committed_results() -> None:
 def test_readme_is_written_from_results_and_disagrees_once_they_change(
     measured: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    case = Case(cases.cacr(2, 2048, 128), threads=2)
+    case = BenchmarkCase(cases.cacr(2, 2048, 128), threads=2)
     ours = next(row for row in measured if row["ours"] and row["status"] == results.TIMED)
     found = [
         ours | {"case": case.key, "V": 2, "B": 2048, "p50_ms": 12.34, "fraction": 0.876, "memory_mib": 8.4},

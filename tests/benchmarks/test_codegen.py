@@ -13,24 +13,20 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from rich.console import Console
 
-from benchmarks.codegen import cuda_kernels as codegen_cuda
-from benchmarks.codegen import cuda_way, sass
-from benchmarks.codegen import report as codegen
-from benchmarks.codegen import rows as codegen_rows
-from benchmarks.codegen import triton_kernels as codegen_triton
-from benchmarks.codegen.rows import Case, problems
+from benchmarks.codegen import cuda_kernels, cuda_way, report, sass, triton_kernels
+from benchmarks.codegen.rows import KernelCase, device_of, problems
 from cacr_kernels.backends.triton.table import tile_of
 from tests.cuda_emulation.building import tool
 
 ROOT = Path(__file__).resolve().parents[2]
-REPORT = json.loads((codegen.OUT / "codegen.json").read_text(encoding="utf-8"))
+REPORT = json.loads((report.OUT / "codegen.json").read_text(encoding="utf-8"))
 
 
 # ---- CUDA kernels ----------------------------------------------------------------------------------------------------
 def test_nothing_is_wrong_with_a_cuda_kernel() -> None:
     tool("nvcc")
-    wanted = [case for case in codegen_cuda.cases() if (case.device, case.dtype) == ("A100", "fp16")]
-    rows = codegen_cuda.build(wanted)
+    wanted = [case for case in cuda_kernels.cases() if (case.device, case.dtype) == ("A100", "fp16")]
+    rows = cuda_kernels.build(wanted)
     assert [row[:5] for row in rows] == wanted
     for row in rows:
         assert problems(row) == []
@@ -45,7 +41,7 @@ def test_nothing_is_wrong_with_a_cuda_kernel() -> None:
 def test_every_architecture_that_is_shipped() -> None:
     shipped = re.search(r"^CUDA_ARCHS = (.*)$", (ROOT / "setup.py").read_text(encoding="utf-8"), re.MULTILINE)
     assert shipped is not None
-    assert tuple(device.arch for device in codegen_cuda.devices()) == ast.literal_eval(shipped[1])
+    assert tuple(device.arch for device in cuda_kernels.devices()) == ast.literal_eval(shipped[1])
 
 
 def line(text: str) -> str:
@@ -89,9 +85,9 @@ def test_what_cannot_be_read_is_refused(before: str, after: str, what: str) -> N
 # ---- the command -----------------------------------------------------------------------------------------------------
 def test_the_command_keeps_other_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--jobs", "1", "--out", str(tmp_path), "--only"]
-    assert codegen.main([*arguments, "triton, numbers, A100"]) == 0
-    assert codegen.main([*arguments, "frozen keys, inner, H100, fp16, D=128"]) == 0
-    assert list(codegen.load(tmp_path / "codegen.json")) == [
+    assert report.main([*arguments, "triton, numbers, A100"]) == 0
+    assert report.main([*arguments, "frozen keys, inner, H100, fp16, D=128"]) == 0
+    assert list(report.load(tmp_path / "codegen.json")) == [
         "triton, frozen keys, inner, H100, fp16, D=128",
         "triton, numbers, A100, fp64",
     ]
@@ -100,9 +96,9 @@ def test_the_command_keeps_other_rows(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_without_nvcc_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    monkeypatch.setattr(codegen_cuda, "nvcc", lambda: None)
-    assert codegen.main(["--jobs", "1", "--out", str(tmp_path), "--only", "numbers, A100"]) == 0
-    assert codegen.main(["--jobs", "1", "--out", str(tmp_path), "--only", "cuda, A100"]) == 0
+    monkeypatch.setattr(cuda_kernels, "nvcc", lambda: None)
+    assert report.main(["--jobs", "1", "--out", str(tmp_path), "--only", "numbers, A100"]) == 0
+    assert report.main(["--jobs", "1", "--out", str(tmp_path), "--only", "cuda, A100"]) == 0
     assert capsys.readouterr().out.count("There is no nvcc") == 2
     assert json.loads((tmp_path / "codegen.json").read_text())["nvcc"] is None
 
@@ -113,19 +109,19 @@ def test_the_committed_report_is_whole() -> None:
     assert REPORT["timed"] is False
     assert REPORT["triton"]
     assert REPORT["nvcc"]
-    rows = codegen.load(codegen.OUT / "codegen.json")
-    assert [name for name in codegen.matrix() if name not in rows] == []
-    assert list(rows) == list(codegen.matrix())
-    assert [name for name, row in rows.items() if Case(*row[:5]).name != name] == []
+    rows = report.load(report.OUT / "codegen.json")
+    assert [name for name in report.matrix() if name not in rows] == []
+    assert list(rows) == list(report.matrix())
+    assert [name for name, row in rows.items() if KernelCase(*row[:5]).name != name] == []
 
 
 def test_the_committed_report_is_about_the_launch_table() -> None:
     """Tiles are those that would be launched now; if not, the rows have to be compiled again."""
-    variants = {v.name: v for v in codegen_triton.variants()}
+    variants = {v.name: v for v in triton_kernels.variants()}
     other = []
-    for name, row in codegen.load(codegen.OUT / "codegen.json").items():
+    for name, row in report.load(report.OUT / "codegen.json").items():
         if row.backend == "triton" and (variant := variants.get(row.kernel)):
-            family = codegen_rows.device_of(row.device).family
+            family = device_of(row.device).family
             precision = "half" if row.dtype in ("bf16", "fp16") else row.dtype
             tile = tile_of(family, variant.kernel, precision, row.D, variant.two)  # type: ignore[arg-type]
             other += [name] if row.tile != tile._asdict() else []
@@ -134,23 +130,23 @@ def test_the_committed_report_is_about_the_launch_table() -> None:
 
 def test_nothing_in_the_committed_report_is_wrong() -> None:
     assert {name: row["problems"] for name, row in REPORT["rows"].items() if row["problems"]} == {}
-    rows = codegen.load(codegen.OUT / "codegen.json")
+    rows = report.load(report.OUT / "codegen.json")
     assert {name: found for name, row in rows.items() if (found := problems(row))} == {}
 
 
 def test_the_readme_says_what_the_report_says() -> None:
     """If not: ``python -m benchmarks.codegen --readme``."""
-    text = codegen.README.read_text(encoding="utf-8")
-    assert text.split(codegen.START)[1].split(codegen.END)[0].strip("\n") == codegen.wrapped(
-        codegen.load(codegen.OUT / "codegen.json")
+    text = report.README.read_text(encoding="utf-8")
+    assert text.split(report.START)[1].split(report.END)[0].strip("\n") == report.wrapped(
+        report.load(report.OUT / "codegen.json")
     )
 
 
 def test_tables() -> None:
-    rows = list(codegen.load(codegen.OUT / "codegen.json").values())
+    rows = list(report.load(report.OUT / "codegen.json").values())
     console = Console(record=True, width=120)
-    codegen.summary(rows, console)
+    report.summary(rows, console)
     text = console.export_text()
-    for device in codegen.DEVICES:
+    for device in report.DEVICES:
         assert f"{device.name}, D = 128" in text
-    assert codegen_cuda.NOTE in text.replace("\n", " ")
+    assert cuda_kernels.NOTE in text.replace("\n", " ")

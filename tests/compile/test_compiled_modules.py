@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from torch.export import Dim
 
 from cacr_kernels import CACRLoss, CACRMomentumLoss, CACRQueueLoss, SupervisedCACRLoss
-from tests.agreement import BACKENDS, randn
+from tests.agreement import BACKENDS, device_of, randn
 
 # What torch itself says while it compiles.
 pytestmark = [
@@ -49,8 +49,17 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 fastest = pytest.mark.parametrize("backend", BACKENDS[-1:])  # where what is tested stands above the backends
 
 
-def arguments(name: str, batch: int = 6, seed: int = 0) -> tuple[Tensor, ...]:
-    """Positional arguments of the forward; no two sizes are equal."""
+def make(name: str, backend: str, **options: Any) -> nn.Module:
+    """On the device of the backend."""
+    return MODULES[name](backend=backend, **options).to(device_of(backend))
+
+
+def arguments(name: str, backend: str, batch: int = 6, seed: int = 0) -> tuple[Tensor, ...]:
+    """Positional arguments of the forward, on the device of the backend; no two sizes are equal."""
+    return tuple(t.to(device_of(backend)) for t in host_arguments(name, batch, seed))
+
+
+def host_arguments(name: str, batch: int, seed: int) -> tuple[Tensor, ...]:
     if name == "cacr":
         return randn(batch, D, seed=seed), randn(batch, D, seed=seed + 1)
     if name == "queue":
@@ -88,12 +97,12 @@ def assert_same(found: list[Tensor | None], expected: list[Tensor | None]) -> No
 @each_module
 def test_one_graph_for_all_values(name: str, backend: str) -> None:
     """Forward and backward without a break; other numbers, temperatures and labels do not compile it again."""
-    module = MODULES[name](backend=backend)
+    module = make(name, backend)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for seed in range(3):
         with torch._dynamo.config.patch(error_on_recompile=seed > 0):
-            found = with_gradients(compiled, module, learning(arguments(name, seed=seed)))
-        assert_same(found, with_gradients(module, module, learning(arguments(name, seed=seed))))
+            found = with_gradients(compiled, module, learning(arguments(name, backend, seed=seed)))
+        assert_same(found, with_gradients(module, module, learning(arguments(name, backend, seed=seed))))
         assert any(p.grad for p in module.parameters())
         with torch.no_grad():
             for p in module.parameters():
@@ -107,15 +116,15 @@ def test_one_graph_for_all_values(name: str, backend: str) -> None:
 @each_module
 def test_batch_size_marked_dynamic(name: str, backend: str) -> None:
     """``mark_dynamic`` refuses a size that the code makes a constant; one graph serves all sizes."""
-    module = MODULES[name](backend=backend)
+    module = make(name, backend)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for batch in (6, 9, 17):
-        tensors = learning(arguments(name, batch))
+        tensors = learning(arguments(name, backend, batch))
         for t in tensors:
             torch._dynamo.mark_dynamic(t, t.dim() - 2 if t.is_floating_point() else 0)
         with torch._dynamo.config.patch(error_on_recompile=batch > 6):
             found = with_gradients(compiled, module, tensors)
-        assert_same(found, with_gradients(module, module, learning(arguments(name, batch))))
+        assert_same(found, with_gradients(module, module, learning(arguments(name, backend, batch))))
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -123,23 +132,23 @@ def test_batch_size_marked_dynamic(name: str, backend: str) -> None:
 @each_module
 @pytest.mark.parametrize("options", [{"reduction": "none"}, {"reduction": "sum"}, {"return_parts": True}], ids=str)
 def test_reductions_and_parts(name: str, options: dict[str, Any], backend: str) -> None:
-    module = MODULES[name](backend=backend, **options)
+    module = make(name, backend, **options)
 
     def loss(*tensors: Tensor) -> Tensor:
         found = module(*tensors)
         return sum(found[1:], start=found.loss.sin()) if options == {"return_parts": True} else found.sin()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    found = with_gradients(compiled, module, learning(arguments(name)))
-    assert_same(found, with_gradients(loss, module, learning(arguments(name))))
+    found = with_gradients(compiled, module, learning(arguments(name, backend)))
+    assert_same(found, with_gradients(loss, module, learning(arguments(name, backend))))
 
 
 @fastest
 @each_module
 def test_frozen_inputs(name: str, backend: str) -> None:
     """Each differentiable input learns alone; the others, and the temperatures, are frozen."""
-    module = MODULES[name](backend=backend).requires_grad_(False)
-    tensors = arguments(name)
+    module = make(name, backend).requires_grad_(False)
+    tensors = arguments(name, backend)
     for at in (i for i, t in enumerate(tensors) if t.is_floating_point()):
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         mine, expected = ([*tensors] for _ in range(2))
@@ -162,9 +171,9 @@ def test_frozen_inputs(name: str, backend: str) -> None:
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_hooks(name: str, compiled: bool, backend: str) -> None:
     """Of the module, forward and backward, and of an input."""
-    module = MODULES[name](backend=backend)
-    tensors = learning(arguments(name))
-    plain = with_gradients(module, module, learning(arguments(name)))
+    module = make(name, backend)
+    tensors = learning(arguments(name, backend))
+    plain = with_gradients(module, module, learning(arguments(name, backend)))
     seen: dict[str, Any] = {}
     module.register_forward_pre_hook(lambda _, args: seen.update(inputs=len(args)))
     module.register_forward_hook(lambda _, args, out: 2 * out)
@@ -185,13 +194,13 @@ def test_hooks(name: str, compiled: bool, backend: str) -> None:
 @each_module
 def test_autocast_inside(name: str, backend: str) -> None:
     """bfloat16 features of a layer; the loss is float32, and the gradient that of eager mode."""
-    module, layer = MODULES[name](backend=backend), nn.Linear(D, D)
+    module, layer = make(name, backend), nn.Linear(D, D, device=device_of(backend))
 
     def step(*tensors: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device_of(backend), dtype=torch.bfloat16):
             return module(layer(tensors[0]), *tensors[1:])
 
-    tensors = [t.float() if t.is_floating_point() else t for t in arguments(name)]
+    tensors = [t.float() if t.is_floating_point() else t for t in arguments(name, backend)]
     gradients = []
     for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         layer.zero_grad()
@@ -213,10 +222,11 @@ def keyed(count: int, batch: int = 3) -> list[tuple[Tensor, Tensor]]:
 def test_module_that_keeps_its_queue(size: int, backend: str) -> None:
     """The graph breaks where keys enter; the loss is compiled for no, some and any number of keys, then never again."""
     counter = CompileCounterWithBackend("aot_eager")
-    module = CACRQueueLoss(queue_size=size, dim=D, backend=backend).double()
+    module = CACRQueueLoss(queue_size=size, dim=D, backend=backend).double().to(device_of(backend))
     eager = copy.deepcopy(module)
     compiled = torch.compile(module, backend=counter)
     for i, (q, k) in enumerate(keyed(15)):
+        q, k = q.to(device_of(backend)), k.to(device_of(backend))
         mine, expected = q.clone().requires_grad_(), q.clone().requires_grad_()
         with torch._dynamo.config.patch(error_on_recompile=i > 3):
             value = compiled(mine, k)
@@ -280,9 +290,9 @@ def sizes(name: str) -> tuple[Any, ...]:
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
 def test_export(name: str, strict: bool, backend: str) -> None:
     """Any batch size; the program holds the operators of the backend."""
-    module = MODULES[name](backend=backend)
-    program = torch.export.export(module, arguments(name), dynamic_shapes=sizes(name), strict=strict)
+    module = make(name, backend)
+    program = torch.export.export(module, arguments(name, backend), dynamic_shapes=sizes(name), strict=strict)
     assert any("cacr_kernels" in str(node.target) and backend in str(node.target) for node in program.graph.nodes)
     for batch in (6, 11):
-        others = arguments(name, batch, seed=3)
+        others = arguments(name, backend, batch, seed=3)
         torch.testing.assert_close(program.module()(*others), module(*others))

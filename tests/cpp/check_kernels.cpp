@@ -1,8 +1,8 @@
-// Compares two builds of csrc/cpu/kernels.cpp (namespaces CANDIDATE and portable) over many shapes; prints the
-// failures. Compiled by tests/test_cpu_kernels.py, for one with wide vectors lowered to the instructions at hand.
+// Compares two builds of csrc/cpu/kernels/kernels.cpp (namespaces CANDIDATE and portable) over many shapes; prints the
+// failures. Compiled by tests/cpu/test_cpu_kernels.py, for one with wide vectors lowered to the instructions at hand.
 #include <cstdio>
 
-#include "../../csrc/cpu/self_check.h"
+#include "../../csrc/cpu/planner/self_check.h"
 
 namespace cacr {
 #define DECLARE(isa)                           \

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 
 from cacr_kernels import cacr_loss, supervised_cacr_loss
 from cacr_kernels.backends import library as _extension
-from cacr_kernels.operators import ops
+from cacr_kernels.operators.registry import operator
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
@@ -41,7 +41,7 @@ def run_python(code: str, **environment: str) -> str:
 
 # ---- kernels of one instruction set against those of another ---------------------------------------------------------
 class Builder:
-    """Compiles csrc/cpu/kernels.cpp as setup.py does, but faster."""
+    """Compiles csrc/cpu/kernels/kernels.cpp as setup.py does, but faster."""
 
     def __init__(self, directory: Path, *extra: str) -> None:
         compiler = shutil.which("g++")
@@ -60,7 +60,7 @@ class Builder:
         return str(target)
 
     def kernels(self, isa: str, flags: list[str]) -> str:
-        return self.compile("csrc/cpu/kernels.cpp", f"kernels_{isa}", f"-DCACR_ISA={isa}", *flags)
+        return self.compile("csrc/cpu/kernels/kernels.cpp", f"kernels_{isa}", f"-DCACR_ISA={isa}", *flags)
 
     def check(self, isa: str, flags: list[str], source: str | Path = "tests/cpp/check_kernels.cpp") -> str:
         """Builds the comparison of ``isa`` with the portable kernels, runs it, and returns what it prints."""
@@ -133,7 +133,7 @@ int main() {{
 # ---- choice of the instruction set -----------------------------------------------------------------------------------
 LOSS = """
 import torch, cacr_kernels
-from cacr_kernels import _extension, backends
+from cacr_kernels.backends import library as _extension
 torch.manual_seed(0)
 z = torch.nn.functional.normalize(torch.randn(2, 157, 33), dim=-1).requires_grad_()
 print(_extension.active_isa(), end=" ")
@@ -160,7 +160,7 @@ def test_every_instruction_set_gives_the_same_loss() -> None:
 def test_unknown_instruction_set_is_refused() -> None:
     code = """
 import torch, cacr_kernels
-reason = cacr_kernels.backends()["cpu"]
+reason = cacr_kernels.available_backends()["cpu"]
 assert "CACR_CPU_ISA=vax" in reason and "portable" in reason, reason
 try:
     cacr_kernels.cacr_loss(torch.eye(4).repeat(2, 1, 1), backend="cpu")
@@ -236,7 +236,7 @@ print(len(os.listdir("/proc/self/task")) - before)
 # ---- memory, size, floating-point mode -------------------------------------------------------------------------------
 PEAK = """
 import resource, torch, cacr_kernels
-from cacr_kernels import ops
+import cacr_kernels.operators
 torch.set_num_threads(64)
 def small():
     z = torch.randn(2, 64, 8, requires_grad=True)
@@ -285,8 +285,8 @@ value, lse, _ = torch.ops.cacr_kernels.contrast_cpu(q, k, None, None, tau, [0], 
     assert grown(setup, call) <= 256 * MIB + 4 * 49 * MIB + 10 * MIB + 16 * MIB
 
 
-FROZEN = """
-op = torch.ops.cacr_kernels.contrast_frozen_cpu
+DETACHED_KEYS = """
+op = torch.ops.cacr_kernels.detached_keys_cpu
 op(q, k, None, None, tau, [0], [0], [0], False, False, False, True, True)
 """
 
@@ -302,13 +302,13 @@ op(q, k, None, None, tau, [0], [0], [0], False, False, False, True, True)
         (2048, 2048, 16_384, 2 * 2048 * 16_384 * 4),
     ],
 )
-def test_workspace_of_frozen_keys(n: int, m: int, dim: int, outputs: int) -> None:
+def test_workspace_of_detached_keys(n: int, m: int, dim: int, outputs: int) -> None:
     """Beside 256 MiB: the answers, 3 doubles per query among them, and 16 MiB of threads' stacks."""
     setup = f"""
 q, k = torch.randn(1, {n}, {dim}), torch.randn(1, {m}, {dim})
 tau = torch.tensor([-1.0], dtype=torch.float64)
 """
-    assert grown(setup, FROZEN) <= 256 * MIB + outputs + 3 * 8 * n + 16 * MIB
+    assert grown(setup, DETACHED_KEYS) <= 256 * MIB + outputs + 3 * 8 * n + 16 * MIB
 
 
 def test_more_than_2_31_pairs() -> None:
@@ -318,7 +318,7 @@ def test_more_than_2_31_pairs() -> None:
     assert n * n > 2**31
     ids = torch.arange(n, dtype=torch.int32)
     tau = torch.tensor([-1.5], dtype=torch.float64)
-    value, lse, _ = ops.operator("contrast_cpu")(q, k, ids, ids, tau, [2], [0], [0], False, False)
+    value, lse, _ = operator("contrast_cpu")(q, k, ids, ids, tau, [2], [0], [0], False, False)
     for i in (0, 1, n // 2, n - 2, n - 1):
         cost = (q[0, i].double() - k[0].double()).square().sum(-1)
         cost = torch.cat([cost[:i], cost[i + 1 :]])

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from cacr_kernels.operators.ops import NAMESPACE
+from cacr_kernels.operators.registry import NAMESPACE
 from tests.cuda.emulated_cuda import Emulation
 from tests.cuda_emulation.building import emulated_library
 
-backends: Any = importlib.import_module("cacr_kernels.backends")  # the package exports a function of this name
+backends: Any = importlib.import_module("cacr_kernels.backends.table")
 _active: list[Emulation] = []
 
 
@@ -35,8 +35,9 @@ def emulated_cuda(**options: Any) -> Iterator[Emulation]:
     """``backend="cuda"`` can run on the CPU, with ``options`` of :class:`Emulation`."""
     table = backends.TABLE
     _active.append(Emulation(emulated_library("operators.cpp"), **options))
-    here = {"cuda": backends.Backend("cuda", "emulated", lambda device: None)}
-    backends.TABLE = tuple(here.get(backend.name, backend) for backend in table)
+    backends.TABLE = tuple(
+        backend._replace(why_not=lambda device: None) if backend.name == "cuda" else backend for backend in table
+    )
     try:
         yield _active[-1]
     finally:

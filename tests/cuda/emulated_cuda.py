@@ -1,6 +1,6 @@
 """The operators of ``csrc/cuda`` on CPU tensors: the kernels' own headers in the emulation of ``tests/cuda_emulation``.
 
-``operators(library)`` gives Python functions with the signatures of ``ops.py``, for tensors of any type they take.
+The methods of :class:`Emulation` have the signatures of the operators, for tensors of any type they take.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Call(ctypes.Structure):
         *((name, _Pointer) for name in ("q_index", "k_index", "q_id", "k_id", "tau")),
         ("softmaxes", _Int32),
         ("kind", _Int32 * 2),
-        *((name, _Bool) for name in ("own", "inner", "detach_weights")),
-        *((name, _Pointer) for name in ("value", "lse", "weights", "grad_value", "grad_lse")),
+        *((name, _Bool) for name in ("keys_are_queries", "inner_product", "detach_weights")),
+        *((name, _Pointer) for name in ("value", "lse", "row_state", "grad_value", "grad_lse")),
         *((name, _Pointer) for name in ("grad_q", "grad_k", "grad_tau")),
         ("pairing", _Int32),
         ("rbf", _Bool),
@@ -92,7 +92,7 @@ class Emulation:
         operation: int,
         tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor],
         lists: tuple[Sequence[int], Sequence[int], Sequence[int]],
-        inner: bool,
+        inner_product: bool,
         detach: bool,
     ) -> tuple[Call, Any]:
         """A call, and what has to stay alive for it."""
@@ -106,7 +106,7 @@ class Emulation:
         call.q_index, call.k_index = (ctypes.cast(a, ctypes.c_void_p) for a in arrays)
         call.q_id, call.k_id, call.tau = _pointer(q_id), _pointer(k_id), _pointer(tau)
         call.softmaxes, call.kind = len(kinds), (ctypes.c_int32 * 2)(*kinds)
-        call.own, call.inner, call.detach_weights = k is None, inner, detach
+        call.keys_are_queries, call.inner_product, call.detach_weights = k is None, inner_product, detach
         return call, (q, k, q_id, k_id, tau, arrays)
 
     def contrast(
@@ -119,17 +119,17 @@ class Emulation:
         kinds: list[int],
         q_index: list[int],
         k_index: list[int],
-        inner: bool,
+        inner_product: bool,
         detach_weights: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``contrast_cuda``."""
-        call, keep = self.problem(0, (q, k, q_id, k_id, tau), (kinds, q_index, k_index), inner, detach_weights)
+        call, keep = self.problem(0, (q, k, q_id, k_id, tau), (kinds, q_index, k_index), inner_product, detach_weights)
         shape = (len(kinds), len(q_index), q.shape[1])
-        value, lse, weights = (torch.full((*n, *shape), torch.nan, dtype=torch.float64) for n in ((), (), (3,)))
-        call.value, call.lse, call.weights = map(_pointer, (value, lse, weights))
+        value, lse, row_state = (torch.full((*n, *shape), torch.nan, dtype=torch.float64) for n in ((), (), (3,)))
+        call.value, call.lse, call.row_state = map(_pointer, (value, lse, row_state))
         self.run(call, q.dtype)
         del keep
-        return value, lse, weights
+        return value, lse, row_state
 
     def contrast_backward(
         self,
@@ -141,10 +141,10 @@ class Emulation:
         kinds: list[int],
         q_index: list[int],
         k_index: list[int],
-        inner: bool,
+        inner_product: bool,
         detach_weights: bool,
         value: Tensor,
-        weights: Tensor,
+        row_state: Tensor,
         grad_value: Tensor,
         grad_lse: Tensor,
         want_q: bool,
@@ -152,12 +152,12 @@ class Emulation:
         want_tau: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``contrast_backward_cuda``."""
-        call, keep = self.problem(1, (q, k, q_id, k_id, tau), (kinds, q_index, k_index), inner, detach_weights)
+        call, keep = self.problem(1, (q, k, q_id, k_id, tau), (kinds, q_index, k_index), inner_product, detach_weights)
         grad_q = _nan(q, *q.shape) if want_q else _nan(q, 0)
         grad_k = _nan(q, *k.shape) if k is not None and want_k else _nan(q, 0)
         grad_tau = torch.full((len(kinds) if want_tau else 0,), torch.nan, dtype=torch.float64)
-        rows = [x.contiguous() for x in (value, weights, grad_value, grad_lse)]
-        call.value, call.weights, call.grad_value, call.grad_lse = map(_pointer, rows)
+        rows = [x.contiguous() for x in (value, row_state, grad_value, grad_lse)]
+        call.value, call.row_state, call.grad_value, call.grad_lse = map(_pointer, rows)
         call.grad_q, call.grad_k, call.grad_tau = map(_pointer, (grad_q, grad_k, grad_tau))
         self.run(call, q.dtype)
         del keep

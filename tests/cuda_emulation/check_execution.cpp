@@ -7,7 +7,7 @@
 
 #include "launch.cuh"
 #include "ptx.cuh"
-#include "shared.cuh"
+#include "shared_memory.cuh"
 
 namespace {
 
@@ -91,25 +91,26 @@ __global__ void halves_of_a_warp(Numbers p) {
 // ---- memory ---------------------------------------------------------------------------------------------------------
 __global__ void misaligned_copy(Numbers p) {
   Buffers& shared = shared_memory<Buffers>();
-  ptx::cp_async_8(ptx::shared_address(&shared.values[threadIdx.x + 2]), p.in);
+  ptx::cp_async_16(ptx::shared_address(&shared.values[threadIdx.x + 2]), p.in);
 }
 __global__ void misaligned_source(Numbers p) {
   Buffers& shared = shared_memory<Buffers>();
-  ptx::cp_async_8(ptx::shared_address(&shared.values[threadIdx.x * 4]), p.in + 1);
+  ptx::cp_async_16(ptx::shared_address(&shared.values[threadIdx.x * 8]), p.in + 1);
 }
-__global__ void copy_to_global_memory(Numbers p) { ptx::cp_async_4(ptx::shared_address(p.out + threadIdx.x), p.in); }
+__global__ void copy_to_global_memory(Numbers p) { ptx::cp_async_16(ptx::shared_address(p.out + threadIdx.x), p.in); }
 __global__ void copy_of_too_much(Numbers p) {
   Buffers& shared = shared_memory<Buffers>();
-  ptx::cp_async_8(ptx::shared_address(&shared.values[threadIdx.x * 4]), p.in, 12);
+  ptx::cp_async_16(ptx::shared_address(&shared.values[threadIdx.x * 8]), p.in, 20);
 }
 __global__ void copy_under_way(Numbers p) {
   Buffers& shared = shared_memory<Buffers>();
-  shared.few[2] = 7;
-  ptx::cp_async_4(ptx::shared_address(&shared.few[2]), p.in + 1);
+  const auto second = [&] { return shared.values[2] | shared.values[3] << 16; };  // 32-bit number of the copy
+  shared.values[2] = 7;
+  ptx::cp_async_16(ptx::shared_address(&shared.values[0]), p.in, 8);
   ptx::cp_async_commit();
-  p.out[0] = shared.few[2];
+  p.out[0] = second();
   ptx::cp_async_wait<0>();
-  p.out[1] = shared.few[2];
+  p.out[1] = second();
 }
 __global__ void negative_index(Numbers p) { p.out[threadIdx.x] = shared_memory<Buffers>().few[-1]; }
 __global__ void more_than_was_asked_for(Numbers p) { p.out[threadIdx.x] = shared_memory<Buffers>().few[0]; }

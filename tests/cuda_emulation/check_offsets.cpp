@@ -5,7 +5,7 @@
 #include <cstdio>
 
 #include "launch.cuh"
-#include "tile.cuh"
+#include "tile/rows.cuh"
 
 namespace {
 

@@ -48,7 +48,7 @@ struct Shape {
   int64_t N, M, D, q_views, k_views;
   std::vector<int64_t> q_index, k_index;
   std::vector<int> kinds;
-  bool own, inner;
+  bool keys_are_queries, inner_product;
 };
 
 using Pairs = std::vector<int64_t>;
@@ -63,14 +63,14 @@ const Shape kShapes[] = {
 };
 
 struct Results {
-  std::vector<double> value, lse, weights, grad_tau;
+  std::vector<double> value, lse, row_state, grad_tau;
   std::vector<char> grad_q, grad_k;
 
   bool operator==(const Results& other) const {
     const auto same = [](const auto& a, const auto& b) {
       return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0);
     };
-    return same(value, other.value) && same(lse, other.lse) && same(weights, other.weights) &&
+    return same(value, other.value) && same(lse, other.lse) && same(row_state, other.row_state) &&
            same(grad_tau, other.grad_tau) && same(grad_q, other.grad_q) && same(grad_k, other.grad_k);
   }
   template <class Acc>
@@ -100,10 +100,10 @@ Results contrast(const Shape& shape) {
   Random random(3);
   const float scale = 1 / std::sqrt(float(shape.D));
   const auto q = numbers<Element>(shape.q_views * shape.N * shape.D, random, scale);
-  const auto k = shape.own ? q : numbers<Element>(shape.k_views * shape.M * shape.D, random, scale);
+  const auto k = shape.keys_are_queries ? q : numbers<Element>(shape.k_views * shape.M * shape.D, random, scale);
   std::vector<int32_t> q_id, k_id;
   for (int64_t i = 0; i < shape.N; i++) q_id.push_back(int32_t(random.below(9)));
-  for (int64_t j = 0; j < shape.M; j++) k_id.push_back(shape.own ? q_id[j] : int32_t(random.below(9)));
+  for (int64_t j = 0; j < shape.M; j++) k_id.push_back(shape.keys_are_queries ? q_id[j] : int32_t(random.below(9)));
   const std::vector<double> tau = {1.5, -2.5};
   const size_t S = shape.kinds.size(), rows = S * shape.q_index.size() * shape.N;
   const auto grad_value = numbers<double>(int64_t(rows), random, 1),
@@ -113,22 +113,23 @@ Results contrast(const Shape& shape) {
             std::vector<double>(3 * rows, NAN),
             std::vector<double>(S, NAN),
             std::vector<char>(q.size() * sizeof(Acc), '\xff'),
-            std::vector<char>(shape.own ? 0 : k.size() * sizeof(Acc), '\xff')};
+            std::vector<char>(shape.keys_are_queries ? 0 : k.size() * sizeof(Acc), '\xff')};
   const bool masked = shape.kinds[0] != kAll;
   Call c{};
-  c.q = q.data(), c.k = shape.own ? q.data() : k.data();
+  c.q = q.data(), c.k = shape.keys_are_queries ? q.data() : k.data();
   c.q_views = shape.q_views, c.k_views = shape.k_views, c.N = shape.N, c.M = shape.M, c.D = shape.D;
   c.pairs = int64_t(shape.q_index.size()), c.q_index = shape.q_index.data(), c.k_index = shape.k_index.data();
   c.q_id = masked ? q_id.data() : nullptr, c.k_id = masked ? k_id.data() : nullptr;
   c.tau = tau.data(), c.softmaxes = int32_t(S);
   for (size_t s = 0; s < S; s++) c.kind[s] = shape.kinds[s];
-  c.own = shape.own, c.inner = shape.inner;
-  c.value = r.value.data(), c.lse = r.lse.data(), c.weights = r.weights.data();
+  c.keys_are_queries = shape.keys_are_queries, c.inner_product = shape.inner_product;
+  c.value = r.value.data(), c.lse = r.lse.data(), c.row_state = r.row_state.data();
   c.operation = Operation::kForward;
   run<A>(c);
   c.operation = Operation::kBackward;
   c.grad_value = grad_value.data(), c.grad_lse = grad_lse.data();
-  c.grad_q = r.grad_q.data(), c.grad_k = shape.own ? nullptr : r.grad_k.data(), c.grad_tau = r.grad_tau.data();
+  c.grad_q = r.grad_q.data(), c.grad_k = shape.keys_are_queries ? nullptr : r.grad_k.data(),
+  c.grad_tau = r.grad_tau.data();
   run<A>(c);
   return r;
 }
@@ -136,15 +137,15 @@ Results contrast(const Shape& shape) {
 struct LossShape {
   const char* name;
   int64_t V, B, D;
-  int pairing;
+  Pairing pairing;
   bool rbf, on_device;
 };
 
 const LossShape kLosses[] = {
-    {"loss, unordered", 3, 37, 41, 0, false, true},
-    {"loss, ordered, rbf", 2, 67, 24, 1, true, true},
-    {"loss, pooled", 3, 23, 8, 2, false, false},
-    {"loss, one instance", 2, 1, 5, 0, false, true},
+    {"loss, unordered", 3, 37, 41, Pairing::kUnordered, false, true},
+    {"loss, ordered, rbf", 2, 67, 24, Pairing::kOrdered, true, true},
+    {"loss, pooled", 3, 23, 8, Pairing::kPooled, false, false},
+    {"loss, one instance", 2, 1, 5, Pairing::kUnordered, false, true},
 };
 
 template <class A>

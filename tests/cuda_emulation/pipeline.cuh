@@ -6,7 +6,7 @@
 
 #include "launch.cuh"
 #include "ptx.cuh"
-#include "shared.cuh"
+#include "shared_memory.cuh"
 
 namespace pipeline {
 

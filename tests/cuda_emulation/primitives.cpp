@@ -12,9 +12,8 @@ struct Entry {
 };
 #define ENTRY(name) {#name, primitives::name}
 constexpr Entry kEntries[] = {
-    ENTRY(ldmatrix_x4), ENTRY(ldmatrix_x2), ENTRY(ldmatrix_x4_trans), ENTRY(ldmatrix_x2_trans), ENTRY(mma_bf16),
-    ENTRY(mma_f16),     ENTRY(mma_tf32),    ENTRY(mma_f64),           ENTRY(cp_async_16),       ENTRY(cp_async_8),
-    ENTRY(cp_async_4),  ENTRY(arithmetic),  ENTRY(shuffles),
+    ENTRY(ldmatrix_x4), ENTRY(ldmatrix_x4_trans), ENTRY(mma_bf16),   ENTRY(mma_f16),
+    ENTRY(mma_tf32),    ENTRY(cp_async_16),       ENTRY(arithmetic), ENTRY(shuffles),
 };
 
 }  // namespace

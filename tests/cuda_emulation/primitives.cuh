@@ -4,7 +4,7 @@
 
 #include "launch.cuh"
 #include "ptx.cuh"
-#include "shared.cuh"
+#include "shared_memory.cuh"
 
 namespace primitives {
 
@@ -21,7 +21,7 @@ struct Tile {
 };
 
 // in: [32 lanes][16 words of the tile, one offset in bytes]
-template <int kRegisters, class Load>
+template <class Load>
 CACR_DEVICE void load_matrices(const Words& p, Load load) {
   Tile& tile = shared_memory<Tile>();
   const uint32_t* in = p.in + threadIdx.x * 9;
@@ -30,22 +30,16 @@ CACR_DEVICE void load_matrices(const Words& p, Load load) {
     tile.values[threadIdx.x * 16 + 2 * i + 1] = static_cast<uint16_t>(in[i] >> 16);
   }
   __syncwarp();
-  uint32_t r[kRegisters];
+  uint32_t r[4];
   load(r, ptx::shared_address(&tile.values[0]) + in[8]);
-  for (int i = 0; i < kRegisters; i++) p.out[threadIdx.x * kRegisters + i] = r[i];
+  for (int i = 0; i < 4; i++) p.out[threadIdx.x * 4 + i] = r[i];
 }
 
 extern "C" __global__ void ldmatrix_x4(const __grid_constant__ Words p) {
-  load_matrices<4>(p, [](uint32_t (&r)[4], ptx::SharedAddress row) { ptx::ldmatrix_x4(r, row); });
-}
-extern "C" __global__ void ldmatrix_x2(const __grid_constant__ Words p) {
-  load_matrices<2>(p, [](uint32_t (&r)[2], ptx::SharedAddress row) { ptx::ldmatrix_x2(r, row); });
+  load_matrices(p, [](uint32_t (&r)[4], ptx::SharedAddress row) { ptx::ldmatrix_x4(r, row); });
 }
 extern "C" __global__ void ldmatrix_x4_trans(const __grid_constant__ Words p) {
-  load_matrices<4>(p, [](uint32_t (&r)[4], ptx::SharedAddress row) { ptx::ldmatrix_x4_trans(r, row); });
-}
-extern "C" __global__ void ldmatrix_x2_trans(const __grid_constant__ Words p) {
-  load_matrices<2>(p, [](uint32_t (&r)[2], ptx::SharedAddress row) { ptx::ldmatrix_x2_trans(r, row); });
+  load_matrices(p, [](uint32_t (&r)[4], ptx::SharedAddress row) { ptx::ldmatrix_x4_trans(r, row); });
 }
 
 // in: a0 ... a3, b0, b1, d0 ... d3; out: d0 ... d3
@@ -69,41 +63,20 @@ extern "C" __global__ void mma_tf32(const __grid_constant__ Words p) {
   multiply(p, [](float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { ptx::mma_tf32(d, a, b0, b1); });
 }
 
-// in: a, b, d0, d1 of two words each; out: d0, d1
-extern "C" __global__ void mma_f64(const __grid_constant__ Words p) {
-  const double* in = reinterpret_cast<const double*>(p.in) + threadIdx.x * 4;
-  double* out = reinterpret_cast<double*>(p.out) + threadIdx.x * 2;
-  double d[2] = {in[2], in[3]};
-  ptx::mma_f64(d, in[0], in[1]);
-  out[0] = d[0];
-  out[1] = d[1];
-}
-
 // in: [32 lanes][4 words of the source], [32 lanes][offset of the target, offset of the source, valid bytes];
 // out: the tile, 256 words, after the copies of all lanes.
-template <class Copy>
-CACR_DEVICE void copy_pieces(const Words& p, Copy copy) {
+extern "C" __global__ void cp_async_16(const __grid_constant__ Words p) {
   Tile& tile = shared_memory<Tile>();
   for (int i = threadIdx.x; i < kTile; i += 32) tile.values[i] = 0x1234;
   __syncwarp();
   const uint32_t* order = p.in + 128 + threadIdx.x * 3;
-  copy(ptx::shared_address(&tile.values[0]) + order[0], reinterpret_cast<const char*>(p.in) + order[1],
-       static_cast<int>(order[2]));
+  ptx::cp_async_16(ptx::shared_address(&tile.values[0]) + order[0], reinterpret_cast<const char*>(p.in) + order[1],
+                   static_cast<int>(order[2]));
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   __syncwarp();
   for (int i = threadIdx.x; i < kTile / 2; i += 32)
     p.out[i] = tile.values[2 * i] | static_cast<uint32_t>(tile.values[2 * i + 1]) << 16;
-}
-
-extern "C" __global__ void cp_async_16(const __grid_constant__ Words p) {
-  copy_pieces(p, [](ptx::SharedAddress to, const char* from, int valid) { ptx::cp_async_16(to, from, valid); });
-}
-extern "C" __global__ void cp_async_8(const __grid_constant__ Words p) {
-  copy_pieces(p, [](ptx::SharedAddress to, const char* from, int valid) { ptx::cp_async_8(to, from, valid); });
-}
-extern "C" __global__ void cp_async_4(const __grid_constant__ Words p) {
-  copy_pieces(p, [](ptx::SharedAddress to, const char* from, int valid) { ptx::cp_async_4(to, from, valid); });
 }
 
 // in: x, y; out: exp2 x, x in tf32, (x, y) in bf16, (x, y) in f16, x's low half from bf16, from f16

@@ -91,12 +91,12 @@ void ldmatrix(const char* operation, uint32_t (&r)[kMatrices], const char* row, 
 }
 
 // ---- mma ------------------------------------------------------------------------------------------------------------
-// d += a b. Sums of float64 are exact to double precision and rounded once. Those of float32 are either that as well
-// (Sums::kNearest) or what is known of the hardware (Sums::kTruncated, the default; M. Fasi, N. Higham, M. Mikaitis,
-// S. Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ Comput. Sci. 7:e330, 2021): products are exact; a
-// group of them and d are aligned to the largest, cut off below its 24 bits and one more, and added; the sum is cut off
-// to 24 bits. A group is 8 products of half types or 4 of TF32, as on the A100; later devices have longer ones and keep
-// more bits. It is a model of the size and the sign of the errors: no device is copied to the last bit.
+// d += a b. Sums are either exact to double precision and rounded once (Sums::kNearest), or what is known of the
+// hardware (Sums::kTruncated, the default; M. Fasi, N. Higham, M. Mikaitis, S. Pranesh, "Numerical behavior of NVIDIA
+// tensor cores", PeerJ Comput. Sci. 7:e330, 2021): products are exact; a group of them and d are aligned to the
+// largest, cut off below its 24 bits and one more, and added; the sum is cut off to 24 bits. A group is 8 products of
+// half types or 4 of TF32, as on the A100; later devices have longer ones and keep more bits. It is a model of the size
+// and the sign of the errors: no device is copied to the last bit.
 inline float truncated(double x) {
   const float nearest = static_cast<float>(x);
   if (std::isinf(nearest) || !(std::fabs(static_cast<double>(nearest)) > std::fabs(x))) return nearest;
@@ -123,10 +123,10 @@ float truncated_sum(float d, const double (&products)[kGroup]) {
   return truncated(units * unit);
 }
 
-template <int kRows, int kDepth, class Scalar>
+template <int kRows, int kDepth>
 struct Product {
   static constexpr int kGroup = kDepth / 2;
-  Scalar a[kRows][kDepth], b[kDepth][8];
+  float a[kRows][kDepth], b[kDepth][8];
   double d[kRows][8];
 
   void multiply() {
@@ -183,7 +183,7 @@ void mma_m16n8k16(const char* operation, float (&d)[4], const uint32_t (&a)[4], 
                   const Site& site) {
   MmaArgument<float> argument{d, a, {b0, b1}};
   meet(0xffffffffu, {operation, site}, argument, [](MmaArgument<float>* const* lanes) {
-    Product<16, 16, float> product;
+    Product<16, 16> product;
     for (int lane = 0; lane < 32; lane++) {
       const int group = lane / 4, quad = lane % 4;
       for (int half = 0; half < 2; half++) {
@@ -200,31 +200,13 @@ inline void mma_m16n8k8_tf32(const char* operation, float (&d)[4], const uint32_
                              const Site& site) {
   MmaArgument<float> argument{d, a, {b0, b1}};
   meet(0xffffffffu, {operation, site}, argument, [](MmaArgument<float>* const* lanes) {
-    Product<16, 8, float> product;
+    Product<16, 8> product;
     for (int lane = 0; lane < 32; lane++) {
       const int group = lane / 4, quad = lane % 4;
       for (int i = 0; i < 4; i++) product.a[group + i % 2 * 8][quad + i / 2 * 4] = tf32_to_float(lanes[lane]->a[i]);
       for (int i = 0; i < 2; i++) product.b[quad + 4 * i][group] = tf32_to_float(lanes[lane]->b[i]);
     }
     multiply_fragments(product, lanes);
-  });
-}
-
-inline void mma_m8n8k4_f64(const char* operation, double (&d)[2], double a, double b, const Site& site) {
-  struct Argument {
-    double *d, a, b;
-  } argument{d, a, b};
-  meet(0xffffffffu, {operation, site}, argument, [](Argument* const* lanes) {
-    Product<8, 4, double> product;
-    for (int lane = 0; lane < 32; lane++) {
-      const int group = lane / 4, quad = lane % 4;
-      product.a[group][quad] = lanes[lane]->a;
-      product.b[quad][group] = lanes[lane]->b;
-      for (int i = 0; i < 2; i++) product.d[group][2 * quad + i] = lanes[lane]->d[i];
-    }
-    product.multiply();
-    for (int lane = 0; lane < 32; lane++)
-      for (int i = 0; i < 2; i++) lanes[lane]->d[i] = product.d[lane / 4][lane % 4 * 2 + i];
   });
 }
 

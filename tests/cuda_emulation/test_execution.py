@@ -30,7 +30,7 @@ REFUSALS = {
     "misaligned_copy": "misaligned address in shared memory",
     "misaligned_source": "misaligned source",
     "copy_to_global_memory": "address outside shared memory",
-    "copy_of_too_much": "12 valid bytes",
+    "copy_of_too_much": "20 valid bytes",
     "negative_index": "index -1 in a shared array of 3 elements",
     "more_than_was_asked_for": r"the launch gives 511 bytes of shared memory, the kernel's buffers are 512",
 }

@@ -41,7 +41,7 @@ def test_thread_sanitizer(arithmetic: str) -> None:
 def barriers() -> dict[str, int]:
     """Every barrier and every wait of the kernels, as "file:line", and how many blocks miss it."""
     found = {}
-    for path in sorted((ROOT / "csrc/cuda").glob("*.cuh")):
+    for path in sorted((ROOT / "csrc/cuda").rglob("*.cuh")):
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             if path.name != "ptx.cuh" and re.search(r"__sync\w+\(.*\);|cp_async_wait<\d>\(\);|grid_sync\(\);", line):
                 found[f"{path.name}:{number}"] = 3 if "grid_sync" in line else 1

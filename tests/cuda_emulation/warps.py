@@ -72,10 +72,10 @@ def ldmatrix(rows: NDArray[np.uint16], transposed: bool) -> Words:
     return np.ascontiguousarray(spread).view(np.uint32).reshape(len(rows), 32).T
 
 
-def cp_async(tile: NDArray[np.uint8], source: NDArray[np.uint8], orders: Words, size: int) -> NDArray[np.uint8]:
-    """``tile`` after copies (target, source, valid bytes)."""
+def cp_async(tile: NDArray[np.uint8], source: NDArray[np.uint8], orders: Words) -> NDArray[np.uint8]:
+    """``tile`` after copies of 16 bytes (target, source, valid bytes)."""
     for target, start, valid in orders.astype(int):
-        tile[target : target + size] = 0
+        tile[target : target + 16] = 0
         tile[target : target + valid] = source[start : start + valid]
     return tile
 

@@ -5,6 +5,7 @@ That they compute what they should is shown by the tests of the losses, which ta
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -21,15 +22,17 @@ pytestmark = pytest.mark.parametrize("backend", ["triton", "cuda"])
 
 @pytest.fixture(autouse=True)
 def usable(backend: str) -> None:
-    if (reason := cacr_kernels.backends()[backend]) is not None:
+    if (reason := cacr_kernels.available_backends()[backend]) is not None:
         pytest.skip(reason)
 
 
 @pytest.fixture
 def no_synchronisation() -> Iterator[None]:
     before = torch.cuda.get_sync_debug_mode()
-    yield
-    torch.cuda.set_sync_debug_mode(before)
+    with warnings.catch_warnings():  # torch says once that the mode is a prototype
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype feature")
+        yield
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def step(loss: str, tensors: dict[str, Tensor], backend: str) -> list[Tensor]:

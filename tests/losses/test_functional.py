@@ -59,7 +59,10 @@ def test_cacr_any_shape(v: int, b: int, d: int, options: dict[str, Any], seed: i
     options["pairing"] = data.draw(st.sampled_from(["unordered", "ordered", "pooled"]))
     if data.draw(st.booleans()):
         options |= {"cost": "rbf", "rbf_scale": data.draw(TAUS), "reduction": "mean"}
-    compare("cacr", {"views": 1.5 * randn(v, b, d, seed=seed)}, **options)
+    tensors = {"views": 1.5 * randn(v, b, d, seed=seed)}
+    if data.draw(st.booleans()):
+        tensors["tau_neg"] = torch.tensor(options.pop("tau_neg"), dtype=torch.float64)
+    compare("cacr", tensors, **options)
 
 
 @settings(max_examples=40, deadline=None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cacr_kernels import CACRQueueLoss
-from tests.agreement import LOSSES, cast, each_backend, randn, run, small_inputs, unit
+from tests.agreement import LOSSES, cast, device_of, each_backend, randn, run, small_inputs, there, unit
 
 torch.set_num_threads(1)
 BAD = (math.nan, math.inf, -math.inf)
@@ -18,6 +18,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *(("cacr", {"pairing": p, "cost": c}) for p in ("unordered", "ordered", "pooled") for c in ("sqeuclidean", "rbf")),
     ("cacr", {"pairing": "pooled", "reduction": "none"}),
     ("cacr", {"tau_pos": 0, "tau_neg": 0}),
+    ("cacr", {"tau_neg": 50.0, "cost": "rbf"}),
     ("cacr", {"tau_pos": 50.0, "tau_neg": 50.0, "normalize": True}),
     *(("queue", {"in_batch": i, "weight_grad": w}) for i in (True, False) for w in ("in_batch", "full", "none")),
     ("queue", {"tau_neg": 0.0, "normalize": True}),
@@ -26,18 +27,20 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
         for c in ("rbf", "sqeuclidean")
         for n in (True, False)
     ),
+    *(("momentum", {"cost": c}) for c in ("rbf", "sqeuclidean")),
     ("supervised", {}),
     ("supervised", {"tau_pos": 0.0, "tau_neg": 30.0}),
 ]
 
 
 def loss_of(loss: str, tensors: dict[str, Tensor], backend: str, **options: Any) -> Tensor:
-    """The loss without and with gradients: they may take different ways."""
+    """The loss without and with gradients, which may take different ways; on the CPU."""
+    tensors = there(tensors, backend)
     value = LOSSES[loss](**tensors, **options, backend=backend)
     leaves = {n: t.clone().requires_grad_() if t.is_floating_point() else t for n, t in tensors.items()}
     learning = LOSSES[loss](**leaves, **options, backend=backend)
     assert torch.equal(value.isfinite(), learning.isfinite())
-    return value.detach().sum()
+    return value.detach().sum().cpu()
 
 
 @each_backend
@@ -76,11 +79,11 @@ def test_bad_data_at_every_instance(bad: float, batch: int, backend: str) -> Non
     for row in range(batch):
         queue = unit(batch, 9)
         queue[row, row % 9] = bad
-        views = unit(2, batch, 9).float()
-        assert not LOSSES["queue"](views, views, queue.float(), in_batch=False, backend=backend).isfinite(), row
-        labels = torch.arange(batch) % 2
-        if batch > 2:
-            assert not LOSSES["supervised"](queue.float(), labels, tau_neg=40.0, backend=backend).isfinite(), row
+        tensors = {"views": unit(2, batch, 9).float(), "queue": queue.float(), "labels": torch.arange(batch) % 2}
+        views, queue, labels = there(tensors, backend).values()
+        assert not LOSSES["queue"](views, views, queue, in_batch=False, backend=backend).isfinite(), row
+        for tau in (1.0, 40.0) if batch > 2 else ():
+            assert not LOSSES["supervised"](queue, labels, tau_neg=tau, backend=backend).isfinite(), row
 
 
 @each_backend
@@ -108,7 +111,7 @@ def test_negatives_that_are_all_infinitely_far(entries: int, bad: float, sign: i
 @pytest.mark.parametrize("bad", BAD)
 def test_bad_values_of_one_instance_per_query(bad: float, sign: int, backend: str) -> None:
     """``reduction="none"``: every query whose set holds the bad embedding shows it, no other does."""
-    z = sign * unit(2, 4, 3).abs()
+    z = sign * unit(2, 4, 3).abs().to(device_of(backend))
     z[1, 2, 0] = bad
     for options in ({"pairing": "ordered"}, {"pairing": "pooled"}):
         rows = LOSSES["cacr"](z, reduction="none", backend=backend, **options)
@@ -176,7 +179,7 @@ def test_a_momentum_temperature_of_zero_reaches_the_loss(cost: str, backend: str
 def test_bad_temperatures_of_the_kept_queue(bad: float, backend: str) -> None:
     """And the module, where the loss is a module's."""
     loss_fn = CACRQueueLoss(queue_size=20, dim=5, tau_neg=torch.tensor(bad), backend=backend)
-    q = unit(2, 7, 5)
+    loss_fn, q = loss_fn.to(device_of(backend)), unit(2, 7, 5).to(device_of(backend))
     for _ in range(3):
         assert not loss_fn(q, q.flip(1)).isfinite()
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import cacr_kernels
 from cacr_kernels import CACRLoss, CACRMomentumLoss, CACRParts, CACRQueueLoss, SupervisedCACRLoss
-from tests.agreement import LOSSES, each_backend, each_loss, randn, run, small_inputs
+from tests.agreement import LOSSES, device_of, each_backend, each_loss, randn, run, small_inputs, there
 
 torch.set_num_threads(1)
 MODULES: dict[str, Callable[..., nn.Module]] = {
@@ -51,7 +51,7 @@ def temperatures(loss: str) -> list[str]:
 @each_backend
 @each_loss
 def test_module_is_the_function_with_normalize(loss: str, backend: str) -> None:
-    tensors, norm = inputs(loss), {"normalize": True}
+    tensors, norm = there(inputs(loss), backend), {"normalize": True}
     for options in ({}, OPTIONS[loss], OPTIONS[loss] | {"reduction": "none"}):
         expected = LOSSES[loss](**tensors, **options, **norm, backend=backend)
         torch.testing.assert_close(call(MODULES[loss](**options, backend=backend), tensors), expected, rtol=0, atol=0)
@@ -199,7 +199,7 @@ def test_frozen_inputs_give_a_constant(loss: str) -> None:
 @each_backend
 @each_loss
 def test_no_grad_gives_the_same_number(loss: str, backend: str) -> None:
-    tensors = {n: t.requires_grad_(t.is_floating_point()) for n, t in inputs(loss).items()}
+    tensors = {n: t.requires_grad_(t.is_floating_point()) for n, t in there(inputs(loss), backend).items()}
     module = MODULES[loss](backend=backend)
     expected = call(module, tensors)
     for mode in (torch.no_grad(), torch.inference_mode()):
@@ -212,7 +212,7 @@ def test_no_grad_gives_the_same_number(loss: str, backend: str) -> None:
 @each_backend
 @each_loss
 def test_hooks_on_inputs_see_the_gradient_once(loss: str, backend: str) -> None:
-    tensors = inputs(loss)
+    tensors = there(inputs(loss), backend)
     name = next(iter(tensors))
     leaf = tensors[name].clone().requires_grad_()
     seen: list[Tensor] = []
@@ -228,7 +228,7 @@ def test_hooks_on_inputs_see_the_gradient_once(loss: str, backend: str) -> None:
 @each_backend
 @each_loss
 def test_second_backward_with_retain_graph(loss: str, backend: str) -> None:
-    tensors = {n: t.requires_grad_(t.is_floating_point()) for n, t in inputs(loss).items()}
+    tensors = {n: t.requires_grad_(t.is_floating_point()) for n, t in there(inputs(loss), backend).items()}
     leaf = next(iter(tensors.values()))
     value = call(MODULES[loss](backend=backend), tensors)
     value.backward(retain_graph=True)
@@ -244,7 +244,7 @@ def test_second_backward_with_retain_graph(loss: str, backend: str) -> None:
 @pytest.mark.parametrize("inside", [False, True], ids=["backward_outside", "backward_inside"])
 def test_autocast_changes_nothing(loss: str, inside: bool, backend: str) -> None:
     """float32 inputs inside ``torch.autocast``: no product is rounded to bfloat16, forward and backward."""
-    tensors = {n: t.float() if t.is_floating_point() else t for n, t in inputs(loss).items()}
+    tensors = {n: t.float() if t.is_floating_point() else t for n, t in there(inputs(loss), backend).items()}
     name = next(iter(tensors))
     variants: list[dict[str, Any]] = [{}, OPTIONS[loss]]
     variants += [{"cost": "rbf"}, {"reduction": "none"}] if loss == "cacr" else []
@@ -253,7 +253,7 @@ def test_autocast_changes_nothing(loss: str, inside: bool, backend: str) -> None
         plain, cast = (tensors[name].clone().requires_grad_() for _ in range(2))
         expected = call(module, tensors | {name: plain})
         expected.sum().backward()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device_of(backend), dtype=torch.bfloat16):
             value = call(module, tensors | {name: cast})
             if inside:
                 value.sum().backward()
@@ -283,18 +283,22 @@ def test_autocast_with_a_list_of_bfloat16_features() -> None:
 
 
 def test_backends_are_an_ordered_table_of_reasons() -> None:
-    found = cacr_kernels.backends()
+    found = cacr_kernels.available_backends()
     assert list(found)[:3] == ["reference", "torch", "triton"]
     assert found["reference"] is None
     assert found["torch"] is None
     assert all(reason is None or (isinstance(reason, str) and len(reason.split()) > 3) for reason in found.values())
     found["torch"] = "changed"
-    assert cacr_kernels.backends()["torch"] is None
+    assert cacr_kernels.available_backends()["torch"] is None
 
 
 @each_loss
 def test_auto_is_the_fastest_that_can_run(loss: str) -> None:
-    last = [name for name, reason in cacr_kernels.backends().items() if reason is None and name in ("torch", "cpu")][-1]
+    last = [
+        name
+        for name, reason in cacr_kernels.available_backends().items()
+        if reason is None and name in ("torch", "cpu")
+    ][-1]
     if last == "cpu":
         torch.testing.assert_close(
             LOSSES[loss](**inputs(loss)), LOSSES[loss](**inputs(loss), backend="cpu"), rtol=0, atol=0
@@ -302,7 +306,7 @@ def test_auto_is_the_fastest_that_can_run(loss: str) -> None:
 
 
 def test_auto_is_never_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = importlib.import_module("cacr_kernels.backends")
+    table = importlib.import_module("cacr_kernels.backends.table")
     monkeypatch.setattr(table, "_warned", {"cpu"})
     monkeypatch.setattr(table, "TABLE", table.TABLE[:2])
     assert table.select("auto", torch.device("cpu")) == "torch"

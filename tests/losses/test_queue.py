@@ -36,7 +36,7 @@ def kept(loss_fn: nn.Module) -> Tensor:
 
 
 def filled(count: int = 3, size: int = 8, **options: Any) -> CACRQueueLoss:
-    """After ``count`` calls."""
+    """A loss whose queue holds the keys of ``count`` calls."""
     loss_fn = CACRQueueLoss(queue_size=size, dim=D, **options)
     for q, k in batches(count):
         loss_fn(q, k)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import cacr_kernels
+from cacr_kernels.backends.entry import Backend
 from tests.agreement import LOSSES, each_loss, randn, small_inputs
 
 MODULES: dict[str, Callable[..., nn.Module]] = {
@@ -91,7 +92,7 @@ def of_temperatures() -> list[Refusal]:
         add(math.inf, ValueError, "inf", "finite")
         add(-math.inf, ValueError, "-inf", "finite")
         for value in (True, "1.0", None, 1j, [1.0], np.ones(1), Decimal(1)):
-            add(value, TypeError, "number", type(value).__name__)
+            add(value, TypeError, "number", f"{type(value).__name__} {value!r}")
         add(10**400, ValueError, "finite")
         add(1e39, ValueError, "at most 1e+30", "1e+39")
         if name == "temperature":
@@ -144,12 +145,12 @@ def of_options() -> list[Refusal]:
         "cost": (("cacr", "momentum"), ("sqeuclidean", "rbf")),
         "weight_grad": (("queue",), ("in_batch", "full", "none")),
         "reduction": (ALL, ("mean", "sum", "none")),
-        "backend": (ALL, ("auto", "reference", "torch", "cpu")),
+        "backend": (ALL, ("auto", "reference", "torch", "triton", "cuda", "cpu")),
     }
     found = []
     for name, (losses, values) in accepted.items():
         for value in ("", "all", values[0].upper(), values[0] + " "):
-            found.append(Refusal(losses, {name: value}, ValueError, (name, repr(value), *map(repr, values))))
+            found.append(Refusal(losses, {name: value}, ValueError, (name, repr(value), ", ".join(map(repr, values)))))
         for value in (None, 1, True, [values[0]], torch.tensor(1.0)):
             words = (name, "string", "tensor" if isinstance(value, torch.Tensor) else repr(value))
             found.append(Refusal(losses, {name: value}, TypeError, words))
@@ -166,6 +167,8 @@ def of_options() -> list[Refusal]:
     for value, error, accepts in offsets:
         words = ("key_offset", accepts, "tensor" if isinstance(value, torch.Tensor) else repr(value))
         found.append(Refusal(("momentum",), {"key_offset": value}, error, words))
+    one_key_per_query = {"key_offset": 1, "keys": X}
+    found.append(Refusal(("momentum",), one_key_per_query, ValueError, ("key_offset", "[0, 0]", "1")))
     return found
 
 
@@ -208,7 +211,7 @@ def test_modules_refuse_when_they_are_made(refusal: Refusal, loss: str) -> None:
 
 
 def test_unusable_backend_is_refused_when_a_module_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = importlib.import_module("cacr_kernels.backends")
+    table = importlib.import_module("cacr_kernels.backends.table")
     broken = [b._replace(why_not=lambda _: "it needs a screw") if b.name == "cpu" else b for b in table.TABLE]
     monkeypatch.setattr(table, "TABLE", tuple(broken))
     for loss, module in MODULES.items():
@@ -242,14 +245,12 @@ def test_meta_tensors(loss: str, backend: str, call: Callable[..., Any]) -> None
 @each_loss
 def test_unusable_backend(loss: str, call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Named explicitly it is refused with its reason, and nothing else runs in its place; "auto" passes it over."""
-    table = importlib.import_module("cacr_kernels.backends")
+    table = importlib.import_module("cacr_kernels.backends.table")
     usable = [entry for entry in table.TABLE if entry.name in ("reference", "torch")]
-    broken = [
-        table.Backend(name, "", lambda device, name=name: f"the {name} needs a screw") for name in ("cpu", "triton")
-    ]
+    broken = [Backend(name, "", lambda device, name=name: f"the {name} needs a screw") for name in ("cpu", "triton")]
     monkeypatch.setattr(table, "TABLE", (*usable, *broken))
     monkeypatch.setattr(table, "_warned", set())
-    assert cacr_kernels.backends()["triton"] == "the triton needs a screw"
+    assert cacr_kernels.available_backends()["triton"] == "the triton needs a screw"
     for name in ("cpu", "triton"):
         refuse(
             Refusal((loss,), {"backend": name}, ValueError, ("backend", name, f"the {name} needs a screw")), loss, call
@@ -263,9 +264,8 @@ def test_unusable_backend(loss: str, call: Callable[..., Any], monkeypatch: pyte
 @each_loss
 def test_backend_of_another_device(loss: str, call: Callable[..., Any]) -> None:
     tensors = {name: t.to("meta") for name, t in small_inputs(loss).items()}
-    refuse(
-        Refusal((loss,), tensors | {"backend": "cpu"}, ValueError, ("backend='cpu'", "CPU tensors", "meta")), loss, call
-    )
+    words = ("backend='cpu' cannot run here", "CPU tensors", "meta")
+    refuse(Refusal((loss,), tensors | {"backend": "cpu"}, ValueError, words), loss, call)
 
 
 # What is accepted although it looks odd

@@ -46,7 +46,7 @@ def of_any_tensor() -> list[Refusal]:
         add(good[..., :0], ValueError, "0")
         if name != "queue":  # which may have no entries
             bad = good.narrow(good.dim() - 2, 0, 0)
-            add(bad, ValueError, str(list(bad.shape)))
+            add(bad, ValueError, "empty dimension", str(list(bad.shape)))
         add(good.to_sparse(), TypeError, "sparse", "dense")
     return found
 
@@ -82,6 +82,7 @@ def of_views() -> list[Refusal]:
         add([X, X.to("meta")], ValueError, at, "device", "cpu", "meta")
         add([X, None], TypeError, at, "tensor", "None")
         add([X, X.tolist()], TypeError, at, "tensor", "list")
+        add([X, "x"], TypeError, at, "tensor", "str 'x'")
         add([X, X.long()], TypeError, at, "int64", "float32")
         add([1.0, 2.0], TypeError, f"{name}[0]", "tensor", "float")
         add(b"ab", TypeError, "tensor", "bytes")
@@ -124,8 +125,8 @@ def of_several() -> list[Refusal]:
             for dtype in (torch.float32, torch.float16, torch.bool, torch.complex64)
             for name, y in (("labels", LABELS), ("ref_labels", ref_labels))
         ),
-        one("supervised", {"ref_labels": None}, "ref_labels", "ref_embeddings", "None"),
-        one("supervised", {"ref_embeddings": None}, "ref_embeddings", "ref_labels", "None"),
+        one("supervised", {"ref_labels": None}, "ref_labels must be given", "ref_embeddings", "None"),
+        one("supervised", {"ref_embeddings": None}, "ref_embeddings must be given", "ref_labels", "None"),
         one("supervised", {"ref_labels": ref_labels[:8]}, "ref_labels", "[9]", "[8]"),
         one("supervised", {"ref_labels": ref_labels.tolist()}, "ref_labels", "integer tensor", "list", error=TypeError),
         one("supervised", {"ref_labels": ref_labels.to("meta")}, "ref_labels", "device", "cpu", "meta"),

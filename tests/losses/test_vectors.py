@@ -9,7 +9,7 @@ import cacr_kernels
 from tests.agreement import there
 from tests.vectors_io import load_vectors, vector_id
 
-BACKENDS = [name for name, reason in cacr_kernels.backends().items() if reason is None]
+BACKENDS = [name for name, reason in cacr_kernels.available_backends().items() if reason is None]
 TOLERANCE = 1e-10
 TERMS = [("attraction", "beta"), ("repulsion", "alpha")]  # each alone: the weight of the other one is 0
 
@@ -25,7 +25,7 @@ def leaf(array):
 
 
 def test_backends_are_there(backend):
-    assert {"reference", "torch", "cpu"} <= set(BACKENDS) or cacr_kernels.backends()["cpu"] is not None
+    assert {"reference", "torch", "cpu"} <= set(BACKENDS) or cacr_kernels.available_backends()["cpu"] is not None
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none", "sum"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from tests.agreement import LOSSES, each_backend, small_inputs
+from tests.agreement import LOSSES, device_of, each_backend, small_inputs, there
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("cacr", {}),
@@ -25,7 +25,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 def penalty(loss: str, options: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
-    tensors = {n: t.float() if t.is_floating_point() else t for n, t in small_inputs(loss).items()}
+    tensors = {n: t.float() if t.is_floating_point() else t for n, t in there(small_inputs(loss), backend).items()}
     z = next(iter(tensors.values())).requires_grad_()
     value = LOSSES[loss](**tensors, **options, backend=backend).sum()
     (first,) = grad(value, z, create_graph=True)
@@ -37,6 +37,6 @@ def penalty(loss: str, options: dict[str, Any], backend: str) -> tuple[Tensor, T
 @pytest.mark.parametrize(("loss", "options"), VARIANTS, ids=str)
 def test_second_derivatives_inside_autocast(loss: str, options: dict[str, Any], backend: str) -> None:
     expected = penalty(loss, options, backend)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device_of(backend), dtype=torch.bfloat16):
         found = penalty(loss, options, backend)
     assert all(map(torch.equal, found, expected))

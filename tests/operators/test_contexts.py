@@ -12,14 +12,14 @@ from torch.autograd import grad
 
 from cacr_kernels import CACRLoss, supervised_cacr_loss
 from cacr_kernels.losses import compact_ids
-from tests.agreement import LOSSES, cast, each_backend, each_loss, small_inputs
+from tests.agreement import LOSSES, cast, each_backend, each_loss, small_inputs, there
 
 
 @each_backend
 @each_loss
 def test_a_schedule_of_numbers_compiles_twice_at_most(loss: str, backend: str) -> None:
     """Once for the first number, once for any number; not at every step."""
-    tensors, counter = small_inputs(loss), CompileCounter()
+    tensors, counter = there(small_inputs(loss), backend), CompileCounter()
     names = ["temperature"] if loss == "momentum" else ["tau_pos", "tau_neg", "alpha", "beta"]
     rbf: dict[str, Any] = {"cost": "rbf"} if loss == "cacr" else {}
 
@@ -39,7 +39,7 @@ def test_a_schedule_of_numbers_compiles_twice_at_most(loss: str, backend: str) -
 @pytest.mark.parametrize("last", [float("inf"), float("nan"), -1.0])
 def test_a_schedule_that_ends_badly_is_refused(last: float, loss: str, backend: str) -> None:
     """Once a number varies, compiled code knows less of it."""
-    tensors, name = small_inputs(loss), "temperature" if loss == "momentum" else "tau_neg"
+    tensors, name = there(small_inputs(loss), backend), "temperature" if loss == "momentum" else "tau_neg"
 
     def call(value: float) -> torch.Tensor:
         return LOSSES[loss](**tensors, **{name: value}, backend=backend)
@@ -61,7 +61,7 @@ def test_a_module_given_numbers_of_numpy_compiles() -> None:
 @each_backend
 @each_loss
 def test_jacrev_is_refused_in_words(loss: str, backend: str) -> None:
-    tensors = small_inputs(loss)
+    tensors = there(small_inputs(loss), backend)
     name = next(iter(tensors))
 
     def f(z: torch.Tensor) -> torch.Tensor:
@@ -74,7 +74,7 @@ def test_jacrev_is_refused_in_words(loss: str, backend: str) -> None:
 @each_backend
 @pytest.mark.parametrize("loss", ["queue", "momentum", "supervised"])
 def test_keys_made_in_inference_mode(loss: str, backend: str) -> None:
-    tensors = small_inputs(loss)
+    tensors = there(small_inputs(loss), backend)
     constants = {"keys", "queue"} if loss != "supervised" else {"ref_embeddings"}
     with torch.inference_mode():
         made = {n: t.clone() if n in constants else t for n, t in tensors.items()}

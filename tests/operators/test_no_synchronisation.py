@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import pytest
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor
 
 from cacr_kernels import functional
+from cacr_kernels.backends import table
 from cacr_kernels.backends import torch as _blocks
-from cacr_kernels.backends.torch import OTHER, SAME, SAME_NOT_SELF
+from cacr_kernels.types import OTHER, SAME, SAME_NOT_SELF
 from tests.agreement import LOSSES, each_loss, randn, small_inputs
 
 
@@ -23,8 +23,8 @@ def on_meta(value: Any) -> Any:
 @pytest.mark.parametrize("learnable", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_losses(loss: str, learnable: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "_select", lambda *_: backend)
-    monkeypatch.setattr(functional, "_no_autocast", lambda _: contextlib.nullcontext())
+    entry = next(entry for entry in table.TABLE if entry.name == backend)
+    monkeypatch.setattr(functional, "choose", lambda *_: entry)
     tensors = {name: on_meta(t) for name, t in small_inputs(loss).items()}
     leaves = [t.requires_grad_() for name, t in tensors.items() if name in ("views", "queries", "embeddings")]
     options: dict[str, Any] = {}
@@ -47,7 +47,7 @@ def test_blocks_of_the_torch_backend(own: bool) -> None:
     kinds = [SAME_NOT_SELF if own else SAME, OTHER]
     arguments = [on_meta(x) for x in (q, k, q_id, k_id, tau, kinds, [0], [0], False, False)]
     value, lse, weights = _blocks.contrast(*arguments)
-    found = _blocks._contrast_backward(*arguments, value, weights, value, lse, True, not own, True)
+    found = _blocks.gradients(*arguments, value, weights, value, lse, True, not own, True)
     assert [g.shape for g in found] == [q.shape, torch.Size([0]) if k is None else k.shape, tau.shape]
     assert {t.device.type for t in (value, lse, weights, *found)} == {"meta"}
 

@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import grad
 
-from cacr_kernels.backends import torch as _blocks
-from cacr_kernels.operators import ops
+from cacr_kernels.backends.cuda import COMPILED
+from cacr_kernels.operators import cacr, contrast
+from cacr_kernels.operators.cacr import loss_and_parts
+from cacr_kernels.operators.contrast import plain_contrast
+from cacr_kernels.operators.registry import NAMESPACE, operator
+from cacr_kernels.types import ALL, OTHER, SAME, SAME_NOT_SELF, CACROptions, ContrastSpec
 
 BACKENDS = ("cpu", "torch")
-ALL, SAME, OTHER, SAME_NOT_SELF = range(4)
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
 
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -63,15 +66,15 @@ def with_numbers(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 @pytest.mark.parametrize(("case", "dtype"), list(zip(CACR_ARGUMENTS, DTYPES, strict=True)), ids=str)
 def test_opcheck_cacr(case: tuple[int, bool, bool, bool], dtype: torch.dtype) -> None:
     arguments = cacr_arguments(case, dtype, requires_grad=True)
-    torch.library.opcheck(ops.operator("cacr_cpu"), arguments)
-    torch.library.opcheck(ops.operator("cacr_cpu"), with_numbers(arguments))
+    torch.library.opcheck(operator("cacr_cpu"), arguments)
+    torch.library.opcheck(operator("cacr_cpu"), with_numbers(arguments))
 
 
 @pytest.mark.parametrize("case", CACR_ARGUMENTS, ids=str)
 def test_numbers_outside_of_a_tensor(case: tuple[int, bool, bool, bool]) -> None:
     arguments = cacr_arguments(case, torch.float64, requires_grad=False)
-    *expected, _ = ops.operator("cacr_cpu")(*arguments)
-    *found, grad_numbers = ops.operator("cacr_cpu")(*with_numbers(arguments))
+    *expected, _ = operator("cacr_cpu")(*arguments)
+    *found, grad_numbers = operator("cacr_cpu")(*with_numbers(arguments))
     assert all(map(torch.equal, found, expected))
     assert grad_numbers.shape == (0,)
 
@@ -80,11 +83,9 @@ def test_numbers_outside_of_a_tensor(case: tuple[int, bool, bool, bool]) -> None
 @pytest.mark.parametrize("case", CACR_ARGUMENTS, ids=str)
 def test_cacr_against_reference(case: tuple[int, bool, bool, bool], dtype: torch.dtype) -> None:
     views, numbers, *options, want_grad, want_grad_numbers = cacr_arguments(case, dtype, requires_grad=False)
-    loss, parts, grad_views, grad_numbers = ops.operator("cacr_cpu")(
-        views, numbers, *options, want_grad, want_grad_numbers
-    )
+    loss, parts, grad_views, grad_numbers = operator("cacr_cpu")(views, numbers, *options, want_grad, want_grad_numbers)
     views, numbers = views.double().requires_grad_(), numbers.requires_grad_()
-    true_loss, true_parts = ops.cacr_reference(views, numbers, ops.CACROptions(*options))
+    true_loss, true_parts = loss_and_parts(views, numbers, CACROptions(*options))
     true_views, true_numbers = grad(true_loss, (views, numbers))
     assert_close([loss, parts], [true_loss, true_parts], dtype)
     if want_grad:
@@ -97,13 +98,13 @@ def test_cacr_against_reference(case: tuple[int, bool, bool, bool], dtype: torch
 def test_autograd_of_every_output_of_cacr(case: tuple[int, bool, bool, bool]) -> None:
     """The registered formula: loss, parts and both gradients are outputs, each differentiable, in any mixture."""
     views, numbers, *rest = cacr_arguments(case, torch.float64, requires_grad=True)
-    gg, options = randn(*views.shape, seed=3), ops.CACROptions(*rest[:-2])
+    gg, options = randn(*views.shape, seed=3), CACROptions(*rest[:-2])
 
     def mixture(loss: Tensor, parts: Tensor, grad_views: Tensor, grad_numbers: Tensor) -> Tensor:
         return loss.sin() + (parts[:2] * parts[:2]).sum() + (gg * grad_views).sum() + grad_numbers.square().sum()
 
-    mine = grad(mixture(*ops.operator("cacr_cpu")(views, numbers, *rest)), (views, numbers))
-    loss, parts = ops.cacr_reference(views, numbers, options)
+    mine = grad(mixture(*operator("cacr_cpu")(views, numbers, *rest)), (views, numbers))
+    loss, parts = loss_and_parts(views, numbers, options)
     first = grad(loss, (views, numbers), create_graph=True)
     assert_close(mine, grad(mixture(loss, parts, *first), (views, numbers)), torch.float64)
 
@@ -181,7 +182,7 @@ problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=list(PROBLE
 def plain(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """``contrast`` in float64 by the formula, as N x M arrays."""
     q, k, q_id, k_id, tau, *rest = arguments
-    return _blocks.plain_contrast(q.double(), k.double(), tau, ops.ContrastSpec(q_id, k_id, *rest))
+    return plain_contrast(q.double(), k.double(), tau, ContrastSpec(q_id, k_id, *rest))
 
 
 def assert_close(actual: Any, expected: Any, dtype: torch.dtype, factor: float = 1.0) -> None:
@@ -206,7 +207,7 @@ def gradients(outputs: tuple[Tensor, Tensor], inputs: tuple[Tensor, ...]) -> tup
 @both_backends
 def test_contrast(backend: str, dtype: torch.dtype, problem: Problem) -> None:
     arguments = problem.arguments(dtype)
-    value, lse, _ = ops.operator(f"contrast_{backend}")(*arguments)
+    value, lse, _ = operator(f"contrast_{backend}")(*arguments)
     factor = max(1.0, *(abs(t) for _, t in problem.sets))
     assert_close((value, lse), plain(arguments), dtype, factor)
 
@@ -216,7 +217,7 @@ def test_contrast(backend: str, dtype: torch.dtype, problem: Problem) -> None:
 @both_backends
 def test_contrast_gradients(backend: str, dtype: torch.dtype, problem: Problem) -> None:
     arguments = problem.arguments(dtype, requires_grad=True)
-    mine = gradients(ops.operator(f"contrast_{backend}")(*arguments)[:2], (arguments[0], arguments[1], arguments[4]))
+    mine = gradients(operator(f"contrast_{backend}")(*arguments)[:2], (arguments[0], arguments[1], arguments[4]))
     exact = problem.arguments(dtype)
     q, k, tau = (exact[i].double().requires_grad_() for i in (0, 1, 4))
     true = gradients(plain((q, k, *exact[2:4], tau, *exact[5:])), (q, k, tau))
@@ -229,7 +230,7 @@ def test_empty_sets_are_exact(backend: str) -> None:
     """-inf and 0 with zero gradient, also where the row's log-sum-exp receives one (logaddexp sends NaN there)."""
     problem = PROBLEMS["all same: other is empty"]
     arguments = problem.arguments(requires_grad=True)
-    value, lse, _ = ops.operator(f"contrast_{backend}")(*arguments)
+    value, lse, _ = operator(f"contrast_{backend}")(*arguments)
     assert lse[0].eq(-torch.inf).all()
     assert value[0].eq(0).all()
     for incoming in (1.0, torch.nan):
@@ -243,7 +244,7 @@ def test_empty_sets_are_exact(backend: str) -> None:
 def test_no_keys(backend: str, n: int) -> None:
     problem = Problem(((OTHER, -1.0), (SAME, 1.0)), (1, 1, n, 0, 3), q_id=cyclic(n, 2), k_id=())
     arguments = problem.arguments(requires_grad=True)
-    value, lse, _ = ops.operator(f"contrast_{backend}")(*arguments)
+    value, lse, _ = operator(f"contrast_{backend}")(*arguments)
     assert lse.eq(-torch.inf).all()
     assert value.eq(0).all()
     found = grad(value.sum() + lse.sum(), (arguments[0], arguments[1], arguments[4]))
@@ -255,7 +256,7 @@ def test_no_keys(backend: str, n: int) -> None:
 def test_strided_and_expanded_arguments(backend: str) -> None:
     problem = PROBLEMS["panels and tiles"]
     q, k, q_id, k_id, tau, *rest = problem.arguments()
-    op = ops.operator(f"contrast_{backend}")
+    op = operator(f"contrast_{backend}")
     expected = op(q, k, q_id, k_id, tau, *rest)
     strided = [torch.stack([t, t.flip(-1)], -1)[..., 0] for t in (q, k, q_id, k_id, tau)]
     assert not any(t.is_contiguous() for t in strided)
@@ -270,9 +271,9 @@ def test_strided_and_expanded_arguments(backend: str) -> None:
 @both_backends
 def test_backward_of_what_is_wanted(backend: str, problem: Problem, wanted: tuple[bool, bool, bool]) -> None:
     arguments = problem.arguments()
-    value, _, weights = ops.operator(f"contrast_{backend}")(*arguments)
+    value, _, weights = operator(f"contrast_{backend}")(*arguments)
     g_value, g_lse = randn(*value.shape, seed=5), randn(*value.shape, seed=6)
-    backward, given = ops.operator(f"contrast_backward_{backend}"), (value, weights, g_value, g_lse)
+    backward, given = operator(f"contrast_backward_{backend}"), (value, weights, g_value, g_lse)
     all_three = backward(*arguments, *given, True, True, True)
     for mine, full, want in zip(backward(*arguments, *given, *wanted), all_three, wanted, strict=True):
         assert_close([mine], [full if want else full.new_empty(0)], torch.float64, 100.0)
@@ -314,17 +315,17 @@ checked = pytest.mark.parametrize(("backend", "dtype", "name"), CHECKED)
 @quiet_opcheck
 def test_opcheck_contrast(backend: str, dtype: torch.dtype, name: str) -> None:
     arguments = PROBLEMS[name].arguments(dtype, requires_grad=True)
-    torch.library.opcheck(ops.operator(f"contrast_{backend}"), arguments)
+    torch.library.opcheck(operator(f"contrast_{backend}"), arguments)
 
 
 @checked
 @quiet_opcheck
 def test_opcheck_contrast_backward(backend: str, dtype: torch.dtype, name: str) -> None:
     arguments = PROBLEMS[name].arguments(dtype, requires_grad=True)
-    value, _, weights = (t.detach() for t in ops.operator(f"contrast_{backend}")(*arguments))
+    value, _, weights = (t.detach() for t in operator(f"contrast_{backend}")(*arguments))
     incoming = [randn(*value.shape, seed=i).requires_grad_() for i in (5, 6)]
     arguments = (*arguments, value, weights, *incoming, True, True, True)
-    torch.library.opcheck(ops.operator(f"contrast_backward_{backend}"), arguments)
+    torch.library.opcheck(operator(f"contrast_backward_{backend}"), arguments)
 
 
 def as_fake(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -340,20 +341,20 @@ def assert_like(fakes: tuple[Tensor, ...], reals: tuple[Tensor, ...]) -> None:
 @both_backends
 def test_fakes_of_contrast(backend: str, dtype: torch.dtype, problem: Problem) -> None:
     arguments = problem.arguments(dtype)
-    real = ops.operator(f"contrast_{backend}")(*arguments)
-    assert_like(ops.contrast_fake(*as_fake(arguments)), real)
+    real = operator(f"contrast_{backend}")(*arguments)
+    assert_like(contrast.fake(*as_fake(arguments)), real)
     value, lse, weights = real
     for wanted in ((True, True, True), (True, False, False), (False, True, True)):
         full = (*arguments, value, weights, value, lse, *wanted)
-        reals = ops.operator(f"contrast_backward_{backend}")(*full)
-        assert_like(ops.contrast_backward_fake(*as_fake(full)), reals)
+        reals = operator(f"contrast_backward_{backend}")(*full)
+        assert_like(contrast.backward_fake(*as_fake(full)), reals)
 
 
 @both_dtypes
 @pytest.mark.parametrize("case", CACR_ARGUMENTS, ids=str)
 def test_fake_of_cacr(case: tuple[int, bool, bool, bool], dtype: torch.dtype) -> None:
     arguments = cacr_arguments(case, dtype, requires_grad=False)
-    assert_like(ops.cacr_fake(*as_fake(arguments)), ops.operator("cacr_cpu")(*arguments))
+    assert_like(cacr.fake(*as_fake(arguments)), operator("cacr_cpu")(*arguments))
 
 
 @pytest.mark.parametrize("memory", ["strided", "expanded"])
@@ -361,25 +362,24 @@ def test_fakes_of_noncontiguous_inputs(memory: str) -> None:
     """The kernels answer contiguously whatever the strides of their inputs."""
     views = randn(5, 3, 4).transpose(0, 1) if memory == "strided" else randn(1, 5, 4).expand(3, 5, 4)
     arguments = (views, *cacr_arguments(CACR_ARGUMENTS[0], torch.float64, requires_grad=False)[1:])
-    assert_like(ops.cacr_fake(*as_fake(arguments)), ops.operator("cacr_cpu")(*arguments))
+    assert_like(cacr.fake(*as_fake(arguments)), operator("cacr_cpu")(*arguments))
 
 
 @quiet_opcheck
-def test_opcheck_witness() -> None:
-    torch.library.opcheck(ops.operator("witness"), (randn(3, 4).requires_grad_(), randn(3, 4, seed=1).requires_grad_()))
+def test_opcheck_gradient_of() -> None:
+    torch.library.opcheck(operator("gradient_of"), (randn(3, 4).requires_grad_(), randn(3, 4, seed=1).requires_grad_()))
 
 
 def test_every_operator_is_checked() -> None:
-    """A new operator needs an ``opcheck``: above, in ``test_frozen.py``, ``interpreted`` or ``test_cuda_losses.py``.
+    """A new operator needs an ``opcheck``, here or in ``test_detached_keys``, ``test_cuda_losses`` or ``interpreted``.
 
-    ``cuda_<name>`` are the compiled ones behind ``<name>_cuda``, with one more argument.
+    The compiled ones behind ``<name>_cuda``, with one more argument, have a namespace of their own.
     """
-    names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names()
-             if name.startswith(f"{ops.NAMESPACE}::")}  # fmt: skip
+    found = [name.split(".")[0].split("::") for name in torch._C._dispatch_get_all_op_names()]
+    names, compiled = ({name for where, name in found if where == space} for space in (NAMESPACE, COMPILED))
     contrasts = {f"{name}_{backend}" for name in ("contrast", "contrast_backward") for backend, *_ in CHECKED}
-    frozen = {"contrast_frozen_cpu", "contrast_frozen_backward"}
-    triton = {f"{name}_triton" for name in ("cacr", "contrast", "contrast_backward", "contrast_frozen")}
-    cuda = {
-        pattern.format(name) for name in ("cacr", "contrast", "contrast_backward") for pattern in ("{}_cuda", "cuda_{}")
-    }
-    assert names == {"cacr_cpu", "witness", *contrasts, *frozen, *triton, *cuda}
+    frozen = {"detached_keys_cpu", "detached_keys_backward"}
+    triton = {f"{name}_triton" for name in ("cacr", "contrast", "contrast_backward", "detached_keys")}
+    cuda = {"cacr", "contrast", "contrast_backward"}
+    assert compiled == cuda
+    assert names == {"cacr_cpu", "gradient_of", *contrasts, *frozen, *triton, *(f"{name}_cuda" for name in cuda)}

@@ -50,7 +50,7 @@ for call in (lambda: ck.cacr_loss(z, backend="cpu"), lambda: ck.CACRLoss(backend
         refusals.append(str(error))
 print(json.dumps({
     "imported": imported, "first": first, "count": len(caught), "finite": bool(z.grad.isfinite().all()),
-    "named": [x.item() for x in named], "backends": ck.backends(), "refusals": refusals,
+    "named": [x.item() for x in named], "backends": ck.available_backends(), "refusals": refusals,
     "warnings": [[w.category.__name__, str(w.message), w.filename] for w in caught],
 }))
 """
@@ -89,7 +89,7 @@ def test_nothing_is_said_that_was_not_asked_for() -> None:
 def test_command_with_json(disabled: str) -> None:
     data = json.loads(python("-m", "cacr_kernels", "--json", CACR_DISABLE_EXTENSION=disabled).stdout)
     assert data["cacr_kernels"] == cacr_kernels.__version__
-    expected = cacr_kernels.backends()
+    expected = cacr_kernels.available_backends()
     assert data["backends"].keys() == expected.keys()
     assert (data["cpu_library"]["error"] is None) == (data["backends"]["cpu"] is None)
     if disabled == "1":
@@ -103,7 +103,7 @@ def test_command_with_json(disabled: str) -> None:
 def test_command() -> None:
     text = python("-m", "cacr_kernels").stdout
     assert cacr_kernels.__version__ in text
-    for name, reason in cacr_kernels.backends().items():
+    for name, reason in cacr_kernels.available_backends().items():
         line = next(line for line in text.splitlines() if line.startswith(f'backend "{name}"'))
         assert (reason or "can run") in line
 

@@ -101,7 +101,7 @@ class _Packer:
         return words.tobytes()[: len(value.content)]
 
     def struct(self, name: str, value: Struct) -> tuple[bytes, int]:
-        """Bytes and alignment."""
+        """The bytes of a struct and the alignment that its widest member asks for."""
         packed, widest = bytearray(), 1
         for number, (kind, item) in enumerate(value.fields):
             inner = f"{name}.{number}"

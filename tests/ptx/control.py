@@ -115,7 +115,7 @@ def _stop(message: str) -> Action:
 
 
 def trap(site: Site) -> Action:
-    """The kernel gives up."""
+    """Stops with an error: the kernel gives up (``trap``)."""
     return _stop("the kernel traps here")
 
 

@@ -67,7 +67,7 @@ def arrays_of(call: Call, element: int, accumulator: int) -> list[np.ndarray]:
         "k_id": call.M * 4,
         "tau": call.softmaxes * 8,
         **dict.fromkeys(("value", "lse", "grad_value", "grad_lse"), rows),
-        "weights": 3 * rows,
+        "row_state": 3 * rows,
         "grad_q": call.q_views * call.N * call.D * accumulator,
         "grad_k": 0 if loss else call.k_views * call.M * call.D * accumulator,
         "grad_tau": call.softmaxes * 8,

@@ -1,4 +1,4 @@
-"""Bits, comparisons and choices."""
+"""Instructions on bits, comparisons, and choices by a predicate."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ class Machine:
         return found
 
     def _lay_out(self) -> None:
-        """Addresses of all variables."""
+        """Gives every variable of the module its address."""
         shared, local, param = SHARED_BASE, 0, 0
         self.memory = Global()
         workspace = np.zeros(WORKSPACE_BYTES, np.uint8)

@@ -33,10 +33,10 @@ class Space(Protocol):
     """One state space: typed reads and writes of ``count`` neighbours at the addresses of some lanes."""
 
     def read(self, address: Addresses, lanes: Lanes, kind: np.dtype, count: int = 1) -> Array:
-        """Values, shape ``[count, lanes]``."""
+        """Reads values of shape ``[count, lanes]``."""
 
     def write(self, address: Addresses, lanes: Lanes, values: Array) -> None:
-        """Store values of shape ``[count, lanes]``."""
+        """Stores values of shape ``[count, lanes]``."""
 
 
 def _check_alignment(address: Addresses, lanes: Lanes, width: int) -> None:

@@ -126,7 +126,7 @@ def atom(site: Site) -> Action:
 
 
 def red(site: Site) -> Action:
-    """``atom`` without a result."""
+    """An atomic operation whose old value nobody reads: ``atom`` without a result."""
     return _atomic(site, 0)
 
 

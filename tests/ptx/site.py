@@ -154,7 +154,7 @@ class Site:
         return operand.items if isinstance(operand, Vector) else (operand,)
 
     def pair(self, which: int) -> tuple[Operand, Operand | None]:
-        """``d|p`` as two operands."""
+        """An operand written ``d|p`` as two operands; without a bar the second is ``None``."""
         operand = self.operands[which]
         return (operand.first, operand.second) if isinstance(operand, Pair) else (operand, None)
 

@@ -39,7 +39,7 @@ class Immediate:
 
 @dataclass(frozen=True)
 class Address:
-    """``[base + offset]``."""
+    """An address in memory, written ``[base + offset]``."""
 
     base: Register | Symbol | Immediate
     offset: int
@@ -62,7 +62,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Negated:
-    """``!%p1``."""
+    """A predicate that counts the other way, written ``!%p1``."""
 
     register: Register
 
@@ -72,7 +72,7 @@ Operand: TypeAlias = Register | Symbol | Immediate | Address | Vector | Pair | N
 
 @dataclass(frozen=True)
 class Instruction:
-    """``@guard opcode.modifiers operands;``."""
+    """An instruction, written ``@guard opcode.modifiers operands;``."""
 
     place: Place
     guard: Register | Negated | None
@@ -110,7 +110,7 @@ class Function:
 
 @dataclass
 class Module:
-    """One PTX text."""
+    """The functions and the variables of one PTX text."""
 
     source: str
     functions: dict[str, Function]

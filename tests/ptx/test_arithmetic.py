@@ -171,7 +171,7 @@ def unpack_bfloat(bits: np.ndarray) -> np.ndarray:
 
 
 def bfloat(numbers: np.ndarray) -> np.ndarray:
-    """Cut to bfloat16."""
+    """Numbers truncated to bfloat16, as float32."""
     return unpack_bfloat(pack(numbers))
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from benchmarks.codegen import sass
 from benchmarks.codegen import triton_kernels as codegen_triton
-from benchmarks.codegen.rows import Case, Row, problems
+from benchmarks.codegen.rows import KernelCase, Row, problems
 
 ROWS = [
     ("statistics", "A100", "bf16", 64),
@@ -45,7 +45,7 @@ ROWS = [
 
 @pytest.mark.parametrize(("kernel", "device", "dtype", "D"), ROWS)
 def test_nothing_is_wrong_with_a_shipped_configuration(kernel: str, device: str, dtype: str, D: int) -> None:
-    case = Case("triton", kernel, device, dtype, D)
+    case = KernelCase("triton", kernel, device, dtype, D)
     assert case in set(codegen_triton.cases())
     (row,) = codegen_triton.build([case])
     assert problems(row) == []

@@ -63,7 +63,7 @@ def jit_functions() -> dict[str, JITFunction]:
 def sm_80(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors count as those of an sm_80 GPU."""
     table = importlib.import_module("cacr_kernels.backends.triton.table")
-    backends = importlib.import_module("cacr_kernels.backends")
+    backends = importlib.import_module("cacr_kernels.backends.table")
     usable = [b._replace(why_not=lambda device: None) if b.name == "triton" else b for b in backends.TABLE]
     monkeypatch.setattr(backends, "TABLE", tuple(usable))
     for name in ("problem", "launch", "frozen", "cacr"):
@@ -151,7 +151,7 @@ def test_a_running_maximum_that_stays_moves_nothing(frozen: bool, monkeypatch: p
     arguments = q, k, None, None, tau, [0], [0], [0], False, False
     with triton_ptx.running():
         if frozen:
-            value, lse, *_ = torch.ops.cacr_kernels.contrast_frozen_triton(*arguments, False, True, True)
+            value, lse, *_ = torch.ops.cacr_kernels.detached_keys_triton(*arguments, False, True, True)
         else:
             value, lse, _ = torch.ops.cacr_kernels.contrast_triton(*arguments)
     c = torch.cdist(q.double(), k.double(), compute_mode="donot_use_mm_for_euclid_dist").square()

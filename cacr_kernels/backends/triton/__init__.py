@@ -1,6 +1,6 @@
 """Backend "triton": importing this package registers its operators, and imports Triton when one of them first runs.
 
-ops.py        registration
+ops.py        registration and the entry of the table
 launch.py     the general path, frozen.py and cacr.py the other two operators: launches of kernels
 problem.py    a problem as the kernels take it
 table.py      launch configurations by processor and size
@@ -8,6 +8,6 @@ tuning.py     faster ones, if asked for
 kernels/      what runs on the device
 """
 
-from . import ops
+from .ops import BACKEND
 
-__all__ = ["ops"]
+__all__ = ["BACKEND"]

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...operators.ops import PAIRINGS
 from ...reference import view_pairs
+from ...types import PAIRINGS
 from . import tuning
 from .kernels.aligned import aligned_gradient_kernel, aligned_kernel
 from .kernels.loss import incoming_kernel, log_total_kernel, loss_kernel, numbers_kernel

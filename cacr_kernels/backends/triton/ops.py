@@ -1,58 +1,70 @@
-"""Registers the kernels for the operators of ``cacr_kernels/operators/ops.py``, which has schemas, fakes and gradients.
+"""Registers the kernels for the operators of the package, and says what the table of backends has to know of them.
 
-This is what ``torch.library.triton_op`` consists of, without its wrapper, which adds 40 us to a call: an implementation
-that launches, and a decomposition under ``FunctionalTensorMode``, by which ``torch.compile`` sees the kernels
-themselves (``torch.library.wrap_triton``) instead of an opaque operator. Exported programs keep the operator.
+``torch.compile`` sees the kernels themselves (``torch.library.wrap_triton``) instead of an opaque operator.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from ...operators.ops import NAMESPACE
+from ...operators.registry import implement_traceable
+from ..entry import Backend, any_device
 from . import problem, table
 
-WHERE = {
-    "contrast_triton": ("launch", "contrast"),
-    "contrast_backward_triton": ("launch", "contrast_backward"),
-    "contrast_frozen_triton": ("frozen", "contrast_frozen"),
-    "cacr_triton": ("cacr", "cacr"),
+_LAUNCHERS = {  # by operator: the module, which imports Triton, and the function that launches
+    "cacr": ("cacr", "cacr"),
+    "contrast": ("launch", "contrast"),
+    "contrast_backward": ("launch", "contrast_backward"),
+    "detached_keys": ("frozen", "contrast_frozen"),
 }
 
 
-def implementation(name: str) -> Callable[..., Any]:
-    """The function that launches, which imports Triton."""
-    module, function = WHERE[name]
-    found: Callable[..., Any] = getattr(importlib.import_module(f"{__package__}.{module}"), function)
-    return found
+def why_not(device: torch.device | None) -> str | None:
+    """Why the Triton kernels cannot run on that device, if they cannot."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton; it comes with torch for CUDA)"
+    if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"):  # as Triton does
+        return any_device(device)
+    if device is not None and device.type != "cuda":
+        how = "; CPU tensors need its interpreter: TRITON_INTERPRET=1 in the environment of Python"
+        return f"Triton compiles for GPUs, not for {device.type} tensors{how if device.type == 'cpu' else ''}"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU here"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the Triton kernels need a GPU of compute capability 8.0 (Ampere) or newer"
+    return None
 
 
-def _register(name: str) -> None:
-    qualified = f"{NAMESPACE}::{name}"
+def _implement(name: str) -> None:
     loaded: list[Callable[..., Any]] = []
 
-    def launch(*args: Any) -> Any:
+    def launch(*arguments: Any) -> Any:
         if not loaded:
-            loaded.append(implementation(name))
-        return loaded[0](*args)
+            module, function = _LAUNCHERS[name]
+            loaded.append(getattr(importlib.import_module(f"{__package__}.{module}"), function))
+        return loaded[0](*arguments)
 
-    def decompose(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        from torch.export._trace import custom_triton_ops_decomposition_disabled
+    def kernels(*arguments: Any) -> Any:
+        if table.processor_of(arguments[0].device).family == "interpreter":
+            return NotImplemented
+        with problem.tracing():
+            return launch(*arguments)
 
-        interpreted = table.processor_of(args[0].device).family == "interpreter"
-        if interpreted or custom_triton_ops_decomposition_disabled():
-            return mode.__torch_dispatch__(op, types, args, kwargs)
-        with mode, problem.tracing():
-            return implementation(name)(*args, **kwargs)
-
-    torch.library.impl(qualified, ("CPU", "CUDA"), launch)
-    torch.library.register_torch_dispatch(qualified, FunctionalTensorMode, decompose)
+    implement_traceable(f"{name}_triton", launch, kernels)
 
 
-for _name in WHERE:
-    _register(_name)
+BACKEND = Backend(
+    "triton",
+    "Triton kernels for GPUs",
+    why_not,
+    operators=("cacr", "contrast", "detached_keys"),
+    implement=_implement,
+    half_types=True,
+    tests_only_on=("cpu",),  # in its interpreter
+)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...types import SAME, SAME_NOT_SELF
 from ..precision import fp32_products
-from ..torch import SAME, SAME_NOT_SELF
 from .table import Precision, Processor, Tile, processor_of, tile_of
 
 AGAIN = 4  # kind of a second softmax over the set of the first; kernels/tile.py

@@ -13,7 +13,7 @@ import tests.triton.interpreted.test_triton_operators as operators
 from cacr_kernels import testing
 from cacr_kernels.backends.triton import problem, table, tuning
 from tests.agreement import LOSSES, assert_agree, cast, run, small_inputs
-from tests.operators import test_frozen, test_ops
+from tests.operators import test_detached_keys, test_ops
 from tests.operators.test_ops import Problem, cyclic
 
 WIDE = Problem(
@@ -69,7 +69,7 @@ def test_every_candidate(shape: Problem, dtype: torch.dtype, number: Any) -> Non
 def test_every_candidate_with_frozen_keys(dtype: torch.dtype, number: Any) -> None:
     for i, name in itertools.product(range(4), ("views", "other")):
         used = number(i)
-        operators.test_frozen_keys(test_frozen.PROBLEMS[name], dtype)
+        operators.test_frozen_keys(test_detached_keys.PROBLEMS[name], dtype)
     assert len({tile.block_n for _, tile in used}) > 1
 
 
@@ -124,6 +124,6 @@ def test_sweeps_leave_their_arguments_alone(moments: bool, monkeypatch: pytest.M
     monkeypatch.setattr(tuning, "ON", True)
     monkeypatch.setattr(tuning, "_fastest", twice)
     operators.check(NARROW, torch.float32)
-    q, k, *rest = test_frozen.PROBLEMS["other"].arguments(torch.float32)
+    q, k, *rest = test_detached_keys.PROBLEMS["other"].arguments(torch.float32)
     operators.FROZEN(q, k, *rest, True, moments)
     assert seen == {"statistics_sweep", "query_sweep", "key_sweep", "frozen_sweep"}

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from cacr_kernels.operators import ops
-from cacr_kernels.operators.frozen import frozen_fake
-from tests.operators import test_frozen, test_ops
+from cacr_kernels.operators import cacr, contrast, detached_keys
+from cacr_kernels.operators.registry import operator
+from tests.operators import test_detached_keys, test_ops
 from tests.operators.test_ops import PROBLEMS, Problem, assert_close, assert_like, cyclic, gradients, plain, randn
 
-FORWARD, BACKWARD = ops.operator("contrast_triton"), ops.operator("contrast_backward_triton")
-FROZEN = ops.operator("contrast_frozen_triton")
+FORWARD, BACKWARD = operator("contrast_triton"), operator("contrast_backward_triton")
+FROZEN = operator("detached_keys_triton")
 LARGE = ("panels and tiles", "long period", "no member in the first tiles", "negatives in the last tile only",
          "short period")  # fmt: skip
 SMALL = {name: problem for name, problem in PROBLEMS.items() if name not in LARGE}
@@ -166,14 +166,14 @@ def test_fakes(dtype: torch.dtype) -> None:
     arguments = PROBLEMS["views, two softmaxes"].arguments(dtype)
     fake = test_ops.as_fake(arguments)
     real = FORWARD(*arguments)
-    assert_like(ops.contrast_fake(*fake), real)
+    assert_like(contrast.fake(*fake), real)
     value, lse, weights = real
     full = (*arguments, value, weights, value, lse, True, True, True)
-    assert_like(ops.contrast_backward_fake(*test_ops.as_fake(full)), BACKWARD(*full))
-    frozen = (*test_frozen.PROBLEMS["views"].arguments(dtype), True, True)
-    assert_like(frozen_fake(*test_ops.as_fake(frozen)), FROZEN(*frozen))
+    assert_like(contrast.backward_fake(*test_ops.as_fake(full)), BACKWARD(*full))
+    frozen = (*test_detached_keys.PROBLEMS["views"].arguments(dtype), True, True)
+    assert_like(detached_keys.fake(*test_ops.as_fake(frozen)), FROZEN(*frozen))
     views = (randn(3, 5, 4, dtype=dtype), None, 0.7, 1.3, 0.9, 1.1, 0, False, 2.0, True, False)
-    assert_like(ops.cacr_fake(*test_ops.as_fake(views)), ops.operator("cacr_triton")(*views))
+    assert_like(cacr.fake(*test_ops.as_fake(views)), operator("cacr_triton")(*views))
 
 
 # ---- frozen keys -----------------------------------------------------------------------------------------------------
@@ -182,8 +182,8 @@ def wide(x: Any) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["float64", "float16"])
-@pytest.mark.parametrize("problem", test_frozen.PROBLEMS.values(), ids=list(test_frozen.PROBLEMS))
-def test_frozen_keys(problem: test_frozen.Problem, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("problem", test_detached_keys.PROBLEMS.values(), ids=list(test_detached_keys.PROBLEMS))
+def test_frozen_keys(problem: test_detached_keys.Problem, dtype: torch.dtype) -> None:
     arguments = problem.arguments(dtype)
     value, lse, means, variance = FROZEN(*arguments, True, True)
     true = expected_frozen(problem, dtype)
@@ -195,7 +195,7 @@ def test_frozen_keys(problem: test_frozen.Problem, dtype: torch.dtype) -> None:
         assert_close([problem.tau * means[1], variance], [problem.tau * true[3], true[4]], exact, factor**2 * 100)
 
 
-def expected_frozen(problem: test_frozen.Problem, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def expected_frozen(problem: test_detached_keys.Problem, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Value, lse, mean, spread and variance by the definition."""
     q, k, q_id, k_id, tau, _, q_index, k_index, inner, *_ = map(wide, problem.arguments(dtype))
     q, k = q[q_index], k[k_index]
@@ -217,14 +217,14 @@ def test_opcheck() -> None:
     incoming = [randn(*value.shape, seed=i).requires_grad_() for i in (5, 6)]
     quick = {"test_utils": ("test_schema", "test_autograd_registration", "test_faketensor")}
     torch.library.opcheck(BACKWARD, (*arguments, value, weights, *incoming, True, True, True), **quick)
-    frozen = list(test_frozen.PROBLEMS["other"].arguments(torch.float64))
+    frozen = list(test_detached_keys.PROBLEMS["other"].arguments(torch.float64))
     for i in (0, 4):
         frozen[i] = frozen[i].requires_grad_()
     torch.library.opcheck(FROZEN, (*frozen, True, True), **quick)
     views = test_ops.cacr_arguments(test_ops.CACR_ARGUMENTS[0], torch.float64, requires_grad=True)
-    torch.library.opcheck(ops.operator("cacr_triton"), views, **quick)
+    torch.library.opcheck(operator("cacr_triton"), views, **quick)
     nothing = test_ops.with_numbers(test_ops.cacr_arguments((0, False, False, False), torch.float64, False))
-    torch.library.opcheck(ops.operator("cacr_triton"), nothing, **quick)  # no two outputs are one tensor
+    torch.library.opcheck(operator("cacr_triton"), nothing, **quick)  # no two outputs are one tensor
     torch.library.opcheck(BACKWARD, (*arguments, value, weights, *incoming, False, False, False), **quick)
 
 

@@ -1,0 +1,89 @@
+"""``python -m benchmarks.gpu_check``: runs the steps, whatever the others found, and writes one folder to attach.
+
+report.md, report.json   what was found, also if this is killed on the way
+results.jsonl            every task as it ended
+log.txt                  what the processes printed
+
+Exit status: 0 all right, 1 something failed, 2 no backend can use a GPU here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+from pathlib import Path
+
+from . import report, supervise
+from .lines import Lines, read, tally
+from .steps import MINUTES, ONLY, STEPS, Step, workers
+from .supervise import RUNNING, SKIPPED, Outcome
+
+FILES = ("report.md", "report.json", "results.jsonl", "log.txt")
+NEEDED = ("smoke", "times", "verify", "device_tests")  # steps that say themselves that there is no GPU
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="make gpu-check", description="Checks and times the backends of the GPU here."
+    )
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("gpu-check"), help="folder of the report, emptied first (%(default)s)")
+    add("--only", choices=ONLY, help="this step, and what it needs")
+    add("--minutes", type=float, default=MINUTES, help="time limits of all steps together (%(default)s)")
+    add("-n", "--processes", type=int, default=workers(), help="processes side by side (as many as there are cores)")
+    options = parser.parse_args(arguments)
+    if not (0 < options.minutes < 1e4 and options.processes > 0):
+        parser.error("--minutes and --processes must be positive")
+    return options
+
+
+def main(arguments: list[str] | None = None, steps: tuple[Step, ...] = STEPS) -> int:
+    """Runs the steps; returns the exit status."""
+    options = parse(arguments)
+    folder: Path = options.out.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    chosen = tuple(step for step in steps if options.only is None or options.only in step.only)
+    scale = options.minutes / MINUTES
+    outcomes: dict[str, Outcome] = {}
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for step in chosen:
+
+        def tell(outcome: Outcome, name: str = step.name) -> None:
+            outcomes[name] = outcome
+            report.write(folder, chosen, outcomes)
+
+        tell(Outcome(RUNNING, 0.0, step.seconds * scale))
+        print(f"{step.name}: up to {step.seconds * scale:.0f} s", flush=True)
+        lines = Lines(folder / "results.jsonl", step.name)
+        commands = step.commands(lines.path, scale, options.processes)
+        tell(supervise.run(step, commands, lines, folder / "log.txt", step.seconds * scale, tell))
+        print(f"{step.name}: {summary(outcomes[step.name], lines)}", flush=True)
+    print(f"report: {folder / 'report.md'}; please attach the folder to an issue, whatever it says")
+    return status(chosen, outcomes, folder / "results.jsonl")
+
+
+def summary(outcome: Outcome, lines: Lines) -> str:
+    """One line on a step."""
+    found = tally(lines.read())
+    counts = zip(("good", "failed", "dropped", "not ended"), found, strict=True)
+    said = [f"{len(tasks)} {word}" for word, tasks in counts if tasks]
+    return ", ".join([f"{outcome.status} in {outcome.seconds:.1f} s", *said, *filter(None, [outcome.reason])])
+
+
+def status(steps: tuple[Step, ...], outcomes: dict[str, Outcome], results: Path) -> int:
+    """The exit status: what failed counts before what could not run."""
+    found = read(results)
+    for step in steps:
+        if report.failed(outcomes[step.name], tally([line for line in found if line["step"] == step.name])):
+            return 1
+    needed = [outcomes[step.name] for step in steps if step.name in NEEDED]
+    return 2 if needed and all(outcome.status == SKIPPED for outcome in needed) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Builds the compiled libraries for the GPU of this machine, where that is not done yet."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from cacr_kernels.backends.library import cuda_library
+from cacr_kernels.backends.table import TABLE
+
+from . import child
+from .child import Context, Task
+from .lines import NOTE
+
+ROOT = Path(__file__).resolve().parents[2]
+NO_NVCC = "no nvcc here (NVCC, CUDA_HOME or PATH): the CUDA library is not built"
+
+
+def nvcc_is_there() -> bool:
+    """As ``setup.py`` looks for it."""
+    import shutil
+
+    homes = [Path(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    given = [Path(os.environ["NVCC"])] if "NVCC" in os.environ else []
+    return shutil.which("nvcc") is not None or any(path.exists() for path in (*given, *homes))
+
+
+def newest(folder: Path) -> float:
+    """When something in the folder was last changed."""
+    return max(path.stat().st_mtime for path in folder.rglob("*") if path.is_file())
+
+
+def why(library: Path, sources: Path) -> str | None:
+    """Why the library has to be built, or ``None``."""
+    if not library.exists():
+        return f"{library.name} is missing"
+    if library.stat().st_mtime < newest(sources):
+        return f"{library.name} is older than csrc"
+    return next((backend.why_not(None) for backend in TABLE if backend.name == "cuda"), None)
+
+
+def why_not(sources: Path) -> str | None:
+    """Why nothing can be built."""
+    if not (ROOT / "setup.py").exists() or not sources.exists():
+        return "this is no source tree"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU here, so there is nothing to build for"
+    if torch.version.cuda is None:
+        return "torch is no CUDA build: the CUDA library cannot be built for it"
+    return None if nvcc_is_there() else NO_NVCC
+
+
+def build() -> dict[str, str]:
+    major, minor = torch.cuda.get_device_capability()
+    environment = {"CACR_CUDA_ARCHS": f"{major}{minor}"} | os.environ
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    print(done.stdout, flush=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stdout[-3000:]}")
+    return {"architecture": environment["CACR_CUDA_ARCHS"]}
+
+
+def run(context: Context) -> None:
+    sources = ROOT / "csrc"
+    if (reason := why_not(sources)) is not None:
+        return context.skip(reason)
+    if (reason := why(cuda_library().path, sources)) is None:
+        return context.skip("the CUDA library is newer than its sources, and the GPU takes it")
+    context.lines.write(NOTE, text=f"built because {reason}")
+    child.run(context, [Task("build", build)], 1000)
+    after = "import cacr_kernels.backends.table as t; print([b.why_not(None) for b in t.TABLE if b.name == 'cuda'][0])"
+    said = subprocess.run([sys.executable, "-c", after], cwd=ROOT, capture_output=True, text=True)
+    context.lines.write(NOTE, text=f"afterwards, why the backend cuda cannot run: {said.stdout or said.stderr[-500:]}")
+    return None

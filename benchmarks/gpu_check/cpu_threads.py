@@ -1,0 +1,52 @@
+"""One loss and its gradients on 1, 2, 4, 8, 16 threads of the CPU, as far as there are cores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from cacr_kernels.backends.table import TABLE
+
+from . import child
+from .child import Context, Task
+from .steps import cores
+from .times import flop, library_step, quantile, seconds_of, views
+
+THREADS = (1, 2, 4, 8, 16)
+B = 2048
+SECONDS = 15
+
+
+def measure(count: int) -> dict[str, Any]:
+    """The fastest backend of the CPU with so many threads."""
+    backend = "cpu" if next(b.why_not(torch.device("cpu")) for b in TABLE if b.name == "cpu") is None else "torch"
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        found = seconds_of(library_step(views(B, "float32", "cpu"), backend), "cpu", budget=2.0)
+    finally:
+        torch.set_num_threads(before)
+    middle = quantile(found, 0.5)
+    return {
+        "backend": backend,
+        "threads": count,
+        "B": B,
+        "p50 ms": 1e3 * middle,
+        "GFLOP/s": flop(B, 128) / middle / 1e9,
+    }
+
+
+def tasks() -> Iterator[Task]:
+    for count in THREADS:
+        if count <= cores():
+            yield Task(f"threads {count}", partial(measure, count))
+
+
+def run(context: Context) -> None:
+    if cores() <= 2:
+        return context.skip(f"{cores()} cores are too few to say how a loss scales")
+    child.run(context, tasks(), SECONDS)
+    return None

@@ -1,0 +1,47 @@
+"""Which backends can use a GPU here; asked in the process of a step, since the answer makes a CUDA context."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from cacr_kernels.backends.table import TABLE
+
+GPU_BACKENDS = ("triton", "cuda")
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def reasons() -> dict[str, str | None]:
+    """Why each of the two backends cannot run."""
+    return {backend.name: backend.why_not(None) for backend in TABLE if backend.name in GPU_BACKENDS}
+
+
+def usable() -> list[str]:
+    """The backends that can run."""
+    return [name for name, reason in reasons().items() if reason is None]
+
+
+def device_of(backend: str) -> str:
+    """Where the tensors of a backend lie."""
+    return "cpu" if backend not in GPU_BACKENDS or (backend == "triton" and interpreted()) else "cuda"
+
+
+def why_none(interpreter: bool = False) -> str | None:
+    """Why a step that needs a GPU cannot run; ``interpreter``: it can do with that."""
+    found = reasons()
+    if all(reason is not None for reason in found.values()):
+        return "; ".join(f"{name}: {reason}" for name, reason in found.items())
+    if interpreted() and not interpreter:
+        return "Triton's kernels are interpreted (TRITON_INTERPRET): only the smoke step runs so"
+    return None
+
+
+def wait() -> None:
+    """Until the GPU has done all it was given; what went wrong there is raised here."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

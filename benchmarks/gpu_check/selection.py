@@ -1,0 +1,64 @@
+"""Plugin of pytest: takes the share of a process of the tests that concern a GPU, and writes how each ended."""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from .child import LOST, Context, is_sticky, leave
+from .devices import GPU_BACKENDS
+from .lines import RESULT, START
+
+
+def concerns_gpu(item: pytest.Item) -> bool:
+    """Not what is tested of another backend alone."""
+    callspec = getattr(item, "callspec", None)
+    backend = callspec.params.get("backend") if callspec else None
+    return not isinstance(backend, str) or backend in GPU_BACKENDS
+
+
+class Selection:
+    """A test that an earlier process of the share has begun is left out: it crashed or hung there."""
+
+    def __init__(self, context: Context, seconds: float) -> None:
+        self.context, self.seconds = context, seconds
+        self.verdict: dict[str, Any] = {}
+        self.errors = open(sys.stderr.fileno(), "w", closefd=False)  # noqa: SIM115 pytest replaces the file, not this
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        done = self.context.lines.started()
+        chosen = [item for item in items if concerns_gpu(item)]
+        share = [item for item in chosen[self.context.share :: self.context.shares] if item.nodeid not in done]
+        kept = {id(item) for item in share}
+        config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+        items[:] = share
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.context.lines.write(RESULT, task=f"collect {report.nodeid}", ok=False, problem=report.longreprtext)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        self.context.lines.write(START, task=item.nodeid, share=self.context.share)
+        self.verdict = {"ok": True, "seconds": 0.0}
+        faulthandler.dump_traceback_later(self.seconds * self.context.scale, exit=True, file=self.errors)
+        try:
+            found = yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        self.context.lines.write(RESULT, task=item.nodeid, **self.verdict)
+        if self.verdict["ok"] is False and is_sticky(self.verdict["problem"]):
+            leave(LOST)
+        return found
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.verdict["seconds"] = round(self.verdict["seconds"] + report.duration, 3)
+        if report.failed and self.verdict["ok"] is not False:
+            self.verdict |= {"ok": False, "problem": report.longreprtext}
+        elif report.skipped and self.verdict["ok"]:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            self.verdict |= {"ok": None, "problem": reason}

@@ -1,0 +1,57 @@
+"""The steps in their order. Their limits are for a machine with 16 cores, and sum to nine minutes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+MINUTES = 9.0
+MOST_PROCESSES = 16  # each holds a CUDA context of about 0.5 GiB
+
+
+class Step(NamedTuple):
+    """What ``run`` of ``module`` does (by default the module here of the same name), in a process of its own.
+
+    ``only``: the choices of ``--only`` that the step belongs to. ``processes``: in as many as there are cores, each
+    with a share of the tasks. ``resumes``: after a crash another process goes on with the next task.
+    """
+
+    name: str
+    seconds: float
+    title: str
+    only: tuple[str, ...] = ()
+    processes: bool = False
+    resumes: bool = True
+    module: str = ""
+
+    def commands(self, lines: Path, scale: float, workers: int) -> list[list[str]]:
+        """The command of each process."""
+        count = workers if self.processes else 1
+        module = self.module or f"{__package__}.{self.name}"
+        start = [sys.executable, "-m", f"{__package__}.child", self.name, f"--module={module}", f"--lines={lines}"]
+        return [[*start, f"--scale={scale:.4g}", f"--share={share}", f"--shares={count}"] for share in range(count)]
+
+
+ONLY = ("smoke", "times", "verify", "tests")
+STEPS = (
+    Step("environment", 20, "What this machine is", ONLY, resumes=False),
+    Step("build", 150, "The compiled libraries, for the GPU of this machine", ONLY, resumes=False),
+    Step("warm", 40, "Kernels compiled beforehand", ("smoke", "times"), processes=True),
+    Step("smoke", 60, "Every loss and dtype against float64 on the host", ("smoke",)),
+    Step("times", 100, "Times", ("times",)),
+    Step("verify", 70, "Every case of `python -m cacr_kernels.verify`", ("verify",), processes=True),
+    Step("device_tests", 70, "Tests on the backends of the GPU", ("tests",), processes=True),
+    Step("cpu_threads", 30, "CPU threads", ("times",)),
+)
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def workers() -> int:
+    """Processes side by side."""
+    return max(1, min(cores(), MOST_PROCESSES))

@@ -1,0 +1,49 @@
+"""The checks of ``python -m cacr_kernels.verify`` on the GPU, spread over as many processes as there are cores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from cacr_kernels import testing
+from cacr_kernels.verify import DTYPES, Numeric, check_group, group_of, numeric_checks
+
+from . import child, devices
+from .child import Context, Task
+
+SECONDS = 30
+
+
+def check(backend: str, dtype: str, case: testing.Case) -> dict[str, Any]:
+    row = check_group(backend, dtype, group_of(case), [case], devices.device_of(backend), lambda: None)
+    if not row.failures:
+        return {"checks": row.checks}
+    problem = f"{row.failures} of {row.checks}; {row.quantity}: error {row.error:.2e} > {row.tolerance:.2e}"
+    return {"ok": False, "checks": row.checks, "problem": problem}
+
+
+def check_numeric(backend: str, numeric: Numeric) -> dict[str, Any]:
+    good = numeric.run(backend, devices.device_of(backend))
+    return {"ok": good} | ({} if good else {"problem": "numerical and analytical gradients differ"})
+
+
+def tasks(backends: list[str]) -> Iterator[Task]:
+    """The quick cases first, then the gradients, then the rest."""
+    quick = set(testing.cases(quick=True))
+    cases = sorted(testing.cases(), key=lambda case: case not in quick)
+    for number, case in enumerate(cases):
+        if number == len(quick):
+            for numeric in numeric_checks():
+                for backend in backends:
+                    yield Task(f"{backend} gradcheck {numeric.label}", partial(check_numeric, backend, numeric))
+        for dtype in DTYPES:
+            for backend in backends:
+                yield Task(f"{backend} {dtype} {case.name}", partial(check, backend, dtype, case))
+
+
+def run(context: Context) -> None:
+    if (reason := devices.why_none()) is not None:
+        return context.skip(reason)
+    child.run(context, tasks(devices.usable()), SECONDS)
+    return None

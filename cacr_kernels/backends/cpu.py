@@ -1,0 +1,20 @@
+"""Backend "cpu": the compiled kernels of ``csrc/cpu``, which register themselves when their library is loaded."""
+
+from __future__ import annotations
+
+import torch
+
+from . import library
+from .entry import Backend
+
+_ERROR = library.cpu_library().error or library.isa_error()
+
+
+def why_not(device: torch.device | None) -> str | None:
+    """Why the CPU kernels cannot run on that device, if they cannot."""
+    if device is not None and device.type != "cpu":
+        return f"the CPU kernels work on CPU tensors, not on {device.type}"
+    return _ERROR
+
+
+BACKEND = Backend("cpu", "SIMD kernels in C++ for the CPU", why_not, operators=("cacr", "contrast", "detached_keys"))

@@ -1,0 +1,72 @@
+"""What a backend says of itself, in one value; its operators are declared from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..operators import cacr, contrast, detached_keys
+from ..types import Pairing
+
+_DECLARE = {"cacr": cacr.register, "contrast": contrast.register, "detached_keys": detached_keys.register}
+_CONSISTS_OF = {"contrast": ("contrast", "contrast_backward")}
+
+
+class Size(NamedTuple):
+    """How large a loss is, for the choice that ``"auto"`` makes."""
+
+    similarities: float  # P N M; infinite where the keys get no gradient
+    features: int
+    dtype: torch.dtype  # in which the backends that take half types read the features
+
+
+class Backend(NamedTuple):
+    """One way to compute the losses: all that is known of it, but for the code.
+
+    Attributes:
+        name: as users write it.
+        summary: one line about it.
+        why_not: ``why_not(device)`` is ``None`` if it can run on tensors of that device (``None``: on some device of
+            this machine), else a sentence.
+        operators: which of ``cacr``, ``contrast`` and ``detached_keys`` it has. With ``contrast`` it can compute all
+            losses; without any operator it computes them by the definition.
+        implement: called with the name of every operator (``contrast`` comes with ``contrast_backward``) after
+            ``<operator>_<backend>`` was declared, to register what computes it; ``None``: a compiled library does.
+        half_types: whether its operators take float16 and bfloat16 as they are.
+        fuses: which views ``(shape [V, B, D], pairing)`` the operator ``cacr`` takes.
+        suits: which sizes ``"auto"`` takes it for, if another backend with kernels can run there, too.
+        tests_only_on: types of devices on which it runs for tests, so that ``"auto"`` passes it by.
+        last_resort: whether ``"auto"`` warns when it is left with this one.
+        n_by_m_arrays: whether its memory grows with queries times keys.
+    """
+
+    name: str
+    summary: str
+    why_not: Callable[[torch.device | None], str | None]
+    operators: tuple[str, ...] = ()
+    implement: Callable[[str], None] | None = None
+    half_types: bool = False
+    fuses: Callable[[tuple[int, ...], Pairing], bool] = lambda shape, pairing: True
+    suits: Callable[[Size], bool] = lambda size: True
+    tests_only_on: tuple[str, ...] = ()
+    last_resort: bool = False
+    n_by_m_arrays: bool = False
+
+
+def registered(backend: Backend) -> Backend:
+    """The backend, after its operators were declared and implemented."""
+    for family in backend.operators:
+        _DECLARE[family](backend.name)
+        for name in _CONSISTS_OF.get(family, (family,)):
+            if backend.implement is not None:
+                backend.implement(name)
+    return backend
+
+
+def any_device(device: torch.device | None) -> str | None:
+    """``why_not`` of a backend in plain PyTorch."""
+    if device is not None and device.type == "meta":
+        return "tensors of the device meta hold no data; shapes alone can be computed with FakeTensorMode"
+    return None

@@ -1,0 +1,98 @@
+"""Every private name of torch that this package uses.
+
+Where a name is missing in some version of torch, what stands in for it is right and only slower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.autograd import Function
+
+__all__ = [
+    "FunctionalTensorMode",  # the mode in which torch.compile asks an operator what it consists of
+    "backward_keeps_graph",
+    "below_autograd",
+    "inside_vmap",
+    "is_batched",
+    "needs_functorch",
+    "operators_stay_whole",
+    "plain_apply",
+    "positional",
+    "transforms_are_active",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# An operator that a Function calls has no graph to record; to say so saves 36 us a call.
+below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
+
+# Whether the backward that is running keeps its graph, so that it may run a second time.
+backward_keeps_graph: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
+
+# Whether a transform of torch.func (grad, vjp, vmap) is running.
+transforms_are_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+# Whether a tensor belongs to a transform of torch.func, which may have ended.
+_is_wrapped: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda x: True)
+
+# Whether a tensor is a batch of the vmap behind autograd.grad(is_grads_batched=True), which no transform shows.
+is_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda x: True)
+
+# The transforms of torch.func that are running, or None. Without it the Functions themselves refuse vmap.
+_interpreters: Callable[[], Any] = getattr(torch._C._functorch, "get_interpreter_stack", lambda: None)
+
+
+def inside_vmap() -> bool:
+    """Whether ``torch.func.vmap`` is running."""
+    return any(str(level.key()).endswith("Vmap") for level in _interpreters() or ())
+
+
+def needs_functorch(x: Tensor, y: Tensor | None) -> bool:
+    """Whether ``Function.apply`` has to look for transforms of torch.func, for a call with these tensors."""
+    return transforms_are_active() or _is_wrapped(x) or (y is not None and _is_wrapped(y))
+
+
+def plain_apply(function: type[Function]) -> Any:
+    """``function.apply`` without its search for transforms of torch.func, which takes 15 us a call."""
+    return super(Function, function).apply  # type: ignore[misc]
+
+
+def operators_stay_whole() -> bool:
+    """Whether ``torch.export`` wants the Triton operators as they are, and not the kernels they consist of."""
+    from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+    return bool(custom_triton_ops_decomposition_disabled())
+
+
+class _Bound(NamedTuple):
+    """Positional arguments in the form of ``inspect.BoundArguments``."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def apply_defaults(self) -> None:
+        """A forward has no defaults."""
+
+
+class _Positional(inspect.Signature):
+    """The signature of a function without defaults, whose ``bind`` takes positional arguments as they are."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        """Positional arguments are trusted, all others are bound as usual."""
+        return super().bind(*args, **kwargs) if kwargs else _Bound(args, {})
+
+
+def positional(forward: F) -> F:
+    """``forward`` of a Function with a signature that costs nothing: ``apply`` binds it in every call, 0.1 ms."""
+    signature = _Positional(list(inspect.signature(forward).parameters.values()))
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    return forward

@@ -1,0 +1,148 @@
+"""What the operators ``torch.ops.cacr_kernels.*`` share: their namespace, how they are declared, and where they run.
+
+    cacr_<backend>               cacr_loss of all views with its gradients, in one go (the fused path)
+    contrast_<backend>           row statistics of one or two softmaxes (the general path)
+    contrast_backward_<backend>  their gradients
+    detached_keys_<backend>      row statistics and what the gradients of queries are made of, in one sweep
+    detached_keys_backward       these gradients
+
+Each file beside this one declares one operator: schema, fake, autograd formula and second derivative, for all backends.
+The package works without the compiled libraries. Derivatives of derivatives are taken from the reference itself: a
+gradient penalty gets them in eager mode and under ``torch.compile`` alike.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import _torch_private
+
+NAMESPACE = "cacr_kernels"
+F = TypeVar("F", bound=Callable[..., Any])
+
+vjp: Any = torch.func.vjp  # its annotations leave out how many values it returns
+
+
+# ---- operators -------------------------------------------------------------------------------------------------------
+def operator(name: str) -> Any:
+    """``torch.ops.cacr_kernels.<name>``."""
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def declare(name: str, schema: str, fake: Callable[..., Any]) -> None:
+    """A new operator and the shapes of its results."""
+    torch.library.define(f"{NAMESPACE}::{name}", schema)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
+
+
+def differentiate(name: str, formula: Callable[..., Any], setup: Callable[..., None] | None = None) -> None:
+    """``formula(ctx, *grads)`` is the backward of an operator, ``setup(ctx, inputs, output)`` keeps what it needs."""
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", formula, setup_context=setup)
+
+
+def implement(name: str, kernel: Callable[..., Any], keys: str | tuple[str, ...] = "CompositeExplicitAutograd") -> None:
+    """Lets an operator be computed by ``kernel``, on the device types or dispatch keys ``keys``; by default on all."""
+    torch.library.impl(f"{NAMESPACE}::{name}", keys, kernel)
+
+
+def implement_traceable(name: str, kernel: Callable[..., Any], consists_of: Callable[..., Any]) -> None:
+    """Lets an operator be computed by ``kernel`` on CPU and CUDA tensors; ``consists_of`` is what a compiler traces.
+
+    ``consists_of`` returns ``NotImplemented`` where the operator is to stay whole. This is ``torch.library.triton_op``
+    without its wrapper, which adds 40 us to a call. Exported programs keep the operator.
+    """
+
+    def decompose(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if not _torch_private.operators_stay_whole():
+            with mode:
+                result = consists_of(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return mode.__torch_dispatch__(op, types, args, kwargs)
+
+    implement(name, kernel, ("CPU", "CUDA"))
+    torch.library.register_torch_dispatch(f"{NAMESPACE}::{name}", _torch_private.FunctionalTensorMode, decompose)
+
+
+class Target(NamedTuple):
+    """Where operators run: a backend by name with the operators that it has, and in which half type it reads features.
+
+    ``half``: the type that the features, float32 here, came in, if the backend takes it as it is, else ``None``. The
+    operators get them back in that type, which is exact. The Functions see float32, so that the gradients of several
+    operators are added in float32, and a derivative of a derivative is taken in float32.
+    """
+
+    backend: str
+    operators: tuple[str, ...] = ()
+    half: torch.dtype | None = None
+
+    def operator(self, name: str) -> Any:
+        """The operator ``<name>_<backend>``."""
+        return operator(f"{name}_{self.backend}")
+
+    def features(self, *tensors: Tensor | None) -> Any:
+        """Tensors of features in the type in which the operators read them."""
+        return tensors if self.half is None else [x if x is None else x.to(self.half) for x in tensors]
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+class SingleProblem(Function):
+    """A Function that has no rule for batches and says so in words of the public losses (``jacrev`` gets here)."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        """Raises ``ValueError``."""
+        raise ValueError(no_vmap("this backend"))
+
+
+def opaque(function: F) -> F:
+    """``torch.compile`` takes calls of ``function`` whole and traces below them.
+
+    What it would make of the Functions themselves is wrong for derivatives of derivatives: a gradient of
+    ``torch.func.grad`` would be zero.
+    """
+    return cast("F", torch.compiler.allow_in_graph(function))
+
+
+def own_precision(second_order: F) -> F:
+    """A second derivative is taken from the reference in its own dtype, also where ``backward`` runs under autocast."""
+
+    @functools.wraps(second_order)
+    def wrapped(*args: Any) -> Any:
+        device = next(t for t in (*args, *getattr(args[0], "saved_tensors", ())) if isinstance(t, Tensor)).device
+        with torch.autocast(device.type, enabled=False):
+            return second_order(*args)
+
+    return cast("F", wrapped)
+
+
+def place(grads: tuple[Tensor | None, ...], at: tuple[int, ...], count: int) -> tuple[Tensor | None, ...]:
+    """``count`` gradients, of which those of the inputs ``at`` are given and the others are ``None``."""
+    result: list[Tensor | None] = [None] * count
+    for i, grad in zip(at, grads, strict=True):
+        result[i] = grad
+    return tuple(result)
+
+
+# ---- vmap ------------------------------------------------------------------------------------------------------------
+def no_vmap(what: str) -> str:
+    """Why ``what`` cannot be called inside ``torch.func.vmap``."""
+    return (
+        f"{what} cannot run inside torch.func.vmap: its operators take one problem at a time; "
+        "call the loss in a loop and stack the results, or use backend='reference'"
+    )
+
+
+def refuse_vmap(what: str) -> None:
+    """Raises ``ValueError`` inside ``torch.func.vmap``.
+
+    Neither the kernels nor blocks of data-dependent size have the rule for batches that it needs.
+    """
+    if not torch.compiler.is_compiling() and _torch_private.inside_vmap():
+        raise ValueError(no_vmap(what))

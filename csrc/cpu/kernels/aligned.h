@@ -1,0 +1,127 @@
+// Attraction: each instance's views against one another, by form differences.
+//
+// The formulas are those of cacr_kernels/reference.py (attraction_statistics). W instances go through together, one per
+// lane: costs [V][V][W], a softmax over u != v in the lanes, then the gradients row by row. O(V^2 B D) operations.
+#pragma once
+
+#include "pack.h"
+#include "tiles.h"
+
+namespace cacr::CACR_ISA {
+
+template <class T>
+struct Aligned {
+  static constexpr idx W = Lanes<T>::W;
+  const AlignedParams<T>& t;
+  T *cost, *gradient;  // [V][V][W]; dL/dc_vu
+
+  const T* row(idx v, idx b) const { return t.z + v * t.view_stride + b * t.row_stride; }
+  T* at(T* a, idx v, idx u) const { return a + (v * t.V + u) * W; }
+
+  static size_t scratch(idx V) { return 2 * size_t(V * V * W) * sizeof(T) + 128; }
+
+  explicit Aligned(const AlignedParams<T>& task) : t(task) {
+    char* p = static_cast<char*>(t.scratch);
+    cost = carve<T>(p, t.V * t.V * W);
+    gradient = carve<T>(p, t.V * t.V * W);
+  }
+
+  void run() {
+    for (idx b = t.b0; b < t.b1; b += W) {
+      const idx n = min_of(W, t.b1 - b);
+      for (idx v = 0; v < t.V; v++)
+        for (idx u = 0; u < v; u++) {
+          const Vec<T> c = distances(v, u, b, n);
+          store<T>(at(cost, v, u), c), store<T>(at(cost, u, v), c);
+        }
+      for (idx v = 0; v < t.V; v++) weigh(v, b, n);
+      if (!t.dz) continue;
+      combine();
+      for (idx l = 0; l < n; l++)
+        for (idx v = 0; v < t.V; v++) add_gradient(v, b + l, l);
+    }
+  }
+
+  // softmax_{u != v}(tau c_vu) and dL/dc_vu = scale w (1 + tau (c - F))
+  void weigh(idx v, idx b, idx n) {
+    using V = Vec<T>;
+    const T slope = T(t.tau * kLog2e), tau = T(t.tau), scale = T(t.scale);
+    V top = splat<T>(-kHuge<T>), sum{}, sum_d{}, variance{};
+    const T sign = slope < 0 ? T(-1) : T(1);
+    for (idx u = 0; u < t.V; u++)
+      if (u != v) top = max_vec<T>(top, sign * load(at(cost, v, u)));
+    const V top_cost = sign * top;  // everything is measured from the largest exponent, as in softmax.h
+    for (idx u = 0; u < t.V; u++) {
+      if (u == v) continue;
+      V d = load(at(cost, v, u)) - top_cost, e = exp2_flushed<T>(slope * d);
+      store<T>(at(gradient, v, u), e);
+      sum += e, sum_d += e * d;
+    }
+    const V delta = sum_d / sum + T(0) * tau, inverse = splat<T>(1) / sum;
+    for (idx u = 0; u < t.V; u++) {
+      if (u == v) continue;
+      V d = load(at(cost, v, u)) - top_cost - delta, w = load(at(gradient, v, u)) * inverse;
+      variance += w * d * d;
+      store<T>(at(gradient, v, u), scale * w * (tau * d + T(1)));
+    }
+    for (idx l = 0; l < n; l++) {
+      const idx i = v * t.B + b + l;
+      t.statistics.value[i] = double(top_cost[l]) + double(delta[l]), t.statistics.variance[i] = variance[l];
+      t.statistics.lse[i] = row_lse(t.statistics.value[i], sum[l], t.tau, top_cost[l]);
+    }
+  }
+
+  // |z_v - z_u|^2 of instances b, b + 1, ..., one per lane, 0 from the n-th on
+  Vec<T> distances(idx v, idx u, idx b, idx n) const {
+    Vec<T> r[W] = {};
+    for (idx l = 0; l < n; l++) {
+      const T *x = row(v, b + l), *y = row(u, b + l);
+      Vec<T> s0{}, s1{};
+      idx d = 0;
+      for (; d + 2 * W <= t.D; d += 2 * W) {
+        const Vec<T> d0 = load(x + d) - load(y + d), d1 = load(x + d + W) - load(y + d + W);
+        s0 += d0 * d0, s1 += d1 * d1;
+      }
+      for (; d < t.D; d++) s0[d % W] += (x[d] - y[d]) * (x[d] - y[d]);
+      r[l] = s0 + s1;
+    }
+    transpose_lanes<T>(r);
+    Vec<T> sum = r[0];
+    for (idx l = 1; l < W; l++) sum += r[l];
+    return sum;
+  }
+
+  // The coefficients of z_v - z_u: 2 (g_vu + g_uv)
+  void combine() const {
+    for (idx v = 0; v < t.V; v++)
+      for (idx u = 0; u < v; u++) {
+        const Vec<T> g = T(2) * (load(at(gradient, v, u)) + load(at(gradient, u, v)));
+        store<T>(at(gradient, v, u), g), store<T>(at(gradient, u, v), g);
+      }
+  }
+
+  void add_gradient(idx v, idx b, idx l) {  // dz_v = sum_u 2 (g_vu + g_uv) (z_v - z_u)
+    idx d = 0;
+    for (; d + 4 * W <= t.D; d += 4 * W) add_gradient<4>(v, b, l, d);
+    for (; d + W <= t.D; d += W) add_gradient<1>(v, b, l, d);
+    for (; d < t.D; d++) {
+      T sum = 0;
+      for (idx u = 0; u < t.V; u++)
+        if (u != v) sum += at(gradient, v, u)[l] * (row(v, b)[d] - row(u, b)[d]);
+      t.dz[(v * t.B + b) * t.dz_row_stride + d] = sum;
+    }
+  }
+  template <int N>
+  void add_gradient(idx v, idx b, idx l, idx d) {  // features [d, d + N W)
+    const T *x = row(v, b) + d, *y = t.z + b * t.row_stride + d, *g = at(gradient, v, 0) + l;
+    Vec<T> sum[N] = {};
+    for (idx u = 0; u < t.V; u++, y += t.view_stride, g += W) {
+      if (u == v) continue;
+      for (int i = 0; i < N; i++) sum[i] += *g * (load(x + i * W) - load(y + i * W));
+    }
+    T* out = t.dz + (v * t.B + b) * t.dz_row_stride + d;
+    for (int i = 0; i < N; i++) store<T>(out + i * W, sum[i]);
+  }
+};
+
+}  // namespace cacr::CACR_ISA

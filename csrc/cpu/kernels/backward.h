@@ -1,0 +1,108 @@
+// The way back through a block: dL/dS of its tiles, and both gradients as products with them.
+#pragma once
+
+#include "block.h"
+
+namespace cacr::CACR_ISA {
+
+// The parts of a tile that all panels share.
+template <class T>
+GradientTile<T> gradient_tile(const SweepSetup<T>& g, const BlockRows<T>& rows, idx i) {
+  GradientTile<T> tile{};
+  for (int s = 0; s < g.p.softmaxes; s++) {
+    tile.slope[s] = g.slope[s], tile.kind[s] = g.p.kind[s];
+    tile.rows[s] = rows.softmax[s].from(i * kPanel<T>);
+  }
+  tile.row_sum = rows.row_sum + i * kPanel<T>;
+  return tile;
+}
+
+// f with what the tile functions are compiled for: two softmaxes, bounded, masked, with moments.
+template <class T, class F>
+void with_gradient_flags(const SweepSetup<T>& g, bool masked, F f) {
+  with_flags(f, g.p.softmaxes == 2, g.t.bounded, masked, g.t.want_moment);
+}
+
+// H, the sums of its rows and, where dK is wanted, of its columns.
+template <class T>
+void tile_gradients(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, const BlockRows<T>& rows,
+                    const T* S, Keys keys) {
+  constexpr idx P = kPanel<T>, W = Lanes<T>::W;
+  for (idx i = 0; i < b.panels; i++) {
+    GradientTile<T> tile = gradient_tile(g, rows, i);
+    for_parts(g, b.row0 + i * P, keys, [&](idx j, idx count, bool masked) {
+      const idx at = (i * g.t.blocking.keys + j - keys.j0) * P;
+      tile.n = count, tile.S = S + at, tile.H = s.H + at, tile.ids = tile_ids(g, b, s, i, j);
+      tile.columns = g.t.want_dk ? s.columns + (j - g.t.share.key0) * W : nullptr;
+      with_gradient_flags(g, masked, [&](auto two, auto bounded, auto mask, auto moment) {
+        tile_gradient<T, 1 + two.value, bounded.value, mask.value, moment.value>(tile);
+      });
+    });
+  }
+}
+
+template <class T>
+void write_variance(const SweepSetup<T>& g, const Block<T>& b, const BlockRows<T>& rows) {
+  for (int s = 0; s < g.p.softmaxes; s++)
+    for (idx i = 0; i < b.rows; i++)
+      g.t.statistics.variance[b.row_index(g.p, s, i)] =
+          4 * double(rows.softmax[s].factor[i]) * double(rows.softmax[s].moment[i]);
+}
+
+template <class T>
+void multiply_query_gradients(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, Keys keys) {
+  constexpr idx P = kPanel<T>;
+  const idx ldh = g.t.blocking.keys * P, R = b.panels * P;
+  const T* K = g.t.packed.k_panels + g.p.k_index[b.pair] * g.p.M * g.Dp + keys.j0 * P;
+  for (idx f = 0; f < g.Dp / P; f++)
+    for (idx i = 0; i < b.panels; i++)
+      query_gradient_panel<T>(keys.n, s.H + i * ldh, K + f * g.p.M * P, s.dq_panels + (f * R + i * P) * P);
+}
+
+// The memory of one view, zeroed when it is first written.
+template <class T>
+T* view_of(const GradientSlice<T>& g, idx view, idx rows) {
+  T* data = g.data + view * g.view_stride;
+  if (!g.touched[view]) zero(data, rows * g.row_stride), g.touched[view] = 1;
+  return data;
+}
+
+template <class T>
+void multiply_key_gradients(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, Keys keys) {
+  constexpr idx P = kPanel<T>;
+  const idx ldh = g.t.blocking.keys * P, R = b.panels * P, stride = g.t.dk.row_stride;
+  T* out = view_of(g.t.dk, g.p.k_index[b.pair], g.p.M) + keys.j0 * stride;
+  for (idx f = 0; f < g.Dp / P; f++)
+    key_gradient_panel<T>(keys.n, b.panels, s.H, ldh, s.q_panels + f * R * P, out + f * P, stride);
+}
+
+// dQ_i += (H K)_i - (sum_j H_ij) q_i.   sum: [rows], of H along the rows
+template <class T>
+void add_query_gradients(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, const T* sum) {
+  constexpr idx P = kPanel<T>;
+  const Contrast<T>& p = g.p;
+  const idx R = b.panels * P, stride = g.t.dq.row_stride;
+  T* out = view_of(g.t.dq, p.q_index[b.pair], p.N) + b.row0 * stride;
+  const T* q = b.q(p);
+  for (idx i = 0; i < b.rows; i++)
+    for (idx f = 0; f < g.Dp / P; f++) {
+      const T* product = s.dq_panels + (f * R + i) * P;
+      const T *x = q + i * p.q_row_stride + f * P, h = p.inner_product ? T(0) : sum[i];
+      T* o = out + i * stride + f * P;
+      const idx n = min_of(P, p.D - f * P);
+      for (idx d = 0; d < n; d++) o[d] += product[d] - h * x[d];
+    }
+}
+
+// dK_j -= (sum_i H_ij) k_j, when all queries of the pair have been met.
+template <class T>
+void subtract_key_terms(const SweepSetup<T>& g, const Block<T>& b, const T* columns) {
+  T* out = view_of(g.t.dk, g.p.k_index[b.pair], g.p.M);
+  for (idx j = g.t.share.key0; j < g.t.share.key1; j++) {
+    const T h = sum_lanes<T>(load(columns + (j - g.t.share.key0) * Lanes<T>::W)), *x = b.k(g.p, j);
+    T* o = out + j * g.t.dk.row_stride;
+    for (idx d = 0; d < g.p.D; d++) o[d] -= h * x[d];
+  }
+}
+
+}  // namespace cacr::CACR_ISA

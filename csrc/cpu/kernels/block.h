@@ -1,0 +1,209 @@
+// A block of queries in a sweep: what is given, where it works, and its similarities with a tile of keys.
+//
+// Three values, each with one job: SweepSetup is what the planner asked for and what follows from it, Block says which
+// queries are at hand, BlockScratch is memory. The steps of a sweep are functions of these: on the way forward in
+// forward.h, on the way back in backward.h. strip.h and symmetric.h put them in their order.
+#pragma once
+
+#include "pack.h"
+#include "tiles.h"
+
+namespace cacr::CACR_ISA {
+
+// ---- what is given --------------------------------------------------------------------------------------------------
+template <class T>
+struct SweepSetup {
+  static constexpr idx P = kPanel<T>, W = Lanes<T>::W;
+  const SweepParams<T>& t;
+  const Contrast<T>& p;
+  T slope[kMaxSoftmaxes];
+  bool forward, backward;
+  bool diagonal;  // only keys on diagonals need a mask: members elsewhere are all keys
+  // A softmax over positives: their entries of S are replaced by -c/2, c from differences where the product form
+  // cancels. It then counts as one with |q|^2 = 0.
+  bool positive[kMaxSoftmaxes], any_positive = false;
+  bool cancelling;  // two softmaxes over one set (rbf): their sum must carry the rounding errors of H itself
+  idx Dp;           // D rounded up to panels
+
+  explicit SweepSetup(const SweepParams<T>& params) : t(params), p(*params.problem), Dp(padded<T>(p.D)) {
+    diagonal = p.period >= P;
+    for (int s = 0; s < p.softmaxes; s++) {
+      slope[s] = T(-2 * p.tau[s] * kLog2e);
+      diagonal &= p.kind[s] == kOther || p.kind[s] == kAll;
+      positive[s] = is_same(p.kind[s]);
+      any_positive |= positive[s];
+    }
+    for (int s = 0; s < p.softmaxes; s++) any_positive &= p.kind[s] != kAll;  // which reads the same entries
+    for (int s = 0; s < p.softmaxes; s++) positive[s] &= any_positive;
+    cancelling = p.softmaxes == 2 && p.kind[0] == p.kind[1];
+    forward = t.gradient != Gradient::kGiven;
+    backward = t.gradient != Gradient::kNone;
+  }
+
+  bool strip() const { return forward && backward; }
+  double sign(int s) const { return slope[s] < 0 ? -1 : 1; }
+  idx tile_count() const { return (t.share.key1 - t.share.key0 + t.blocking.keys - 1) / t.blocking.keys; }
+};
+
+// ---- which queries are at hand --------------------------------------------------------------------------------------
+template <class T>
+struct Block {
+  idx pair, row0, rows, panels;  // rows: those that exist, panels * P >= rows
+
+  const T* q(const Contrast<T>& p) const { return p.q + p.q_index[pair] * p.q_view_stride + row0 * p.q_row_stride; }
+  const T* k(const Contrast<T>& p, idx j) const { return p.k + p.k_index[pair] * p.k_view_stride + j * p.k_row_stride; }
+  const T* k_bias(const SweepSetup<T>& g) const { return g.t.packed.k_bias + g.p.k_index[pair] * g.p.M; }
+  idx rows_of_panel(idx i) const { return min_of(kPanel<T>, rows - i * kPanel<T>); }
+  // Where row i of the block stands in arrays [softmaxes][pairs][N].
+  idx row_index(const Contrast<T>& p, int s, idx i) const { return (s * p.pairs + pair) * p.N + row0 + i; }
+};
+
+// Keys [j0, j0 + n) of a tile.
+struct Keys {
+  idx j0, n;
+};
+
+// ---- where it works -------------------------------------------------------------------------------------------------
+// What a block knows of its rows; every array has one entry per query.
+template <class T>
+struct BlockRows {
+  SoftmaxRows<T> softmax[kMaxSoftmaxes];
+  T* row_sum;    // sum_j H_ij, added up
+  T* known_sum;  // the same, from the weights' sum of 1
+};
+
+template <class T>
+struct BlockScratch {
+  T* S;           // [tiles][rows/P][keys][P] similarities; one tile where nothing is kept
+  T* H;           // [rows/P][keys][P] dL/dS
+  T* q_columns;   // [rows/P][D][P]    queries transposed: operand of S
+  T* q_panels;    // [Dp/P][rows][P]   queries by panels of features: operand of dK
+  T* dq_panels;   // [Dp/P][rows][P]
+  T* columns;     // [keys of the share][W]  sum_i H_ij, by lanes
+  T* q_norm;      // [rows]
+  int32_t* q_id;  // [rows]
+  BlockRows<T> rows;
+
+  // Cuts the memory for one tile, or for as many as the strip keeps, from `at`, which moves behind it.
+  static BlockScratch layout(const SweepParams<T>& t, char*& at) {
+    constexpr idx P = kPanel<T>;
+    const Contrast<T>& p = *t.problem;
+    const idx R = t.blocking.rows, K = t.blocking.keys, Dp = padded<T>(p.D), keys = t.share.key1 - t.share.key0;
+    const SweepSetup<T> setup(t);
+    BlockScratch s;
+    s.S = carve<T>(at, (setup.strip() ? setup.tile_count() : 1) * R * K);
+    s.H = carve<T>(at, R * K);
+    s.q_columns = carve<T>(at, R * p.D);
+    s.q_panels = carve<T>(at, t.want_dk ? R * Dp : 0);
+    s.dq_panels = carve<T>(at, t.want_dq ? R * Dp : 0);
+    s.columns = carve<T>(at, t.want_dk ? keys * (P / 2) : 0);
+    s.rows.row_sum = carve<T>(at, R);
+    s.rows.known_sum = carve<T>(at, R);
+    s.q_norm = carve<T>(at, R);
+    s.q_id = carve<int32_t>(at, R);
+    for (SoftmaxRows<T>& rows : s.rows.softmax) rows = SoftmaxRows<T>::of(carve<T>(at, SoftmaxRows<T>::kArrays * R), R);
+    return s;
+  }
+};
+
+// ---- steps ----------------------------------------------------------------------------------------------------------
+// Copies of the queries as the products want them, their norms and ids.
+template <class T>
+void pack_queries(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s) {
+  constexpr idx P = kPanel<T>;
+  const Contrast<T>& p = g.p;
+  const T* q = b.q(p);
+  for (idx i = 0; i < b.panels; i++)
+    transpose_panel(b.rows_of_panel(i), p.D, q + i * P * p.q_row_stride, p.q_row_stride, s.q_columns + i * p.D * P);
+  if (g.backward && g.t.want_dk) pack_panels(g, b, s);
+  load_norms(g, b, s);
+  if (p.q_id)
+    for (idx i = 0; i < b.panels * P; i++) s.q_id[i] = i < b.rows ? p.q_id[b.row0 + i] : -1;
+}
+
+template <class T>
+void load_norms(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s) {
+  const T* norm = g.t.packed.q_norm + g.p.q_index[b.pair] * g.p.N + b.row0;
+  for (idx i = 0; i < b.panels * kPanel<T>; i++) s.q_norm[i] = i < b.rows ? norm[i] : T(0);
+}
+
+template <class T>
+void pack_panels(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s) {
+  constexpr idx P = kPanel<T>;
+  const idx R = b.panels * P;
+  const T* q = b.q(g.p);
+  for (idx f = 0; f < g.Dp / P; f++)
+    for (idx i = 0; i < R; i++) {
+      T* out = s.q_panels + (f * R + i) * P;
+      const idx n = i < b.rows ? min_of(P, g.p.D - f * P) : 0;
+      const T* x = q + i * g.p.q_row_stride + f * P;
+      for (idx l = 0; l < n; l++) out[l] = x[l];
+      for (idx l = n; l < P; l++) out[l] = 0;
+    }
+}
+
+// The ids of panel i against keys from j on.
+template <class T>
+TileIds<T> tile_ids(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, idx i, idx j) {
+  return {s.q_id + i * kPanel<T>, g.p.k_id + j, b.row0 + i * kPanel<T>, j};
+}
+
+// f(first key, count, masked) over the parts of the keys that do and do not need a mask for the panel of queries at
+// `row`.
+template <class T, class F>
+void for_parts(const SweepSetup<T>& g, idx row, Keys keys, F f) {
+  constexpr idx P = kPanel<T>;
+  const idx period = g.p.period, end = keys.j0 + keys.n;
+  if (!g.p.q_id) return f(keys.j0, keys.n, false);
+  if (!g.diagonal) return f(keys.j0, keys.n, true);
+  const idx first = row % period;
+  idx at = keys.j0;
+  for (idx m = (keys.j0 - first - P + 1) / period - 1; at < end; m++) {  // diagonal m covers [lo, lo + P)
+    const idx lo = m * period + first;
+    if (lo + P <= at) continue;
+    if (lo > at) f(at, min_of(lo, end) - at, false);
+    at = max_of(at, min_of(lo, end));
+    if (at < end) f(at, min_of(lo + P, end) - at, true);
+    at = min_of(lo + P, end);
+  }
+}
+
+// S: tiles of the panels, `blocking.keys` keys apart.
+template <class T>
+void compute_similarities(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, T* S, Keys keys) {
+  const Contrast<T>& p = g.p;
+  const T *k = b.k(p, keys.j0), *bias = b.k_bias(g) + keys.j0;
+  for (idx i = 0; i < b.panels; i++)
+    similarity<T>(keys.n, p.D, k, p.k_row_stride, s.q_columns + i * p.D * kPanel<T>, bias,
+                  S + i * g.t.blocking.keys * kPanel<T>);
+  if (g.any_positive) replace_positives(g, b, s, S, keys);
+}
+
+template <class T>
+void replace_positives(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, T* S, Keys keys) {
+  for (idx i = 0; i < b.panels; i++) {
+    const Membership<T> same = Membership<T>::make(tile_ids(g, b, s, i, keys.j0), kSame);
+    for (idx j = 0; j < keys.n; j++)
+      if (any_lane(same.of_key(j)))
+        replace_positives_of_key(g, b, s, S + (i * g.t.blocking.keys + j) * kPanel<T>, i, keys.j0 + j);
+  }
+}
+
+// u [P]: of panel i and key j.
+template <class T>
+void replace_positives_of_key(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, T* u, idx i, idx j) {
+  const Contrast<T>& p = g.p;
+  const T* q = b.q(p) + i * kPanel<T> * p.q_row_stride;
+  const T bias = b.k_bias(g)[j];
+  for (idx l = 0; l < b.rows_of_panel(i); l++) {
+    const idx row = i * kPanel<T> + l;
+    if (s.q_id[row] != p.k_id[j]) continue;
+    const T norm = s.q_norm[row];
+    T cost = norm - 2 * u[l];
+    if (!p.inner_product && !(cost > (norm - 2 * bias) / 2))
+      cost = squared_distance(p.D, q + l * p.q_row_stride, b.k(p, j));
+    u[l] = -cost / 2;
+  }
+}
+
+}  // namespace cacr::CACR_ISA

@@ -1,0 +1,387 @@
+// Keys without a gradient: statistics and all that the gradient of a query is made of from one sweep over the keys.
+//
+// With weights e_j = 2^(slope d_j), d_j = u_j - u_top, measured from the top key so far (csrc/common/rows.h, which
+// points to cacr_kernels/reference.py), a row adds up
+//
+//   sum e,  sum e d,  sum e d^2,  sum e k_j,  sum e d k_j
+//
+// tile by tile, and all of them are rescaled when a tile moves the top. One panel of queries meets one tile of keys at
+// a time: its similarities, weights and gradients stay in the first-level cache, and nothing of size rows x M exists.
+// 2 U floating-point operations (U = 2 N M D), 3 U where the weights are differentiated.
+#pragma once
+
+#include "pack.h"
+#include "tiles.h"
+
+namespace cacr::CACR_ISA {
+
+// ---- elementwise work on one tile -----------------------------------------------------------------------------------
+// One tile's share of a panel's sums, and how its top has moved.
+template <class T>
+struct TileSums {
+  static constexpr idx P = kPanel<T>;
+  alignas(64) T e[P], ed[P], edd[P];
+  alignas(64) T moved[P], scale[P];  // u_top before - now, and what it makes of older weights
+  bool any_moved, in_range;          // in_range: no exponent of the tile leaves the range of 2^x
+};
+
+// Moves the top of a panel over keys [0, n) of a tile.
+template <class T, bool kMasked>
+CACR_NOINLINE void find_top(idx n, const T* S, T slope, T* top, TileSums<T>& out, const TileIds<T>& ids) {
+  constexpr idx P = kPanel<T>;
+  Membership<T> member;
+  if constexpr (kMasked) member = Membership<T>::make(ids, kOther);
+  const T sign = slope < 0 ? T(-1) : T(1);
+  const Panel<T> before = load_panel(top), none = splat_panel(-kHuge<T>);
+  Panel<T> now = before, low = -none;
+  for (idx j = 0; j < n; j++) {
+    const Panel<T> z = sign * load_panel(S + P * j);
+    if constexpr (kMasked) {
+      const PanelMask<T> mask = member.of_key(j);
+      now = max_vec(now, choose(mask, z, none)), low = min_vec(low, choose(mask, z, -none));
+    } else {
+      now = max_vec(now, z), low = min_vec(low, z);
+    }
+  }
+  store_panel(top, now);
+  const MovedTop<T> m = move_top(slope, before, now);
+  store_panel(out.moved, m.moved), store_panel(out.scale, m.scale);
+  const Panel<T> least = sign * slope * (low - now);
+  out.any_moved = false, out.in_range = true;
+  for (const int h : {0, 1})
+    for (int l = 0; l < Lanes<T>::W; l++) {
+      out.any_moved |= m.moved.v[h][l] != 0;
+      out.in_range &= least.v[h][l] >= kExp2Min<T>;
+    }
+}
+
+// Replaces the tile by its weights e; ED[j][:] = e d, if given.
+template <class T, bool kInRange, bool kMasked, bool kMoments>
+CACR_NOINLINE void weigh_tile(idx n, T* S, T* ED, T slope, const T* top, TileSums<T>& out, const TileIds<T>& ids) {
+  constexpr idx P = kPanel<T>;
+  Membership<T> member;
+  if constexpr (kMasked) member = Membership<T>::make(ids, kOther);
+  const T sign = slope < 0 ? T(-1) : T(1);
+  const Panel<T> u_top = sign * load_panel(top);
+  Panel<T> e{}, ed{}, edd{};
+#pragma GCC unroll 2
+  for (idx j = 0; j < n; j++) {
+    Panel<T> d = load_panel(S + P * j) - u_top;
+    PanelMask<T> mask;
+    if constexpr (kMasked) {  // before the exponential: that of others may be out of its range
+      mask = member.of_key(j);
+      d = select(mask, d);
+    }
+    Panel<T> w = exp2_panel<kInRange>(slope * d);
+    if constexpr (kMasked) w = select(mask, w);
+    store_panel(S + P * j, w);
+    e += w;
+    const Panel<T> wd = w * d;
+    ed += wd;
+    if constexpr (kMoments) {
+      edd += wd * d;
+      store_panel(ED + P * j, wd);
+    }
+  }
+  store_panel(out.e, e), store_panel(out.ed, ed), store_panel(out.edd, edd);
+}
+
+// ---- what is given, and where it works ------------------------------------------------------------------------------
+template <class T>
+struct DetachedSetup {
+  const DetachedKeysParams<T>& t;
+  const Contrast<T>& p;
+  idx Dp, per_pair;  // D rounded up to panels; panels of a pair
+  T slope;
+
+  explicit DetachedSetup(const DetachedKeysParams<T>& params)
+      : t(params),
+        p(*params.problem),
+        Dp(padded<T>(p.D)),
+        per_pair(padded<T>(p.N) / kPanel<T>),
+        slope(T(-2 * p.tau[0] * kLog2e)) {}
+
+  double sign() const { return slope < 0 ? -1 : 1; }
+  const T* query_row(idx pair, idx i) const { return p.q + p.q_index[pair] * p.q_view_stride + i * p.q_row_stride; }
+};
+
+// The sums of one panel of queries, contiguous. Sums over rows are float64: many tiles are added up.
+template <class T>
+struct PanelState {
+  T* top;          // [P] sign(slope) u_top, -kHuge before any
+  double* sum;     // [P] sum e
+  double* sum_d;   // [P] sum e d
+  double* sum_dd;  // [P] sum e d^2
+  T* mean;         // [Dp/P][P][P] sum e k
+  T* spread;       // [Dp/P][P][P] sum e d k
+
+  static PanelState layout(const DetachedKeysParams<T>& t, char*& at) {
+    constexpr idx P = kPanel<T>;
+    const idx Dp = padded<T>(t.problem->D);
+    PanelState s;
+    s.top = carve<T>(at, P);
+    s.sum = carve<double>(at, P), s.sum_d = carve<double>(at, P), s.sum_dd = carve<double>(at, P);
+    s.mean = carve<T>(at, t.want_mean ? P * Dp : 0);
+    s.spread = carve<T>(at, t.want_mean && t.want_moments ? P * Dp : 0);
+    return s;
+  }
+  static size_t bytes(const DetachedKeysParams<T>& t) {
+    return bytes_of([&](char*& at) { layout(t, at); });
+  }
+};
+
+template <class T>
+struct DetachedPanel {
+  idx pair, row0, rows;  // rows: those that exist
+  int32_t low_id, high_id;
+  T* columns;   // [D][P] the queries transposed
+  int32_t* id;  // [P]
+  PanelState<T> state;
+};
+
+template <class T>
+struct DetachedScratch {
+  DetachedPanel<T>* panels;  // [panels] of the block at hand
+  T* S;                      // [keys][P] similarities, then weights
+  T* ED;                     // [keys][P] weights times d
+  T* bias;                   // [keys]
+  T* k_panels;               // [Dp/P][keys][P]
+  T* columns;                // [panels][D][P]
+  int32_t* ids;              // [panels][P]
+  char* states;              // [panels], where the keys are not shared out
+
+  static DetachedScratch layout(const DetachedKeysParams<T>& t, char*& at) {
+    constexpr idx P = kPanel<T>;
+    const idx D = t.problem->D, K = t.blocking.keys, n = t.blocking.rows / P;
+    DetachedScratch s;
+    s.panels = carve<DetachedPanel<T>>(at, n);
+    s.S = carve<T>(at, K * P), s.ED = carve<T>(at, t.want_moments ? K * P : 0);
+    s.bias = carve<T>(at, K), s.k_panels = carve<T>(at, t.want_mean ? K * padded<T>(D) : 0);
+    s.columns = carve<T>(at, n * P * D), s.ids = carve<int32_t>(at, n * P);
+    s.states = carve<char>(at, t.states ? 0 : n * idx(PanelState<T>::bytes(t)));
+    return s;
+  }
+};
+
+// ---- the sweep ------------------------------------------------------------------------------------------------------
+// Panel i of the block: queries of a unit, with empty sums.
+template <class T>
+DetachedPanel<T> start_panel(const DetachedSetup<T>& g, const DetachedScratch<T>& s, idx i, idx unit) {
+  constexpr idx P = kPanel<T>;
+  const Contrast<T>& p = g.p;
+  DetachedPanel<T> panel{};
+  panel.pair = unit / g.per_pair, panel.row0 = (unit - panel.pair * g.per_pair) * P;
+  panel.rows = min_of(P, p.N - panel.row0);
+  panel.columns = s.columns + i * p.D * P;
+  transpose_panel(panel.rows, p.D, g.query_row(panel.pair, panel.row0), p.q_row_stride, panel.columns);
+  panel.id = s.ids + i * P;
+  for (idx l = 0; l < P && p.q_id; l++) {  // lanes without a query repeat the last one
+    const int32_t id = panel.id[l] = p.q_id[panel.row0 + min_of(l, panel.rows - 1)];
+    panel.low_id = l ? min_of(panel.low_id, id) : id, panel.high_id = l ? max_of(panel.high_id, id) : id;
+  }
+  const idx bytes = idx(PanelState<T>::bytes(g.t));
+  char* at = g.t.states ? g.t.states + (g.t.part * g.t.units + unit) * bytes : s.states + i * bytes;
+  zero(at, bytes);
+  panel.state = PanelState<T>::layout(g.t, at);
+  for (idx l = 0; l < P; l++) panel.state.top[l] = -kHuge<T>;
+  return panel;
+}
+
+// Into the second-level cache: rows [from, to) of the keys.
+template <class T>
+void prefetch_rows(const Contrast<T>& p, const T* k, idx from, idx to) {
+  for (idx j = from; j < to; j++)
+    for (idx d = 0; d < p.D; d += 64 / idx(sizeof(T))) __builtin_prefetch(k + j * p.k_row_stride + d, 0, 2);
+}
+
+// A mask is needed where a key may have the id of a query.
+template <class T>
+bool needs_mask(const Contrast<T>& p, const DetachedPanel<T>& panel, idx j0, idx n) {
+  if (!p.q_id) return false;
+  int32_t found = 0;
+  for (idx j = j0; j < j0 + n; j++) found |= (p.k_id[j] >= panel.low_id) & (p.k_id[j] <= panel.high_id);
+  return found != 0;
+}
+
+template <class T>
+void move_means(const DetachedSetup<T>& g, const PanelState<T>& state, const TileSums<T>& sums) {
+  constexpr idx P = kPanel<T>;
+  for (idx f = 0; f < g.Dp; f += P)
+    for (idx l = 0; l < P; l++) {
+      T *mean = state.mean + (f + l) * P, *spread = state.spread + (f + l) * P;
+      for (idx d = 0; g.t.want_moments && d < P; d++)
+        spread[d] = spread[d] * sums.scale[l] + sums.moved[l] * (mean[d] * sums.scale[l]);
+      for (idx d = 0; d < P; d++) mean[d] *= sums.scale[l];
+    }
+}
+
+// With m = old - new top, d = d_old + m for older keys: their sums move, and shrink.
+template <class T>
+void add_sums(const DetachedSetup<T>& g, const PanelState<T>& state, const TileSums<T>& sums) {
+  if (sums.any_moved && g.t.want_mean) move_means(g, state, sums);
+  for (idx l = 0; l < kPanel<T>; l++) {
+    const double m = sums.moved[l], scale = sums.scale[l], e = state.sum[l], ed = state.sum_d[l];
+    state.sum[l] = e * scale + double(sums.e[l]);
+    state.sum_d[l] = (ed + m * e) * scale + double(sums.ed[l]);
+    state.sum_dd[l] = (state.sum_dd[l] + m * (2 * ed + m * e)) * scale + double(sums.edd[l]);
+  }
+}
+
+// One panel of queries and one tile of keys: k: row j0 of the keys at hand.
+template <class T>
+void meet_tile(const DetachedSetup<T>& g, const DetachedScratch<T>& s, const DetachedPanel<T>& panel, const T* k,
+               idx j0, idx n) {
+  constexpr idx P = kPanel<T>;
+  const Contrast<T>& p = g.p;
+  similarity<T>(n, p.D, k, p.k_row_stride, panel.columns, s.bias, s.S);
+  const TileIds<T> ids{panel.id, p.k_id + (p.q_id ? j0 : 0), panel.row0, j0};
+  TileSums<T> sums;
+  const bool masked = needs_mask(p, panel, j0, n);
+  (masked ? find_top<T, true> : find_top<T, false>)(n, s.S, g.slope, panel.state.top, sums, ids);
+  with_flags(
+      [&](auto in_range, auto mask, auto moments) {
+        weigh_tile<T, in_range.value, mask.value, moments.value>(n, s.S, s.ED, g.slope, panel.state.top, sums, ids);
+      },
+      sums.in_range, masked, g.t.want_moments);
+  add_sums(g, panel.state, sums);
+  for (idx f = 0; g.t.want_mean && f < g.Dp / P; f++) {
+    query_gradient_panel<T>(n, s.S, s.k_panels + f * n * P, panel.state.mean + f * P * P);
+    if (g.t.want_moments) query_gradient_panel<T>(n, s.ED, s.k_panels + f * n * P, panel.state.spread + f * P * P);
+  }
+}
+
+// ---- results --------------------------------------------------------------------------------------------------------
+// The states of one unit, of all parts of the keys, `stride` bytes apart.
+struct PartialStates {
+  char* first;
+  idx stride, parts;
+};
+
+template <class T>
+PanelState<T> state_of(const DetachedSetup<T>& g, const PartialStates& states, idx part) {
+  char* at = states.first + part * states.stride;
+  return PanelState<T>::layout(g.t, at);
+}
+
+// Of lane l of one part: its top minus the common one in u, and the factor of its weights.
+struct Shift {
+  double moved, scale;
+};
+template <class T>
+Shift shift_of(const DetachedSetup<T>& g, const PanelState<T>& part, idx l, T top) {
+  const double z = part.top[l] > -kHuge<T> ? double(part.top[l]) - double(top) : 0, moved = g.sign() * z;
+  return {moved, z == 0 ? 1 : __builtin_exp2(double(g.slope) * moved)};
+}
+
+struct DetachedRow {
+  RowResult result;
+  double sum_dd;
+};
+
+template <class T>
+DetachedRow finish_detached_row(const DetachedSetup<T>& g, const PartialStates& states, idx l, T top, const T* q) {
+  double sum = 0, sum_d = 0, sum_dd = 0;
+  for (idx i = 0; i < states.parts; i++) {
+    const PanelState<T> part = state_of(g, states, i);
+    const Shift s = shift_of(g, part, l, top);
+    const double m = s.moved, e = part.sum[l], ed = part.sum_d[l];
+    sum += s.scale * e, sum_d += s.scale * (ed + m * e);
+    sum_dd += s.scale * (part.sum_dd[l] + m * (2 * ed + m * e));
+  }
+  const double top_cost = (g.p.inner_product ? 0 : double(squared_norm(g.p.D, q))) - 2 * g.sign() * double(top);
+  return {finish_row(sum, sum_d, top_cost, g.p.tau[0], g.slope - g.slope == 0), sum_dd};
+}
+
+// at: of the row in mean and spread.
+template <class T>
+void finish_means(const DetachedSetup<T>& g, const PartialStates& states, idx l, T top, const RowResult& row, idx at) {
+  constexpr idx P = kPanel<T>;
+  for (idx f = 0; f < g.Dp; f += P) {
+    double mean[P] = {}, spread[P] = {};
+    for (idx i = 0; i < states.parts; i++) {
+      const PanelState<T> part = state_of(g, states, i);
+      const Shift s = shift_of(g, part, l, top);
+      const T *a = part.mean + (f + l) * P, *b = part.spread + (f + l) * P;
+      for (idx d = 0; d < P; d++) mean[d] += s.scale * double(a[d]);
+      for (idx d = 0; g.t.want_moments && d < P; d++) spread[d] += s.scale * (double(b[d]) + s.moved * double(a[d]));
+    }
+    for (idx d = 0; d < min_of(P, g.p.D - f); d++) {
+      const double weighted = row.factor * mean[d];
+      g.t.out.mean[at + f + d] = T(weighted);
+      if (g.t.want_moments) g.t.out.spread[at + f + d] = T(-2 * (row.factor * spread[d] - row.delta * weighted));
+    }
+  }
+}
+
+// Adds up the states of all parts, in their order.
+template <class T>
+void finish_unit(const DetachedSetup<T>& g, idx unit, const PartialStates& states) {
+  constexpr idx P = kPanel<T>;
+  const DetachedStatistics<T>& out = g.t.out;
+  const idx pair = unit / g.per_pair, row0 = (unit - pair * g.per_pair) * P;
+  for (idx l = 0; l < min_of(P, g.p.N - row0); l++) {
+    T top = -kHuge<T>;
+    for (idx i = 0; i < states.parts; i++) top = max_of(top, state_of(g, states, i).top[l]);
+    const DetachedRow row = finish_detached_row(g, states, l, top, g.query_row(pair, row0 + l));
+    const RowResult& r = row.result;
+    const idx at = pair * g.p.N + row0 + l;
+    out.value[at] = r.value, out.lse[at] = r.lse;
+    if (g.t.want_moments) out.variance[at] = 4 * (r.factor * row.sum_dd - r.delta * r.delta);
+    if (g.t.want_mean) finish_means(g, states, l, top, r, at * g.p.D);
+  }
+}
+
+// ---- the kernels ----------------------------------------------------------------------------------------------------
+// Units [unit0, unit1), which share the keys of one view.
+template <class T>
+void detached_block(const DetachedSetup<T>& g, const DetachedScratch<T>& s, idx view, idx unit0, idx unit1) {
+  const DetachedKeysParams<T>& t = g.t;
+  const Contrast<T>& p = g.p;
+  const idx n = unit1 - unit0, bytes = idx(PanelState<T>::bytes(t));
+  for (idx i = 0; i < n; i++) s.panels[i] = start_panel(g, s, i, unit0 + i);
+  for (idx j0 = t.share.key0; j0 < t.share.key1; j0 += t.blocking.keys) {
+    const idx keys = min_of(t.blocking.keys, t.share.key1 - j0);
+    const T* k = p.k + view * p.k_view_stride + j0 * p.k_row_stride;
+    pack<T>({k, p.k_row_stride, p.D, keys, 0, keys, p.inner_product ? T(0) : T(-0.5), s.bias,
+             t.want_mean ? s.k_panels : nullptr});
+    const idx ahead = min_of(t.blocking.keys, t.share.key1 - j0 - keys);
+    for (idx i = 0; i < n; i++) {
+      prefetch_rows(p, k + keys * p.k_row_stride, ahead * i / n, ahead * (i + 1) / n);  // of the next tile
+      meet_tile(g, s, s.panels[i], k, j0, keys);
+    }
+  }
+  for (idx i = 0; i < n && !t.states; i++) finish_unit(g, unit0 + i, {s.states + i * bytes, 0, 1});
+}
+
+template <class T>
+size_t detached_keys_scratch(const DetachedKeysParams<T>& t) {
+  return bytes_of([&](char*& at) { DetachedScratch<T>::layout(t, at); });
+}
+
+template <class T>
+void detached_keys(const DetachedKeysParams<T>& t) {
+  const DetachedSetup<T> g(t);
+  char* memory = static_cast<char*>(t.scratch);
+  const DetachedScratch<T> s = DetachedScratch<T>::layout(t, memory);
+  const idx most = t.blocking.rows / kPanel<T>;
+  for (idx at = t.share.unit0; at < t.share.unit1;) {  // pairs that share their keys share blocks
+    const idx view = g.p.k_index[at / g.per_pair];
+    idx end = at;
+    while (end < t.share.unit1 && g.p.k_index[end / g.per_pair] == view)
+      end = min_of(t.share.unit1, (end / g.per_pair + 1) * g.per_pair);
+    const idx n = end - at, blocks = (n + most - 1) / most;
+    for (idx b = 0; b < blocks; b++) detached_block(g, s, view, at + n * b / blocks, at + n * (b + 1) / blocks);
+    at = end;
+  }
+}
+
+// Adds up the parts of units [unit0, unit1).
+template <class T>
+void detached_keys_merge(const DetachedKeysParams<T>& t) {
+  const DetachedSetup<T> g(t);
+  const idx bytes = idx(PanelState<T>::bytes(t));
+  for (idx unit = t.share.unit0; unit < t.share.unit1; unit++)
+    finish_unit(g, unit, {t.states + unit * bytes, t.units * bytes, t.parts});
+}
+
+}  // namespace cacr::CACR_ISA

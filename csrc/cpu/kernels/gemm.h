@@ -1,0 +1,132 @@
+// The three products of a block, on register tiles of up to kTileRows x one panel.
+//
+//   S  [key][query]   = K q - |k|^2/2     similarity tile: keys as rows, one panel of queries in the lanes
+//   dQ [query][D]    += H K               query gradients: H read down a panel's column
+//   dK [key][D]      += H^T Q             key gradients: H read along its rows
+//
+// Tile layout of S and H: [panel of queries][key][kPanel]. GCC 12 spills fully unrolled micro-kernels: every inner loop
+// has a hidden trip count and is unrolled by four.
+#pragma once
+
+#include "vec.h"
+
+namespace cacr::CACR_ISA {
+
+// C[r][0:kPanel] += sum_k A[r*row + k*step] * B[k][0:kPanel]
+template <class T, int R>
+CACR_INLINE void multiply_tile(idx n, const T* A, idx row, idx step, const T* B, Panel<T> (&C)[R]) {
+#pragma GCC unroll 4
+  for (idx k = 0; k < n; k++) {
+    const Panel<T> b = load_panel(B);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      const T a = A[r * row];
+      C[r] += a * b;
+    }
+    A += step;
+    B += kPanel<T>;
+  }
+}
+
+// Calls f(first, integral_constant<rows>) over n rows in tiles of nearly equal height.
+template <int R>
+struct Rows {
+  static constexpr int value = R;
+};
+template <int R, class F>
+CACR_INLINE void with_rows(int rows, idx at, F& f) {
+  if constexpr (R == 1) {
+    f(at, Rows<1>{});
+  } else {
+    if (rows == R)
+      f(at, Rows<R>{});
+    else
+      with_rows<R - 1>(rows, at, f);
+  }
+}
+template <class F>
+CACR_INLINE void for_tiles(idx n, F f) {
+  if (n <= 0) return;
+  const idx tiles = (n + kTileRows - 1) / kTileRows, low = n / tiles, extra = n - low * tiles;
+  idx at = 0;
+  for (idx t = 0; t < tiles; t++) {
+    const int rows = int(low + (t < extra));
+    with_rows<kTileRows>(rows, at, f);
+    at += rows;
+  }
+}
+
+// One panel of queries against `n` keys: S[j][:] = K[j] . q + bias[j].   K: rows `ldk` apart; q: [D][kPanel]
+template <class T, idx kFixedD>
+CACR_NOINLINE void similarity_panel(idx n, idx D, const T* K, idx ldk, const T* q, const T* bias, T* S) {
+  if (kFixedD) D = ldk = kFixedD;
+  for_tiles(n, [&](idx j, auto rows) __attribute__((always_inline)) {
+    constexpr int R = decltype(rows)::value;
+    Panel<T> c[R] = {};
+    multiply_tile<T, R>(D, K + j * ldk, ldk, 1, q, c);
+    for (int r = 0; r < R; r++) store_panel(S + (j + r) * kPanel<T>, c[r] + bias[j + r]);
+  });
+}
+
+// One panel of queries, one panel of features: dQ[i][:] += sum_j H[j][i] * K[j][:].   K: [n][kPanel]
+template <class T>
+CACR_NOINLINE void query_gradient_panel(idx n, const T* H, const T* K, T* dQ) {
+  constexpr idx P = kPanel<T>;
+  for_tiles(P, [&](idx i, auto rows) __attribute__((always_inline)) {
+    constexpr int R = decltype(rows)::value;
+    Panel<T> c[R] = {};  // added up on their own first: the sum over a tile loses less than one over all keys
+    multiply_tile<T, R>(n, H + i, 1, P, K, c);
+    for (int r = 0; r < R; r++) {
+      T* out = dQ + (i + r) * P;
+      store_panel(out, load_panel(out) + c[r]);
+    }
+  });
+}
+
+// `panels` panels of queries (tiles of H `ldh` apart), one panel of features: dK[j][:] += sum_i H[j][i] * Q[i][:].
+// Q: [panels * kPanel][kPanel]; rows of dK are `ldk` apart.
+template <class T>
+CACR_NOINLINE void key_gradient_panel(idx n, idx panels, const T* H, idx ldh, const T* Q, T* dK, idx ldk) {
+  constexpr idx P = kPanel<T>;
+  for_tiles(n, [&](idx j, auto rows) __attribute__((always_inline)) {
+    constexpr int R = decltype(rows)::value;
+    T* out = dK + j * ldk;
+    Panel<T> c[R] = {};
+    const T *a = H + j * P, *b = Q;
+    for (idx p = 0; p < panels; p++, a += ldh, b += P * P) {
+      idx trips = P;
+      asm volatile("" : "+r"(trips));  // hidden: a fully unrolled panel spills
+      multiply_tile<T, R>(trips, a, P, 1, b, c);
+    }
+    for (int r = 0; r < R; r++) store_panel(out + r * ldk, load_panel(out + r * ldk) + c[r]);
+  });
+}
+
+template <class T>
+CACR_INLINE void similarity(idx n, idx D, const T* K, idx ldk, const T* q, const T* bias, T* S) {
+  if (D == 128 && ldk == 128)
+    similarity_panel<T, 128>(n, D, K, ldk, q, bias, S);
+  else if (D == 64 && ldk == 64)
+    similarity_panel<T, 64>(n, D, K, ldk, q, bias, S);
+  else if (D == 256 && ldk == 256)
+    similarity_panel<T, 256>(n, D, K, ldk, q, bias, S);
+  else
+    similarity_panel<T, 0>(n, D, K, ldk, q, bias, S);
+}
+
+// sum_d (x_d - y_d)^2, for positives: the product form cancels where they are close.
+template <class T>
+CACR_INLINE T squared_distance(idx D, const T* x, const T* y) {
+  constexpr int W = Lanes<T>::W;
+  Vec<T> s0{}, s1{};
+  idx d = 0;
+  for (; d + 2 * W <= D; d += 2 * W) {
+    Vec<T> a = load(x + d) - load(y + d), b = load(x + d + W) - load(y + d + W);
+    s0 += a * a, s1 += b * b;
+  }
+  T s = sum_lanes<T>(s0 + s1);
+  for (; d < D; d++) s += (x[d] - y[d]) * (x[d] - y[d]);
+  return s;
+}
+
+}  // namespace cacr::CACR_ISA

@@ -1,0 +1,83 @@
+// Rows of embeddings as the operands of the products in gemm.h.
+#pragma once
+
+#include "gemm.h"
+#include "params.h"
+
+namespace cacr::CACR_ISA {
+
+// `count` numbers of scratch memory, aligned; `at` moves behind them.
+template <class T>
+CACR_INLINE T* carve(char*& at, idx count) {
+  T* p = reinterpret_cast<T*>(at);
+  at += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+  return p;
+}
+
+// How many bytes `layout` cuts from the pointer it is given.
+template <class Layout>
+CACR_INLINE size_t bytes_of(Layout layout) {
+  char *const base = nullptr, *at = base;
+  layout(at);
+  return size_t(at - base);
+}
+
+template <class T>
+CACR_INLINE void zero(T* p, idx n) {
+  __builtin_memset(static_cast<void*>(p), 0, size_t(n) * sizeof(T));
+}
+
+// |x|^2
+template <class T>
+T squared_norm(idx D, const T* x) {
+  constexpr int W = Lanes<T>::W;
+  Vec<T> s0{}, s1{};
+  idx d = 0;
+  for (; d + 2 * W <= D; d += 2 * W) {
+    Vec<T> a = load(x + d), b = load(x + d + W);
+    s0 += a * a, s1 += b * b;
+  }
+  T s = sum_lanes<T>(s0 + s1);
+  for (; d < D; d++) s += x[d] * x[d];
+  return s;
+}
+
+template <class T>
+void pack(const PackParams<T>& t) {
+  constexpr idx P = kPanel<T>;
+  for (idx i = t.row0; i < t.row1; i++) {
+    const T* x = t.x + i * t.row_stride;
+    if (t.norm) t.norm[i] = t.factor == 0 ? T(0) : t.factor * squared_norm(t.D, x);
+    if (!t.panels) continue;
+    for (idx f = 0; f * P < t.D; f++) {
+      T* out = t.panels + (f * t.rows + i) * P;
+      if ((f + 1) * P <= t.D) {
+        store_panel(out, load_panel(x + f * P));
+      } else {
+        for (idx l = 0; l < P; l++) out[l] = f * P + l < t.D ? x[f * P + l] : T(0);
+      }
+    }
+  }
+}
+
+// out[d][l] = rows[l][d] of one panel, of which `n` rows exist, `stride` apart; the others are 0.
+template <class T>
+CACR_INLINE void transpose_panel(idx n, idx D, const T* rows, idx stride, T* out) {
+  constexpr idx W = Lanes<T>::W, P = kPanel<T>;
+  if (n < P) zero(out, D * P);
+  for (idx l = 0; l < P && l < n; l += W) {
+    idx d = 0;
+    for (; l + W <= n && d + W <= D; d += W) {
+      Vec<T> r[W];
+#pragma GCC unroll 16
+      for (idx x = 0; x < W; x++) r[x] = load(rows + (l + x) * stride + d);
+      transpose_lanes<T>(r);
+#pragma GCC unroll 16
+      for (idx x = 0; x < W; x++) store<T>(out + (d + x) * P + l, r[x]);
+    }
+    for (idx x = l; x < min_of(n, l + W); x++)
+      for (idx e = d; e < D; e++) out[e * P + x] = rows[x * stride + e];
+  }
+}
+
+}  // namespace cacr::CACR_ISA

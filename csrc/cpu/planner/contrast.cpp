@@ -1,0 +1,51 @@
+// The operators contrast and contrast_backward: statistics of the rows, and their gradients.
+#include "forward_backward.h"
+
+namespace cacr {
+
+namespace {
+
+// Norms and, where a query gradient is wanted, panels of the keys.
+template <class T>
+void prepare(Engine<T>& e, bool key_panels, int64_t n) {
+  e.allocate_packed(key_panels);
+  parallel_for(e.parallel, n, [&](int64_t i) { e.pack(i, n); });
+  e.find_bound();
+}
+
+}  // namespace
+
+template <class T>
+void contrast_forward(const Contrast<T>& problem, const Statistics& statistics, const Parallel& parallel) {
+  Engine<T> e(problem, parallel);
+  const int64_t n = e.threads();
+  prepare(e, false, n);
+  forward_sweep(e, statistics, n);
+}
+
+template <class T>
+void contrast_backward(const Contrast<T>& problem, const BackwardRows& rows, const ContrastGradients<T>& gradients,
+                       const Parallel& parallel) {
+  Engine<T> e(problem, parallel);
+  const int64_t n = e.threads();
+  const auto [dq, dk, dtau] = gradients;
+  prepare(e, dq || dtau, n);
+  const int64_t per_softmax = problem.pairs * problem.N;
+  const bool moments = dtau && !rows.detach_weights;
+  double* variance = moments ? e.memory.template zeros<double>(problem.softmaxes * per_softmax) : nullptr;
+  if (dq || dk || variance) backward_sweep(e, rows, {dq, dk, variance, false}, n);
+  for (int s = 0; dtau && s < problem.softmaxes; s++) {  // dL/dtau = sum_i gF var_i + glse F_i
+    dtau[s] = 0;
+    for (int64_t i = s * per_softmax; moments && i < (s + 1) * per_softmax; i++)
+      if (rows.state.sum[i] != 0) dtau[s] += rows.grad_value[i] * variance[i] + rows.grad_lse[i] * rows.value[i];
+  }
+}
+
+template void contrast_forward(const Contrast<float>&, const Statistics&, const Parallel&);
+template void contrast_forward(const Contrast<double>&, const Statistics&, const Parallel&);
+template void contrast_backward(const Contrast<float>&, const BackwardRows&, const ContrastGradients<float>&,
+                                const Parallel&);
+template void contrast_backward(const Contrast<double>&, const BackwardRows&, const ContrastGradients<double>&,
+                                const Parallel&);
+
+}  // namespace cacr

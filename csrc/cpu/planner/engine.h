@@ -1,0 +1,164 @@
+// What every sweep of a contrast problem needs: packed operands, shares of the threads, sizes of blocks.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../../common/rows.h"
+#include "isa.h"
+#include "memory.h"
+#include "threads.h"
+
+namespace cacr {
+
+// How many threads, and the blocks whose memory fits the workspace with that many.
+struct Fit {
+  Blocking blocking;
+  int64_t threads;
+};
+
+template <class T>
+struct Engine {
+  const Kernels<T>& kernels;
+  const Parallel& parallel;
+  Contrast<T> p;
+  Packed<T> packed{};
+  Workspace memory;
+  bool bounded = false;
+
+  Engine(const Contrast<T>& problem, const Parallel& par, const Kernels<T>& k = cacr::kernels<T>())
+      : kernels(k), parallel(par), p(problem) {}
+
+  int64_t padded(int64_t d) const { return (d + kernels.panel - 1) / kernels.panel * kernels.panel; }
+  int64_t units() const { return p.pairs * ((p.N + kernels.panel - 1) / kernels.panel); }
+
+  // Are queries and keys the same rows, of the same views in every pair?
+  bool symmetric() const { return p.keys_are_queries && std::equal(p.q_index, p.q_index + p.pairs, p.k_index); }
+
+  // First unit of the i-th of n shares. Symmetric: of equal areas, as the panels of a pair meet fewer and fewer keys,
+  // and in whole blocks, so that the same squares lie on the diagonal for any number of threads (symmetric.h says why).
+  int64_t first_unit(int64_t i, int64_t n, bool triangular) const {
+    if (!triangular) return share(units(), i, n);
+    const int64_t panels = (p.N + kernels.panel - 1) / kernels.panel;
+    const double area = double(panels) * double(panels + 1) / 2,
+                 target = area * double(p.pairs) * double(i) / double(n);
+    const int64_t pair = std::min(p.pairs, int64_t(target / area));
+    int64_t panel = 0;
+    for (double left = target - area * double(pair); pair < p.pairs && left >= double(panels - panel) / 2; panel++)
+      left -= double(panels - panel);
+    const int64_t block = symmetric_blocking().rows / kernels.panel;
+    return i == n ? units() : std::min(units(), pair * panels + panel / block * block);
+  }
+
+  // Threads worth their start: a share of at least about 20 us.
+  int64_t threads() const {
+    const double work = 6.0 * double(p.pairs) * double(p.N) * double(p.M) * double(p.D + 16);
+    return std::max<int64_t>(1, std::min<double>({double(parallel.threads), work / 2e6, double(units())}));
+  }
+
+  void allocate_packed(bool key_panels) {
+    packed.q_norm = memory.get<T>(p.q_views * p.N);
+    packed.k_bias = memory.get<T>(p.k_views * p.M);
+    packed.k_panels = key_panels ? memory.get<T>(p.k_views * p.M * padded(p.D)) : nullptr;
+  }
+
+  // Norms and panels of the i-th of n shares of the rows.
+  void pack(int64_t i, int64_t n) const {
+    for (int64_t v = 0; v < p.q_views; v++)
+      kernels.pack({p.q + v * p.q_view_stride, p.q_row_stride, p.D, p.N, share(p.N, i, n), share(p.N, i + 1, n),
+                    p.inner_product ? T(0) : T(1), packed.q_norm + v * p.N, nullptr});
+    for (int64_t v = 0; v < p.k_views; v++) {
+      const bool used = std::find(p.k_index, p.k_index + p.pairs, v) != p.k_index + p.pairs;
+      T* panels = packed.k_panels && used ? packed.k_panels + v * p.M * padded(p.D) : nullptr;
+      kernels.pack({p.k + v * p.k_view_stride, p.k_row_stride, p.D, p.M, share(p.M, i, n), share(p.M, i + 1, n),
+                    p.inner_product ? T(0) : T(-0.5), packed.k_bias + v * p.M, panels});
+    }
+  }
+
+  // |log2(e) tau c| <= 64 for every pair? c <= (|q| + |k|)^2. False for NaN and infinity.
+  void find_bound() {
+    double q = 0, k = 0, tau = 0;
+    bool finite = true;
+    auto scan = [&](const T* norm, int64_t n, double factor, double& top) {
+      T most = 0;
+      for (int64_t i = 0; i < n; i++) {
+        const T x = norm[i] * T(factor);
+        finite &= x <= T(1e30);
+        most = std::max(most, x);
+      }
+      top = double(most);
+    };
+    if (!p.inner_product) {
+      scan(packed.q_norm, p.q_views * p.N, 1, q);
+      scan(packed.k_bias, p.k_views * p.M, -2, k);
+    }
+    for (int s = 0; s < p.softmaxes; s++) tau = std::max(tau, std::abs(p.tau[s]));
+    const double c = std::sqrt(q) + std::sqrt(k);
+    bounded = !p.inner_product && finite && tau * c * c * kLog2e <= 64;
+  }
+
+  // Of all keys; variance: null where the moment is not wanted.
+  SweepParams<T> params(Gradient gradient, const Blocking& blocking, bool want_dq, bool want_dk,
+                        double* variance = nullptr) const {
+    SweepParams<T> t{};
+    t.problem = &p, t.packed = packed, t.blocking = blocking, t.bounded = bounded, t.gradient = gradient;
+    t.share.key1 = p.M, t.want_dq = want_dq, t.want_dk = want_dk;
+    t.want_moment = variance != nullptr, t.statistics.variance = variance;
+    return t;
+  }
+
+  // f(params of the share, i) for all n shares of the units
+  template <class F>
+  void in_shares(const SweepParams<T>& t, int64_t n, const ThreadScratch& scratch, bool triangular, F f) const {
+    parallel_for(parallel, n, [&](int64_t i) {
+      SweepParams<T> mine = t;
+      mine.share.unit0 = first_unit(i, n, triangular), mine.share.unit1 = first_unit(i + 1, n, triangular);
+      mine.scratch = scratch.of(i);
+      f(mine, i);
+    });
+  }
+
+  // ---- blocking --------------------------------------------------------------------------------------------------
+  // Every block reads all keys and reads and writes their gradients: where those are in no private cache, large blocks
+  // do so less often. Else small ones keep more of the strip there. Measured (benchmarks/NOTES.md) in float32.
+  Blocking blocking() const {
+    const bool large = sizeof(T) == 4 && p.M * padded(p.D) >= kLargeKeys;
+    return large ? blocking_of(192, 216) : blocking_of(96, 144);
+  }
+  static constexpr int64_t kLargeKeys = int64_t(1) << 19;
+
+  Blocking blocking_of(int64_t rows, int64_t keys) const {
+    const int64_t most = std::max<int64_t>(kernels.panel, (p.N + kernels.panel - 1) / kernels.panel * kernels.panel);
+    rows = std::max<int64_t>(kernels.panel, rows / kernels.panel * kernels.panel);
+    return {std::min(rows, most), std::min<int64_t>(keys, std::max<int64_t>(p.M, 1))};
+  }
+
+  // For the symmetric sweeps, where a square of the block is a tile, half of it for nothing, and tiles are turned panel
+  // by panel.
+  Blocking symmetric_blocking() const {
+    Blocking b = blocking_of(96, 144);
+    b.keys = std::max(b.rows, (b.keys + kernels.panel - 1) / kernels.panel * kernels.panel);
+    return b;
+  }
+
+  // Largest block of rows (or 0) with which `n` strips and `slices` bytes of slices stay within the workspace.
+  Blocking fitting(Gradient gradient, int64_t n, bool want_dq, bool want_dk, size_t slices) const {
+    Blocking b = blocking();
+    for (; b.rows >= kernels.panel; b.rows -= kernels.panel)
+      if (size_t(n) * kernels.strip_scratch(params(gradient, b, want_dq, want_dk)) + slices <= kWorkspaceBytes)
+        return b;
+    return {0, 0};
+  }
+
+  // For a sweep that keeps one tile, on n threads or as many as fit.
+  Fit tile_fitting(SweepParams<T> t, int64_t n) const {
+    t.blocking = blocking();
+    while (t.blocking.rows > kernels.panel && size_t(n) * kernels.strip_scratch(t) > kWorkspaceBytes)
+      t.blocking.rows -= kernels.panel;
+    const int64_t fit = std::min<int64_t>(n, int64_t(kWorkspaceBytes / kernels.strip_scratch(t)));
+    return {t.blocking, std::max<int64_t>(1, fit)};
+  }
+};
+
+}  // namespace cacr

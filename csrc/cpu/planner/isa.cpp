@@ -1,0 +1,110 @@
+// Chooses the instruction set once, at first use.
+#include "isa.h"
+
+#include <string>
+
+#include "self_check.h"
+
+#define CACR_DECLARE(isa)                      \
+  namespace isa {                              \
+  extern const Kernels<float> kernels_float;   \
+  extern const Kernels<double> kernels_double; \
+  }
+
+namespace cacr {
+
+CACR_DECLARE(portable)
+#ifdef CACR_HAVE_AVX2
+CACR_DECLARE(avx2)
+#endif
+#ifdef CACR_HAVE_AVX512
+CACR_DECLARE(avx512)
+#endif
+
+namespace {
+
+struct Isa {
+  const char* name;
+  const Kernels<float>* f32;
+  const Kernels<double>* f64;
+  bool (*supported)();
+  bool checked;  // must agree with the portable kernels before it is used
+};
+
+// The best first.
+const Isa kIsas[] = {
+#ifdef CACR_HAVE_AVX512
+    {"avx512", &avx512::kernels_float, &avx512::kernels_double,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     },
+     true},
+#endif
+#ifdef CACR_HAVE_AVX2
+    {"avx2", &avx2::kernels_float, &avx2::kernels_double,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
+     false},
+#endif
+    {"portable", &portable::kernels_float, &portable::kernels_double, [] { return true; }, false},
+};
+
+bool works(const Isa& isa) {
+  return !isa.checked || (self_check_passes(*isa.f32, portable::kernels_float, 37, 19) &&
+                          self_check_passes(*isa.f64, portable::kernels_double, 37, 19));
+}
+
+struct Choice {
+  const Isa* isa = nullptr;
+  std::string error;
+
+  Choice() {
+    const char* asked = std::getenv("CACR_CPU_ISA");
+    if (asked && *asked) {
+      error = std::string("CACR_CPU_ISA=") + asked + " names no compiled instruction set (" + cacr_cpu_compiled_isas() +
+              ")";
+      for (const Isa& i : kIsas) {
+        if (std::string(i.name) != asked) continue;
+        if (!i.supported())
+          error = std::string("CACR_CPU_ISA=") + asked + ": this processor does not have it";
+        else if (!works(i))
+          error = std::string("CACR_CPU_ISA=") + asked + ": its kernels disagree with the portable ones here";
+        else
+          error.clear(), isa = &i;
+      }
+    }
+    for (const Isa& i : kIsas)
+      if (!isa && i.supported() && works(i)) isa = &i;
+  }
+};
+
+const Choice& choice() {
+  static const Choice c;
+  return c;
+}
+
+}  // namespace
+
+template <>
+const Kernels<float>& kernels<float>() {
+  return *choice().isa->f32;
+}
+template <>
+const Kernels<double>& kernels<double>() {
+  return *choice().isa->f64;
+}
+
+}  // namespace cacr
+
+#define CACR_EXPORT extern "C" __attribute__((visibility("default")))
+
+CACR_EXPORT const char* cacr_cpu_compiled_isas() {
+  static const std::string names = [] {
+    std::string s;
+    for (const cacr::Isa& i : cacr::kIsas) s += (s.empty() ? "" : ",") + std::string(i.name);
+    return s;
+  }();
+  return names.c_str();
+}
+CACR_EXPORT const char* cacr_cpu_active_isa() { return cacr::choice().isa->name; }
+CACR_EXPORT const char* cacr_cpu_isa_error() { return cacr::choice().error.c_str(); }

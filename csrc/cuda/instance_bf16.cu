@@ -1,6 +1,0 @@
-#include "instances.h"
-#include "operators.cuh"
-
-cudaError_t cacr::run_bf16(const Call& call, cudaStream_t stream, const Allocator& memory) {
-  return run_call<Bf16Arithmetic>(call, stream, memory);
-}

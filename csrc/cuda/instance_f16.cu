@@ -1,6 +1,0 @@
-#include "instances.h"
-#include "operators.cuh"
-
-cudaError_t cacr::run_f16(const Call& call, cudaStream_t stream, const Allocator& memory) {
-  return run_call<F16Arithmetic>(call, stream, memory);
-}

@@ -1,6 +1,0 @@
-#include "instances.h"
-#include "operators.cuh"
-
-cudaError_t cacr::run_tf32(const Call& call, cudaStream_t stream, const Allocator& memory) {
-  return run_call<Tf32Arithmetic<1>>(call, stream, memory);
-}

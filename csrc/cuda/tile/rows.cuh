@@ -1,0 +1,65 @@
+// Rows of a view on their way from global to shared memory.
+#pragma once
+
+#include "layout.cuh"
+#include "numbers.cuh"
+
+namespace cacr {
+
+// All rows of one view.
+template <class Element>
+struct Rows {
+  const Element* data;  // [rows][D]
+  int64_t rows, D;
+};
+
+// Which rows and columns a tile covers: [row0, row0 + rows) and [column0, column0 + columns), at most 64 of each.
+struct TileRange {
+  int64_t row0, column0;
+  int rows, columns;
+
+  // Row i of the tile and its column i + diagonal() are the same row of the batch; beyond the tile if there is none.
+  CACR_DEVICE int diagonal() const {
+    const int64_t shift = row0 - column0;
+    return shift > -kTile && shift < kTile ? int(shift) : 2 * kTile;
+  }
+};
+
+// Starts to copy features [d0, d0 + kChunk) of rows [row0, row0 + 64) into one stage; outside the view there are zeros.
+// aligned_16: rows begin at multiples of 16 bytes; others go through registers.
+template <class Element>
+CACR_DEVICE void load_chunk(Stages<Element>& stages, int stage, const Rows<Element>& from, int64_t row0, int64_t d0,
+                            bool aligned_16) {
+  constexpr int kVector = 16 / int(sizeof(Element)), kVectors = kChunk<Element> / kVector;
+  const int base = stage * kTile * kStride<Element>;
+  if (aligned_16) {
+#pragma unroll
+    for (int x = threadIdx.x; x < kTile * kVectors; x += kThreads) {
+      const int r = x / kVectors, d = x % kVectors * kVector;
+      const bool inside = row0 + r < from.rows && d0 + d < from.D;
+      const Element* source = from.data + (inside ? (row0 + r) * from.D + d0 + d : 0);
+      ptx::cp_async_16(ptx::shared_address(&stages[base + r * kStride<Element> + d]), source, inside ? 16 : 0);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int x = threadIdx.x; x < kTile * kChunk<Element>; x += kThreads) {
+    const int r = x / kChunk<Element>, d = x % kChunk<Element>;
+    const bool inside = row0 + r < from.rows && d0 + d < from.D;
+    stages[base + r * kStride<Element> + d] = inside ? from.data[(row0 + r) * from.D + d0 + d] : Element{};
+  }
+}
+
+// |a - b|^2 from the differences of the features.
+template <class Acc, class Element>
+CACR_DEVICE Acc squared_distance(const Element* a, const Element* b, int64_t D) {
+  Acc sum = 0;
+#pragma unroll 1
+  for (int64_t d = 0; d < D; d++) {
+    const Acc difference = widen(a[d]) - widen(b[d]);
+    sum += difference * difference;
+  }
+  return sum;
+}
+
+}  // namespace cacr

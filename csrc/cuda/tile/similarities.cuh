@@ -1,0 +1,182 @@
+// From products q.k of a tile to u_ij = q_i.k_j - |k_j|^2 / 2, in which all softmaxes are written, and which keys of
+// the tile belong to which set.
+//
+// A cost is c_ij = |q_i|^2 - 2 u_ij (cacr_kernels/reference.py). Where a row and a column have equal ids, the product
+// cancels if they are close; then c comes from differences, and u = -c / 2.
+#pragma once
+
+#include "../parameters.h"
+#include "rows.cuh"
+
+namespace cacr {
+
+// Shared memory of a unit of the gradients: what stays the same for all its tiles. Registers are needed for sums.
+template <class Element, class Acc>
+struct UnitBuffers {
+  SharedArray<Rows<Element>, 1> rows;            // the view whose gradient is computed
+  SharedArray<Acc, kTile> norm;                  // [64] |x|^2 of the rows of the unit
+  SharedArray<int32_t, kTile> id;                // [64] their ids
+  SharedArray<int32_t, 2> first_tile, end_tile;  // [2] tiles of the split, where the others are keys, and queries
+  SharedArray<Acc, kMaxSoftmaxes> slope;         // [S] 0 beyond the softmaxes there are
+  SharedArray<Acc, 1> scale;                     // of the coefficients
+};
+
+template <class Element, class Acc>
+struct Buffers {
+  Stages<Element> a;                                                   // rows of the tile
+  Stages<Element> b;                                                   // its columns
+  SharedArray<Acc, kTile> norm;                                        // [64] |x|^2 of the columns
+  SharedArray<int32_t, kTile> id;                                      // [64] ids of the columns
+  SharedArray<Coefficients<Acc>, kMaxSoftmaxes * kTile> coefficients;  // [S][64] of the queries, rows or columns
+  SharedArray<Acc, kTile> ratio;                                       // [64] of the same
+  SharedArray<double, kThreads / 32> reduction;                        // a number per warp
+  UnitBuffers<Element, Acc> unit;
+};
+
+template <class Arithmetic>
+using BuffersOf = Buffers<typename Arithmetic::Element, typename Arithmetic::Acc>;
+
+// ---- ids and norms --------------------------------------------------------------------------------------------------
+template <class Params>
+CACR_DEVICE bool is_masked(const Params& p) {
+  return p.q_id != nullptr || p.period > 0;
+}
+
+// The id of row i of the queries or keys.
+template <class Params>
+CACR_DEVICE int32_t id_of(const Params& p, const int32_t* ids, int64_t i) {
+  return ids ? ids[i] : p.period > 0 ? int32_t(uint32_t(i) % uint32_t(p.period)) : 0;
+}
+
+// The thread's two rows of a tile, 8 rows apart.
+template <class Acc>
+struct ThreadRows {
+  int32_t id[2];
+  Acc norm[2];
+};
+
+// Those of queries [row0, row0 + 64) of a view; norm: [N] of that view.
+template <class Acc, class Params>
+CACR_DEVICE ThreadRows<Acc> thread_queries(const Params& p, const Acc* norm, int64_t row0) {
+  const ThreadPosition at = ThreadPosition::of_thread();
+  ThreadRows<Acc> rows;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int64_t i = row0 + at.row + 8 * h;
+    rows.id[h] = i < p.N ? id_of(p, p.q_id, i) : -1;
+    rows.norm[h] = i < p.N && !p.inner_product ? norm[i] : Acc(0);
+  }
+  return rows;
+}
+
+// Norms and ids of the columns of a tile into shared memory, by threads 0 ... 63; norm: of all rows of the view.
+template <class Params, class Shared, class Acc>
+CACR_DEVICE void stage_columns(const Params& p, Shared& shared, bool columns_are_queries, const Acc* norm,
+                               const TileRange& range) {
+  const int column = threadIdx.x;
+  if (column >= kTile) return;
+  const int64_t j = range.column0 + column;
+  const bool exists = column < range.columns;
+  shared.norm[column] = exists && !p.inner_product ? norm[j] : Acc(0);
+  shared.id[column] = exists ? id_of(p, columns_are_queries ? p.q_id : p.k_id, j) : -1;
+}
+
+// ---- sets of keys ---------------------------------------------------------------------------------------------------
+// Masks of a thread's 32 elements of a tile, one bit each (bit_of).
+struct Membership {
+  uint32_t valid;  // the column exists
+  uint32_t same;   // row and column have the same id
+  uint32_t self;   // row and column are one row
+
+  CACR_DEVICE uint32_t of_kind(int kind) const {
+    return valid & MembershipTest<uint32_t>::of(kind).members(same, self);
+  }
+};
+
+// column_id: [64]; row_id: of the thread's two rows.
+CACR_DEVICE Membership find_members(SharedArray<int32_t, kTile>& column_id, const int32_t (&row_id)[2], bool masked,
+                                    const TileRange& range) {
+  const ThreadPosition at = ThreadPosition::of_thread();
+  const int diagonal = range.diagonal();
+  Membership found{0, 0, 0};
+#pragma unroll
+  for (int n = 0; n < kFragments; n++) {
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      const int column = 8 * n + at.column + e;
+      if (column < range.columns) found.valid |= 5u << bit_of(n, e);
+      if (!masked) continue;
+      const int32_t id = column_id[column];
+      if (id == row_id[0]) found.same |= 1u << bit_of(n, e);
+      if (id == row_id[1]) found.same |= 4u << bit_of(n, e);
+      if (column == at.row + diagonal) found.self |= 1u << bit_of(n, e);
+      if (column == at.row + 8 + diagonal) found.self |= 4u << bit_of(n, e);
+    }
+  }
+  return found;
+}
+
+// ---- similarities ---------------------------------------------------------------------------------------------------
+// One tile, as a thread sees it.
+template <class Element, class Acc>
+struct Tile {
+  bool rows_are_queries;        // or else the columns are
+  Rows<Element> rows, columns;  // the two views
+  TileRange range;
+  ThreadRows<Acc> thread;
+  Membership members;
+};
+
+// The thread's element of a bit, chosen among all: an index that the compiler does not know would put the tile into
+// local memory.
+template <class Acc>
+CACR_DEVICE Acc element_at(const Acc (&s)[kFragments][4], int bit) {
+  Acc found = 0;
+#pragma unroll
+  for (int n = 0; n < kFragments; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) found = bit == bit_of(n, e) ? s[n][e] : found;
+  return found;
+}
+template <class Acc>
+CACR_DEVICE void set_element(Acc (&s)[kFragments][4], int bit, Acc value) {
+#pragma unroll
+  for (int n = 0; n < kFragments; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) s[n][e] = bit == bit_of(n, e) ? value : s[n][e];
+}
+
+// u of pairs with equal ids becomes -c / 2, with c from differences where the product form cancels.
+// column_norm: [64] of the columns.
+template <class Params, class Element, class Acc>
+CACR_DEVICE void replace_positives(const Params& p, const Tile<Element, Acc>& tile,
+                                   SharedArray<Acc, kTile>& column_norm, Acc (&u)[kFragments][4]) {
+  const ThreadPosition at = ThreadPosition::of_thread();
+  const Rows<Element>&rows = tile.rows, &columns = tile.columns;
+  for (uint32_t left = tile.members.same & tile.members.valid; left; left &= left - 1) {
+    const int bit = __ffs(int(left)) - 1, n = bit / 4, e = bit % 4;
+    const int column = 8 * n + at.column + e % 2, row = at.row + e / 2 * 8;
+    if (row >= tile.range.rows) continue;
+    const Acc row_norm = e / 2 ? tile.thread.norm[1] : tile.thread.norm[0], norm = column_norm[column];
+    Acc cost = (tile.rows_are_queries ? row_norm : norm) - 2 * element_at(u, bit);
+    if (!p.inner_product && !(cost > (row_norm + norm) / 2))
+      cost = squared_distance<Acc>(rows.data + (tile.range.row0 + row) * rows.D,
+                                   columns.data + (tile.range.column0 + column) * columns.D, rows.D);
+    set_element(u, bit, -cost / 2);
+  }
+}
+
+// Turns products s = q.k into u = q.k - |k|^2 / 2. column_norm: [64] of the columns.
+template <class Params, class Element, class Acc>
+CACR_DEVICE void finish_similarities(const Params& p, const Tile<Element, Acc>& tile,
+                                     SharedArray<Acc, kTile>& column_norm, Acc (&s)[kFragments][4]) {
+  const ThreadPosition at = ThreadPosition::of_thread();
+#pragma unroll
+  for (int n = 0; n < kFragments; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      s[n][e] -= (tile.rows_are_queries ? column_norm[8 * n + at.column + e % 2] : tile.thread.norm[e / 2]) / 2;
+  if (p.positives) replace_positives(p, tile, column_norm, s);
+}
+
+}  // namespace cacr

@@ -1,0 +1,65 @@
+"""Steps of a GPU check that go wrong in every way that a GPU can; no torch, so that they start at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+from benchmarks.gpu_check import child
+from benchmarks.gpu_check.child import Context, DroppedError, Task
+from benchmarks.gpu_check.lines import NOTE
+
+SECONDS = 2.0  # of a task
+
+
+def fine() -> dict[str, Any]:
+    return {"milliseconds": 1.5}
+
+
+def wrong() -> dict[str, Any]:
+    return {"ok": False, "problem": "0.5 is not 0.25"}
+
+
+def drop() -> dict[str, Any]:
+    raise DroppedError("out of memory")
+
+
+def sticky() -> dict[str, Any]:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def crash() -> dict[str, Any]:
+    os.abort()
+
+
+def sleep() -> dict[str, Any]:
+    time.sleep(60)
+    return {}
+
+
+def with_children() -> dict[str, Any]:
+    """A compiler that hangs, say."""
+    subprocess.run([sys.executable, "-c", "import time; time.sleep(60)"])
+    return {}
+
+
+TASKS = {
+    "results": (fine, wrong, drop),
+    "crashing": (fine, crash, sticky, drop),
+    "hanging": (fine, sleep, drop),
+    "late": (fine, with_children),
+    "last": (fine,),
+}
+
+
+def run(context: Context) -> None:
+    step = context.lines.step
+    if step == "absent":
+        return context.skip("there is no GPU")
+    context.lines.write(NOTE, text=f"process {os.getpid()}")
+    seconds = 100.0 if step == "late" else SECONDS
+    child.run(context, [Task(f"{task.__name__} of {step}", task) for task in TASKS[step]], seconds)
+    return None

@@ -1,0 +1,148 @@
+"""The rooms of the package: what each may import, what modules keep to themselves, how long a signature is."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import cacr_kernels
+
+PACKAGE = Path(cacr_kernels.__file__).parent
+NAME = PACKAGE.name
+MODULES = {
+    ".".join([NAME, *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in MODULES.items()}
+each_module = pytest.mark.parametrize("module", MODULES)
+
+# A room is a module of the package, or a folder with all in it; it may import what is listed, and itself.
+BASE = {"_version", "types"}
+OPERATORS = BASE | {"reference", "operators"}
+BACKENDS = OPERATORS | {"backends"}
+LOSSES = BACKENDS | {"checks", "losses"}
+ROOMS: dict[str, set[str]] = {
+    "_version": set(),
+    "types": set(),
+    "reference": {"types"},
+    "operators": OPERATORS,
+    "backends": BACKENDS,
+    "checks": BASE | {"backends"},
+    "losses": OPERATORS | {"losses"},
+    "functional": LOSSES,
+    "weights": LOSSES,
+    "modules": LOSSES | {"functional"},
+    "": LOSSES | {"functional", "modules", "weights"},  # the package itself
+    "cases": BASE,
+    "testing": LOSSES | {"functional", "cases"},
+    "verify": LOSSES | {"functional", "cases", "testing"},
+    "support": LOSSES | {"functional"},
+    "__main__": LOSSES | {"functional", "support", "verify"},
+}
+
+
+def room(module: str) -> str:
+    """The first part of the name below the package."""
+    return module.removeprefix(NAME).removeprefix(".").split(".")[0]
+
+
+def imports(module: str) -> Iterator[tuple[str, str | None, int]]:
+    """Modules of the package that a module imports, each with the name that is taken from it, if one is."""
+    package = module if MODULES[module].stem == "__init__" else module.rpartition(".")[0]
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None, node.lineno) for alias in node.names if alias.name.split(".")[0] == NAME)
+        if isinstance(node, ast.ImportFrom):
+            start = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*start, *([node.module] if node.module else [])])
+            if source.split(".")[0] == NAME:
+                for alias in node.names:
+                    inner = f"{source}.{alias.name}"
+                    yield (inner, None, node.lineno) if inner in MODULES else (source, alias.name, node.lineno)
+
+
+@each_module
+def test_imports_go_one_way(module: str) -> None:
+    allowed = ROOMS[room(module)] | {room(module)}
+    wrong = {f"{target} (line {line})" for target, _, line in imports(module) if room(target) not in allowed}
+    assert not wrong, f"{module} imports {wrong}"
+
+
+def test_no_circles() -> None:
+    """No module imports itself, by whatever way round."""
+    targets = {module: {target for target, _, _ in imports(module)} - {module} for module in MODULES}
+    for module in MODULES:  # a module of a package that is imported imports that package first: that is no circle
+        targets[module] -= {parent for parent in targets[module] if module.startswith(f"{parent}.")}
+    left = dict(targets)
+    while free := {module for module, needed in left.items() if not needed & left.keys()}:
+        left = {module: needed for module, needed in left.items() if module not in free}
+    assert not left, f"these import each other: {sorted(left)}"
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+@each_module
+def test_private_names_stay_at_home(module: str) -> None:
+    """Nobody takes an underscored name from another module; ``_torch_private`` belongs to the operators."""
+    for target, name, line in imports(module):
+        private = [part for part in target.split(".")[1:] if is_private(part)]
+        if private == ["_torch_private"]:
+            assert room(module) == "operators", f"{module}:{line} imports {target}"
+        else:
+            assert private in ([], ["_version"]), f"{module}:{line} imports {target}"
+        assert name is None or not is_private(name), f"{module}:{line} imports {target}.{name}"
+
+
+@each_module
+def test_private_names_of_torch_are_in_one_room(module: str) -> None:
+    if module.endswith("._torch_private") or room(module) in ("testing", "support", "verify", "__main__"):
+        return
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            assert not (isinstance(node.value, ast.Name) and node.value.id == "torch"), f"{module}:{node.lineno}"
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("torch"):
+            parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            assert not any(is_private(part) for part in parts), f"{module}:{node.lineno}"
+
+
+# ---- signatures ------------------------------------------------------------------------------------------------------
+MOST = 8
+LOSSES_OF = ("functional", "reference", "losses")  # public, by the definition, composed: what the public ones take
+
+
+def decorated_with(node: ast.FunctionDef, *names: str) -> bool:
+    found = {ast.unparse(d.func if isinstance(d, ast.Call) else d).split(".")[-1] for d in node.decorator_list}
+    return bool(found & set(names))
+
+
+def may_be_long(module: str, owner: ast.AST, node: ast.FunctionDef) -> bool:
+    """Public losses and their definitions, constructors of modules, what PyTorch's schemas force, Triton kernels."""
+    public = isinstance(owner, ast.Module) and not node.name.startswith("_")
+    if (
+        room(module) in LOSSES_OF
+        and public
+        and ast.unparse(node.returns or ast.Constant(None)) in ("Any", "Tensor", "Terms")
+    ):
+        return True
+    if isinstance(owner, ast.ClassDef) and node.name == "__init__":
+        return True
+    if module.startswith(f"{NAME}.backends.triton"):
+        launches = decorated_with(node, "on_device_of_first")  # has the signature of the schema
+        return launches or ".kernels." in module
+    return False
+
+
+@each_module
+def test_signatures_are_short(module: str) -> None:
+    for owner in ast.walk(TREES[module]):
+        for node in ast.iter_child_nodes(owner):
+            if not isinstance(node, ast.FunctionDef) or may_be_long(module, owner, node):
+                continue
+            a = node.args
+            count = len(a.posonlyargs) + len(a.args) + len(a.kwonlyargs)
+            assert count <= MOST, f"{module}:{node.lineno} {node.name} has {count} parameters"
