@@ -18,7 +18,7 @@ from .fault import ROOT, Fault
 
 NATIVE = ("csrc/cpu/", "csrc/common/", "setup.py")  # after a change of these the CPU library is compiled
 COMPILED = ("build/native-*", "cacr_kernels/*.so")  # what that makes
-NOTICED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - (.*))?$", re.MULTILINE)
+NOTICED = re.compile(r"^(?:FAILED|ERROR) (tests/.+?)(?: - (.*))?$", re.MULTILINE)
 COMPILER = re.compile(r"^.*(?:\berror: |\[-Werror).*$", re.MULTILINE)
 ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "1",  # it would be kept by the time of a source, which is set back

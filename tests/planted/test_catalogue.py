@@ -59,7 +59,11 @@ def test_a_text_has_to_be_where_it_should_be() -> None:
     ("status", "output", "expected"),
     [
         (0, "2 passed", ("NOT CAUGHT", "", "")),
-        (1, "FAILED tests/a.py::b[c, d] - E: e - f\n1 failed", ("caught", "tests/a.py::b[c, d]", "E: e - f")),
+        (
+            1,
+            "FAILED torch: it said\nFAILED tests/a.py::b[c, d] - E: e - f",
+            ("caught", "tests/a.py::b[c, d]", "E: e - f"),
+        ),
         (2, "ERROR tests/a.py - NameError: d", ("caught", "tests/a.py", "NameError: d")),
         (None, "", ("time-out", "", "the tests did not come to an end")),
         (-11, "", ("caught", "the process", "ended by signal 11")),

@@ -85,8 +85,8 @@ FAULTS = (
     Fault(
         "benchmarks-symmetric-flop",
         SUITE + "cases.py",
-        text="return 2 * unit if symmetric or constant_keys else 3 * unit",
-        replacement="return 2 * unit if symmetric and constant_keys else 3 * unit",
+        text="return 2 * unit if symmetric or self.constant_keys else 3 * unit",
+        replacement="return 2 * unit if symmetric and self.constant_keys else 3 * unit",
         why="operations of symmetric problems and constant keys are overstated",
         tests=(RATIOS, RESULTS),
     ),

@@ -83,8 +83,8 @@ FAULTS = (
     Fault(
         "modules-queue-in-half-precision",
         FILE,
-        text="(l2_normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)",
-        replacement="(l2_normalize(x, dim=-1)",
+        text="l2_normalize(x.to(arithmetic_dtype(x)), dim=-1)",
+        replacement="l2_normalize(x, dim=-1)",
         why="keys of half types are normalised in their own precision",
         tests=(QUEUE, "tests/losses/test_modules.py"),
     ),

@@ -51,8 +51,8 @@ FAULTS = (
     Fault(
         "weights-half-types",
         FILE,
-        text="z = z if z.dtype == torch.float64 else z.float()",
-        replacement="z = z if z.dtype in (torch.float64, torch.bfloat16) else z.float()",
+        text="z = z.to(arithmetic_dtype(z))",
+        replacement="z = z if z.dtype == torch.bfloat16 else z.to(arithmetic_dtype(z))",
         why="weights of bfloat16 views are computed in bfloat16",
         tests=TESTS,
     ),
