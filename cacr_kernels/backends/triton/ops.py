@@ -15,12 +15,13 @@ import torch
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from ...operators.ops import NAMESPACE
-from . import problem, table
+from . import table
+from .launch import tracing
 
 WHERE = {
-    "contrast_triton": ("launch", "contrast"),
-    "contrast_backward_triton": ("launch", "contrast_backward"),
-    "contrast_frozen_triton": ("frozen", "contrast_frozen"),
+    "contrast_triton": ("contrast", "contrast"),
+    "contrast_backward_triton": ("contrast", "contrast_backward"),
+    "contrast_frozen_triton": ("detached_keys", "detached_keys"),
     "cacr_triton": ("cacr", "cacr"),
 }
 
@@ -47,7 +48,7 @@ def _register(name: str) -> None:
         interpreted = table.processor_of(args[0].device).family == "interpreter"
         if interpreted or custom_triton_ops_decomposition_disabled():
             return mode.__torch_dispatch__(op, types, args, kwargs)
-        with mode, problem.tracing():
+        with mode, tracing():
             return implementation(name)(*args, **kwargs)
 
     torch.library.impl(qualified, ("CPU", "CUDA"), launch)
