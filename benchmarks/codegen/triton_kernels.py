@@ -128,7 +128,7 @@ def cases() -> Iterator[Case]:
 
 
 def build(wanted: list[Case]) -> list[Row]:
-    """Compiles them."""
+    """Compile these cases, in their order."""
     of_table, of_rows = {v.name: v for v in variants()}, {s.name: s for s in small()}
     known: dict[str, Any] = {}  # compiled, by all that it depends on
     return [

@@ -63,7 +63,7 @@ def jit_functions() -> dict[str, JITFunction]:
 def sm_80(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors count as those of an sm_80 GPU."""
     table = importlib.import_module("cacr_kernels.backends.triton.table")
-    backends = importlib.import_module("cacr_kernels.backends")
+    backends = importlib.import_module("cacr_kernels.backends.table")
     usable = [b._replace(why_not=lambda device: None) if b.name == "triton" else b for b in backends.TABLE]
     monkeypatch.setattr(backends, "TABLE", tuple(usable))
     for name in ("pairs", "contrast", "detached_keys", "cacr"):
@@ -162,7 +162,7 @@ def test_a_running_maximum_that_stays_moves_nothing(detached: bool, monkeypatch:
 
 
 def unit(V: int, B: int, D: int, seed: int = 0) -> torch.Tensor:
-    """Unit vectors."""
+    """Random vectors of length 1 [V, B, D]."""
     z = torch.randn(V, B, D, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.normalize(z, dim=-1)
 

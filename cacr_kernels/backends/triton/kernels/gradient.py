@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .coefficients import BASE, MEAN_U, RATIO, A, B
 from .tile import (
+    ALL,
     NO_SET,
     SHARED_SET,
     Matrix,
@@ -30,7 +31,6 @@ from .tile import (
     similarity,
     softmaxes_of,
     uses_cost,
-    uses_ids,
 )
 
 
@@ -122,14 +122,18 @@ def add_exactly(total, lost, x):
 
 @triton.jit
 def sweep(sums, x, x_tile, other, rows, first, second, options):
-    """``sums`` with those over the rows of the other side added, for one pair of sets."""
+    """``sums`` with those over the rows of the other side added, for one pair of sets.
+
+    S, c, v, z, e and g are tiles [BLOCK_M, BLOCK_N].
+    """
     acc_type: tl.constexpr = x.norm.dtype
     AS_QUERY: tl.constexpr = options.AS_QUERY
     FIRST_SET: tl.constexpr = options.FIRST_SET
     SECOND_SET: tl.constexpr = options.SECOND_SET
     INNER_PRODUCT: tl.constexpr = options.INNER_PRODUCT
+    PRECISION: tl.constexpr = options.PRECISION
     MOMENTS: tl.constexpr = options.WANT_TAU and AS_QUERY
-    IDS: tl.constexpr = uses_ids(FIRST_SET, SECOND_SET)
+    IDS: tl.constexpr = FIRST_SET != ALL or SECOND_SET > ALL
     # A column beyond the last query gets no weight.
     no_query0, no_query1 = (0.0, 0.0) if AS_QUERY else (2.0 * first.mask_bias, 2.0 * second.mask_bias)
     inverse0 = 1.0 / first.slope
@@ -140,9 +144,7 @@ def sweep(sums, x, x_tile, other, rows, first, second, options):
         y_tile = load_tile(other.matrix, j0, other.d_out, options.BLOCK_N, options.BLOCK_OUT)  # [BLOCK_N, BLOCK_OUT]
         y = load_block(other.matrix, j0, columns, IDS)
         queries = x if AS_QUERY else y
-        S = similarity(
-            x, x_tile, y, y_tile, options.BLOCK_D, options.CHUNKS, options.PRECISION, acc_type
-        )  # [BLOCK_M, BLOCK_N]
+        S = similarity(x, x_tile, y, y_tile, options.BLOCK_D, options.CHUNKS, PRECISION, acc_type)
         if uses_cost(FIRST_SET, INNER_PRODUCT) or uses_cost(SECOND_SET, INNER_PRODUCT):
             c = positive_cost(x, y, S)
         else:
@@ -175,7 +177,7 @@ def sweep(sums, x, x_tile, other, rows, first, second, options):
                 d = v * inverse1 - coefficient(row1 + MEAN_U * stride, queries, AS_QUERY)
                 moment1 += tl.sum(e1 * d * d, 1)
         total, lost = add_exactly(sums.g, sums.lost, tl.sum(g, 1))
-        sums = Sums(multiply(g, y_tile, sums.gy, options.PRECISION), total, lost, moment0, moment1)
+        sums = Sums(multiply(g, y_tile, sums.gy, PRECISION), total, lost, moment0, moment1)
     return sums
 
 
@@ -227,7 +229,7 @@ def gradient_kernel(
     end = min(begin + split_size, M)
     rows = i0 + tl.arange(0, BLOCK_M)
     own = Matrix(x + view * N * D, x_norm + view * N, x_id, N, D)
-    block = load_block(own, i0, rows, uses_ids(FIRST_SET, SECOND_SET))
+    block = load_block(own, i0, rows, FIRST_SET != ALL or SECOND_SET > ALL)
     x_tile = load_tile(own, i0, 0, BLOCK_M, BLOCK_D) if CHUNKS == 1 else i0  # [BLOCK_M, BLOCK_D]
     first, second = softmaxes_of(tau, SECOND_SET, acc_type)
     scale = range_scale(bound, BOUNDS, acc_type) if x.dtype.element_ty == tl.float16 else 1.0
@@ -239,9 +241,9 @@ def gradient_kernel(
     gy, g, lost = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=acc_type), nothing, nothing
     for p in range(P):
         here, there = tl.load(x_view + p).to(tl.int64), tl.load(y_view + p).to(tl.int64)
-        # A pair that this view takes no part in has nothing to walk over.
         coefficients_of_pair = RowCoefficients(coefficients + p * queries, one, stride, scale)
         other = Matrix(y + there * M * D, y_norm + there * M, y_id, M, D)
+        # A view walks over nothing in a pair of sets that it takes no part in.
         sums = sweep(
             Sums(gy, g, lost, nothing, nothing),
             block,

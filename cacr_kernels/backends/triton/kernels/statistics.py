@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .tile import (
+    ALL,
     NO_SET,
     SHARED_SET,
     Matrix,
@@ -23,7 +24,6 @@ from .tile import (
     similarity,
     softmaxes_of,
     uses_cost,
-    uses_ids,
 )
 
 
@@ -82,7 +82,7 @@ def statistics_kernel(
 ):
     """Grid: blocks of queries of every pair of sets, splits of the keys."""
     acc_type: tl.constexpr = q_norm.dtype.element_ty
-    IDS: tl.constexpr = uses_ids(FIRST_SET, SECOND_SET)
+    IDS: tl.constexpr = FIRST_SET != ALL or SECOND_SET > ALL
     i0, p = first_row_and_pair(N, BLOCK_M)
     begin = tl.program_id(1) * split_size
     x, y = tl.load(q_view + p).to(tl.int64), tl.load(k_view + p).to(tl.int64)

@@ -102,7 +102,7 @@ def load_vector(base, first, count, SIZE: tl.constexpr, other):
 
 @triton.jit
 def load_tile(matrix, first, d0, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The same of a matrix."""
+    """Features [d0, d0 + BLOCK_D) of rows [first, first + ROWS) of a matrix; zeros outside."""
     return load_rows(matrix.base, first, matrix.count, matrix.D, d0, ROWS, BLOCK_D)
 
 
@@ -113,12 +113,6 @@ def load_block(matrix, first, index, IDS: tl.constexpr):
     norm = load_vector(matrix.norm, first, matrix.count, SIZE, 0.0)
     ids = load_vector(matrix.id, first, matrix.count, SIZE, 0) if IDS else index
     return Block(matrix=matrix, first=first, index=index, norm=norm, id=ids)
-
-
-@triton.jit
-def uses_ids(FIRST_SET: tl.constexpr, SECOND_SET: tl.constexpr):
-    """Whether one of the two key sets depends on ids."""
-    return FIRST_SET != ALL or SECOND_SET > ALL
 
 
 # ---- inner products and costs ----------------------------------------------------------------------------------------
