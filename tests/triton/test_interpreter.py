@@ -29,9 +29,9 @@ ROOT = TESTS.parents[1]
 FEW = " and (views_00 or views_03 or rbf_01 or queue_01 or momentum_02)"
 VECTORS = "triton and not weights" + ("" if os.environ.get("CACR_TEST_ALL") == "1" else FEW)
 SUITES = {
-    "operators": ["interpreted/test_triton_operators.py"],
-    "losses": ["interpreted/test_triton_losses.py"],
-    "tuning": ["interpreted/test_triton_candidates.py"],
+    "operators": ["interpreted/test_operators.py"],
+    "losses": ["interpreted/test_losses.py"],
+    "tuning": ["interpreted/test_candidates.py"],
     "vectors": ["../losses/test_vectors.py", "-k", VECTORS],
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import tests.triton.interpreted.test_triton_operators as operators
+import tests.triton.interpreted.test_operators as operators
 from cacr_kernels import testing
 from cacr_kernels.backends.triton import problem, table, tuning
 from tests.agreement import LOSSES, assert_agree, cast, run, small_inputs

@@ -1,6 +1,6 @@
 """The operators of the Triton backend in Triton's interpreter, against the plain formula in float64.
 
-Collected only under ``TRITON_INTERPRET=1``: ``tests/triton/test_triton.py`` starts them. bfloat16 is multiplied in
+Collected only under ``TRITON_INTERPRET=1``: ``tests/triton/test_interpreter.py`` starts them. bfloat16 is multiplied in
 float32 here, and TF32 is IEEE: what compiled kernels do with those is for the tests that execute their PTX.
 """
 

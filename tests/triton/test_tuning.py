@@ -1,6 +1,6 @@
 """Optional autotuning of the Triton kernels: what is chosen, where it is kept, and when nothing is timed.
 
-Sweeps and times are made up here; ``tests/triton/interpreted/test_triton_candidates.py`` runs the kernels.
+Sweeps and times are made up here; ``tests/triton/interpreted/test_candidates.py`` runs the kernels.
 """
 
 from __future__ import annotations
@@ -438,7 +438,7 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 WRITER = """
 import sys
-import test_triton_tuning as here
+import tests.triton.test_tuning as here
 from cacr_kernels.backends.triton import tuning
 timer = here.Timer(lambda tile: 1.0 if tile.block_n == 64 else 2.0)
 tuning.measure = timer
