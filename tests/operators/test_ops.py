@@ -370,7 +370,7 @@ def test_opcheck_witness() -> None:
 
 
 def test_every_operator_is_checked() -> None:
-    """A new operator needs an ``opcheck``: above, in ``test_frozen.py``, ``interpreted`` or ``tests/cuda/test_losses.py``.
+    """A new operator needs an ``opcheck``: here, in ``test_frozen.py``, ``interpreted`` or ``tests/cuda/test_losses.py``.
 
     ``cuda_<name>`` are the compiled ones behind ``<name>_cuda``, with one more argument.
     """
