@@ -28,8 +28,15 @@ EXHAUSTIVE = "evidence that no machine of a user changes; runs with CACR_TEST_AL
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"exhaustive: {EXHAUSTIVE}")
-    if hasattr(config, "workerinput"):
-        torch.set_num_threads(1)  # one pytest-xdist worker per core; tests about threads set their own number
+
+
+@pytest.fixture(autouse=True)
+def _the_same_in_any_order() -> None:
+    """No compiled code, the same random numbers, one thread: workers of pytest-xdist take a core each."""
+    torch._dynamo.reset()
+    torch.default_generator.manual_seed(0)
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,4 +1,7 @@
-"""Parameters of a test: every value, or every pair of values, of its axes; the other combinations are exhaustive."""
+"""Parameters of a test: every value, or every pair of values, of its axes; the other combinations are exhaustive.
+
+Not where there is a GPU: what it computes no other machine has shown.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 Chosen = frozenset[tuple[int, int]]  # of an axis, the place of a value
 
@@ -46,5 +50,6 @@ def covering(axes: Mapping[str, Mapping[str, Any] | Sequence[Any]], strength: in
     parameters = []
     for at in itertools.product(*(range(len(values)) for values in named)):
         ids, values = zip(*(axis[i] for axis, i in zip(named, at, strict=True)), strict=True)
-        parameters.append(pytest.param(*values, id="-".join(ids), marks=() if at in few else pytest.mark.exhaustive))
+        marks = () if at in few or torch.cuda.is_available() else pytest.mark.exhaustive
+        parameters.append(pytest.param(*values, id="-".join(ids), marks=marks))
     return pytest.mark.parametrize(tuple(axes), parameters)

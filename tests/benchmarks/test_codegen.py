@@ -27,6 +27,7 @@ REPORT = json.loads((codegen.OUT / "codegen.json").read_text(encoding="utf-8"))
 
 
 # ---- CUDA kernels ----------------------------------------------------------------------------------------------------
+@pytest.mark.exhaustive
 def test_nothing_is_wrong_with_a_cuda_kernel() -> None:
     tool("nvcc")
     wanted = [case for case in codegen_cuda.cases() if (case.device, case.dtype) == ("A100", "fp16")]

@@ -12,7 +12,6 @@ from torch import Tensor
 from cacr_kernels import CACRQueueLoss
 from tests.agreement import LOSSES, cast, each_backend, randn, run, small_inputs, unit
 
-torch.set_num_threads(1)
 BAD = (math.nan, math.inf, -math.inf)
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *(("cacr", {"pairing": p, "cost": c}) for p in ("unordered", "ordered", "pooled") for c in ("sqeuclidean", "rbf")),

@@ -25,7 +25,6 @@ from tests.agreement import (
     unit,
 )
 
-torch.set_num_threads(1)
 PAIRINGS = ("unordered", "ordered", "pooled")
 COSTS = ("sqeuclidean", "rbf")
 ZERO = torch.zeros((), dtype=torch.float64)

@@ -91,7 +91,7 @@ assert "not installed" in cacr_kernels.backends()["triton"], cacr_kernels.backen
 cacr_kernels.cacr_loss(torch.randn(2, 4, 3, requires_grad=True)).backward()
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
 
 
