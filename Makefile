@@ -7,7 +7,7 @@ MAKEFLAGS += --jobs=2
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV ?= .venv
-PYTEST_FLAGS ?= -q -n 2
+PYTEST_FLAGS ?= -q -n 2 --dist worksteal
 BENCH ?= baselines # the extra that the benchmarks install; "bench" leaves out the other packages
 BENCH_FLAGS ?=
 DEMO_FLAGS ?=
