@@ -119,8 +119,7 @@ def test_batch_size_marked_dynamic(name: str, backend: str) -> None:
 
 
 @fastest
-@each_module
-@pytest.mark.parametrize("options", [{"reduction": "none"}, {"reduction": "sum"}, {"return_parts": True}], ids=str)
+@covering({"name": list(MODULES), "options": [{"reduction": "none"}, {"reduction": "sum"}, {"return_parts": True}]})
 def test_reductions_and_parts(name: str, options: dict[str, Any], backend: str) -> None:
     module = MODULES[name](backend=backend, **options)
 

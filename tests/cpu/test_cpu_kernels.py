@@ -68,13 +68,15 @@ class Builder:
         (source,) = {o.source for o in native_objects() if o.name == "kernels_portable"}
         return self.compile(source, f"kernels_{isa}", f"-DCACR_ISA={isa}", *flags)
 
-    def check(self, candidate: str, kernels: list[Path], source: str = "tests/cpp/check_kernels.cpp") -> str:
+    def check(
+        self, candidate: str, kernels: list[Path], *arguments: str, source: str = "tests/cpp/check_kernels.cpp"
+    ) -> str:
         """Builds the comparison of ``candidate`` with the portable kernels, runs it, and returns what it prints."""
         objects = [self.compile(source, f"check_{candidate}", f"-DCANDIDATE={candidate}"), *kernels]
         program = BUILD / self.kind / f"check_{candidate}"
         with locked(program):
             run(*self.command, *map(str, objects), "-o", str(program))
-            return run(str(program))
+            return run(str(program), *arguments)
 
 
 def native_objects() -> list[Any]:
@@ -110,17 +112,24 @@ def processor_has(*features: str) -> bool:
 AVX2, AVX512 = ("avx2", "fma", "f16c"), ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 
 
-def test_avx2_kernels() -> None:
+few_or_all_shapes = pytest.mark.parametrize(
+    "shapes", [("few",), pytest.param((), marks=pytest.mark.exhaustive)], ids=str
+)
+
+
+@few_or_all_shapes
+def test_avx2_kernels(shapes: tuple[str, ...]) -> None:
     if not processor_has(*AVX2):
         assert _extension.active_isa() != "avx2"
         return
-    assert " 0 failures" in Builder("fast", "-O2").check("avx2", [shipped("avx2"), shipped("portable")])
+    assert " 0 failures" in Builder("fast", "-O2").check("avx2", [shipped("avx2"), shipped("portable")], *shapes)
 
 
-def test_avx512_kernels() -> None:
+@few_or_all_shapes
+def test_avx512_kernels(shapes: tuple[str, ...]) -> None:
     if not processor_has(*AVX512):
         pytest.skip("needs an AVX-512 processor")
-    assert " 0 failures" in Builder("fast", "-O2").check("avx512", [shipped("avx512"), shipped("portable")])
+    assert " 0 failures" in Builder("fast", "-O2").check("avx512", [shipped("avx512"), shipped("portable")], *shapes)
 
 
 def lowered() -> list[str]:
@@ -141,7 +150,7 @@ def test_sanitizers(tmp_path: Path) -> None:
     builder = Builder("sanitized", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     half = builder.kernels("half", ["-DCACR_VECTOR_BYTES=32", *lowered()])
     portable = builder.kernels("portable", setup_script()["ISAS"]["portable"])
-    assert " 0 failures" in builder.check("half", [half, portable], "tests/cpp/sanitized.cpp")
+    assert " 0 failures" in builder.check("half", [half, portable], source="tests/cpp/sanitized.cpp")
 
 
 # ---- choice of the instruction set -----------------------------------------------------------------------------------
@@ -252,8 +261,7 @@ for n in (1, 5):
 # ---- memory, size, floating-point mode -------------------------------------------------------------------------------
 # Each call in a fork of its own of one process, as the peak never falls; a fork has no threads but its own.
 PEAK = """
-import os, resource, sys, torch, cacr_kernels
-from cacr_kernels import ops
+import os, resource, torch, cacr_kernels
 torch.set_num_threads(64)
 def small():
     z = torch.randn(2, 64, 8, requires_grad=True)
