@@ -36,7 +36,7 @@ def test_a_failure_says_all_that_is_needed(monkeypatch: pytest.MonkeyPatch, requ
     monkeypatch.setattr(testing, "actual_quantities", off(0.25))
     monkeypatch.setenv("CACR_CPU_ISA", "portable")
     with pytest.raises(AssertionError) as caught:
-        agreement.assert_within_budget(CASE, "torch", torch.float32)
+        agreement.assert_within_budget(CASE, "torch", torch.float32, testing.DRAWS)
     first, second, third = str(caught.value).splitlines()
     assert first == f"{CASE.name}, torch.float32, backend 'torch':"
     draw = testing.expect(CASE, torch.float32).draws[2]

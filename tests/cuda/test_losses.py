@@ -106,13 +106,13 @@ def small_cases() -> list[Case]:
 @pytest.mark.parametrize("case", small_cases()[::3], ids=lambda case: case.name)
 def test_float32(emulation, precision, case):
     emulation.float32 = precision
-    assert_within_budget(case, "cuda", torch.float32, draws=1, device="cpu")
+    assert_within_budget(case, "cuda", torch.float32, device="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", small_cases()[1::3], ids=lambda case: case.name)
 def test_dtypes(dtype, case):
-    assert_within_budget(case, "cuda", dtype, draws=1, device="cpu")
+    assert_within_budget(case, "cuda", dtype, device="cpu")
 
 
 LONG = Case(
@@ -134,7 +134,7 @@ def test_long_sums(emulation, case, arithmetic, nearest):
     emulation.resident_blocks = 1  # nothing is shared out: one sum over all keys
     if dtype == torch.float32:
         emulation.float32 = arithmetic
-    assert_within_budget(case, "cuda", dtype, draws=1, device="cpu")
+    assert_within_budget(case, "cuda", dtype, device="cpu")
 
 
 def test_sums_of_the_tensor_cores(emulation):

@@ -25,7 +25,7 @@ TURN = [(case, TURNS[i % 4]) for i, case in enumerate(SMALL)]
 
 @pytest.mark.parametrize(("case", "dtype"), TURN, ids=[f"{case.name} {dtype}" for case, dtype in TURN])
 def test_within_the_promise(case: testing.Case, dtype: torch.dtype) -> None:
-    assert_within_budget(case, "triton", dtype, draws=1)
+    assert_within_budget(case, "triton", dtype)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
