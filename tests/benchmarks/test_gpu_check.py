@@ -199,6 +199,48 @@ def test_a_broken_line_is_left_out(tmp_path: Path) -> None:
     assert "waiting" in (tmp_path / "report.md").read_text()
 
 
+PLANTED = """
+import os, pytest
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "cuda"])
+def test_backend(backend):
+    assert backend != "cuda"
+
+def test_sticky():
+    raise RuntimeError("CUDA error: unspecified launch failure")
+
+def test_crash():
+    os.abort()
+
+def test_skipped():
+    pytest.skip("no second device")
+"""
+SELECT = """
+import sys
+from pathlib import Path
+import pytest
+from benchmarks.gpu_check.child import Context
+from benchmarks.gpu_check.lines import Lines
+from benchmarks.gpu_check.selection import Selection
+context = Context(Lines(Path(sys.argv[1]), "device_tests"))
+arguments = [sys.argv[2], "-q", "-p", "no:cacheprovider", "-c", "pyproject.toml", "--rootdir", "."]
+raise SystemExit(pytest.main(arguments, plugins=[Selection(context, 60)]))
+"""
+
+
+def test_tests_of_a_gpu_are_selected_and_go_on_after_a_crash(tmp_path: Path) -> None:
+    (tmp_path / "test_planted.py").write_text(PLANTED, encoding="utf-8")
+    lines = Lines(tmp_path / "lines", "device_tests")
+    command = [sys.executable, "-c", SELECT, str(lines.path), str(tmp_path / "test_planted.py")]
+    codes = [subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300).returncode for _ in range(3)]
+    assert codes == [86, -signal.SIGABRT, 0]
+    good, failed, dropped, lost = tally(lines.read())
+    assert [line["task"].rpartition("::")[2] for line in good] == ["test_backend[triton]"]
+    assert [line["task"].rpartition("::")[2] for line in failed] == ["test_backend[cuda]", "test_sticky"]
+    assert [line["problem"] for line in dropped] == ["Skipped: no second device"]
+    assert [task.rpartition("::")[2] for task in lost] == ["test_crash"]
+
+
 def test_files_with_tests_exist() -> None:
     assert all((ROOT / name).exists() for name in FILES)
 
