@@ -9,6 +9,7 @@ BENCH ?= baselines # the extra that the benchmarks install; "bench" leaves out t
 BENCH_FLAGS ?=
 DEMO_FLAGS ?=
 PLANTED_FLAGS ?=
+GPU_CHECK_FLAGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -33,9 +34,10 @@ demo: $(VENV)/.with-demo
 bench: $(VENV)/.with-$(strip $(BENCH))
 	$(BIN)/python -m benchmarks $(BENCH_FLAGS)
 
-# For the owner of a GPU: verify, tests and quick benchmark, and a report to attach to an issue.
-gpu-check: $(VENV)/.with-test
-	$(BIN)/python -m benchmarks.gpu_check
+# For the owner of a GPU: a report to attach to an issue. With the Python at hand where that has torch, else with $(VENV).
+gpu-check:
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then $(PYTHON) -m benchmarks.gpu_check $(GPU_CHECK_FLAGS); \
+	else $(MAKE) build && $(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK_FLAGS); fi
 
 lint: $(VENV)/.with-dev
 	$(BIN)/ruff check .

@@ -81,13 +81,13 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Both on one device."""
+    """Refuses tensors on two devices."""
     if x.device != other.device:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {x.device}")
 
 
 def same_shape(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Both of one shape."""
+    """Refuses tensors of two shapes."""
     if x.shape != other.shape:
         raise ValueError(f"{name} must have the shape of {other_name}, {list(other.shape)}, got {list(x.shape)}")
 
@@ -117,7 +117,7 @@ def temperature(name: str, value: Any, device: torch.device, *, positive: bool =
 
 
 def real(name: str, value: Any) -> float:
-    """A finite Python number."""
+    """A finite number as a Python float."""
     if type(value) is not float:
         if isinstance(value, bool) or not isinstance(value, int | float | numbers.Real):
             raise TypeError(f"{name} must be a number, got {_what(value)}")
@@ -145,7 +145,7 @@ def option(name: str, value: Any, accepted: Sequence[str]) -> None:
 
 
 def flag(name: str, value: Any) -> None:
-    """A bool."""
+    """Refuses what is neither ``True`` nor ``False``."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {_what(value)}")
 
@@ -188,7 +188,7 @@ def non_negative(name: str, value: Any) -> float:
 
 
 def reduction_of_rbf(cost: str, reduction: str) -> None:
-    """``cacr_loss(cost="rbf")`` is mean only."""
+    """Refuses a reduction that ``cacr_loss(cost="rbf")`` is not defined for."""
     if cost == "rbf" and reduction != "mean":
         raise ValueError(f"reduction={reduction!r} is not defined for cost=\"rbf\" (a log of a mean); accepted: 'mean'")
 

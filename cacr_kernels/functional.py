@@ -134,7 +134,7 @@ def cacr_loss(
     rbf_scale = checks.non_negative("rbf_scale", rbf_scale)
     _check_shared(normalize, reduction, return_parts)
     checks.reduction_of_rbf(cost, reduction)
-    chosen, on = _choose(backend, [z], normalize, _size_of_views(z, pairing))
+    chosen, on = _choose(backend, [z], normalize, _similarities_of_views(z, pairing))
     with checks.without_autocast(z.device):
         (z,) = _prepare([z], normalize)
         tau_pos, tau_neg, alpha, beta, rbf_scale = _variables(z.device, tau_pos, tau_neg, alpha, beta, rbf_scale)
@@ -320,7 +320,7 @@ def supervised_cacr_loss(
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
     alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
     _check_shared(normalize, reduction, return_parts)
-    _, on = _choose(backend, tensors, normalize, _size_of_embeddings(tensors))
+    _, on = _choose(backend, tensors, normalize, _similarities_of_embeddings(tensors))
     with checks.without_autocast(z.device):
         z, *ref = _prepare(tensors, normalize)
         tau_pos, tau_neg, alpha, beta = _variables(z.device, tau_pos, tau_neg, alpha, beta)
@@ -368,9 +368,9 @@ def backend_for(
         backend, normalize, pairing: as they are given to the loss.
     """
     if loss == cacr_loss.__name__:
-        similarities = _size_of_views(tensors[0], pairing)
+        similarities = _similarities_of_views(tensors[0], pairing)
     elif loss == supervised_cacr_loss.__name__:
-        similarities = _size_of_embeddings(tensors)
+        similarities = _similarities_of_embeddings(tensors)
     elif loss in (cacr_queue_loss.__name__, cacr_momentum_loss.__name__):
         similarities = math.inf
     else:
@@ -378,13 +378,13 @@ def backend_for(
     return _choose(backend, tensors, normalize, similarities)[0].name
 
 
-def _size_of_views(views: Tensor, pairing: Pairing) -> float:
+def _similarities_of_views(views: Tensor, pairing: Pairing) -> float:
     V, B = views.shape[:2]
     rows = V * B if pairing == "pooled" else B
     return view_pair_count(V, pairing) * rows * rows
 
 
-def _size_of_embeddings(tensors: Sequence[Tensor]) -> float:
+def _similarities_of_embeddings(tensors: Sequence[Tensor]) -> float:
     return tensors[0].shape[0] * tensors[-1].shape[0]
 
 

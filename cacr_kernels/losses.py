@@ -60,7 +60,7 @@ def cacr(
     cost: Cost,
     rbf_scale: float,
 ) -> Terms:
-    """``reference.cacr``."""
+    """``reference.cacr``, with the repulsion from one call of ``contrast``."""
     num_views, batch, dim = views.shape
     c = aligned_cost(views, views)
     attracted = attraction(c, tau_pos * c)

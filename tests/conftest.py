@@ -9,7 +9,7 @@ import pytest
 import torch
 
 # Kernels run in Triton's interpreter or are compiled, by an environment variable that is read when Triton is imported:
-# the tests in there are for processes of their own (test_triton.py).
+# the tests in there are for processes of their own (tests/triton/test_interpreter.py).
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["triton/interpreted"]
 
 # What a test machine may lack. Any other skip is a failure under CI=true: what can run there has to.

@@ -54,7 +54,7 @@ def picture(rows: list[Row], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = ("statistics", "gradient of queries", "frozen keys")
+    names = ("statistics", "gradient of queries", "detached keys")
     rows = [row for row in rows if row.backend == "triton"]
     devices = [d for d in DEVICES if any(r.device == d.name for r in rows)]
     figure, axes = plt.subplots(len(names), len(devices), figsize=(3.2 * len(devices), 7), sharey="row", squeeze=False)
@@ -141,7 +141,7 @@ def in_processes(work: list[Work], workers: int) -> Iterator[list[Row]]:
 
 def summary(rows: list[Row], console: Console) -> None:
     """A table per processor: the principal kernels at D = 128."""
-    names = {"triton": ("statistics", "gradient of queries", "frozen keys"), "cuda": ("statistics", "gradients")}
+    names = {"triton": ("statistics", "gradient of queries", "detached keys"), "cuda": ("statistics", "gradients")}
     for device in DEVICES:
         here = [r for r in rows if (r.device, r.D) == (device.name, 128) and r.kernel in names[r.backend]]
         if not here:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from cacr_kernels.backends.triton.pairs import NO_SET, SHARED_SET
 from cacr_kernels.types import ALL, OTHER, SAME, SAME_NOT_SELF
 
 from . import aot, sass
 from .rows import DEVICES, DTYPES, SIZES, Device, KernelCase, Row, cycles, device_of
 
-NONE = -1  # no second softmax
 ROW_DTYPES = ("bf16", "fp16", "fp32", "fp64")  # of kernels without products
 
 
@@ -25,7 +25,7 @@ class Variant(NamedTuple):
 
     @property
     def exponentials(self) -> int:
-        return 1 if self.constants["KIND1"] == NONE else 2
+        return 1 if self.constants["SECOND_SET"] == NO_SET else 2
 
     @property
     def two(self) -> bool:
@@ -35,11 +35,9 @@ class Variant(NamedTuple):
 
 def variants() -> tuple[Variant, ...]:
     """Those of the losses, and what else takes more or other registers, at sizes with and without chunks."""
-    from cacr_kernels.backends.triton.problem import AGAIN
-
-    one, all_keys = {"KIND0": OTHER, "KIND1": NONE}, {"KIND0": ALL, "KIND1": NONE}
-    two, apart = {"KIND0": SAME_NOT_SELF, "KIND1": OTHER}, {"KIND0": SAME, "KIND1": OTHER}
-    rbf, inner, few = {"KIND0": OTHER, "KIND1": AGAIN}, {"INNER": True}, (128, 256)
+    one, all_keys = {"FIRST_SET": OTHER, "SECOND_SET": NO_SET}, {"FIRST_SET": ALL, "SECOND_SET": NO_SET}
+    two, apart = {"FIRST_SET": SAME_NOT_SELF, "SECOND_SET": OTHER}, {"FIRST_SET": SAME, "SECOND_SET": OTHER}
+    rbf, inner, few = {"FIRST_SET": OTHER, "SECOND_SET": SHARED_SET}, {"INNER_PRODUCT": True}, (128, 256)
     keys = {"QUERY": False, "CANCELLING": False, "WANT_TAU": False}
     queries = {"QUERY": True, "CANCELLING": False, "WANT_TAU": False}
     tau, cancelling, mean = {"WANT_TAU": True}, {"CANCELLING": True}, {"WANT_MEAN": True, "MOMENTS": False}
@@ -52,17 +50,17 @@ def variants() -> tuple[Variant, ...]:
         Variant("gradient of queries, two softmaxes", "gradient", two | queries | tau, 1),
         Variant("gradient of keys, two softmaxes", "gradient", two | keys, 1),
         Variant("gradient of keys, rbf", "gradient", rbf | keys | cancelling, 1),
-        Variant("frozen keys", "frozen", one | mean, 1),
-        Variant("frozen keys, full gradient", "frozen", one | full, 2),
+        Variant("detached keys", "detached_keys", one | mean, 1),
+        Variant("detached keys, full gradient", "detached_keys", one | full, 2),
         Variant("statistics, rbf", "statistics", rbf, 0, few),
         Variant("statistics, reference set", "statistics", apart, 0, few),
-        Variant("statistics, inner", "statistics", all_keys | inner, 0, few),
+        Variant("statistics, inner product", "statistics", all_keys | inner, 0, few),
         Variant("gradient of queries, temperature", "gradient", one | queries | tau, 1, few),
         Variant("gradient of queries, reference set", "gradient", apart | queries | tau, 1, few),
         Variant("gradient of queries, rbf", "gradient", rbf | queries | cancelling | tau, 1, few),
-        Variant("gradient of queries, inner", "gradient", all_keys | queries | inner, 1, few),
-        Variant("frozen keys, all", "frozen", all_keys | full, 2, few),
-        Variant("frozen keys, inner", "frozen", all_keys | inner | mean, 1, few),
+        Variant("gradient of queries, inner product", "gradient", all_keys | queries | inner, 1, few),
+        Variant("detached keys, all", "detached_keys", all_keys | full, 2, few),
+        Variant("detached keys, inner product", "detached_keys", all_keys | inner | mean, 1, few),
     )
 
 
@@ -79,25 +77,24 @@ class Small(NamedTuple):
 
 def small() -> tuple[Small, ...]:
     """Those of the losses, where the constants make a difference with those that leave most to do."""
-    from cacr_kernels.backends.triton import launch
-    from cacr_kernels.backends.triton.problem import AGAIN
+    from cacr_kernels.backends.triton import contrast
 
-    rows, wide, numbers = {"BLOCK": launch.ROWS}, {"BLOCK": 1024}, ("fp64",)
-    by_cost = {"INNER": False, "BY_COST0": False, "BY_COST1": False}
+    rows, wide, numbers = {"BLOCK_M": contrast.ROWS}, {"BLOCK": 1024}, ("fp64",)
+    by_cost = {"INNER_PRODUCT": False, "USES_COST0": False, "USES_COST1": False}
     two = by_cost | {"SOFTMAXES": 2, "DETACH": False}
-    full = {"WANT_MEAN": True, "MOMENTS": True, "INNER": False}
+    full = {"WANT_MEAN": True, "MOMENTS": True, "INNER_PRODUCT": False}
     loss = {"REPELS": True, "WANT_TAU": True, "BLOCK": 512, "num_warps": 8}
-    pairs = {"BLOCK": 16, "BLOCK_D": 64}
+    pairs = {"BLOCK_M": 16, "BLOCK_D": 64}
     return (
-        Small("norms", "norms_kernel", {"BLOCK_R": 32, "SOFTMAXES": 2}, ROW_DTYPES, (64, 128), 128),
+        Small("norms", "norms_kernel", {"BLOCK_M": 32, "SOFTMAXES": 2}, ROW_DTYPES, (64, 128), 128),
         Small("aligned", "aligned_kernel", pairs | {"RBF": True}, ROW_DTYPES),
         Small("aligned gradient", "aligned_gradient_kernel", pairs, ROW_DTYPES),
-        Small("merge", "merge_kernel", by_cost | {"KIND1": OTHER, "BY_COST0": True} | rows),
-        Small("merge, rbf", "merge_kernel", by_cost | {"KIND1": AGAIN} | rows),
-        Small("coefficients", "coefficients_kernel", two | {"KIND1": OTHER, "CANCELLING": False} | rows),
-        Small("coefficients, rbf", "coefficients_kernel", two | {"KIND1": AGAIN, "CANCELLING": True} | rows),
-        Small("frozen merge", "frozen_merge_kernel", full | pairs),
-        Small("add shares", "add_shares_kernel", wide),
+        Small("merge", "merge_kernel", by_cost | {"SECOND_SET": OTHER, "USES_COST0": True} | rows),
+        Small("merge, rbf", "merge_kernel", by_cost | {"SECOND_SET": SHARED_SET} | rows),
+        Small("coefficients", "coefficients_kernel", two | {"SECOND_SET": OTHER, "CANCELLING": False} | rows),
+        Small("coefficients, rbf", "coefficients_kernel", two | {"SECOND_SET": SHARED_SET, "CANCELLING": True} | rows),
+        Small("detached keys merge", "detached_keys_merge_kernel", full | pairs),
+        Small("add splits", "add_splits_kernel", wide),
         Small("grad tau", "grad_tau_kernel", wide),
         Small("numbers", "numbers_kernel", {}, numbers),
         Small("log total", "log_total_kernel", wide, numbers),
@@ -131,7 +128,7 @@ def cases() -> Iterator[KernelCase]:
 
 
 def build(wanted: list[KernelCase]) -> list[Row]:
-    """Compiles them."""
+    """Compile these cases, in their order."""
     of_table, of_rows = {v.name: v for v in variants()}, {s.name: s for s in small()}
     known: dict[str, Any] = {}  # compiled, by all that it depends on
     return [
@@ -146,11 +143,11 @@ def kernels() -> dict[str, Any]:
     """Triton functions by their name, and by the key of the launch table."""
     from importlib import import_module
 
-    names = ("aligned", "coefficients", "frozen", "gradient", "loss", "merge", "norms", "statistics", "total")
+    names = ("aligned", "coefficients", "detached_keys", "gradient", "loss", "merge", "norms", "statistics", "total")
     found = {}
     for name in names:
         found |= vars(import_module(f"cacr_kernels.backends.triton.kernels.{name}"))
-    return found | {key: found[f"{key}_kernel"] for key in ("statistics", "gradient", "frozen")}
+    return found | {key: found[f"{key}_kernel"] for key in ("statistics", "gradient", "detached_keys")}
 
 
 def compile_variant(variant: Variant, case: KernelCase, known: dict[str, Any]) -> Row:
@@ -165,7 +162,7 @@ def compile_variant(variant: Variant, case: KernelCase, known: dict[str, Any]) -
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     product = dtype if dtype in ("tf32", "tf32x3") else "ieee"
     several = min(2, tile.chunks(D))  # all that a kernel asks
-    constants |= {"INNER": False} | variant.constants | {"PRECISION": product, "CHUNKS": several}
+    constants |= {"INNER_PRODUCT": False} | variant.constants | {"PRECISION": product, "CHUNKS": several}
     key = str((constants, options))
     if key not in known:
         element = dtype if half or dtype == "fp64" else "fp32"

@@ -68,7 +68,6 @@ def run_one(context: Context, task: Task, seconds: float) -> None:
     context.lines.write(START, task=task.name, share=context.share)
     begin = time.perf_counter()
     faulthandler.dump_traceback_later(seconds * context.scale, exit=True)
-    lost = False
     try:
         found = {"ok": True} | task.call()
     except DroppedError as error:
@@ -76,11 +75,10 @@ def run_one(context: Context, task: Task, seconds: float) -> None:
     except Exception as error:  # whatever goes wrong is what the report is for
         traceback.print_exc()
         found = {"ok": False, "problem": f"{type(error).__name__}: {error}"}
-        lost = is_sticky(found["problem"])
     finally:
         faulthandler.cancel_dump_traceback_later()
     context.lines.write(RESULT, task=task.name, seconds=round(time.perf_counter() - begin, 3), **found)
-    if lost:
+    if found["ok"] is False and is_sticky(str(found.get("problem"))):
         leave(LOST)
 
 

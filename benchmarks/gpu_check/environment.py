@@ -79,4 +79,4 @@ def describe(context: Context) -> dict[str, Any]:
 
 
 def run(context: Context) -> None:
-    child.run(context, [Task("versions", lambda: describe(context)), Task("device", gpu)], 15)
+    child.run(context, [Task("versions", lambda: describe(context)), Task("device", gpu)], 20)

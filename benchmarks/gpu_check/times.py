@@ -137,13 +137,12 @@ def measure(row: str, B: int, dtype: str, device: str, baseline: bool) -> dict[s
         z = views(B, dtype, device)
         step = make_step(row, z)
         if (problem := wrong(row, B, dtype, device, step)) is not None:
-            raise DroppedError(problem)
+            raise ValueError(problem)
         found = seconds_of(step, device)
     except Exception as error:
-        if baseline and not child.is_sticky(f"{type(error).__name__}: {error}"):
-            raise DroppedError(f"{type(error).__name__}: {str(error).strip()[:300]}") from error
-        if isinstance(error, DroppedError):
-            raise ValueError(str(error)) from error
+        said = f"{type(error).__name__}: {str(error).strip()[:300]}"
+        if baseline and not child.is_sticky(said):
+            raise DroppedError(said) from error
         raise
     finally:
         if device != "cpu":

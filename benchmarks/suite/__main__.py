@@ -87,14 +87,14 @@ def measure(options: argparse.Namespace, cases: list[BenchmarkCase], console: Co
     from .rows import Row, ours, rows
     from .runner import Suite
 
-    def chosen(device: str) -> list[Row]:
+    def chosen() -> list[Row]:
         names = {name.strip() for name in options.rows.split(",") if name.strip()}
-        known = rows(device)
+        known = rows()
         if names - {row.name for row in known}:
             accepted = ", ".join(row.name for row in known)
             raise SystemExit(f"--rows: {options.rows!r} has an unknown name; accepted: {accepted}")
-        first = {ours(case) for case in cases if case.device == device}
-        return [row for row in known if not names or row.name in names | first]
+        always = {ours(case) for case in cases}
+        return [row for row in known if not names or row.name in names | always]
 
     environment = machine.environment(options.device)
     times = bars.TimeElapsedColumn(), bars.TextColumn("eta"), bars.TimeRemainingColumn()

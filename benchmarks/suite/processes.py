@@ -157,7 +157,7 @@ def main() -> None:
     data = json.load(sys.stdin)
     case = BenchmarkCase.from_json(data["case"])
     torch.set_num_threads(case.threads)
-    row = next(row for row in rows(case.device) if row.name == data["row"])
+    row = next(row for row in rows() if row.name == data["row"])
     print(json.dumps(TASKS[data["task"]](case, row)))
 
 

@@ -7,11 +7,14 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cacr_kernels.backends.table import TABLE
+
 from .cases import TEMPERATURES, BenchmarkCase
 from .measure import Timing, quantile, ratios
 from .rows import OURS, Row
 
 SCHEMA = 2
+DEFINITIONS = {backend.name for backend in TABLE if backend.n_by_m_arrays}  # whose speed nobody promises
 TIMED, SINGLE, SKIPPED = "timed", "called once", "left out"
 
 # Column: what it holds. Every row has all of them; what was not measured is null (JSON) or empty (CSV).
@@ -112,7 +115,7 @@ class Comparison(NamedTuple):
         A row counts as slower only if it also lost against the eager form measured beside it (where there is one).
         """
         relative = self.time if self.relative is None else self.relative
-        return self.family == OURS and self.row != "reference" and min(self.time, relative) > threshold
+        return self.family == OURS and self.row not in DEFINITIONS and min(self.time, relative) > threshold
 
 
 def compare(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[Comparison]:

@@ -6,20 +6,21 @@ tensors [B, D]. A step computes the loss, or the loss and the gradients of all e
 
 from __future__ import annotations
 
-import math
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cacr_kernels
 from cacr_kernels import testing
-from cacr_kernels.backends import cuda
-from cacr_kernels.backends.table import TABLE, select
+from cacr_kernels.backends.entry import Backend
+from cacr_kernels.backends.table import TABLE
+from cacr_kernels.functional import backend_for
 
 from . import eager, others
 from .cases import BROADCASTING, COMPILED, EAGER, GRADIENTS, LOSS, PRODUCTS, SUM, BenchmarkCase
@@ -80,16 +81,13 @@ class Row:
         return step
 
 
-def usable_backends(device: str) -> dict[str, str | None]:
-    """Backends by name, from the slowest to the fastest, each with the reason why it cannot run on the device."""
-    return {backend.name: backend.why_not(torch.device(device)) for backend in TABLE}
-
-
 def ours(case: BenchmarkCase) -> str:
     """The backend that ``"auto"`` takes for the case: every ratio is relative to it."""
-    P, N, M, D = case.extent
-    work = math.inf if case.constant_keys else cuda.work(P * N * M, D, case.torch_dtype)
-    return select("auto", torch.device(case.device), work)
+    with FakeTensorMode():  # shapes and devices without data
+        inputs = replace(case, device="cpu").inputs().values()
+        features = [torch.empty_like(x, device=case.device) for x in inputs if x.is_floating_point()]
+        pairing = case.problem.options.get("pairing", "unordered")
+        return backend_for(case.problem.loss, features, pairing=pairing)
 
 
 # ---- why a row is left out -------------------------------------------------------------------------------------------
@@ -136,9 +134,9 @@ def _metric_learning(case: BenchmarkCase) -> str | None:
     return others.no_ntxent(case.problem) or too_large(case, triples) or others.why_not("pytorch_metric_learning")
 
 
-def _backend(name: str, case: BenchmarkCase) -> str | None:
-    reason = usable_backends(case.device)[name]
-    if reason is None and name == "reference":
+def _backend(backend: Backend, case: BenchmarkCase) -> str | None:
+    reason = backend.why_not(torch.device(case.device))
+    if reason is None and backend.n_by_m_arrays:
         D = case.problem.shape["D"]
         return too_large(case, D + 10 if case.problem.loss == "supervised_cacr_loss" else 10)
     return reason
@@ -199,13 +197,11 @@ def _cacr_only(case: BenchmarkCase) -> str | None:
     return None if case.problem.loss == "cacr_loss" else "measured for cacr_loss"
 
 
-def rows(device: str) -> list[Row]:
+def rows() -> list[Row]:
     """All rows, ours first; ``why_not`` of each says whether it can be measured in a case."""
-    names = reversed([*usable_backends(device)])
-    summaries = {backend.name: backend.summary for backend in TABLE}
     found = [
-        Row(name, OURS, summaries[name], partial(_backend, name), partial(_library, name), split=False)
-        for name in names
+        Row(b.name, OURS, b.summary, partial(_backend, b), partial(_library, b.name), split=False)
+        for b in reversed(TABLE)
     ]
     ntxent = "NT-Xent of "
     return [

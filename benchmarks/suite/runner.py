@@ -49,24 +49,25 @@ class Suite:
     budget: Budget
     environment: dict[str, Any]
     progress: Progress
-    make_rows: Callable[[str], list[Row]] = rows
+    make_rows: Callable[[], list[Row]] = rows
     with_processes: bool = True
     gate: Gate = field(default_factory=Gate)
     peaks: Peaks = field(default_factory=Peaks)
 
     def __post_init__(self) -> None:
-        self.rows = {case.device: self.make_rows(case.device) for case in self.cases}
+        self.rows = self.make_rows()
+        self.ours = {case.key: ours(case) for case in self.cases}
 
     def reason(self, case: BenchmarkCase, row: Row) -> str | None:
         """Why a row is left out of a case."""
-        wanted = not case.only or row.name in case.only or row.name == ours(case)
+        wanted = not case.only or row.name in case.only or row.name == self.ours[case.key]
         if not wanted or row.name in case.leave_out:
             return NOT_WANTED
         return row.why_not(case)
 
     def measured(self, case: BenchmarkCase) -> list[Row]:
         """The rows of a case."""
-        return [row for row in self.rows[case.device] if self.reason(case, row) is None]
+        return [row for row in self.rows if self.reason(case, row) is None]
 
     def weight(self) -> float:
         """Seconds that everything will take, roughly."""
@@ -83,9 +84,10 @@ class Suite:
     def _jobs(self, case: BenchmarkCase, found: list[Row]) -> list[tuple[Task, Row]]:
         """The processes to be started for a case."""
         checked = [row for row in found if row.checked]
+        starts = (*case.start, self.ours[case.key]) if case.start else ()
         return [
             *((processes.memory, row) for row in checked if case.memory),
-            *((processes.start, row) for row in checked if case.start and row.name in (*case.start, ours(case))),
+            *((processes.start, row) for row in checked if row.name in starts),
         ]
 
     def check(self) -> Checks:
@@ -114,13 +116,13 @@ class Suite:
         return found
 
     def _case(self, case: BenchmarkCase, checks: Checks) -> list[dict[str, Any]]:
-        first, timings, failed = ours(case), dict[str, Timing](), dict[str, str]()
+        first, timings, failed = self.ours[case.key], dict[str, Timing](), dict[str, str]()
         if case.timed:
             with quiet():
                 timings = self._time(case, failed)
             self.peaks.see(case.arithmetic, case.threads, case.device)
         results = []
-        for row in self.rows[case.device]:
+        for row in self.rows:
             reason = self.reason(case, row) or failed.get(row.name)
             values: dict[str, Any] = {"status": SKIPPED, "reason": reason}
             if reason is None:

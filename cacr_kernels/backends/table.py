@@ -40,7 +40,7 @@ def select(name: str, device: torch.device, size: Size | None = None) -> str:
 
 
 def choose(name: object, device: torch.device, size: Size | None) -> Backend:
-    """The backend of :func:`select`."""
+    """The entry of the backend that :func:`select` names."""
     backend = _fastest(device, size) if _is_auto(name) else check(name, device)
     if backend.operators:
         refuse_vmap(f"backend={backend.name!r}")

@@ -165,11 +165,11 @@ def gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
                 moment = w * (g_value * centred.square() + g_lse * cost)
                 grad_tau[s] += moment.sum(dtype=grad_tau.dtype)
         if want_q:
-            own = 0.0 if inner_product else grad_c.sum(1)[:, None] * q[x, rows]
-            grad_q[x, rows] += 2 * (own - product(grad_c, k[y, keys]))
+            of_row = 0.0 if inner_product else grad_c.sum(1)[:, None] * q[x, rows]
+            grad_q[x, rows] += 2 * (of_row - product(grad_c, k[y, keys]))
         if want_k:
-            own = 0.0 if inner_product else grad_c.sum(0)[:, None] * k[y, keys]
-            grad_k[y, keys] += 2 * (own - product(grad_c.mT, q[x, rows]))
+            of_row = 0.0 if inner_product else grad_c.sum(0)[:, None] * k[y, keys]
+            grad_k[y, keys] += 2 * (of_row - product(grad_c.mT, q[x, rows]))
     return grad_q, q.new_empty(0) if grad_k is grad_q else grad_k, grad_tau
 
 

@@ -165,7 +165,7 @@ class CACRFunction(SingleProblem):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keeps what ``gradients`` needs."""
+        """Saves the inputs and outputs that ``gradients`` reads."""
         views, numbers, ctx.options, ctx.wanted, ctx.on = inputs
         _, parts, grad_views, grad_numbers = output
         ctx.mark_non_differentiable(parts, grad_views, grad_numbers)
@@ -192,7 +192,7 @@ class CACRGradient(SingleProblem):
         grad_numbers: Tensor,
         options: CACROptions,
     ) -> tuple[Tensor, Tensor]:
-        """Both gradients, scaled."""
+        """Returns both gradients, scaled by ``g_loss``."""
         return g_loss * grad_views, g_loss.to(grad_numbers.dtype) * grad_numbers
 
     @staticmethod
@@ -210,7 +210,7 @@ class CACRGradient(SingleProblem):
 
 # ---- registration and entry ------------------------------------------------------------------------------------------
 def register(backend: str) -> None:
-    """Declares ``cacr_<backend>``."""
+    """Declares the operator ``cacr_<backend>`` and its gradient."""
     on = Target(backend)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -162,7 +162,7 @@ class ContrastFunction(SingleProblem):
     def forward(
         q: Tensor, k: Tensor | None, tau: Tensor, spec: ContrastSpec, on: Target
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Value, lse and row_state."""
+        """Returns value, lse and row_state."""
         q, k = on.features(q, k)
         arguments = unpack(q, k, tau, spec)
         with _torch_private.below_autograd():
@@ -171,7 +171,7 @@ class ContrastFunction(SingleProblem):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keeps what ``gradients`` needs."""
+        """Saves the inputs and outputs that ``gradients`` reads."""
         ctx.mark_non_differentiable(output[2])
         keep(ctx, inputs, output)
 
@@ -201,7 +201,7 @@ class ContrastGradient(SingleProblem):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keeps what ``second_order`` needs."""
+        """Saves the inputs that ``second_order`` reads."""
         *tensors, backward = inputs
         keep_backward(ctx, (*tensors, backward.spec), backward.want)
 
@@ -213,7 +213,7 @@ class ContrastGradient(SingleProblem):
 
 # ---- registration and entry ------------------------------------------------------------------------------------------
 def register(backend: str) -> None:
-    """Declares ``contrast_<backend>`` and ``contrast_backward_<backend>``."""
+    """Declares the operators ``contrast_<backend>`` and ``contrast_backward_<backend>``."""
     on = Target(backend)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

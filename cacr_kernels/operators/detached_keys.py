@@ -117,20 +117,20 @@ class Backward(NamedTuple):
     want: Wanted
 
 
-class Found(NamedTuple):
-    """How the operator was called: what its backward has to know besides tensors."""
+class Call(NamedTuple):
+    """The arguments of :class:`DetachedKeysFunction` beside the tensors and the spec."""
 
     detach_value: bool
     want: Wanted
     on: Target
 
 
-def keep(ctx: Any, arguments: tuple[Any, ...], how: Found, output: tuple[Tensor, ...]) -> None:
+def keep(ctx: Any, arguments: tuple[Any, ...], call: Call, output: tuple[Tensor, ...]) -> None:
     """Keeps what ``gradients`` needs; ``arguments``: q, k, tau and the spec."""
     q, k, tau, spec = arguments
     q_id, k_id, *ctx.rest = spec
     ctx.save_for_backward(q, k, q_id, k_id, tau, *output)
-    ctx.how = how
+    ctx.call = call
     ctx.set_materialize_grads(False)
 
 
@@ -139,7 +139,7 @@ def gradients(ctx: Any, grad_value: Tensor | None, grad_lse: Tensor | None, want
     if grad_value is None and grad_lse is None:
         return None, None
     q, k, q_id, k_id, tau, *found = ctx.saved_tensors
-    detach_value, known, on = ctx.how
+    detach_value, known, on = ctx.call
     spec = ContrastSpec(q_id, k_id, *ctx.rest)
     grad_value = torch.zeros_like(found[0]) if grad_value is None else grad_value
     grad_lse = torch.zeros_like(found[1]) if grad_lse is None else grad_lse
@@ -176,25 +176,25 @@ class DetachedKeysFunction(SingleProblem):
     @staticmethod
     @_torch_private.positional
     def forward(
-        q: Tensor, k: Tensor, tau: Tensor, spec: ContrastSpec, how: Found
+        q: Tensor, k: Tensor, tau: Tensor, spec: ContrastSpec, call: Call
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Value, lse, means of keys and variance."""
-        q, k = how.on.features(q, k)
+        q, k = call.on.features(q, k)
         arguments = unpack(q, k, tau, spec)
         with _torch_private.below_autograd():
-            outputs: tuple[Tensor, Tensor, Tensor, Tensor] = how.on.operator("detached_keys")(
-                *arguments, how.detach_value, *how.want
+            outputs: tuple[Tensor, Tensor, Tensor, Tensor] = call.on.operator("detached_keys")(
+                *arguments, call.detach_value, *call.want
             )
         return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keeps what ``gradients`` needs."""
-        *arguments, how = inputs
+        """Saves the inputs and outputs that ``gradients`` reads."""
+        *arguments, call = inputs
         value, lse, means, variance = output
-        constants = [means, variance, *[value] * how.detach_value, *[lse] * arguments[-1].detach_weights]
+        constants = [means, variance, *[value] * call.detach_value, *[lse] * arguments[-1].detach_weights]
         ctx.mark_non_differentiable(*constants)
-        keep(ctx, tuple(arguments), how, output)
+        keep(ctx, tuple(arguments), call, output)
 
     @staticmethod
     def backward(ctx: Any, grad_value: Tensor | None, grad_lse: Tensor | None, *_: None) -> tuple[Any, ...]:
@@ -223,7 +223,7 @@ class DetachedKeysGradient(SingleProblem):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keeps what ``second_order`` needs."""
+        """Saves the inputs that ``second_order`` reads."""
         *tensors, backward = inputs
         keep_backward(ctx, (*tensors, backward.spec), backward.detach_value, backward.want)
 
@@ -236,12 +236,12 @@ class DetachedKeysGradient(SingleProblem):
 
 # ---- registration and entry ------------------------------------------------------------------------------------------
 def register(backend: str) -> None:
-    """Declares ``detached_keys_<backend>``."""
+    """Declares the operator ``detached_keys_<backend>`` and its gradient."""
     on = Target(backend)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *arguments, detach_value, want_q, want_tau = pack(*inputs)
-        keep(ctx, tuple(arguments), Found(detach_value, (want_q, want_tau), on), output)
+        keep(ctx, tuple(arguments), Call(detach_value, (want_q, want_tau), on), output)
 
     def formula(ctx: Any, grad_value: Tensor | None, grad_lse: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
         want = tuple(ctx.needs_input_grad[i] for i in DIFFERENTIABLE)
@@ -279,14 +279,14 @@ def detached_keys(
     if "detached_keys" in on.operators:
         grad = torch.is_grad_enabled()
         want = grad and q.requires_grad, grad and tau.requires_grad
-        value, lse = one_sweep(q, k, tau, spec, Found(detach_value, want, on))
+        value, lse = one_sweep(q, k, tau, spec, Call(detach_value, want, on))
     else:
         value, lse = contrast(on, q, k, tau, spec)
     return value.detach() if detach_value else value, lse.detach() if spec.detach_weights else lse
 
 
 @opaque
-def one_sweep(q: Tensor, k: Tensor, tau: Tensor, spec: ContrastSpec, how: Found) -> tuple[Tensor, Tensor]:
+def one_sweep(q: Tensor, k: Tensor, tau: Tensor, spec: ContrastSpec, call: Call) -> tuple[Tensor, Tensor]:
     """Mean cost and log-sum-exp [1, P, N], float64, by ``detached_keys_<backend>``."""
-    value, lse, _, _ = DetachedKeysFunction.apply(q, k, tau, spec, how)  # type: ignore[no-untyped-call]
+    value, lse, _, _ = DetachedKeysFunction.apply(q, k, tau, spec, call)  # type: ignore[no-untyped-call]
     return value, lse

@@ -31,7 +31,7 @@ vjp: Any = torch.func.vjp  # its annotations leave out how many values it return
 
 # ---- operators -------------------------------------------------------------------------------------------------------
 def operator(name: str) -> Any:
-    """``torch.ops.cacr_kernels.<name>``."""
+    """The operator ``torch.ops.cacr_kernels.<name>`` for tensors."""
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
@@ -83,7 +83,7 @@ class Target(NamedTuple):
     half: torch.dtype | None = None
 
     def operator(self, name: str) -> Any:
-        """The operator ``<name>_<backend>``."""
+        """The operator ``<name>_<backend>`` of the package."""
         return operator(f"{name}_{self.backend}")
 
     def features(self, *tensors: Tensor | None) -> Any:
@@ -97,7 +97,7 @@ class SingleProblem(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        """Raises ``ValueError``."""
+        """Raises ``ValueError`` with what to do instead."""
         raise ValueError(no_vmap("this backend"))
 
 

@@ -33,13 +33,23 @@ struct RowResult {
   bool empty;
 };
 
+// Which of the two products of an lse stands first. Where a machine has fused multiply-add, the compiler fuses that one
+// with the sum and rounds the other: every kernel keeps its own order, and with it its bits.
+enum class LseOrder { kTopFirst, kSumFirst };
+
 // lse of a set that is not empty. An infinite cost has no mass in the sum: the NaN of the value shows it.
+template <LseOrder kOrder = LseOrder::kTopFirst>
 CACR_HOST_DEVICE double row_lse(double value, double sum, double tau, double top_cost) {
-  return value != value ? value : kLn2 * log_base_2(sum) + tau * top_cost;
+  if (value != value) return value;
+  if constexpr (kOrder == LseOrder::kTopFirst)
+    return tau * top_cost + kLn2 * log_base_2(sum);
+  else
+    return kLn2 * log_base_2(sum) + tau * top_cost;
 }
 
 // sum: sum_j e_j; sum_d: sum_j e_j d_j. An empty set has value 0, lse -inf and no weights. 2^x of a NaN may come out as
 // 0: numbers that are not finite show in `finite_tau` and in sum_d, and reach value, lse and weights from there.
+template <LseOrder kOrder = LseOrder::kTopFirst>
 CACR_HOST_DEVICE RowResult finish_row(double sum, double sum_d, double top_cost, double tau, bool finite_tau) {
   RowResult r{};
   r.empty = sum == 0 && sum_d == 0 && finite_tau;
@@ -49,7 +59,7 @@ CACR_HOST_DEVICE RowResult finish_row(double sum, double sum_d, double top_cost,
   }
   r.delta = sum_d / sum;
   r.value = sum == 0 || !finite_tau ? __builtin_nan("") : top_cost - 2 * r.delta;
-  r.lse = row_lse(r.value, sum, tau, top_cost);
+  r.lse = row_lse<kOrder>(r.value, sum, tau, top_cost);
   r.factor = 1 / sum + 0 * r.value;
   r.sum = sum + 0 * r.value;
   return r;
@@ -101,7 +111,8 @@ CACR_HOST_DEVICE Value key_gradient(const Value& e, const Value& d, const Coeffi
 template <class Value, class Coefficient>
 CACR_HOST_DEVICE Value key_gradient(const Value& e, const Value& less, const Value& d, const Coefficient& a,
                                     const Coefficient& b) {
-  return a * (e - less) + b * (e * d);
+  const Value constant_part = a * (e - less);  // first: the order decides which product is fused with the sum
+  return constant_part + b * (e * d);
 }
 
 }  // namespace cacr

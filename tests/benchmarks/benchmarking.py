@@ -17,10 +17,10 @@ def silent(text: str, weight: float) -> None:
 
 
 def row_named(name: str) -> Row:
-    """A row of the CPU."""
-    return next(row for row in rows.rows("cpu") if row.name == name)
+    """The row of that name."""
+    return next(row for row in rows.rows() if row.name == name)
 
 
-def uncompiled(device: str) -> list[Row]:
+def uncompiled() -> list[Row]:
     """All rows that are quick to make."""
-    return [row for row in rows.rows(device) if not row.compiles and row.name not in PACKAGES]
+    return [row for row in rows.rows() if not row.compiles and row.name not in PACKAGES]

@@ -47,7 +47,7 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-def suite_of(*found: BenchmarkCase, make: Callable[[str], list[Row]] = uncompiled) -> runner.Suite:
+def suite_of(*found: BenchmarkCase, make: Callable[[], list[Row]] = uncompiled) -> runner.Suite:
     """A suite that starts no processes."""
     return runner.Suite(list(found), BUDGET, ENVIRONMENT, silent, make, with_processes=False)
 
@@ -57,7 +57,7 @@ def suite_of(*found: BenchmarkCase, make: Callable[[str], list[Row]] = uncompile
 @pytest.mark.parametrize("mode", [LOSS, GRADIENTS])
 def test_every_row_agrees_with_the_reference_in_float64(problem: testing.Case, mode: str) -> None:
     case = BenchmarkCase(problem, mode=mode, dtype="float64")
-    checked = [row for row in uncompiled("cpu") if row.checked and row.why_not(case) is None]
+    checked = [row for row in uncompiled() if row.checked and row.why_not(case) is None]
     assert {"eager", "reference", "torch"} <= {row.name for row in checked}
     for row in checked:
         check = gate.Gate().check(case, row)
@@ -172,7 +172,7 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "cacr_kernels":
-            self.backends |= {func._opname.rpartition("_")[2]} - {"witness"}
+            self.backends |= {func._opname.rpartition("_")[2]}
         return func(*args, **(kwargs or {}))
 
 
@@ -203,7 +203,7 @@ def _raise(loss: Tensor) -> Tensor:
 @pytest.mark.parametrize("family", [OURS, BASELINE])
 def test_a_wrong_row_is_caught_and_nothing_is_timed(change: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "interleave", lambda *_: pytest.fail("timed"))
-    make = lambda device: [*uncompiled(device), replace(planted(change), family=family)]  # noqa: E731
+    make = lambda: [*uncompiled(), replace(planted(change), family=family)]  # noqa: E731
     with pytest.raises(runner.RedGateError) as caught:
         runner.Suite(
             [TINY, BenchmarkCase(cases.cacr(2, 8, 5))], BUDGET, ENVIRONMENT, silent, make, with_processes=False
@@ -216,7 +216,7 @@ def test_a_row_that_is_wrong_only_at_full_size_is_caught(monkeypatch: pytest.Mon
     row = row_named("torch")
     wrong = replace(row, name="planted", loss=lambda case: lambda views: _beyond(row.loss(case), views))
     monkeypatch.setattr(runner, "interleave", lambda *_: pytest.fail("timed"))
-    make = lambda device: [*uncompiled(device), wrong]  # noqa: E731
+    make = lambda: [*uncompiled(), wrong]  # noqa: E731
     large = BenchmarkCase(cases.cacr(2, 70, 6))
     with pytest.raises(runner.RedGateError) as caught:
         suite_of(large, make=make).run()
@@ -231,7 +231,7 @@ def test_a_row_that_fails_at_full_size_is_red_or_of_another_function_left_out(fa
     def loss(case: BenchmarkCase) -> Any:
         return row.loss(case) if case.problem.shape["B"] <= 61 else lambda **_: _raise(torch.zeros(()))
 
-    make = lambda device: [*uncompiled(device), replace(row, name="planted", loss=loss, family=family)]  # noqa: E731
+    make = lambda: [*uncompiled(), replace(row, name="planted", loss=loss, family=family)]  # noqa: E731
     run = runner.Suite(
         [BenchmarkCase(cases.cacr(2, 70, 6))], BUDGET, ENVIRONMENT, silent, make, with_processes=False
     ).run
@@ -251,8 +251,8 @@ def _beyond(loss: Any, views: Tensor) -> Tensor:
 def test_the_command_exits_1_on_a_red_gate(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = [*uncompiled("cpu"), planted(lambda x: x * 1.01)]
-    monkeypatch.setattr(rows, "rows", lambda device: found)
+    found = [*uncompiled(), planted(lambda x: x * 1.01)]
+    monkeypatch.setattr(rows, "rows", lambda: found)
     monkeypatch.setitem(cases.SUITES, "quick", lambda threads, device: [TINY])
     assert command.main(["--out", str(tmp_path / "out")]) == 1
     assert "RED GATE" in capsys.readouterr().out

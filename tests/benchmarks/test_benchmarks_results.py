@@ -138,7 +138,7 @@ def test_the_command_measures_prints_writes_and_draws(
 ) -> None:
     found = [BenchmarkCase(cases.cacr(2, B, 128), threads=1) for B in (8, 16)]
     monkeypatch.setitem(cases.SUITES, "quick", lambda threads, device: found)
-    monkeypatch.setattr(rows, "rows", lambda device, every=rows.rows: [r for r in every(device) if not r.compiles])
+    monkeypatch.setattr(rows, "rows", lambda every=rows.rows: [r for r in every() if not r.compiles])
     out = tmp_path / "out"
     arguments = [
         "--out",
@@ -191,14 +191,14 @@ def test_goals_are_those_promised_and_every_one_is_measured(monkeypatch: pytest.
     assert required == {"eager": 3.3, "compiled": 3.0, "bare mm": 1.5, "broadcasting": 300.0, None: 80.0}
 
 
-def few_rows(device: str) -> list[Row]:
-    return [row for row in rows.rows(device) if row.name not in PACKAGES]
+def few_rows() -> list[Row]:
+    return [row for row in rows.rows() if row.name not in PACKAGES]
 
 
 def goal_row(shape: tuple[int, int, int], name: str, **values: Any) -> dict[str, Any]:
     """What a run would say about a case that a goal is set for."""
     case, ours = BenchmarkCase(cases.cacr(*shape), threads=2), name == rows.ours(TINY)
-    return results.record(case, few_rows("cpu")[0], ours, ENVIRONMENT) | {"row": name} | values
+    return results.record(case, few_rows()[0], ours, ENVIRONMENT) | {"row": name} | values
 
 
 def test_goals_are_judged(capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,9 +86,9 @@ def test_what_cannot_be_read_is_refused(before: str, after: str, what: str) -> N
 def test_the_command_keeps_other_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--jobs", "1", "--out", str(tmp_path), "--only"]
     assert report.main([*arguments, "triton, numbers, A100"]) == 0
-    assert report.main([*arguments, "frozen keys, inner, H100, fp16, D=128"]) == 0
+    assert report.main([*arguments, "detached keys, inner product, H100, fp16, D=128"]) == 0
     assert list(report.load(tmp_path / "codegen.json")) == [
-        "triton, frozen keys, inner, H100, fp16, D=128",
+        "triton, detached keys, inner product, H100, fp16, D=128",
         "triton, numbers, A100, fp64",
     ]
     assert (tmp_path / "codegen.png").exists()

@@ -206,7 +206,7 @@ def test_files_with_tests_exist() -> None:
 # ---- the whole check, without a GPU ----------------------------------------------------------------------------------
 def whole(folder: Path, *arguments: str, **environment: str) -> tuple[int, dict[str, Any]]:
     kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--out", str(folder), "-n", "1", *arguments]
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--out", str(folder), "-n1", "--minutes=40", *arguments]
     env = kept | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     return done.returncode, in_report(folder)

@@ -19,7 +19,7 @@ from torch.autograd import grad
 from torch.nn.functional import normalize
 
 from cacr_kernels import cacr_loss, supervised_cacr_loss
-from cacr_kernels.backends import library as _extension
+from cacr_kernels.backends import library
 from cacr_kernels.operators.registry import operator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +89,7 @@ def processor_has(*features: str) -> bool:
 
 def test_avx2_kernels(builder: Builder) -> None:
     if not processor_has("avx2", "fma", "f16c"):
-        assert _extension.active_isa() != "avx2"
+        assert library.active_isa() != "avx2"
         return
     assert " 0 failures" in builder.check("avx2", builder.isas["avx2"])
 
@@ -133,10 +133,10 @@ int main() {{
 # ---- choice of the instruction set -----------------------------------------------------------------------------------
 LOSS = """
 import torch, cacr_kernels
-from cacr_kernels.backends import library as _extension
+from cacr_kernels.backends import library
 torch.manual_seed(0)
 z = torch.nn.functional.normalize(torch.randn(2, 157, 33), dim=-1).requires_grad_()
-print(_extension.active_isa(), end=" ")
+print(library.active_isa(), end=" ")
 loss = cacr_kernels.cacr_loss(z, backend="cpu")
 loss.backward()
 print(loss.item(), z.grad.square().sum().item())
@@ -144,17 +144,17 @@ print(loss.item(), z.grad.square().sum().item())
 
 
 def test_every_instruction_set_gives_the_same_loss() -> None:
-    assert "portable" in _extension.compiled_isas()
+    assert "portable" in library.compiled_isas()
     expected = run_python(LOSS, CACR_CPU_ISA="portable").split()
     assert expected[0] == "portable"
     supported = {"portable"}
     supported |= {"avx2"} if processor_has("avx2", "fma", "f16c") else set()
     supported |= {"avx512"} if processor_has("avx512f", "avx512bw", "avx512dq", "avx512vl") else set()
-    for isa in supported & set(_extension.compiled_isas()):
+    for isa in supported & set(library.compiled_isas()):
         name, *numbers = run_python(LOSS, CACR_CPU_ISA=isa).split()
         assert name == isa
         assert list(map(float, numbers)) == pytest.approx(list(map(float, expected[1:])), rel=2e-6)
-    assert run_python(LOSS).split()[0] == next(isa for isa in _extension.compiled_isas() if isa in supported)
+    assert run_python(LOSS).split()[0] == next(isa for isa in library.compiled_isas() if isa in supported)
 
 
 def test_unknown_instruction_set_is_refused() -> None:
@@ -236,7 +236,6 @@ print(len(os.listdir("/proc/self/task")) - before)
 # ---- memory, size, floating-point mode -------------------------------------------------------------------------------
 PEAK = """
 import resource, torch, cacr_kernels
-import cacr_kernels.operators
 torch.set_num_threads(64)
 def small():
     z = torch.randn(2, 64, 8, requires_grad=True)

@@ -22,6 +22,7 @@ from cacr_kernels.backends import table
 NAME = "absent"
 GPU_BACKENDS = ("triton", "cuda")
 MIXING = ("aten::copy_", "aten::_to_copy", "aten::index.Tensor")  # operations that take tensors of two devices
+AUTOCAST = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
 HALF = (torch.float16, torch.bfloat16)  # which the operators of the CPU do not take
 
 
@@ -78,6 +79,17 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     return tree_map(lambda x: AbsentTensor(x) if goes_there and isinstance(x, Tensor) else x, out)
 
 
+def empty_strided(size: Any, stride: Any, **options: Any) -> Tensor:
+    """What ``torch.tensor`` calls below all modes."""
+    return AbsentTensor(torch.empty_strided(size, stride, dtype=options.get("dtype")))
+
+
+def copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    """Likewise."""
+    _host(target).copy_(_host(source))
+    return target
+
+
 def _host(x: Any) -> Any:
     if isinstance(x, AbsentTensor):
         return x.host
@@ -110,12 +122,34 @@ def pytest_configure(config: pytest.Config) -> None:
             return [*HALF]
 
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=Module())
+    torch.library.impl("aten::empty_strided", "PrivateUse1", empty_strided)
+    torch.library.impl("aten::_copy_from", "PrivateUse1", copy_from)
+    AUTOCAST.fallback(torch.library.fallthrough_kernel)
     table.TABLE = tuple(
         backend._replace(why_not=_why_not) if backend.name in GPU_BACKENDS else backend for backend in table.TABLE
     )
     from tests import agreement
 
     agreement.device_of = lambda backend: NAME if backend in GPU_BACKENDS else "cpu"
+
+
+BEYOND = {  # what tensors that wrap others cannot do
+    "schedule": "Dynamo does not look into them",
+    "inference": "they cannot be made in inference mode",
+    "no_grad": "likewise",
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of the backend "triton", of each one case for every loss: the device of tensors depends on no more."""
+    kept: dict[Any, pytest.Item] = {}
+    for item in items:
+        parameters: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+        if parameters.get("backend") == "triton" and not any(word in item.name for word in BEYOND):
+            kept.setdefault((item.path, item.function.__name__, parameters.get("loss")), item)  # type: ignore[attr-defined]
+    chosen = {id(item) for item in kept.values()}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
+    items[:] = kept.values()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -5,7 +5,6 @@ That they compute what they should is shown by the tests of the losses, which ta
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -29,10 +28,8 @@ def usable(backend: str) -> None:
 @pytest.fixture
 def no_synchronisation() -> Iterator[None]:
     before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():  # torch says once that the mode is a prototype
-        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype feature")
-        yield
-        torch.cuda.set_sync_debug_mode(before)
+    yield
+    torch.cuda.set_sync_debug_mode(before)
 
 
 def step(loss: str, tensors: dict[str, Tensor], backend: str) -> list[Tensor]:
@@ -53,6 +50,7 @@ def on_gpu(loss: str, device: str = "cuda") -> dict[str, Tensor]:
     return {name: t.to(device) for name, t in cast(small_inputs(loss), torch.float32).items()}
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")  # which torch says once
 @each_loss
 def test_the_host_never_waits(loss: str, backend: str, no_synchronisation: None) -> None:
     tensors = on_gpu(loss)

@@ -124,7 +124,7 @@ def test_bad_values_of_one_instance_per_query(bad: float, sign: int, backend: st
     queries = clean.clone()
     queries[0, 1, 1] = bad
     rows = LOSSES["queue"](queries, clean, queue[:3], in_batch=False, reduction="none", backend=backend)
-    assert (~rows.isfinite()).nonzero().tolist() == [[0, 1]]
+    assert (~rows.isfinite()).nonzero().cpu().tolist() == [[0, 1]]
 
 
 @each_backend

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,13 +10,12 @@ import torch
 from torch import Tensor
 
 import cacr_kernels
-from cacr_kernels import functional
+from cacr_kernels import functional, reference
 from cacr_kernels.backends import table
 from cacr_kernels.backends.entry import Backend, registered
-from cacr_kernels.operators.cacr import loss_and_parts
-from cacr_kernels.operators.contrast import pack, plain_contrast
+from cacr_kernels.operators.contrast import members, pack, plain_contrast
 from cacr_kernels.operators.registry import implement
-from cacr_kernels.types import CACROptions
+from tests import agreement
 from tests.agreement import LOSSES, assert_agree, each_loss, run, small_inputs
 
 calls: list[str] = []
@@ -32,44 +32,28 @@ def contrast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def contrast_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, tau, spec, _, _, grad_value, grad_lse, want_q, want_k, want_tau = pack(*arguments)
-    leaves = [None if x is None else x.detach().requires_grad_() for x in (q, k, tau)]
-    with torch.enable_grad():
-        value, lse, _ = contrast(leaves[0], leaves[1], *spec[:2], leaves[2], *spec[2:])
-        grads = torch.autograd.grad(
-            [value, lse],
-            [x for x in leaves if x is not None],
-            [grad_value, torch.where(lse == -torch.inf, 0.0, grad_lse)],
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    grad_q, *grad_k, grad_tau = grads
-    empty = q.new_empty(0)
-    return (
-        grad_q if want_q else empty,
-        grad_k[0] if want_k and grad_k else empty,
-        grad_tau if want_tau else tau.new_empty(0),
-    )
-
-
-def cacr(views: Tensor, numbers: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *options, want_grad, want_grad_numbers = rest
-    z = views.detach().requires_grad_()
-    t = None if numbers is None else numbers.detach().requires_grad_()
-    with torch.enable_grad():
-        loss, parts = loss_and_parts(z, t, CACROptions(*options))
-        grads = torch.autograd.grad(loss, [z] if t is None else [z, t])
-    grad_numbers = views.new_empty(0) if t is None else grads[1]
-    return (
-        loss.detach(),
-        parts.detach(),
-        grads[0] if want_grad else views.new_empty(0),
-        grad_numbers if want_grad_numbers or t is None else torch.zeros_like(t),
-    )
+    """The formulas of ``reference.py``, as N x M arrays."""
+    q, k, tau, spec, value, _, g_value, g_lse, *want = pack(*arguments)
+    symmetric, (k, spec) = k is None, (q, spec._replace(k_id=spec.q_id)) if k is None else (k, spec)
+    grad_q, grad_k, grad_tau = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(tau)
+    everything = slice(0, q.shape[1]), slice(0, k.shape[1])
+    for (s, kind), (p, i) in itertools.product(enumerate(spec.kinds), enumerate(spec.q_index)):
+        x, y, mask = q[i], k[spec.k_index[p]], members(kind, spec, *everything)
+        c = -2 * x @ y.mT if spec.inner_product else reference.pairwise_cost(x, y)
+        w = reference.statistics(tau[s] * c, c, torch.ones_like(c, dtype=torch.bool) if mask is None else mask).weights
+        gf, gl = g_value[s, p, :, None], torch.where(w.sum(-1) == 0, 0.0, g_lse[s, p])[:, None]
+        apart = c - value[s, p, :, None]
+        g = w * gf if spec.detach_weights else w * (gf + gl * tau[s] + gf * tau[s] * apart)
+        own = 0.0 if spec.inner_product else 1.0
+        grad_q[i] += 2 * (own * g.sum(1)[:, None] * x - g.to(y) @ y)
+        grad_k[spec.k_index[p]] += 2 * (own * g.sum(0)[:, None] * y - g.mT.to(x) @ x)
+        grad_tau[s] += 0.0 if spec.detach_weights else (w * (gf * c * apart + gl * c)).sum()
+    grads = (grad_q + grad_k, q.new_empty(0), grad_tau) if symmetric else (grad_q, grad_k, grad_tau)
+    return tuple(g if wanted else g.new_empty(0) for g, wanted in zip(grads, want, strict=True))  # type: ignore
 
 
 def _implement(name: str) -> None:
-    kernel = {"contrast": contrast, "contrast_backward": contrast_backward, "cacr": cacr}[name]
+    kernel = {"contrast": contrast, "contrast_backward": contrast_backward}[name]
 
     def counted(*arguments: Any) -> Any:
         calls.append(name)
@@ -79,15 +63,14 @@ def _implement(name: str) -> None:
     implement(f"{name}_toy", counted)
 
 
-TOY = registered(
-    Backend("toy", "plain formulas", lambda device: None, operators=("contrast", "cacr"), implement=_implement)
-)
+TOY = registered(Backend("toy", "plain formulas", lambda device: None, operators=("contrast",), implement=_implement))
 
 
 # ---- the one line ----------------------------------------------------------------------------------------------------
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "TABLE", (*table.TABLE, TOY))
+    monkeypatch.setattr(agreement, "device_of", lambda backend: "cpu")
     calls.clear()
 
 
@@ -97,7 +80,7 @@ def test_losses_run_on_it(loss: str, toy: None) -> None:
     expected = run(loss, tensors, "reference")
     calls.clear()
     assert_agree(run(loss, tensors, "toy"), expected, 1e-10)
-    assert set(calls) == ({"cacr"} if loss == "cacr" else {"contrast", "contrast_backward"})
+    assert set(calls) == {"contrast", "contrast_backward"}
     for reduction in ("sum", "none"):
         expected = run(loss, tensors, "reference", reduction=reduction)
         assert_agree(run(loss, tensors, "toy", reduction=reduction), expected, 1e-10, reduction)
@@ -121,17 +104,13 @@ def test_it_is_the_fastest(toy: None) -> None:
     assert cacr_kernels.available_backends()["toy"] is None
     z = small_inputs("cacr")["views"]
     cacr_kernels.cacr_loss(z)
-    assert calls == ["cacr"]
+    assert calls == ["contrast"]
     assert functional.backend_for("cacr_loss", [z]) == "toy"
 
 
-def test_it_takes_what_it_says(toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Views that its fused loss does not take are composed; a size that does not suit it goes to another backend."""
-    picky = TOY._replace(fuses=lambda shape, pairing: False)
-    monkeypatch.setattr(table, "TABLE", (*table.TABLE[:-1], picky))
+def test_auto_goes_by_size(toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss whose size does not suit it goes to another backend with kernels, if there is one."""
     z = small_inputs("cacr")["views"]
-    cacr_kernels.cacr_loss(z)
-    assert calls == ["contrast"]
     small = TOY._replace(suits=lambda size: size.similarities < 100)
     monkeypatch.setattr(table, "TABLE", (table.TABLE[0], table.TABLE[1], small))
     assert functional.backend_for("cacr_loss", [z]) == "toy", "nothing else has kernels"

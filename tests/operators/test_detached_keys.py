@@ -85,10 +85,10 @@ PROBLEMS = {
 problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=list(PROBLEMS))
 
 
-def frozen(q: Tensor, tau: Tensor, arguments: tuple[Any, ...], want: bool = True) -> tuple[Tensor, Tensor]:
+def of_operator(q: Tensor, tau: Tensor, arguments: tuple[Any, ...], want: bool = True) -> tuple[Tensor, Tensor]:
     """Value and lse by the Function."""
     q, k, tau, spec, detach_value = pack(q, *arguments[1:4], tau, *arguments[5:])
-    return detached_keys.one_sweep(q, k, tau, spec, detached_keys.Found(detach_value, (want, want), Target("cpu")))
+    return detached_keys.one_sweep(q, k, tau, spec, detached_keys.Call(detach_value, (want, want), Target("cpu")))
 
 
 def plain(q: Tensor, tau: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -141,7 +141,7 @@ def test_statistics(dtype: torch.dtype, problem: Problem) -> None:
 @both_dtypes
 def test_gradients(dtype: torch.dtype, problem: Problem, want: bool) -> None:
     arguments = problem.arguments(dtype)
-    mine = gradients(frozen, arguments, want)
+    mine = gradients(of_operator, arguments, want)
     true = gradients(plain, (arguments[0].double(), *arguments[1:]))
     assert [g.dtype for g in mine] == [dtype, torch.float64]
     assert_close(mine, true, dtype, max(10.0, problem.tau**2))
@@ -168,17 +168,17 @@ def test_registered_autograd(problem: Problem) -> None:
 @pytest.mark.parametrize("kind", [ALL, OTHER])
 def test_gradcheck(kind: int, inner: bool) -> None:
     arguments = Problem(kind, -0.9, inner=inner).arguments()
-    assert gradcheck(lambda q, tau: frozen(q, tau, arguments), leaves(arguments))
-    assert gradgradcheck(lambda q, tau: frozen(q, tau, arguments), leaves(arguments))
+    assert gradcheck(lambda q, tau: of_operator(q, tau, arguments), leaves(arguments))
+    assert gradgradcheck(lambda q, tau: of_operator(q, tau, arguments), leaves(arguments))
 
 
 def test_gradcheck_of_the_lse_alone() -> None:
     arguments = Problem(ALL, -0.9, inner=True, detach_value=True).arguments()
-    value, lse = frozen(*leaves(arguments), arguments)
+    value, lse = of_operator(*leaves(arguments), arguments)
     assert not value.requires_grad
     assert lse.requires_grad
-    assert gradcheck(lambda q, tau: frozen(q, tau, arguments)[1], leaves(arguments))
-    assert gradgradcheck(lambda q, tau: frozen(q, tau, arguments)[1], leaves(arguments))
+    assert gradcheck(lambda q, tau: of_operator(q, tau, arguments)[1], leaves(arguments))
+    assert gradgradcheck(lambda q, tau: of_operator(q, tau, arguments)[1], leaves(arguments))
 
 
 def test_what_is_wanted() -> None:
@@ -204,7 +204,7 @@ def test_function_transforms() -> None:
         return norm
 
     for order in (lambda of: lambda *x: mixture(*of(*x, arguments)), penalty):
-        mine, true = (torch.func.grad(order(of), (0, 1))(q, tau) for of in (frozen, plain))
+        mine, true = (torch.func.grad(order(of), (0, 1))(q, tau) for of in (of_operator, plain))
         assert_close(mine, true, factor=10.0)
 
 
@@ -241,7 +241,7 @@ def test_empty_sets_are_exact() -> None:
     """-inf and 0 with zero gradient, also where the row's log-sum-exp receives one (logaddexp sends NaN there)."""
     arguments = PROBLEMS["all empty"].arguments()
     q, tau = leaves(arguments)
-    value, lse = frozen(q, tau, arguments)
+    value, lse = of_operator(q, tau, arguments)
     assert lse.eq(-torch.inf).all()
     assert value.eq(0).all()
     assert all(g.eq(0).all() for g in grad(torch.nan * lse.sum() + torch.nan * value.sum(), (q, tau)))
@@ -251,7 +251,7 @@ def test_empty_sets_are_exact() -> None:
 def test_no_keys_or_queries(n: int, m: int) -> None:
     arguments = Problem(ALL, -1.0, (1, 1, n, m, 3)).arguments()
     q, tau = leaves(arguments)
-    value, lse = frozen(q, tau, arguments)
+    value, lse = of_operator(q, tau, arguments)
     assert value.shape == lse.shape == (1, 1, n)
     assert lse.eq(-torch.inf).all()
     assert value.eq(0).all()
@@ -293,7 +293,7 @@ def test_top_that_moves_late(tau: float) -> None:
     k = torch.nn.functional.normalize(arguments[1], dim=-1)
     k[0, -3:] = (q[0] if tau < 0 else -q[0]) + 1e-3 * k[0, -3:]
     arguments[:2] = q, k
-    mine = gradients(frozen, tuple(arguments))
+    mine = gradients(of_operator, tuple(arguments))
     true = gradients(plain, (q.double(), *arguments[1:]))
     assert_close(mine[:1], true[:1], torch.float32, 40.0)
 
@@ -337,7 +337,7 @@ def test_shares_of_keys_and_queries(threads: Callable[[int], None], shape: tuple
         threads(count)
         found = OP(*arguments, True, True)
         assert_close(found[:2], (value, lse), torch.float32)
-        assert_close(gradients(frozen, arguments), true, torch.float32, 10.0)
+        assert_close(gradients(of_operator, arguments), true, torch.float32, 10.0)
         for _ in range(3):
             assert all(torch.equal(a, b) for a, b in zip(found, OP(*arguments, True, True), strict=True))
 

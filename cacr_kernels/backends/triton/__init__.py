@@ -1,11 +1,12 @@
 """Backend "triton": importing this package registers its operators, and imports Triton when one of them first runs.
 
-ops.py        registration and the entry of the table
-launch.py     the general path, frozen.py and cacr.py the other two operators: launches of kernels
-problem.py    a problem as the kernels take it
-table.py      launch configurations by processor and size
-tuning.py     faster ones, if asked for
-kernels/      what runs on the device
+ops.py            registration and the entry of the table
+contrast.py       the general path, detached_keys.py and cacr.py the other two operators: which kernels are launched
+launch.py         how a kernel is launched
+pairs.py          pairs of a query set and a key set, as the kernels take them
+table.py          launch configurations by processor and size
+tuning.py         faster ones, if asked for
+kernels/          what runs on the device
 """
 
 from .ops import BACKEND

@@ -1,4 +1,4 @@
-"""``cacr_triton``: cacr_loss with its gradients, everything on the device. Arguments and results: ``ops.py``.
+"""``cacr_triton``: cacr_loss with its gradients, everything on the device. Arguments and results: its schema.
 
 Launches: attraction, statistics of the repulsion and their merge, what their rows receive, one sweep for the gradient
 of all views as queries and as keys, the gradient of the attraction on top of it, the loss. Under rbf one more, as the
@@ -8,40 +8,85 @@ log of a mean has to be known before the gradient.
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...reference import view_pairs
-from ...types import PAIRINGS
+from ...types import OTHER, PAIRINGS
 from . import tuning
+from .contrast import Incoming, Statistics, query_sweep, readable, row_coefficients, statistics
 from .kernels.aligned import aligned_gradient_kernel, aligned_kernel
 from .kernels.loss import incoming_kernel, log_total_kernel, loss_kernel, numbers_kernel
-from .launch import query_sweep, readable, row_coefficients, statistics
-from .problem import AGAIN, Problem, cdiv, on_device_of_first, power_of_two, start, view_table
+from .launch import cdiv, on_device_of_first, power_of_two, start
+from .pairs import SHARED_SET, SetPairs, view_table
 
-OTHER = 2
+
+class Numbers(NamedTuple):
+    """Numbers of the loss that Python knows, in the order of the kernels."""
+
+    tau_pos: float
+    tau_neg: float
+    alpha: float
+    beta: float
+    rbf_scale: float
 
 
 class Attraction(NamedTuple):
-    """Results of ``aligned_kernel``."""
+    """What ``aligned_kernel`` writes, in the order of its arguments."""
 
     cost: Tensor  # [V, V, B]
     norm: Tensor  # [V, B] squared lengths
-    ids: Tensor
+    ids: Tensor  # [V, B] int32: the instance
     tau: Tensor  # [2] signed temperatures of the repulsion
     value: Tensor  # [V, B] float64
     entropy: Tensor
     variance: Tensor
-    weights: Tensor  # [3, V, B] float64: what the weights are made of
+    row_state: Tensor  # [3, V, B] float64: what the weights of a row are made of
 
 
-def on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """Five numbers as a float64 tensor."""
+class Repulsion(NamedTuple):
+    """Statistics of the rows of the repulsion and their gradient; where there is nothing, arrays that are not read."""
+
+    found: Statistics
+    log_total: Tensor  # [P] float64 (rbf)
+    moment: Tensor  # [splits, S, P, N]
+    coefficients: Tensor  # [5, S, P, N]
+    grads: Tensor  # [splits, V, B, D]
+
+
+@on_device_of_first
+def cacr(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, parts, gradient of the views and of the numbers."""
+    views, numbers, tau_pos, tau_neg, alpha, beta, pairing, rbf, rbf_scale, want_grad, want_grad_numbers = arguments
+    z = readable(views)
+    known = Numbers(tau_pos, tau_neg, alpha, beta, rbf_scale)
+    given = (on_device(known, z.device) if numbers is None else numbers).contiguous()
+    want_tau = want_grad_numbers and numbers is not None
+    positive = attract(z, given, rbf)
+    pairs = repelling_pairs(z, positive, pairing, rbf)
+    negative = repel(pairs, given, want_grad, want_tau) if z.shape[1] > 1 else repel_nothing(pairs, positive)
+    grad = pairs.empty(*(z.shape if want_grad else (0,)))
+    if want_grad:
+        add_attraction(z, given, positive, negative.grads, grad)
+    loss, parts, grad_numbers = pairs.empty(), pairs.empty(4), pairs.empty(0)
+    if numbers is not None:
+        grad_numbers = torch.empty_like(given) if want_tau else torch.zeros_like(given)
+    start(
+        loss_kernel, (1,), positive.value, positive.entropy, positive.variance, *negative.found, negative.log_total,
+        negative.moment, negative.coefficients, given, loss, parts, grad_numbers, z.shape[0] * z.shape[1],
+        pairs.P, pairs.N, negative.moment.shape[0],
+        REPELS=z.shape[1] > 1, RBF=rbf, WANT_TAU=want_tau, BLOCK=512, num_warps=8,
+    )  # fmt: skip
+    return loss, parts, grad, grad_numbers
+
+
+def on_device(numbers: Numbers, device: torch.device) -> Tensor:
+    """The numbers as a float64 tensor."""
     if device.type == "cpu":
         return torch.tensor(numbers, dtype=torch.float64)
-    out = torch.empty(5, dtype=torch.float64, device=device)
+    out = torch.empty(len(numbers), dtype=torch.float64, device=device)
     start(numbers_kernel, (1,), out, *(half for number in numbers for half in halves(number)))
     return out
 
@@ -52,58 +97,7 @@ def halves(number: float) -> tuple[int, int]:
     return high, low
 
 
-@on_device_of_first
-def cacr(
-    views: Tensor,
-    numbers: Tensor | None,
-    tau_pos: float,
-    tau_neg: float,
-    alpha: float,
-    beta: float,
-    pairing: int,
-    rbf: bool,
-    rbf_scale: float,
-    want_grad: bool,
-    want_grad_numbers: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, parts, gradient of the views and of the numbers."""
-    z = readable(views)
-    given = numbers
-    if given is None:
-        given = on_device((tau_pos, tau_neg, alpha, beta, rbf_scale), z.device)
-    given = given.contiguous()
-    want_tau = want_grad_numbers and numbers is not None
-    positive = attract(z, given, rbf)
-    p = repulsion(z, positive, pairing, rbf)
-    repels = z.shape[1] > 1
-    wide = positive.value
-    value = lse = weights = log_total = wide
-    coefficients, moment, grads = p.empty(1), p.empty(1, 1), p.empty(0, *z.shape)
-    if repels:
-        value, lse, weights = statistics(p)
-        if rbf:
-            log_total = wide.new_empty(p.P)
-            start(log_total_kernel, (p.P,), lse, log_total, p.P, p.N, BLOCK=1024)
-        if want_grad or (want_tau and not rbf):
-            incoming = torch.empty_like(value), torch.empty_like(value)
-            flags = {"RBF": rbf, "BLOCK": 1024}
-            start(incoming_kernel, (cdiv(p.P * p.N, 1024),), lse, log_total, given, *incoming, p.P, p.N, **flags)
-            rows = row_coefficients(p, value, weights, *incoming, False)
-            coefficients = rows[0]
-            grads, moment = tuning.run(p, "gradient", query_sweep, *rows, want_tau and not rbf)
-    grad = p.empty(*(z.shape if want_grad else (0,)))
-    if want_grad:
-        add_attraction(z, given, positive, grads, grad)
-    loss, parts = p.empty(), p.empty(4)
-    grad_numbers = p.empty(0) if numbers is None else torch.empty_like(given) if want_tau else torch.zeros_like(given)
-    start(
-        loss_kernel, (1,), positive.value, positive.entropy, positive.variance, value, lse, weights, log_total,
-        moment, coefficients, given, loss, parts, grad_numbers, z.shape[0] * z.shape[1], p.P, p.N, moment.shape[0],
-        REPELS=repels, RBF=rbf, WANT_TAU=want_tau, BLOCK=512, num_warps=8,
-    )  # fmt: skip
-    return loss, parts, grad, grad_numbers
-
-
+# ---- attraction ------------------------------------------------------------------------------------------------------
 def attract(z: Tensor, numbers: Tensor, rbf: bool) -> Attraction:
     """Costs and statistics of the attraction, and what the repulsion needs of every row."""
     V, B, D = z.shape
@@ -112,26 +106,54 @@ def attract(z: Tensor, numbers: Tensor, rbf: bool) -> Attraction:
     others = cost.new_empty((V, B)), z.new_empty((V, B), dtype=torch.int32), value.new_empty(2)
     out = Attraction(cost, *others, value, torch.empty_like(value), torch.empty_like(value), value.new_empty((3, V, B)))
     block = 16
-    sizes = {"RBF": rbf, "BLOCK": block, "BLOCK_D": min(64, power_of_two(D))}
+    sizes = {"RBF": rbf, "BLOCK_M": block, "BLOCK_D": min(64, power_of_two(D))}
     start(aligned_kernel, (cdiv(B, block), V), z, numbers, *out, V, B, D, **sizes)
     return out
 
 
 def add_attraction(z: Tensor, numbers: Tensor, positive: Attraction, grads: Tensor, grad: Tensor) -> None:
-    """Gradient of the attraction and the shares ``grads`` [shares, V, B, D] of that of the repulsion."""
+    """Gradient of the attraction and the splits ``grads`` [splits, V, B, D] of that of the repulsion."""
     V, B, D = z.shape
     block, width = 16, min(64, power_of_two(D))
     grid = cdiv(B, block), V, cdiv(D, width)
-    arrays = z, numbers, positive.cost, positive.weights, grads, grad
-    start(aligned_gradient_kernel, grid, *arrays, V, B, D, grads.shape[0], BLOCK=block, BLOCK_D=width)
+    arrays = z, numbers, positive.cost, positive.row_state, grads, grad
+    start(aligned_gradient_kernel, grid, *arrays, V, B, D, grads.shape[0], BLOCK_M=block, BLOCK_D=width)
 
 
-def repulsion(z: Tensor, positive: Attraction, pairing: int, rbf: bool) -> Problem:
-    """Its contrast problem; pooled: all views are one."""
+# ---- repulsion -------------------------------------------------------------------------------------------------------
+def repelling_pairs(z: Tensor, positive: Attraction, pairing: int, rbf: bool) -> SetPairs:
+    """The views that repel each other; pooled: all of them are one, which meets itself."""
     V, B, D = z.shape
     pooled = PAIRINGS[pairing] == "pooled"
     pairs = [(0, 0)] if pooled else view_pairs(V, PAIRINGS[pairing])
     q_view, k_view = (view_table(tuple(index), z.device) for index in zip(*pairs, strict=True))
     z = z.view(1, V * B, D) if pooled else z
     same = z, z, positive.norm, positive.norm, positive.ids, positive.ids, positive.tau
-    return Problem(*same, q_view, k_view, (OTHER, AGAIN) if rbf else (OTHER,), False, True)
+    kinds = (OTHER, SHARED_SET) if rbf else (OTHER,)
+    return SetPairs(*same, q_view, k_view, kinds, inner_product=False, keys_are_queries=True)
+
+
+def repel_nothing(pairs: SetPairs, positive: Attraction) -> Repulsion:
+    """With one instance there are no negatives."""
+    unread = positive.value
+    grads = pairs.empty(0, *pairs.q.shape)
+    return Repulsion(Statistics(unread, unread, unread), unread, pairs.empty(1, 1), pairs.empty(1), grads)
+
+
+def repel(pairs: SetPairs, numbers: Tensor, want_grad: bool, want_tau: bool) -> Repulsion:
+    """Statistics of the repulsion, and its gradient where it is wanted."""
+    rbf = pairs.S == 2
+    found = statistics(pairs)
+    value, lse, row_state = found
+    log_total, coefficients, moment, grads = value, pairs.empty(1), pairs.empty(1, 1), pairs.empty(0, *pairs.q.shape)
+    if rbf:
+        log_total = value.new_empty(pairs.P)
+        start(log_total_kernel, (pairs.P,), lse, log_total, pairs.P, pairs.N, BLOCK=1024)
+    if want_grad or (want_tau and not rbf):
+        incoming, block = Incoming(torch.empty_like(value), torch.empty_like(value)), 1024
+        grid, sizes = (cdiv(pairs.P * pairs.N, block),), (pairs.P, pairs.N)
+        start(incoming_kernel, grid, lse, log_total, numbers, *incoming, *sizes, RBF=rbf, BLOCK=block)
+        rows = row_coefficients(pairs, value, row_state, incoming, False)
+        coefficients = rows.rows
+        grads, moment = tuning.run(pairs, "gradient", query_sweep, *rows, want_tau and not rbf)
+    return Repulsion(found, log_total, moment, coefficients, grads)

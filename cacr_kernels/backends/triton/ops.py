@@ -15,13 +15,14 @@ import torch
 
 from ...operators.registry import implement_traceable
 from ..entry import Backend, any_device
-from . import problem, table
+from . import launch as launching
+from . import table
 
 _LAUNCHERS = {  # by operator: the module, which imports Triton, and the function that launches
     "cacr": ("cacr", "cacr"),
-    "contrast": ("launch", "contrast"),
-    "contrast_backward": ("launch", "contrast_backward"),
-    "detached_keys": ("frozen", "contrast_frozen"),
+    "contrast": ("contrast", "contrast"),
+    "contrast_backward": ("contrast", "contrast_backward"),
+    "detached_keys": ("detached_keys", "detached_keys"),
 }
 
 
@@ -53,7 +54,7 @@ def _implement(name: str) -> None:
     def kernels(*arguments: Any) -> Any:
         if table.processor_of(arguments[0].device).family == "interpreter":
             return NotImplemented
-        with problem.tracing():
+        with launching.tracing():
             return launch(*arguments)
 
     implement_traceable(f"{name}_triton", launch, kernels)

@@ -22,8 +22,8 @@ CLASSES = (64, 128, 256, 512)  # of D; each serves all D up to it, the last one 
 class Tile(NamedTuple):
     """Sizes of a program's tile, and how it is compiled.
 
-    ``block_d`` features are held at a time: all there are, or chunks of that size. ``block_out`` features of a gradient
-    are written by a program: ``block_d`` where those are all there are.
+    A program holds ``block_d`` features at a time: all there are, or chunks of that size. It writes ``block_out``
+    features of a gradient: ``block_d`` where those are all there are.
     """
 
     block_m: int
@@ -34,7 +34,7 @@ class Tile(NamedTuple):
     block_out: int
 
     def constants(self, writes_features: bool) -> dict[str, int]:
-        """As the kernels take them."""
+        """The constants of a launch; BLOCK_OUT only for kernels that write features."""
         sizes = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_D": self.block_d}
         if writes_features:
             sizes["BLOCK_OUT"] = self.block_out
@@ -46,25 +46,25 @@ class Tile(NamedTuple):
 
 
 class Processor(NamedTuple):
-    """``family`` is a key of the table; ``cores``: programs that run at a time, about."""
+    """``family`` is a key of the table, ``cores`` about the number of programs that run at a time."""
 
     family: str
     cores: int
 
     @property
     def has_tf32(self) -> bool:
-        """TF32 products."""
+        """Whether it has TF32 products."""
         return self.family != "cdna"
 
     @property
     def has_tf32x3(self) -> bool:
-        """Three TF32 products for one of float32."""
+        """Whether Triton makes three TF32 products for one of float32 there."""
         return self.family not in ("cdna3", "cdna", "interpreter")
 
 
 @functools.lru_cache(maxsize=64)
 def processor_of(device: torch.device) -> Processor:
-    """What a device is."""
+    """The entry of the launch table that a device takes."""
     if device.type == "cpu":
         return Processor("interpreter", 4)
     about = torch.cuda.get_device_properties(device)
@@ -76,7 +76,7 @@ def processor_of(device: torch.device) -> Processor:
 
 
 def class_of(D: int) -> int:
-    """The D class of a problem."""
+    """The class that D features belong to."""
     return next((c for c in CLASSES if c >= D), CLASSES[-1])
 
 
@@ -85,9 +85,9 @@ def _row(*entries: tuple[int, ...]) -> tuple[Tile, ...]:
 
 
 # BLOCK_M, BLOCK_N, BLOCK_D, warps, stages, BLOCK_OUT for D up to 64, 128, 256, and beyond.
-# In gradient and frozen a tile of coefficients is the operand of another product, and all warps stand along its rows:
-# 16 (8 in float64) for each, or they would compute the same twice.
-ONE: dict[str, dict[Precision, tuple[Tile, ...]]] = {
+# In gradient and detached_keys a tile of coefficients is the operand of another product, and all warps stand along its
+# rows: 16 (8 in float64) for each, or they would compute the same twice.
+ONE_SOFTMAX: dict[str, dict[Precision, tuple[Tile, ...]]] = {
     "statistics": {
         "half": _row((128, 64, 64, 8, 2, 0), (128, 64, 128, 8, 2, 0), (64, 64, 64, 4, 3, 0), (64, 64, 64, 4, 3, 0)),
         "tf32": _row((64, 64, 64, 4, 2, 0), (64, 64, 32, 4, 3, 0), (64, 64, 32, 4, 3, 0), (64, 64, 32, 4, 3, 0)),
@@ -104,7 +104,7 @@ ONE: dict[str, dict[Precision, tuple[Tile, ...]]] = {
         "ieee": _row(*[(32, 16, 32, 8, 2, 64)] * 4),
         "fp64": _row(*[(64, 32, 32, 8, 2, 32)] * 4),
     },
-    "frozen": {
+    "detached_keys": {
         "half": _row((64, 32, 64, 4, 2, 64), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128)),
         "tf32": _row((64, 32, 64, 4, 2, 64), (64, 16, 32, 4, 2, 128), (64, 16, 32, 4, 2, 128), (64, 16, 32, 4, 2, 128)),
         "tf32x3": _row((64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64)),
@@ -112,8 +112,8 @@ ONE: dict[str, dict[Precision, tuple[Tile, ...]]] = {
         "fp64": _row((32, 32, 32, 4, 2, 32), (32, 32, 32, 4, 2, 32), (32, 32, 32, 4, 2, 32), (32, 32, 32, 4, 2, 32)),
     },
 }
-# Two softmaxes, and the second accumulator of frozen keys, take more registers.
-TWO: dict[str, dict[Precision, tuple[Tile, ...]]] = {
+# Two softmaxes, and the second accumulator of detached keys, take more registers.
+TWO_SOFTMAXES: dict[str, dict[Precision, tuple[Tile, ...]]] = {
     "statistics": {
         "half": _row((64, 32, 64, 4, 2, 0), (64, 32, 128, 4, 2, 0), (64, 32, 64, 4, 2, 0), (64, 32, 64, 4, 2, 0)),
         "tf32": _row((64, 32, 64, 4, 2, 0), (64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0)),
@@ -127,14 +127,15 @@ TWO: dict[str, dict[Precision, tuple[Tile, ...]]] = {
         "ieee": _row((32, 32, 32, 8, 2, 64), (32, 32, 32, 8, 2, 64), (32, 32, 32, 8, 2, 64), (32, 32, 32, 8, 2, 64)),
         "fp64": _row((32, 16, 32, 4, 2, 32), (32, 16, 32, 4, 2, 32), (32, 16, 32, 4, 2, 32), (32, 16, 32, 4, 2, 32)),
     },
-    "frozen": {
+    "detached_keys": {
         "half": _row((64, 16, 64, 4, 2, 64), (64, 16, 64, 4, 2, 64), (64, 16, 64, 4, 2, 64), (64, 16, 64, 4, 2, 64)),
         "tf32": _row((64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64)),
         "tf32x3": _row((64, 16, 32, 4, 2, 32), (64, 16, 32, 4, 2, 32), (64, 16, 32, 4, 2, 32), (64, 16, 32, 4, 2, 32)),
     },
 }
 
-# Where a family spills with those entries: by two softmaxes or accumulators, kernel and kind of product.
+# Entries of one family, where it spills with those above: by whether there are two softmaxes or accumulators, by kernel
+# and by kind of product.
 SM_80: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (False, "statistics", "tf32"): _row((128, 64, 64, 4, 2, 0), *[(64, 64, 32, 4, 3, 0)] * 3),
     (False, "gradient", "half"): _row((64, 32, 64, 4, 2, 64), (64, 32, 128, 4, 1, 128), *[(64, 32, 32, 4, 2, 128)] * 2),
@@ -145,7 +146,7 @@ SM_80: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
 }
 SM_90: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (False, "gradient", "ieee"): _row(*[(32, 16, 32, 8, 3, 64)] * 4),
-    (False, "frozen", "fp64"): _row(*[(64, 16, 32, 4, 2, 32)] * 4),
+    (False, "detached_keys", "fp64"): _row(*[(64, 16, 32, 4, 2, 32)] * 4),
 }
 SM_100: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (False, "gradient", "half"): _row(
@@ -154,13 +155,13 @@ SM_100: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (False, "gradient", "ieee"): _row(*[(32, 16, 32, 4, 2, 64)] * 4),
     (False, "gradient", "tf32x3"): _row(*[(64, 32, 32, 4, 2, 64)] * 4),
     (False, "gradient", "fp64"): _row(*[(64, 32, 32, 4, 1, 32)] * 4),
-    (False, "frozen", "fp64"): _row(*[(128, 16, 32, 4, 2, 32)] * 4),
+    (False, "detached_keys", "fp64"): _row(*[(128, 16, 32, 4, 2, 32)] * 4),
     (True, "statistics", "tf32"): _row(*[(64, 32, 64, 4, 2, 0)] * 4),
     (True, "statistics", "fp64"): _row(*[(32, 32, 32, 4, 1, 0)] * 4),
     (True, "gradient", "half"): _row((128, 16, 64, 4, 1, 64), *[(64, 16, 64, 4, 1, 128)] * 3),
     (True, "gradient", "ieee"): _row(*[(64, 32, 32, 8, 1, 64)] * 4),
     (True, "gradient", "fp64"): _row(*[(32, 32, 32, 8, 2, 32)] * 4),
-    (True, "frozen", "fp64"): _row(*[(64, 32, 32, 4, 2, 32)] * 4),
+    (True, "detached_keys", "fp64"): _row(*[(64, 32, 32, 4, 2, 32)] * 4),
 }
 SM_120: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (False, "statistics", "fp64"): _row(*[(32, 64, 32, 4, 3, 0)] * 4),
@@ -169,18 +170,22 @@ SM_120: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (True, "statistics", "fp64"): _row(*[(32, 32, 32, 4, 1, 0)] * 4),
     (True, "gradient", "ieee"): _row(*[(32, 64, 32, 8, 2, 64)] * 4),
     (True, "gradient", "fp64"): _row(*[(32, 32, 32, 8, 1, 32)] * 4),
-    (True, "frozen", "half"): _row(*[(64, 32, 32, 4, 2, 64)] * 4),
+    (True, "detached_keys", "half"): _row(*[(64, 32, 32, 4, 2, 64)] * 4),
 }
-OWN = {"sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_100, "sm_120": SM_120}
+BY_FAMILY = {"sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_100, "sm_120": SM_120}
 
 
 def tile_of(family: str, kernel: str, precision: Precision, D: int, two: bool) -> Tile:
-    """The configuration of ``kernel``, cut down to the features there are."""
+    """The configuration of ``kernel``, cut down to the features there are; ``two`` softmaxes or accumulators."""
     if family == "interpreter":
         entry = Tile(32, 32, 64, 4, 2, 64)
     else:
-        rows = TWO[kernel].get(precision, ONE[kernel][precision]) if two else ONE[kernel][precision]
-        rows = OWN.get(family, {}).get((two, kernel, precision), rows)
+        rows = (
+            TWO_SOFTMAXES[kernel].get(precision, ONE_SOFTMAX[kernel][precision])
+            if two
+            else ONE_SOFTMAX[kernel][precision]
+        )
+        rows = BY_FAMILY.get(family, {}).get((two, kernel, precision), rows)
         entry = rows[CLASSES.index(class_of(D))]
         if family in ("cdna3", "cdna"):  # its waves take 32 rows each, and without a second product 32 columns of them
             columns = entry.block_n // 32 if kernel == "statistics" else 1

@@ -1,12 +1,14 @@
 """Optional autotuning (``CACR_AUTOTUNE=1``): tiles around that of the launch table are timed, the fastest is kept.
 
-What is timed is a sweep: a function of a problem and a tile, which launches one kernel into arrays of its own and
+What is timed is a sweep: a function of pairs of sets and a tile, which launches one kernel into arrays of its own and
 writes to nothing that it was given. A choice holds for a key: what the kernel is compiled for, the processor, the
-features and roughly the size of the problem. It does not change within a process: where nothing may be timed it is the
-entry of the table, from then on. Each is kept in a file of its own, so processes that write do not disturb each other.
+features and roughly the number of similarities. It does not change within a process: where nothing may be timed it is
+the entry of the table, from then on. Each is kept in a file of its own, so processes that write do not disturb each
+other.
 
-Not ``triton.autotune``: it varies the constants of a launch, while a tile decides here also the shares and their
-workspace, which are arguments; and it times whenever a key is new, also in a capture. Of Triton is how a call is timed.
+This is not ``triton.autotune``, which varies the constants of a launch: here a tile also decides how a loop is split
+and how large the workspace is, which are arguments. It also times whenever a key is new, even in a capture. Calls are
+timed by ``triton.testing``.
 """
 
 from __future__ import annotations
@@ -26,14 +28,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ..._version import __version__
-from .problem import Problem, launched, power_of_two, recording
+from .launch import launched, power_of_two, recording
+from .pairs import SetPairs
 from .table import Precision, Tile
 
 Result = TypeVar("Result")
 
 
 def asked() -> bool:
-    """Whether the environment asks for it."""
+    """Whether the environment asks for autotuning."""
     value = os.environ.get("CACR_AUTOTUNE", "")
     if value not in ("", "0", "1"):
         raise ValueError(f"the environment variable CACR_AUTOTUNE is {value!r}; accepted: '0' (off) and '1' (on)")
@@ -44,7 +47,7 @@ ON = asked()  # read once
 
 
 class Key(NamedTuple):
-    """What a choice holds for, on one version of this package and of Triton."""
+    """What a choice holds for, within one version of this package and of Triton."""
 
     kernel: str
     sweep: str
@@ -52,8 +55,8 @@ class Key(NamedTuple):
     dtype: str
     precision: Precision
     kinds: tuple[int, ...]
-    inner: bool
-    own: bool
+    inner_product: bool
+    keys_are_queries: bool
     features: int  # the next power of two
     work: int  # class of the number of similarities: powers of 4
     processor: str
@@ -66,36 +69,40 @@ _lock = threading.Lock()  # one thread times, others would disturb it
 _warned: list[str] = []
 
 
-def run(p: Problem, kernel: str, sweep: Callable[..., Result], *args: Any, two: bool = False) -> Result:
-    """``sweep(p, tile, *args)`` with the tile of the launch table or a faster one; flags in ``args`` are constexpr."""
-    tile = p.tile(kernel, two)
-    if ON and p.N and p.M and p.P:
-        tile = _fastest(p, kernel, tile, sweep, args)
-    return sweep(p, tile, *args)
+def run(pairs: SetPairs, kernel: str, sweep: Callable[..., Result], *args: Any, two: bool = False) -> Result:
+    """``sweep(pairs, tile, *args)`` with the tile of the launch table or a faster one.
+
+    Flags in ``args`` are constants of the kernel. ``two``: it has two accumulators, although there is one softmax.
+    """
+    tile = pairs.tile(kernel, two)
+    if ON and pairs.N and pairs.M and pairs.P:
+        tile = _fastest(pairs, kernel, tile, sweep, args)
+    return sweep(pairs, tile, *args)
 
 
-def _fastest(p: Problem, kernel: str, entry: Tile, sweep: Callable[..., Any], args: tuple[Any, ...]) -> Tile:
+def _fastest(pairs: SetPairs, kernel: str, entry: Tile, sweep: Callable[..., Any], args: tuple[Any, ...]) -> Tile:
     flags = tuple(x for x in args if isinstance(x, bool))
-    sizes = features_of(p.D), (p.N * p.M * p.P).bit_length() // 2
-    roles = str(p.q.dtype), p.precision, p.kinds, p.inner, p.own
-    key = Key(kernel, sweep.__name__, flags, *roles, *sizes, _name(p.q.device), *p.processor)
+    sizes = features_of(pairs.D), (pairs.N * pairs.M * pairs.P).bit_length() // 2
+    roles = str(pairs.q.dtype), pairs.precision, pairs.kinds, pairs.inner_product, pairs.keys_are_queries
+    key = Key(kernel, sweep.__name__, flags, *roles, *sizes, _name(pairs.q.device), *pairs.processor)
     if key not in _chosen:
         with _lock:
             if key not in _chosen:
-                _chosen[key] = _choose(key, candidates(kernel, p.precision, p.D, entry, key.family), p, sweep, args)
+                tiles = candidates(kernel, pairs.precision, pairs.D, entry, key.family)
+                _chosen[key] = _choose(key, tiles, pairs.q.device, lambda tile: sweep(pairs, tile, *args))
     return _chosen[key]
 
 
-def _choose(key: Key, tiles: list[Tile], p: Problem, sweep: Callable[..., Any], args: tuple[Any, ...]) -> Tile:
+def _choose(key: Key, tiles: list[Tile], device: torch.device, sweep: Callable[[Tile], Any]) -> Tile:
     """From the disk, else by timing; the first of ``tiles`` where that may not be, or none of them can run."""
     about = key._asdict() | _versions()
     path = cache_dir() / f"{key.kernel}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.json"
     kept = _read(path, tiles)
     if kept is not None:
         return kept
-    if recording(p.q.device) or torch.are_deterministic_algorithms_enabled():
+    if recording(device) or torch.are_deterministic_algorithms_enabled():
         return tiles[0]
-    found = {tile: _try(functools.partial(sweep, p, tile, *args), p.q.device) for tile in tiles}
+    found = {tile: _try(functools.partial(sweep, tile), device) for tile in tiles}
     times = {tile: result for tile, result in found.items() if isinstance(result, float)}
     if not times:
         return tiles[0]
@@ -121,7 +128,7 @@ def candidates(kernel: str, precision: Precision, D: int, entry: Tile, family: s
 
 
 def _legal(tile: Tile, kernel: str, precision: Precision, D: int, family: str) -> bool:
-    """What kernels can be compiled for, and makes sense: ``table.py``."""
+    """Whether the kernels can be compiled for it, and whether that makes sense: ``table.py``."""
     sizes = 16 <= tile.block_n <= 128 and 16 <= tile.block_d <= features_of(D)
     if not (sizes and 1 <= tile.num_warps <= 8 and 1 <= tile.num_stages <= 4):
         return False
@@ -133,7 +140,7 @@ def _legal(tile: Tile, kernel: str, precision: Precision, D: int, family: str) -
 
 
 def features_of(D: int) -> int:
-    """As many as a tile that holds them all has."""
+    """The features of a tile that holds all D."""
     return max(16, power_of_two(D))
 
 
@@ -189,7 +196,7 @@ def _read(path: Path, tiles: list[Tile]) -> Tile | None:
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
-    """All of it or nothing, whoever else writes."""
+    """Write all of it or nothing, whoever else writes."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
@@ -204,7 +211,7 @@ def _write(path: Path, data: dict[str, Any]) -> None:
 
 
 def _warn(text: str) -> None:
-    """Once in a process."""
+    """Warn, but only once in a process."""
     if not _warned:
         _warned.append(text)
         warnings.warn(text, RuntimeWarning, stacklevel=2)
@@ -220,7 +227,7 @@ def _name(device: torch.device) -> str:
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    """Of everything that a kernel is made of."""
+    """Versions of everything that a compiled kernel is made of."""
     import triton
 
     source = hashlib.sha256()

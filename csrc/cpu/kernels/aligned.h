@@ -13,14 +13,15 @@ template <class T>
 struct Aligned {
   static constexpr idx W = Lanes<T>::W;
   const AlignedParams<T>& t;
-  T *cost, *gradient;  // [V][V][W]; dL/dc_vu
+  T* cost;      // [V][V][W]
+  T* gradient;  // [V][V][W] dL/dc_vu
 
   const T* row(idx v, idx b) const { return t.z + v * t.view_stride + b * t.row_stride; }
   T* at(T* a, idx v, idx u) const { return a + (v * t.V + u) * W; }
 
   static size_t scratch(idx V) { return 2 * size_t(V * V * W) * sizeof(T) + 128; }
 
-  explicit Aligned(const AlignedParams<T>& task) : t(task) {
+  explicit Aligned(const AlignedParams<T>& params) : t(params) {
     char* p = static_cast<char*>(t.scratch);
     cost = carve<T>(p, t.V * t.V * W);
     gradient = carve<T>(p, t.V * t.V * W);
@@ -50,7 +51,7 @@ struct Aligned {
     const T sign = slope < 0 ? T(-1) : T(1);
     for (idx u = 0; u < t.V; u++)
       if (u != v) top = max_vec<T>(top, sign * load(at(cost, v, u)));
-    const V top_cost = sign * top;  // everything is measured from the largest exponent, as in softmax.h
+    const V top_cost = sign * top;  // everything is measured from the largest exponent, as in tiles.h
     for (idx u = 0; u < t.V; u++) {
       if (u == v) continue;
       V d = load(at(cost, v, u)) - top_cost, e = exp2_flushed<T>(slope * d);
@@ -67,7 +68,7 @@ struct Aligned {
     for (idx l = 0; l < n; l++) {
       const idx i = v * t.B + b + l;
       t.statistics.value[i] = double(top_cost[l]) + double(delta[l]), t.statistics.variance[i] = variance[l];
-      t.statistics.lse[i] = row_lse(t.statistics.value[i], sum[l], t.tau, top_cost[l]);
+      t.statistics.lse[i] = row_lse<LseOrder::kSumFirst>(t.statistics.value[i], sum[l], t.tau, top_cost[l]);
     }
   }
 

@@ -289,7 +289,7 @@ DetachedRow finish_detached_row(const DetachedSetup<T>& g, const PartialStates& 
     sum_dd += s.scale * (part.sum_dd[l] + m * (2 * ed + m * e));
   }
   const double top_cost = (g.p.inner_product ? 0 : double(squared_norm(g.p.D, q))) - 2 * g.sign() * double(top);
-  return {finish_row(sum, sum_d, top_cost, g.p.tau[0], g.slope - g.slope == 0), sum_dd};
+  return {finish_row<LseOrder::kSumFirst>(sum, sum_d, top_cost, g.p.tau[0], g.slope - g.slope == 0), sum_dd};
 }
 
 // at: of the row in mean and spread.

@@ -152,8 +152,11 @@ void merge_rows(T slope, idx n, const SoftmaxRows<T>& into, const SoftmaxRows<T>
     const MovedTop<T> m0 = move_top(slope, top0, top), m1 = move_top(slope, top1, top);
     const Panel<T> sum0 = load_panel(into.sum + i), sum1 = load_panel(from.sum + i);
     store_panel(into.top + i, top), store_panel(into.sum + i, sum0 * m0.scale + sum1 * m1.scale);
-    store_panel(into.sum_d + i, load_panel(into.sum_d + i) * m0.scale + sum0 * m0.scale * m0.moved +
-                                    load_panel(from.sum_d + i) * m1.scale + sum1 * m1.scale * m1.moved);
+    Panel<T> sum_d = load_panel(into.sum_d + i) * m0.scale;
+    sum_d += sum0 * m0.scale * m0.moved;
+    const Panel<T> other = load_panel(from.sum_d + i) * m1.scale;
+    sum_d = sum_d + other + sum1 * m1.scale * m1.moved;
+    store_panel(into.sum_d + i, sum_d);
   }
 }
 

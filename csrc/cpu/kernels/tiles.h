@@ -120,7 +120,8 @@ CACR_NOINLINE void add_statistics(idx n, const T* S, T slope, const SoftmaxRows<
   }
   const Panel<T> sum = load_panel(r.sum);
   store_panel(r.sum, sum * m.scale + e);
-  store_panel(r.sum_d, load_panel(r.sum_d) * m.scale + sum * m.scale * m.moved + ed);
+  const Panel<T> shrunk = load_panel(r.sum_d) * m.scale;
+  store_panel(r.sum_d, shrunk + sum * m.scale * m.moved + ed);
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------

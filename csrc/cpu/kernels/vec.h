@@ -132,6 +132,8 @@ CACR_INLINE Panel<T> splat_panel(T x) {
   return {{splat<T>(x), splat<T>(x)}};
 }
 
+// The compiler evaluates the operands of these in any order, and fuses the product that it meets first with a sum: in a
+// sum of two products the first one is named.
 #define CACR_PANEL_OPERATOR(op)                              \
   template <class T>                                         \
   CACR_INLINE Panel<T> operator op(Panel<T> a, Panel<T> b) { \

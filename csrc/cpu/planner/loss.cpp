@@ -20,9 +20,7 @@ struct LossPlan {
       : loss(l), dz(grad), want_tau(tau), parallel(par) {}
 
   // ---- attraction --------------------------------------------------------------------------------------------------
-  AlignedParams<T> aligned_params(const Kernels<T>& kernels, int64_t n, Statistics& out) {
-    const int64_t rows = loss.V * loss.B;
-    out = statistics(memory, rows);
+  AlignedParams<T> aligned_params(const Kernels<T>& kernels, int64_t n, const Statistics& out) {
     AlignedParams<T> t{};
     t.z = loss.z, t.view_stride = loss.B * loss.D, t.row_stride = loss.D;
     t.V = loss.V, t.B = loss.B, t.D = loss.D;
@@ -185,7 +183,7 @@ struct LossPlan {
     Engine<T> e(repulsion_problem(), parallel);
     const bool repels = loss.B > 1;
     const int64_t n = e.threads();
-    Statistics positive;
+    const Statistics positive = statistics(memory, loss.V * loss.B);
     AlignedParams<T> aligned = aligned_params(e.kernels, n, positive);
     if (repels) e.allocate_packed(dz || want_tau);
     parallel_for(parallel, n, [&](int64_t i) {

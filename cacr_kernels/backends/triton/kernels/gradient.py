@@ -1,29 +1,82 @@
 """Gradient of a block of embeddings x, recomputing similarities tile by tile.
 
-With g_ij = dL/dc_ij, c = |q - k|^2: dL/dq_i = 2 (q_i sum_j g_ij - sum_j g_ij k_j), and dL/dk_j is the same with the
-roles exchanged. So a program holds BLOCK_M rows of x and walks over the other side y, for every problem that its view
-takes part in. Coefficients belong to queries: they stand along the rows of a tile if x are the queries, else along its
-columns. No atomics: every gradient is written by one program, or as shares that total.py adds in order.
+With g_ij = dL/dc_ij (coefficients.py), c = |q - k|^2 (``cacr_kernels/reference.py``, Gradients):
+
+    dL/dq_i = 2 (q_i sum_j g_ij - sum_j g_ij k_j),   dL/dk_j = 2 (k_j sum_i g_ij - sum_i g_ij q_i)
+
+The two are the same with the roles exchanged. So a program holds BLOCK_M rows of x, one side, and walks over the other
+side y, for every pair of sets that its view takes part in. Coefficients belong to queries: they stand along the rows of
+a tile if x are the queries, else along its columns. No atomics: every gradient is written by one program, or in splits
+that total.py adds in order.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from .coefficients import BASE, MEAN_U, RATIO, A, B
-from .tile import (  # fmt: skip
-    AGAIN,
+from .tile import (
     ALL,
-    NONE,
-    by_cost,
-    half_norm,
-    level,
-    load_rows,
+    NO_SET,
+    SHARED_SET,
+    Matrix,
+    key_bias,
+    load_block,
+    load_tile,
     load_vector,
+    logits,
     multiply,
     positive_cost,
     similarity,
-    slopes_of,
+    softmaxes_of,
+    uses_cost,
 )
+
+
+class Sums(NamedTuple):
+    """What a program adds up over the tiles of y."""
+
+    gy: tl.tensor  # [BLOCK_M, BLOCK_OUT]: sum_j g_ij y_j
+    g: tl.tensor  # [BLOCK_M]: sum_j g_ij
+    lost: tl.tensor  # [BLOCK_M]: what rounding took from that sum
+    moment0: tl.tensor  # [BLOCK_M]: sum_j e_ij (u_ij - mean u)^2 of the first softmax, u = v / slope
+    moment1: tl.tensor  # [BLOCK_M]
+
+
+class OtherSide(NamedTuple):
+    """What a program walks over in one pair of sets: rows [begin, end) of y."""
+
+    matrix: Matrix
+    begin: tl.tensor
+    end: tl.tensor
+    d_out: tl.tensor  # first of the features that the program writes
+
+
+class RowCoefficients(NamedTuple):
+    """The coefficients of the queries of one pair of sets."""
+
+    base: tl.tensor  # pointer to [5, softmaxes, P, queries] at the pair of the first softmax
+    softmax_stride: tl.tensor
+    stride: tl.tensor  # of quantities
+    scale: tl.tensor  # takes dL/dc into the range of float16
+
+
+class Options(NamedTuple):
+    """Constants of a sweep, which stay constants only as an argument: never assign it to a name in a kernel."""
+
+    AS_QUERY: tl.constexpr  # x are the queries
+    FIRST_SET: tl.constexpr
+    SECOND_SET: tl.constexpr
+    CANCELLING: tl.constexpr
+    INNER_PRODUCT: tl.constexpr
+    WANT_TAU: tl.constexpr
+    PRECISION: tl.constexpr
+    CHUNKS: tl.constexpr
+    BLOCK_M: tl.constexpr
+    BLOCK_N: tl.constexpr
+    BLOCK_D: tl.constexpr
+    BLOCK_OUT: tl.constexpr
 
 
 @triton.jit
@@ -38,16 +91,25 @@ def range_scale(bound, BOUNDS, acc_type: tl.constexpr):
 
 
 @triton.jit
-def coefficient(rows, which: tl.constexpr, stride, first, count, SIZE: tl.constexpr, AS_QUERY: tl.constexpr, none=0.0):
-    """One row coefficient of SIZE queries, shaped to go along the rows of a tile or along its columns."""
-    x = load_vector(rows + which * stride, first, count, SIZE, none)
-    return x[:, None] if AS_QUERY else x[None, :]
-
-
-@triton.jit
 def along(x, ROWS: tl.constexpr):
     """A vector along the rows of a tile, or along its columns."""
     return x[:, None] if ROWS else x[None, :]
+
+
+@triton.jit
+def coefficient(pointer, queries, AS_QUERY: tl.constexpr, other=0.0):
+    """One coefficient of a block of queries, along the rows of a tile or along its columns; ``other`` outside."""
+    SIZE: tl.constexpr = queries.index.shape[0]
+    return along(load_vector(pointer, queries.first, queries.matrix.count, SIZE, other), AS_QUERY)
+
+
+@triton.jit
+def tile_logits(S, c, softmax, x, y, AS_QUERY: tl.constexpr, SET: tl.constexpr, INNER_PRODUCT: tl.constexpr):
+    """V of a tile. Keys beyond the last one are masked where they are columns; as rows they are not written."""
+    bias = key_bias(y.norm if AS_QUERY else x.norm, softmax.slope, SET, INNER_PRODUCT)
+    if AS_QUERY:
+        bias = tl.where(y.index < y.matrix.count, bias, softmax.mask_bias)
+    return logits(S, c, along(bias, not AS_QUERY), softmax, x, y, SET, INNER_PRODUCT)
 
 
 @triton.jit
@@ -59,154 +121,157 @@ def add_exactly(total, lost, x):
 
 
 @triton.jit
-def sweep(
-    acc, acc_sum, lost, moment0, moment1,
-    x_tile, x_base, x_norm, x_id, i0, N,
-    y_base, y_norm_base, y_id_base, begin, end, M,
-    rows_base, stride, one, slope0, huge0, slope1, huge1, scale, d_out, D,
-    AS_QUERY: tl.constexpr, KIND0: tl.constexpr, KIND1: tl.constexpr, CANCELLING: tl.constexpr, INNER: tl.constexpr,
-    WANT_TAU: tl.constexpr, PRECISION: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr,
-):  # fmt: skip
-    """Adds sum_j g_ij y_j and sum_j g_ij of y in [begin, end); ``rows_base``: coefficients of the problem's queries."""
-    acc_type: tl.constexpr = x_norm.dtype
-    QUERIES: tl.constexpr = BLOCK_M if AS_QUERY else BLOCK_N
-    rows = i0 + tl.arange(0, BLOCK_M)
-    none0, none1 = (0.0, 0.0) if AS_QUERY else (2.0 * huge0, 2.0 * huge1)  # where there is no query: no weight
-    inverse0 = 1.0 / slope0
-    inverse1 = inverse0 if KIND1 == AGAIN else 1.0 / slope1
-    for j0 in range(begin, end, BLOCK_N):
-        columns = j0 + tl.arange(0, BLOCK_N)
-        y_out = load_rows(y_base, j0, M, D, d_out, BLOCK_N, BLOCK_OUT)
-        y_norm = load_vector(y_norm_base, j0, M, BLOCK_N, 0.0)
-        y_id = load_vector(y_id_base, j0, M, BLOCK_N, 0) if KIND0 != ALL or KIND1 > ALL else columns
-        S = similarity(
-            x_tile, x_base, i0, N, y_out, y_base, j0, M, D, BLOCK_M, BLOCK_N, BLOCK_D, CHUNKS, PRECISION, acc_type
-        )  # fmt: skip
-        if by_cost(KIND0, INNER) or by_cost(KIND1, INNER):
-            c = positive_cost(x_base, x_norm, x_id, i0, N, y_base, y_norm, y_id, j0, M, D, S)
+def sweep(sums, x, x_tile, other, rows, first, second, options):
+    """``sums`` with those over the rows of the other side added, for one pair of sets.
+
+    S, c, v, z, e and g are tiles [BLOCK_M, BLOCK_N].
+    """
+    acc_type: tl.constexpr = x.norm.dtype
+    AS_QUERY: tl.constexpr = options.AS_QUERY
+    FIRST_SET: tl.constexpr = options.FIRST_SET
+    SECOND_SET: tl.constexpr = options.SECOND_SET
+    INNER_PRODUCT: tl.constexpr = options.INNER_PRODUCT
+    PRECISION: tl.constexpr = options.PRECISION
+    MOMENTS: tl.constexpr = options.WANT_TAU and AS_QUERY
+    IDS: tl.constexpr = FIRST_SET != ALL or SECOND_SET > ALL
+    # A column beyond the last query gets no weight.
+    no_query0, no_query1 = (0.0, 0.0) if AS_QUERY else (2.0 * first.mask_bias, 2.0 * second.mask_bias)
+    inverse0 = 1.0 / first.slope
+    inverse1 = inverse0 if SECOND_SET == SHARED_SET else 1.0 / second.slope
+    row0, row1, stride = rows.base, rows.base + rows.softmax_stride, rows.stride
+    for j0 in range(other.begin, other.end, options.BLOCK_N):
+        columns = j0 + tl.arange(0, options.BLOCK_N)
+        y_tile = load_tile(other.matrix, j0, other.d_out, options.BLOCK_N, options.BLOCK_OUT)  # [BLOCK_N, BLOCK_OUT]
+        y = load_block(other.matrix, j0, columns, IDS)
+        queries = x if AS_QUERY else y
+        S = similarity(x, x_tile, y, y_tile, options.BLOCK_D, options.CHUNKS, PRECISION, acc_type)
+        if uses_cost(FIRST_SET, INNER_PRODUCT) or uses_cost(SECOND_SET, INNER_PRODUCT):
+            c = positive_cost(x, y, S)
         else:
-            c = S
-        q0 = i0 if AS_QUERY else j0
-        count = N if AS_QUERY else M
-        key_norm = y_norm if AS_QUERY else x_norm
-        bias = half_norm(key_norm, slope0, KIND0, INNER)
-        if AS_QUERY:
-            bias = tl.where(columns < M, bias, huge0)
-        v = level(S, c, along(bias, not AS_QUERY), slope0, huge0, KIND0, INNER, x_id, y_id, rows, columns)
-        z = v - coefficient(rows_base, BASE, stride, q0, count, QUERIES, AS_QUERY, none0)
+            c = S  # not read
+        v = tile_logits(S, c, first, x, y, AS_QUERY, FIRST_SET, INNER_PRODUCT)
+        z = v - coefficient(row0 + BASE * stride, queries, AS_QUERY, no_query0)
         e = tl.exp2(z)
-        a = coefficient(rows_base, A, stride, q0, count, QUERIES, AS_QUERY) * scale
-        b = coefficient(rows_base, B, stride, q0, count, QUERIES, AS_QUERY) * scale
+        a = coefficient(row0 + A * stride, queries, AS_QUERY) * rows.scale
+        b = coefficient(row0 + B * stride, queries, AS_QUERY) * rows.scale
         g = e * (b * z + a)
-        if WANT_TAU and AS_QUERY:
-            d = v * inverse0 - coefficient(rows_base, MEAN_U, stride, q0, count, QUERIES, AS_QUERY)
+        moment0, moment1 = sums.moment0, sums.moment1
+        if MOMENTS:
+            d = v * inverse0 - coefficient(row0 + MEAN_U * stride, queries, AS_QUERY)
             moment0 += tl.sum(e * d * d, 1)
-        if KIND1 != NONE:
-            second = rows_base + one
-            if KIND1 == AGAIN:
-                z = slope1 * z
+        if SECOND_SET != NO_SET:
+            if SECOND_SET == SHARED_SET:
+                z = second.slope * z
             else:
-                bias = half_norm(key_norm, slope1, KIND1, INNER)
-                if AS_QUERY:
-                    bias = tl.where(columns < M, bias, huge1)
-                v = level(S, c, along(bias, not AS_QUERY), slope1, huge1, KIND1, INNER, x_id, y_id, rows, columns)
-                z = v - coefficient(second, BASE, stride, q0, count, QUERIES, AS_QUERY, none1)
+                v = tile_logits(S, c, second, x, y, AS_QUERY, SECOND_SET, INNER_PRODUCT)
+                z = v - coefficient(row1 + BASE * stride, queries, AS_QUERY, no_query1)
             e1 = tl.exp2(z)
-            a = coefficient(second, A, stride, q0, count, QUERIES, AS_QUERY) * scale
-            b = coefficient(second, B, stride, q0, count, QUERIES, AS_QUERY) * scale
-            if CANCELLING:
-                ratio = coefficient(second, RATIO, stride, q0, count, QUERIES, AS_QUERY)
+            a = coefficient(row1 + A * stride, queries, AS_QUERY) * rows.scale
+            b = coefficient(row1 + B * stride, queries, AS_QUERY) * rows.scale
+            if options.CANCELLING:
+                ratio = coefficient(row1 + RATIO * stride, queries, AS_QUERY)
                 g += a * (e1 - ratio * e) + b * (e1 * z)
             else:
                 g += e1 * (b * z + a)
-            if WANT_TAU and AS_QUERY:
-                d = v * inverse1 - coefficient(second, MEAN_U, stride, q0, count, QUERIES, AS_QUERY)
+            if MOMENTS:
+                d = v * inverse1 - coefficient(row1 + MEAN_U * stride, queries, AS_QUERY)
                 moment1 += tl.sum(e1 * d * d, 1)
-        acc_sum, lost = add_exactly(acc_sum, lost, tl.sum(g, 1))
-        acc = multiply(g, y_out, acc, PRECISION)
-    return acc, acc_sum, lost, moment0, moment1
+        total, lost = add_exactly(sums.g, sums.lost, tl.sum(g, 1))
+        sums = Sums(multiply(g, y_tile, sums.gy, PRECISION), total, lost, moment0, moment1)
+    return sums
 
 
 @triton.jit
 def gradient_kernel(
-    x,  # [views of x, N, D]
-    y,  # [views of y, M, D]
-    x_norm,  # [views of x, N]
+    # embeddings, and what is known of them
+    x,  # [views of x, N, D]: whose gradient is computed
+    y,  # [views of y, M, D]: the other side
+    x_norm,  # [views of x, N] squared lengths, in the type of the arithmetic
     y_norm,  # [views of y, M]
-    x_id,  # [N] int32; not read where both kinds are ALL
+    x_id,  # [N] int32; not read where both sets are ALL
     y_id,  # [M]
     tau,  # [softmaxes] float64, signed
-    x_view,  # [P] int32: view of x in each problem
+    x_view,  # [P] int32: the view that x is in a pair of sets
     y_view,  # [P]
+    # what their rows receive
     coefficients,  # [5, softmaxes, P, queries], of coefficients_kernel
-    bound,  # [BOUNDS]
-    grad,  # [shares, views of x, N, D], in the type of the arithmetic
-    moment,  # [shares, softmaxes, P, N], where wanted: sum e (u - mean u)^2, u = v / slope
-    N,
-    M,
-    D,
-    P,
+    bound,  # [BOUNDS], of coefficients_kernel
+    # results, in the type of the arithmetic
+    grad,  # [SPLITS, views of x, N, D]
+    moment,  # [SPLITS, softmaxes, P, N], where wanted: sum e (u - mean u)^2, u = v / slope
+    # sizes
+    N,  # rows of x
+    M,  # rows of y
+    D,  # features
+    P,  # pairs of a query set and a key set
     BOUNDS,
-    share,  # rows of y for a program, a multiple of BLOCK_N
-    SHARES,
+    split_size,  # rows of y for a program, a multiple of BLOCK_N
+    SPLITS,
+    # what is computed, and how
     QUERY: tl.constexpr,  # x are the queries, else the keys
-    KIND0: tl.constexpr,
-    KIND1: tl.constexpr,
-    CANCELLING: tl.constexpr,
-    INNER: tl.constexpr,
+    FIRST_SET: tl.constexpr,
+    SECOND_SET: tl.constexpr,
+    CANCELLING: tl.constexpr,  # two softmaxes over one set
+    INNER_PRODUCT: tl.constexpr,
     WANT_TAU: tl.constexpr,
     PRECISION: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of BLOCK_D features; 1: a tile holds them all
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_OUT: tl.constexpr,  # features of the gradient that a program writes; BLOCK_D if that is all of them
 ):
-    """Grid: blocks of x, views of x times shares of y, blocks of features."""
+    """Grid: blocks of x, views of x times splits of y, blocks of features."""
     acc_type: tl.constexpr = x_norm.dtype.element_ty
     i0, d_out = tl.program_id(0) * BLOCK_M, tl.program_id(2) * BLOCK_OUT
-    view, part = (tl.program_id(1) // SHARES).to(tl.int64), tl.program_id(1) % SHARES
-    begin = part * share
-    last = min(begin + share, M)
+    view, split = (tl.program_id(1) // SPLITS).to(tl.int64), tl.program_id(1) % SPLITS
+    begin = split * split_size
+    end = min(begin + split_size, M)
     rows = i0 + tl.arange(0, BLOCK_M)
-    x_base = x + view * N * D
-    norm = load_vector(x_norm + view * N, i0, N, BLOCK_M, 0.0)
-    ids = load_vector(x_id, i0, N, BLOCK_M, 0) if KIND0 != ALL or KIND1 > ALL else rows
-    x_tile = load_rows(x_base, i0, N, D, 0, BLOCK_M, BLOCK_D) if CHUNKS == 1 else rows
-    slope0, huge0, slope1, huge1 = slopes_of(tau, KIND1, acc_type)
+    own = Matrix(x + view * N * D, x_norm + view * N, x_id, N, D)
+    block = load_block(own, i0, rows, FIRST_SET != ALL or SECOND_SET > ALL)
+    x_tile = load_tile(own, i0, 0, BLOCK_M, BLOCK_D) if CHUNKS == 1 else i0  # [BLOCK_M, BLOCK_D]
+    first, second = softmaxes_of(tau, SECOND_SET, acc_type)
     scale = range_scale(bound, BOUNDS, acc_type) if x.dtype.element_ty == tl.float16 else 1.0
-    SOFTMAXES: tl.constexpr = 1 if KIND1 == NONE else 2
+    SOFTMAXES: tl.constexpr = 1 if SECOND_SET == NO_SET else 2
     queries = tl.cast(N if QUERY else M, tl.int64)
-    one = P * queries
-    stride = SOFTMAXES * one
-    acc = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=acc_type)
-    acc_sum, lost = tl.zeros((BLOCK_M,), dtype=acc_type), tl.zeros((BLOCK_M,), dtype=acc_type)
+    one = P * queries  # rows of one softmax
+    stride = SOFTMAXES * one  # rows of one quantity
+    nothing = tl.zeros((BLOCK_M,), dtype=acc_type)
+    gy, g, lost = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=acc_type), nothing, nothing
     for p in range(P):
         here, there = tl.load(x_view + p).to(tl.int64), tl.load(y_view + p).to(tl.int64)
-        moment0, moment1 = tl.zeros((BLOCK_M,), dtype=acc_type), tl.zeros((BLOCK_M,), dtype=acc_type)
-        rows_base = coefficients + p * queries
-        acc, acc_sum, lost, moment0, moment1 = sweep(
-            acc, acc_sum, lost, moment0, moment1, x_tile, x_base, norm, ids, i0, N,
-            y + there * M * D, y_norm + there * M, y_id, begin, tl.where(here == view, last, begin), M,
-            rows_base, stride, one, slope0, huge0, slope1, huge1, scale, d_out, D,
-            QUERY, KIND0, KIND1, CANCELLING, INNER, WANT_TAU, PRECISION, CHUNKS,
-            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_OUT,
+        coefficients_of_pair = RowCoefficients(coefficients + p * queries, one, stride, scale)
+        other = Matrix(y + there * M * D, y_norm + there * M, y_id, M, D)
+        # A view walks over nothing in a pair of sets that it takes no part in.
+        sums = sweep(
+            Sums(gy, g, lost, nothing, nothing),
+            block,
+            x_tile,
+            OtherSide(other, begin, tl.where(here == view, end, begin), d_out),
+            coefficients_of_pair,
+            first,
+            second,
+            Options(
+                QUERY, FIRST_SET, SECOND_SET, CANCELLING, INNER_PRODUCT, WANT_TAU, PRECISION, CHUNKS,
+                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_OUT,
+            ),
         )  # fmt: skip
+        gy, g, lost = sums.gy, sums.g, sums.lost
         if QUERY and WANT_TAU:
-            out = moment + part * stride + p * queries + rows
-            mine = rows < tl.where(here == view, N, 0)
-            tl.store(out, moment0, mask=mine)
-            if KIND1 != NONE:
-                tl.store(out + one, moment1, mask=mine)
+            out = moment + split * stride + p * queries + rows
+            inside = rows < tl.where(here == view, N, 0)
+            tl.store(out, sums.moment0, mask=inside)
+            if SECOND_SET != NO_SET:
+                tl.store(out + one, sums.moment1, mask=inside)
     d = d_out + tl.arange(0, BLOCK_OUT)
-    if INNER:
-        acc = -2.0 * acc
+    if INNER_PRODUCT:
+        total = -2.0 * gy
     else:
-        tile = load_rows(x_base, i0, N, D, d_out, BLOCK_M, BLOCK_OUT).to(acc_type)
-        acc = 2.0 * (tile * acc_sum[:, None] - acc)
+        tile = load_tile(own, i0, d_out, BLOCK_M, BLOCK_OUT).to(acc_type)
+        total = 2.0 * (tile * g[:, None] - gy)
     if x.dtype.element_ty == tl.float16:
-        acc = acc / scale
-    out = grad + ((part * (tl.num_programs(1) // SHARES) + view) * N + i0) * D
+        total = total / scale
+    out = grad + ((split * (tl.num_programs(1) // SPLITS) + view) * N + i0) * D
     r = tl.arange(0, BLOCK_M)
-    tl.store(out + r[:, None] * D + d[None, :], acc, mask=(r[:, None] < N - i0) & (d[None, :] < D))
+    tl.store(out + r[:, None] * D + d[None, :], total, mask=(r[:, None] < N - i0) & (d[None, :] < D))

@@ -1,4 +1,11 @@
-"""cacr_loss: what the rows of the repulsion receive from the loss, and the loss itself."""
+"""cacr_loss from the statistics of its rows: the loss itself, and what it passes to the rows of the repulsion.
+
+    loss = mean_i alpha F+_i - beta mean_i F-_i                                    (``cacr_kernels/reference.py``, cacr)
+    rbf:   mean_i alpha F+_i + beta mean_p (log sum_i exp(lse_1 - lse_0) - log N)  (there: rbf_log_mean)
+
+lse_0 and lse_1 are those of the two softmaxes of rbf, p a pair of views with N queries. The derivative of a temperature
+is a mean of variances (``reference.py``, Gradients), for rbf of weighted differences of the two values.
+"""
 
 import triton
 import triton.language as tl
@@ -28,12 +35,12 @@ def numbers_kernel(numbers, a0, a1, b0, b1, c0, c1, d0, d1, e0, e1):
 @triton.jit
 def log_total_kernel(
     lse,  # [2, P, N] float64
-    log_total,  # [P] float64: log sum_i F_i, log F_i = lse_1 - lse_0
+    log_total,  # [P] float64, the result: log sum_i F_i, log F_i = lse_1 - lse_0
     P,
     N,
     BLOCK: tl.constexpr,
 ):
-    """Grid: problems. Under rbf the log stands outside the mean over a problem's queries."""
+    """Grid: pairs of sets. Under rbf the log stands outside the mean over the queries of a pair of sets."""
     p = tl.program_id(0).to(tl.int64)
     top = tl.full((BLOCK,), -float("inf"), tl.float64)
     total = tl.zeros((BLOCK,), tl.float64)
@@ -52,17 +59,21 @@ def log_total_kernel(
 
 @triton.jit
 def incoming_kernel(
+    # inputs
     lse,  # [2, P, N] float64; not read without RBF
     log_total,  # [P] float64
-    numbers,  # [5] float64
+    numbers,  # [5] float64: aligned.py
+    # results
     grad_value,  # [softmaxes, P, N] float64
     grad_lse,
+    # sizes
     P,
     N,
+    # what is computed, and how
     RBF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradient of the repulsion w.r.t. value and lse of each row; grid: blocks of rows of all problems."""
+    """Gradient of the repulsion w.r.t. value and lse of each row; grid: blocks of rows of all pairs of sets."""
     rows = tl.cast(P, tl.int64) * N
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < rows
@@ -84,23 +95,28 @@ def incoming_kernel(
 
 @triton.jit
 def loss_kernel(
-    positive_value,  # [ROWS] float64: attraction, as are the next two
+    # attraction: results of aligned_kernel
+    positive_value,  # [ROWS] float64, as are the next two
     positive_entropy,
     positive_variance,
-    value,  # [softmaxes, P, N] float64: repulsion
+    # repulsion: results of merge_kernel, log_total_kernel, gradient_kernel, coefficients_kernel
+    value,  # [softmaxes, P, N] float64
     lse,
-    weights,  # [3, softmaxes, P, N], of merge_kernel
+    row_state,  # [3, softmaxes, P, N] float64
     log_total,  # [P] float64 (rbf)
-    moment,  # [SHARES, softmaxes, P, N] of gradient_kernel, where wanted
+    moment,  # [SPLITS, softmaxes, P, N], where wanted
     coefficients,  # [5, softmaxes, P, N]
-    numbers,  # [5] float64
+    numbers,  # [5] float64: aligned.py
+    # results
     loss,  # []
     parts,  # [4]
     grad_numbers,  # [5] float64
-    ROWS,
+    # sizes
+    ROWS,  # of the attraction: views times instances
     P,
     N,
-    SHARES,
+    SPLITS,
+    # what is computed, and how
     REPELS: tl.constexpr,  # there are negatives
     RBF: tl.constexpr,
     WANT_TAU: tl.constexpr,
@@ -135,13 +151,13 @@ def loss_kernel(
                 slope += tl.where(inside, weight * (F - tl.load(value + rows + i, mask=inside, other=0.0)), 0.0)
             elif WANT_TAU:
                 weight = tl.load(coefficients + SLOPE * softmaxes * rows + i, mask=inside, other=0.0).to(tl.float64)
-                for j in range(SHARES):
+                for j in range(SPLITS):
                     part = tl.load(moment + j * softmaxes * rows + i, mask=inside, other=0.0).to(tl.float64)
                     slope += weight * part * (-4.0 / LN2)
         for i0 in range(0, rows, BLOCK):  # on its own: together they take too many registers
             i = i0 + tl.arange(0, BLOCK)
-            sum_e = tl.load(weights + softmaxes * rows + i, mask=i < rows, other=1.0)
-            mean_z = tl.load(weights + 2 * softmaxes * rows + i, mask=i < rows, other=0.0)
+            sum_e = tl.load(row_state + softmaxes * rows + i, mask=i < rows, other=1.0)
+            mean_z = tl.load(row_state + 2 * softmaxes * rows + i, mask=i < rows, other=0.0)
             entropy += (tl.log2(sum_e) - mean_z) * LN2
         repulsion = -beta * tl.sum(total, 0) / rows.to(tl.float64)
         repulsion_entropy = tl.sum(entropy, 0) / rows.to(tl.float64)

@@ -1,42 +1,60 @@
-"""Squared lengths of embeddings; NaN for those that are too long for the temperatures (``in_range``)."""
+"""Squared lengths |x_i|^2 of queries and keys, of which costs are made (``cacr_kernels/reference.py``).
+
+They are NaN for rows that are too long for the temperatures (``norm_in_range`` in ``tile.py``).
+"""
 
 import triton
 import triton.language as tl
 
-from .tile import in_range, load_rows
+from .tile import load_rows, norm_in_range
 
 
 @triton.jit
-def norms_of_block(x, norm, tau, block, rows, D, SOFTMAXES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Of rows [block * BLOCK_R, ...)."""
-    i0 = tl.cast(block, tl.int64) * BLOCK_R
-    total = tl.zeros((BLOCK_R,), dtype=norm.dtype.element_ty)
+def squared_lengths(x, i0, rows, D, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, acc_type: tl.constexpr):
+    """Those of rows [i0, i0 + BLOCK_M) of ``x`` [rows, D]."""
+    total = tl.zeros((BLOCK_M,), dtype=acc_type)
     for d0 in range(0, D, BLOCK_D):
-        tile = load_rows(x, i0, rows, D, d0, BLOCK_R, BLOCK_D).to(total.dtype)  # [BLOCK_R, BLOCK_D]
+        tile = load_rows(x, i0, rows, D, d0, BLOCK_M, BLOCK_D).to(acc_type)  # [BLOCK_M, BLOCK_D]
         total += tl.sum(tile * tile, 1)
+    return total
+
+
+@triton.jit
+def store_norms(norm, total, i0, rows, tau, SOFTMAXES: tl.constexpr):
+    """Write ``total`` to ``norm`` [rows] from i0 on, NaN where a row is too long for one of the temperatures."""
     for s in tl.static_range(SOFTMAXES):
-        total = in_range(total, tl.load(tau + s), total.dtype)
-    r = tl.arange(0, BLOCK_R)
+        total = norm_in_range(total, tl.load(tau + s), total.dtype)
+    r = tl.arange(0, total.shape[0])
     tl.store(norm + i0 + r, total, mask=r < rows - i0)
 
 
 @triton.jit
 def norms_kernel(
+    # inputs
     q,  # [q_rows, D]
     k,  # [k_rows, D]
-    q_norm,  # [q_rows] in the type of the arithmetic
+    # results, in the type of the arithmetic
+    q_norm,  # [q_rows]
     k_norm,  # [k_rows]
+    # input
     tau,  # [SOFTMAXES] float64
+    # sizes
     q_rows,
     k_rows,
     D,
+    # how it is computed
     SOFTMAXES: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Grid: blocks of rows of q, then of k (none where the queries are the keys)."""
-    block, q_blocks = tl.program_id(0), tl.cdiv(q_rows, BLOCK_R)
+    acc_type: tl.constexpr = q_norm.dtype.element_ty
+    block, q_blocks = tl.program_id(0), tl.cdiv(q_rows, BLOCK_M)
     if block < q_blocks:
-        norms_of_block(q, q_norm, tau, block, q_rows, D, SOFTMAXES, BLOCK_R, BLOCK_D)
+        i0 = tl.cast(block, tl.int64) * BLOCK_M
+        total = squared_lengths(q, i0, q_rows, D, BLOCK_M, BLOCK_D, acc_type)
+        store_norms(q_norm, total, i0, q_rows, tau, SOFTMAXES)
     else:
-        norms_of_block(k, k_norm, tau, block - q_blocks, k_rows, D, SOFTMAXES, BLOCK_R, BLOCK_D)
+        i0 = tl.cast(block - q_blocks, tl.int64) * BLOCK_M
+        total = squared_lengths(k, i0, k_rows, D, BLOCK_M, BLOCK_D, acc_type)
+        store_norms(k_norm, total, i0, k_rows, tau, SOFTMAXES)

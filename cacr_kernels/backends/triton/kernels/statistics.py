@@ -1,122 +1,129 @@
-"""Row statistics of one or two softmaxes over a share of the keys.
+"""Row statistics of one or two softmaxes over a split of the keys, one sweep (``cacr_kernels/reference.py``).
 
-A program holds BLOCK_M queries of one problem and walks over its share of the keys in tiles. Per softmax and row it
-keeps (top, sum, sum_z): the largest v, and sum e and sum e z relative to it.
+    row_max = max_j v_ij,    sum_e = sum_j e_ij,    sum_ez = sum_j e_ij z_ij        z = v - row_max, e = 2^z
+
+v stands for the logit tau c (``tile.py``). merge.py makes of it the value F_i = sum_j w_ij c_ij and lse_i.
+
+A program holds BLOCK_M queries of one pair of sets and walks over its split of the keys in tiles of BLOCK_N.
 """
 
 import triton
 import triton.language as tl
 
 from .tile import (
-    AGAIN,
     ALL,
-    NONE,
-    by_cost,
-    half_norm,
-    level,
-    load_rows,
-    load_vector,
+    NO_SET,
+    SHARED_SET,
+    Matrix,
+    first_row_and_pair,
+    key_bias,
+    load_block,
+    load_tile,
+    logits,
     positive_cost,
-    row_and_problem,
     similarity,
-    slopes_of,
+    softmaxes_of,
+    uses_cost,
 )
 
 
 @triton.jit
-def raised(top, v, huge):
-    """The largest v of each row with one more tile, and by how much that moves the z of all keys before."""
-    new_top = tl.maximum(top, tl.max(v, 1))
-    return new_top, tl.where(top == -huge, 0.0, top - new_top)
+def update_max(row_max, v, mask_bias):
+    """The largest v of each row with one more tile, and the shift by which that moves z of all keys before."""
+    new_max = tl.maximum(row_max, tl.max(v, 1))
+    return new_max, tl.where(row_max == -mask_bias, 0.0, row_max - new_max)
 
 
 @triton.jit
-def base_of(top, huge):
-    """What z is relative to; 0 before there is a key."""
-    return tl.where(top == -huge, 0.0, top)
+def base_of(row_max, mask_bias):
+    """What z is relative to: the largest v, or 0 before there is a key."""
+    return tl.where(row_max == -mask_bias, 0.0, row_max)
 
 
 @triton.jit
-def add_tile(z, moved, total, total_z):
-    """Sums of a row with one more tile, all keys before which moved by ``moved``."""
+def add_tile(z, shift, sum_e, sum_ez):
+    """Both sums of a row with one more tile ``z`` [BLOCK_M, BLOCK_N], after z of all keys before moved by ``shift``."""
     e = tl.exp2(z)
-    shrink = tl.exp2(moved)
-    total_z = (total_z + moved * total) * shrink + tl.sum(e * z, 1)
-    total = total * shrink + tl.sum(e, 1)
-    return total, total_z
+    rescale = tl.exp2(shift)
+    sum_ez = (sum_ez + shift * sum_e) * rescale + tl.sum(e * z, 1)
+    sum_e = sum_e * rescale + tl.sum(e, 1)
+    return sum_e, sum_ez
 
 
 @triton.jit
 def statistics_kernel(
+    # embeddings, and what is known of them
     q,  # [views of q, N, D]
     k,  # [views of k, M, D]
-    q_norm,  # [views of q, N]
+    q_norm,  # [views of q, N] squared lengths, in the type of the arithmetic
     k_norm,  # [views of k, M]
-    q_id,  # [N] int32; not read where both kinds are ALL
+    q_id,  # [N] int32; not read where both sets are ALL
     k_id,  # [M]
     tau,  # [softmaxes] float64, signed
-    q_view,  # [P] int32: view of the queries of each problem
+    q_view,  # [P] int32: the view that the queries of a pair of sets are
     k_view,  # [P]
-    state,  # [shares, 3, softmaxes, P, N]
-    N,
-    M,
-    D,
-    P,
-    share,  # keys of a program, a multiple of BLOCK_N
-    KIND0: tl.constexpr,
-    KIND1: tl.constexpr,
-    INNER: tl.constexpr,
+    # result
+    partial_state,  # [splits, 3, softmaxes, P, N]: row_max, sum_e, sum_ez
+    # sizes
+    N,  # queries of a set
+    M,  # keys of a set
+    D,  # features
+    P,  # pairs of a query set and a key set
+    split_size,  # keys of a program, a multiple of BLOCK_N
+    # what is computed, and how
+    FIRST_SET: tl.constexpr,
+    SECOND_SET: tl.constexpr,
+    INNER_PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
     CHUNKS: tl.constexpr,  # of BLOCK_D features; 1: a tile holds them all
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid: blocks of queries of every problem, shares of the keys."""
+    """Grid: blocks of queries of every pair of sets, splits of the keys."""
     acc_type: tl.constexpr = q_norm.dtype.element_ty
-    i0, p = row_and_problem(N, BLOCK_M)
-    begin = tl.program_id(1) * share
+    IDS: tl.constexpr = FIRST_SET != ALL or SECOND_SET > ALL
+    i0, p = first_row_and_pair(N, BLOCK_M)
+    begin = tl.program_id(1) * split_size
     x, y = tl.load(q_view + p).to(tl.int64), tl.load(k_view + p).to(tl.int64)
     q_base, k_base = q + x * N * D, k + y * M * D
     rows = i0 + tl.arange(0, BLOCK_M)
-    x_norm = load_vector(q_norm + x * N, i0, N, BLOCK_M, 0.0)
-    x_id = load_vector(q_id, i0, N, BLOCK_M, 0) if KIND0 != ALL or KIND1 > ALL else rows
-    x_tile = load_rows(q_base, i0, N, D, 0, BLOCK_M, BLOCK_D) if CHUNKS == 1 else rows
-    slope0, huge0, slope1, huge1 = slopes_of(tau, KIND1, acc_type)
-    sum0 = tl.zeros((BLOCK_M,), dtype=acc_type)
-    top0, sum_z0, top1, sum1, sum_z1 = sum0 - huge0, sum0, sum0 - huge1, sum0, sum0
-    for j0 in range(begin, min(begin + share, M), BLOCK_N):
+    all_queries = Matrix(q_base, q_norm + x * N, q_id, N, D)
+    queries = load_block(all_queries, i0, rows, IDS)
+    q_tile = load_tile(all_queries, i0, 0, BLOCK_M, BLOCK_D) if CHUNKS == 1 else i0  # [BLOCK_M, BLOCK_D]
+    first, second = softmaxes_of(tau, SECOND_SET, acc_type)
+    sum_e0 = tl.zeros((BLOCK_M,), dtype=acc_type)
+    max0, sum_ez0, max1, sum_e1, sum_ez1 = sum_e0 - first.mask_bias, sum_e0, sum_e0 - second.mask_bias, sum_e0, sum_e0
+    all_keys = Matrix(k_base, k_norm + y * M, k_id, M, D)
+    for j0 in range(begin, min(begin + split_size, M), BLOCK_N):
         columns = j0 + tl.arange(0, BLOCK_N)
-        y_tile = load_rows(k_base, j0, M, D, 0, BLOCK_N, BLOCK_D) if CHUNKS == 1 else columns
-        y_norm = load_vector(k_norm + y * M, j0, M, BLOCK_N, 0.0)
-        y_id = load_vector(k_id, j0, M, BLOCK_N, 0) if KIND0 != ALL or KIND1 > ALL else columns
-        S = similarity(
-            x_tile, q_base, i0, N, y_tile, k_base, j0, M, D, BLOCK_M, BLOCK_N, BLOCK_D, CHUNKS, PRECISION, acc_type
-        )  # fmt: skip
-        if by_cost(KIND0, INNER) or by_cost(KIND1, INNER):
-            c = positive_cost(q_base, x_norm, x_id, i0, N, k_base, y_norm, y_id, j0, M, D, S)
+        k_tile = load_tile(all_keys, j0, 0, BLOCK_N, BLOCK_D) if CHUNKS == 1 else j0  # [BLOCK_N, BLOCK_D]
+        keys = load_block(all_keys, j0, columns, IDS)
+        S = similarity(queries, q_tile, keys, k_tile, BLOCK_D, CHUNKS, PRECISION, acc_type)  # [BLOCK_M, BLOCK_N]
+        if uses_cost(FIRST_SET, INNER_PRODUCT) or uses_cost(SECOND_SET, INNER_PRODUCT):
+            c = positive_cost(queries, keys, S)
         else:
-            c = S
-        bias = tl.where(columns < M, half_norm(y_norm, slope0, KIND0, INNER), huge0)
-        v = level(S, c, bias[None, :], slope0, huge0, KIND0, INNER, x_id, y_id, rows, columns)
-        top0, moved = raised(top0, v, huge0)
-        z = v - base_of(top0, huge0)[:, None]
-        sum0, sum_z0 = add_tile(z, moved, sum0, sum_z0)
-        if KIND1 == AGAIN:
-            top1 = top0
-            sum1, sum_z1 = add_tile(slope1 * z, slope1 * moved, sum1, sum_z1)
-        elif KIND1 != NONE:
-            bias = tl.where(columns < M, half_norm(y_norm, slope1, KIND1, INNER), huge1)
-            v = level(S, c, bias[None, :], slope1, huge1, KIND1, INNER, x_id, y_id, rows, columns)
-            top1, moved = raised(top1, v, huge1)
-            sum1, sum_z1 = add_tile(v - base_of(top1, huge1)[:, None], moved, sum1, sum_z1)
-    one = tl.cast(P, tl.int64) * N  # entries of one softmax
-    stride = one if KIND1 == NONE else 2 * one  # of one quantity
-    out = state + tl.program_id(1) * 3 * stride + tl.cast(p, tl.int64) * N + rows
-    tl.store(out, top0, mask=rows < N)
-    tl.store(out + stride, sum0, mask=rows < N)
-    tl.store(out + 2 * stride, sum_z0, mask=rows < N)
-    if KIND1 != NONE:
-        tl.store(out + one, top1, mask=rows < N)
-        tl.store(out + one + stride, sum1, mask=rows < N)
-        tl.store(out + one + 2 * stride, sum_z1, mask=rows < N)
+            c = S  # not read
+        bias = tl.where(columns < M, key_bias(keys.norm, first.slope, FIRST_SET, INNER_PRODUCT), first.mask_bias)
+        v = logits(S, c, bias[None, :], first, queries, keys, FIRST_SET, INNER_PRODUCT)
+        max0, shift = update_max(max0, v, first.mask_bias)
+        z = v - base_of(max0, first.mask_bias)[:, None]
+        sum_e0, sum_ez0 = add_tile(z, shift, sum_e0, sum_ez0)
+        if SECOND_SET == SHARED_SET:
+            max1 = max0
+            sum_e1, sum_ez1 = add_tile(second.slope * z, second.slope * shift, sum_e1, sum_ez1)
+        elif SECOND_SET != NO_SET:
+            bias = tl.where(columns < M, key_bias(keys.norm, second.slope, SECOND_SET, INNER_PRODUCT), second.mask_bias)
+            v = logits(S, c, bias[None, :], second, queries, keys, SECOND_SET, INNER_PRODUCT)
+            max1, shift = update_max(max1, v, second.mask_bias)
+            sum_e1, sum_ez1 = add_tile(v - base_of(max1, second.mask_bias)[:, None], shift, sum_e1, sum_ez1)
+    one = tl.cast(P, tl.int64) * N  # rows of one softmax
+    stride = one if SECOND_SET == NO_SET else 2 * one  # rows of one quantity
+    out = partial_state + tl.program_id(1) * 3 * stride + tl.cast(p, tl.int64) * N + rows
+    tl.store(out, max0, mask=rows < N)
+    tl.store(out + stride, sum_e0, mask=rows < N)
+    tl.store(out + 2 * stride, sum_ez0, mask=rows < N)
+    if SECOND_SET != NO_SET:
+        tl.store(out + one, max1, mask=rows < N)
+        tl.store(out + one + stride, sum_e1, mask=rows < N)
+        tl.store(out + one + 2 * stride, sum_ez1, mask=rows < N)

@@ -1,45 +1,85 @@
-"""What the kernels do with a tile of similarities S = x.y [ROWS, COLS].
+"""What the kernels do with one tile of inner products S = q k' [BLOCK_M, BLOCK_N]: logits, weights, products.
 
-With slope = -2 log2(e) tau, a softmax sees in it
+With c_ij = |q_i|^2 + |k_j|^2 - 2 S_ij and slope = -2 log2(e) tau, the softmax of tau c over the keys of a query
+(``cacr_kernels/reference.py``) is computed from
 
-    v = slope S - slope |k|^2 / 2        the logit in powers of two, one FMA: c = |q|^2 - 2 v / slope (inner: no norms)
+    v = slope S - slope |k|^2 / 2        the logit in powers of two, one FMA; tau c = ln 2 v + tau |q|^2
     z = v - base                         relative to a base of the query, which is a v: exact where e is not small
     e = 2^z                              one ex2
 
-For positives v = -slope c / 2, and |q|^2 is not added. Means of c are taken from means of z: sum e z is accumulated,
-and divided by the slope once per row.
+For inner products (c = -2 S) the norms are left out. Among positives, whose costs may be differences, v = -slope c / 2
+and |q|^2 is not added. Means of c are taken from means of z: sum e z is accumulated, and divided by the slope once per
+row.
 
-A key outside the set has v = -huge: e is exactly 0 whatever else the key holds, and e z, b z and v / slope stay finite.
-So nothing else may be that far from 0 (``in_range``), and |slope| stays within [least, most] of ``slope_of``. What that
-changes: tau = 0 becomes weights that are uniform for |v / slope| up to 2^50, and a |slope| beyond the most tells costs
-apart down to its inverse, where all of the weight is on one key anyway. There the last bit of S counts: e stays below 1
-if the gradient rounds S as the statistics did. A chain of products over the features does, whichever operand comes
-first and whatever the chunks; three TF32 products do not if the operands change places.
+**Masked keys.** A key outside the set has v = -mask_bias, with a mask_bias so large that e is exactly 0 whatever else
+the key holds, and yet so small that e z, b z and v / slope stay finite. No other v may come that close to it: lengths
+that could are made NaN (``norm_in_range``), and |slope| stays within the bounds of ``softmax_of``. Two things change
+by those bounds: tau = 0 becomes weights that are uniform for |v / slope| up to 2^50, and a |slope| beyond the largest
+one tells costs apart down to its inverse, where all of the weight is on one key anyway. There the last bit of S counts:
+e stays below 1 only if the gradient rounds S as the statistics did. A chain of products over the features does,
+whichever operand comes first and whatever the chunks; three TF32 products do not if the operands change places.
 
-A second softmax over the same set (rbf, AGAIN) has z_1 = ratio z, ratio = slope_1 / slope: its lse, of which that of
-the first is subtracted, is relative to the very same base.
+**Two softmaxes over one set** (rbf, SHARED_SET). The second has z_1 = ratio z, ratio = slope_1 / slope: its lse, of
+which that of the first is subtracted, is relative to the very same base.
 
-In float32, whose numbers end at 2^128, huge = 2^100 min(|slope|, 1), so that huge / |slope| and b z with b < 2^26 are
-finite; v ends at a quarter of huge, which leaves lengths of up to 2^7 to the largest slope. In float64 there is room.
+**The size of mask_bias.** In float32, whose numbers end at 2^128, it is 2^100 min(|slope|, 1), so that
+mask_bias / |slope| and b z with b < 2^26 are finite; v ends at a quarter of it, which leaves lengths of up to 2^7 to
+the largest slope. In float64 there is room.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-ALL = tl.constexpr(0)  # kinds of key sets: csrc/common/problem.h, but for AGAIN
+# The key set of a softmax. The first four are the kinds of cacr_kernels::contrast (csrc/common/problem.h).
+ALL = tl.constexpr(0)
 SAME = tl.constexpr(1)
 OTHER = tl.constexpr(2)
 SAME_NOT_SELF = tl.constexpr(3)
-AGAIN = tl.constexpr(4)  # second softmax: the set of the first, and a temperature of the same sign
-NONE = tl.constexpr(-1)  # no second softmax
+SHARED_SET = tl.constexpr(4)  # of a second softmax: the set of the first, with a temperature of the same sign
+NO_SET = tl.constexpr(-1)  # there is no second softmax
 LOG2E = tl.constexpr(1.4426950408889634074)
 LN2 = tl.constexpr(0.69314718055994530942)
-NEAR = tl.constexpr(0.125)  # positives closer than this share of |q|^2 + |k|^2 are recomputed as differences
+NEAR = tl.constexpr(0.125)  # positives closer than this part of |q|^2 + |k|^2 are recomputed as differences
 
 
+# ---- values that travel together -------------------------------------------------------------------------------------
+# Fields are tensors of Triton. Constants do not belong in here: an assignment would make tensors of them.
+class Matrix(NamedTuple):
+    """The queries or the keys of one pair of sets, in memory."""
+
+    base: tl.tensor  # pointer to [count, D]
+    norm: tl.tensor  # pointer to [count]: squared lengths
+    id: tl.tensor  # pointer to [count] int32
+    count: tl.tensor
+    D: tl.tensor
+
+
+class Block(NamedTuple):
+    """Rows [first, first + SIZE) of a matrix, as a program holds them."""
+
+    matrix: Matrix
+    first: tl.tensor
+    index: tl.tensor  # [SIZE] int32: positions in the matrix
+    norm: tl.tensor  # [SIZE]
+    id: tl.tensor  # [SIZE] int32
+
+
+class Softmax(NamedTuple):
+    """How one softmax makes v, in the type of the arithmetic."""
+
+    slope: tl.tensor  # of SHARED_SET: its ratio to the slope of the first softmax
+    mask_bias: tl.tensor
+
+
+# ---- blocks of rows --------------------------------------------------------------------------------------------------
 @triton.jit
-def row_and_problem(rows, SIZE: tl.constexpr):
-    """First row and problem of a program. Axis 0 of the grid has the blocks of every problem: others end at 65535."""
+def first_row_and_pair(rows, SIZE: tl.constexpr):
+    """First row of a program, and its pair of sets.
+
+    Axis 0 of the grid has the blocks of every pair, because the other axes end at 65535.
+    """
     blocks = tl.cdiv(rows, SIZE)
     return tl.program_id(0) % blocks * SIZE, tl.program_id(0) // blocks
 
@@ -61,147 +101,176 @@ def load_vector(base, first, count, SIZE: tl.constexpr, other):
 
 
 @triton.jit
+def load_tile(matrix, first, d0, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Features [d0, d0 + BLOCK_D) of rows [first, first + ROWS) of a matrix; zeros outside."""
+    return load_rows(matrix.base, first, matrix.count, matrix.D, d0, ROWS, BLOCK_D)
+
+
+@triton.jit
+def load_block(matrix, first, index, IDS: tl.constexpr):
+    """The rows ``index`` [SIZE], from ``first`` on, without their features; the ids hold anything unless IDS."""
+    SIZE: tl.constexpr = index.shape[0]
+    norm = load_vector(matrix.norm, first, matrix.count, SIZE, 0.0)
+    ids = load_vector(matrix.id, first, matrix.count, SIZE, 0) if IDS else index
+    return Block(matrix=matrix, first=first, index=index, norm=norm, id=ids)
+
+
+# ---- inner products and costs ----------------------------------------------------------------------------------------
+@triton.jit
 def factor(x, PRECISION: tl.constexpr):
-    """What TF32 tensor cores are given: they cut the last 13 bits off, which here are rounded away first."""
+    """An operand as TF32 tensor cores take it: they cut the last 13 bits off, which are rounded away here."""
     if PRECISION == "tf32":
         rounded = (x.to(tl.int32, bitcast=True) + 4096).to(tl.float32, bitcast=True)
-        return tl.where(x == x, rounded, x)  # a NaN may not run over
+        return tl.where(x == x, rounded, x)  # rounding up would overflow the bits of a NaN
     else:
         return x
 
 
 @triton.jit
 def similarity(
-    x_tile, x_base, i0, N, y_tile, y_base, j0, M, D, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_D: tl.constexpr,
-    CHUNKS: tl.constexpr, PRECISION: tl.constexpr, acc_type: tl.constexpr,
-):  # fmt: skip
-    """S, from the tiles if they hold all features, else in chunks of features from memory."""
+    x, x_tile, y, y_tile, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr, acc_type: tl.constexpr
+):
+    """S of two blocks, from their tiles if CHUNKS is 1 (they hold all features), else in chunks from memory."""
     if CHUNKS == 1:
-        x, y = factor(x_tile, PRECISION), factor(y_tile, PRECISION)
-        S = tl.dot(x, tl.trans(y), input_precision=PRECISION, out_dtype=acc_type)
+        x_part, y_part = factor(x_tile, PRECISION), factor(y_tile, PRECISION)
+        S = tl.dot(x_part, tl.trans(y_part), input_precision=PRECISION, out_dtype=acc_type)
     else:
-        S = tl.zeros((ROWS, COLS), dtype=acc_type)
-        for d0 in range(0, D, BLOCK_D):
-            x = factor(load_rows(x_base, i0, N, D, d0, ROWS, BLOCK_D), PRECISION)
-            y = factor(load_rows(y_base, j0, M, D, d0, COLS, BLOCK_D), PRECISION)
-            S = tl.dot(x, tl.trans(y), S, input_precision=PRECISION, out_dtype=acc_type)
+        ROWS: tl.constexpr = x.index.shape[0]
+        COLUMNS: tl.constexpr = y.index.shape[0]
+        S = tl.zeros((ROWS, COLUMNS), dtype=acc_type)
+        for d0 in range(0, x.matrix.D, BLOCK_D):
+            x_part = factor(load_tile(x.matrix, x.first, d0, ROWS, BLOCK_D), PRECISION)
+            y_part = factor(load_tile(y.matrix, y.first, d0, COLUMNS, BLOCK_D), PRECISION)
+            S = tl.dot(x_part, tl.trans(y_part), S, input_precision=PRECISION, out_dtype=acc_type)
     return S
 
 
 @triton.jit
-def difference_cost(x_base, i0, N, y_base, j0, M, D, S):
+def difference_cost(x, y, S):
     """|x - y|^2 in the shape and type of S, feature by feature."""
     c = tl.zeros_like(S)
-    for d in range(D):
-        x = load_rows(x_base, i0, N, D, d, S.shape[0], 1).to(S.dtype)  # [ROWS, 1]
-        y = load_rows(y_base, j0, M, D, d, S.shape[1], 1).to(S.dtype)  # [COLS, 1]
-        c += (x - tl.trans(y)) * (x - tl.trans(y))
+    for d in range(x.matrix.D):
+        x_d = load_tile(x.matrix, x.first, d, S.shape[0], 1).to(S.dtype)  # [ROWS, 1]
+        y_d = load_tile(y.matrix, y.first, d, S.shape[1], 1).to(S.dtype)  # [COLUMNS, 1]
+        c += (x_d - tl.trans(y_d)) * (x_d - tl.trans(y_d))
     return c
 
 
 @triton.jit
-def positive_cost(x_base, x_norm, x_id, i0, N, y_base, y_norm, y_id, j0, M, D, S):
+def positive_cost(x, y, S):
     """Costs of all pairs of a tile; those of near pairs with equal ids are differences, which do not cancel."""
-    norms = x_norm[:, None] + y_norm[None, :]
+    norms = x.norm[:, None] + y.norm[None, :]
     c = norms - 2.0 * S
-    near = (x_id[:, None] == y_id[None, :]) & (c <= norms * NEAR) & (norms > 0)
+    near = (x.id[:, None] == y.id[None, :]) & (c <= norms * NEAR) & (norms > 0)
     if tl.max(near.to(tl.int32)) > 0:
-        c = tl.where(near, difference_cost(x_base, i0, N, y_base, j0, M, D, S), c)
+        c = tl.where(near, difference_cost(x, y, S), c)
     return c
 
 
+# ---- logits ----------------------------------------------------------------------------------------------------------
 @triton.jit
-def by_cost(kind: tl.constexpr, INNER: tl.constexpr):
-    """Whether v of this softmax is made of costs: those of positives."""
-    return (kind == SAME or kind == SAME_NOT_SELF) and not INNER
+def uses_cost(SET: tl.constexpr, INNER_PRODUCT: tl.constexpr):
+    """Whether v of this softmax is made of costs, as it is among positives."""
+    return (SET == SAME or SET == SAME_NOT_SELF) and not INNER_PRODUCT
 
 
 @triton.jit
-def half_norm(key_norm, slope, kind: tl.constexpr, INNER: tl.constexpr):
-    """What is subtracted in v. A length that is NaN shows (where v is made of costs, in those)."""
-    if INNER:
-        return 0.0 * key_norm
-    elif kind == SAME or kind == SAME_NOT_SELF:
-        return tl.zeros_like(key_norm)
+def key_bias(norm, slope, SET: tl.constexpr, INNER_PRODUCT: tl.constexpr):
+    """What is subtracted in v for each key: slope |k|^2 / 2.
+
+    Where v does not depend on |k|^2 it is 0, but NaN for a NaN, which has to show. Costs hold |k|^2 already.
+    """
+    if INNER_PRODUCT:
+        return 0.0 * norm
+    elif SET == SAME or SET == SAME_NOT_SELF:
+        return tl.zeros_like(norm)
     else:
-        return 0.5 * slope * key_norm
+        return 0.5 * slope * norm
 
 
 @triton.jit
-def level(S, c, bias, slope, huge, kind: tl.constexpr, INNER: tl.constexpr, x_id, y_id, x_row, y_row):
-    """Make v of one softmax; ``bias`` is half_norm of the keys, huge where there is no key, in two dimensions."""
-    if kind == ALL or kind == OTHER or INNER:
-        v = slope * S - bias
+def logits(S, c, bias, softmax, x, y, SET: tl.constexpr, INNER_PRODUCT: tl.constexpr):
+    """V of one softmax for blocks x and y, one of which are the queries.
+
+    ``bias`` is the ``key_bias``, or ``mask_bias`` where there is no key; it broadcasts to the shape of S.
+    """
+    if SET == ALL or SET == OTHER or INNER_PRODUCT:
+        v = softmax.slope * S - bias
     else:
-        v = -0.5 * slope * c - bias
-    if kind == OTHER:
-        v = tl.where(x_id[:, None] != y_id[None, :], v, -huge)
-    if kind == SAME:
-        v = tl.where(x_id[:, None] == y_id[None, :], v, -huge)
-    if kind == SAME_NOT_SELF:
-        v = tl.where((x_id[:, None] == y_id[None, :]) & (x_row[:, None] != y_row[None, :]), v, -huge)
+        v = -0.5 * softmax.slope * c - bias
+    if SET == OTHER:
+        v = tl.where(x.id[:, None] != y.id[None, :], v, -softmax.mask_bias)
+    if SET == SAME:
+        v = tl.where(x.id[:, None] == y.id[None, :], v, -softmax.mask_bias)
+    if SET == SAME_NOT_SELF:
+        same = x.id[:, None] == y.id[None, :]
+        v = tl.where(same & (x.index[:, None] != y.index[None, :]), v, -softmax.mask_bias)
     return v
 
 
 @triton.jit
-def least(acc_type: tl.constexpr):
+def smallest_slope(acc_type: tl.constexpr):
     """Smallest |slope|, and the inverse of the largest ratio of two."""
     return 2.0**-300 if acc_type == tl.float64 else 2.0**-76
 
 
 @triton.jit
-def slope_of(tau, acc_type: tl.constexpr):
-    """-2 log2(e) tau (float64, NaN stays) with a size within [least, most], and huge for it."""
-    smallest = least(acc_type)
-    most: tl.constexpr = 2.0**580 if acc_type == tl.float64 else 2.0**84
-    size = tl.abs(tau) * (2.0 * LOG2E)
-    size = tl.where(size < smallest, smallest, tl.where(size > most, most, size)).to(acc_type)
-    huge = limit(acc_type)
-    if acc_type != tl.float64:  # whose range holds huge / least
-        huge *= tl.minimum(size, 1.0)
-    return tl.where(tau > 0, -size, size), huge
-
-
-@triton.jit
-def slopes_of(tau, KIND1: tl.constexpr, acc_type: tl.constexpr):
-    """Slope and huge of the first and of the second softmax; of AGAIN its ratio to the first, which then has both."""
-    slope0, huge0 = slope_of(tl.load(tau), acc_type)
-    slope1, huge1 = slope_of(tl.load(tau + (KIND1 != NONE)), acc_type)
-    if KIND1 == AGAIN:
-        # A ratio that is too large: the first slope grows as far as its weights stay uniform, then the second is cut
-        size1 = tl.abs(slope1)
-        enough = tl.minimum(size1 * least(acc_type), 2.0**-60 if acc_type == tl.float64 else 2.0**-40)
-        slope0 = tl.where(tl.abs(slope0) < enough, tl.where(slope1 < 0, -enough, enough), slope0)
-        most = tl.abs(slope0) / least(acc_type)
-        slope1 = tl.where(size1 > most, tl.where(slope1 < 0, -most, most), slope1) / slope0
-        slope1 = tl.where(slope1 < 0, float("nan"), slope1)  # the largest z_1 is not where the largest z is
-        if acc_type != tl.float64:
-            huge0 = limit(acc_type) * tl.minimum(tl.minimum(tl.abs(slope0), 1.0), 1.0 / slope1)
-    return slope0, huge0, slope1, huge1
-
-
-@triton.jit
-def limit(acc_type: tl.constexpr):
-    """What huge is for a size of at least 1: a coefficient b of up to 2^26 (float64: 2^400) times it is finite."""
+def largest_mask_bias(acc_type: tl.constexpr):
+    """mask_bias for |slope| >= 1: times a coefficient b of up to 2^26 (float64: 2^400) it is finite."""
     return tl.full((), 2.0**600 if acc_type == tl.float64 else 2.0**100, acc_type)
 
 
 @triton.jit
-def in_range(norm, tau, acc_type: tl.constexpr):
-    """Squared lengths as they are, but NaN where v could come near huge: it must be seen, not taken for no key.
-
-    And where the smallest slope, which stands for tau = 0, would tell costs apart.
-    """
-    slope, _ = slope_of(tau, acc_type)
-    size = tl.abs(slope)
-    most = 0.25 * limit(acc_type) / tl.maximum(size, 1.0)
-    most = tl.where(size > least(acc_type), most, 2.0**-14 / least(acc_type))
-    return tl.where(norm > most, float("nan"), norm)
+def softmax_of(tau, acc_type: tl.constexpr):
+    """Slope -2 log2(e) tau (float64, a NaN stays) with a size within bounds, and its mask_bias."""
+    smallest = smallest_slope(acc_type)
+    largest: tl.constexpr = 2.0**580 if acc_type == tl.float64 else 2.0**84
+    size = tl.abs(tau) * (2.0 * LOG2E)
+    size = tl.where(size < smallest, smallest, tl.where(size > largest, largest, size)).to(acc_type)
+    mask_bias = largest_mask_bias(acc_type)
+    if acc_type != tl.float64:  # whose range holds mask_bias / smallest
+        mask_bias *= tl.minimum(size, 1.0)
+    return Softmax(tl.where(tau > 0, -size, size), mask_bias)
 
 
 @triton.jit
+def softmaxes_of(tau, SECOND_SET: tl.constexpr, acc_type: tl.constexpr):
+    """The first and the second softmax; without a second one, the first twice."""
+    first = softmax_of(tl.load(tau), acc_type)
+    second = softmax_of(tl.load(tau + (SECOND_SET != NO_SET)), acc_type)
+    if SECOND_SET == SHARED_SET:
+        # A ratio that is too large: the first slope grows as far as its weights stay uniform, then the second is cut.
+        slope0, slope1 = first.slope, second.slope
+        size1 = tl.abs(slope1)
+        enough = tl.minimum(size1 * smallest_slope(acc_type), 2.0**-60 if acc_type == tl.float64 else 2.0**-40)
+        slope0 = tl.where(tl.abs(slope0) < enough, tl.where(slope1 < 0, -enough, enough), slope0)
+        most = tl.abs(slope0) / smallest_slope(acc_type)
+        ratio = tl.where(size1 > most, tl.where(slope1 < 0, -most, most), slope1) / slope0
+        ratio = tl.where(ratio < 0, float("nan"), ratio)  # the largest z_1 is not where the largest z is
+        mask_bias = first.mask_bias
+        if acc_type != tl.float64:
+            mask_bias = largest_mask_bias(acc_type) * tl.minimum(tl.minimum(tl.abs(slope0), 1.0), 1.0 / ratio)
+        return Softmax(slope0, mask_bias), Softmax(ratio, second.mask_bias)
+    else:
+        return first, second
+
+
+@triton.jit
+def norm_in_range(norm, tau, acc_type: tl.constexpr):
+    """Squared lengths as they are, but NaN where v could come near mask_bias and be taken for a masked key.
+
+    And where the smallest slope, which stands for tau = 0, would tell costs apart.
+    """
+    size = tl.abs(softmax_of(tau, acc_type).slope)
+    most = 0.25 * largest_mask_bias(acc_type) / tl.maximum(size, 1.0)
+    most = tl.where(size > smallest_slope(acc_type), most, 2.0**-14 / smallest_slope(acc_type))
+    return tl.where(norm > most, float("nan"), norm)
+
+
+# ---- products with coefficients --------------------------------------------------------------------------------------
+@triton.jit
 def multiply(H, y, acc, PRECISION: tl.constexpr):
-    """Add H y to acc; where y is of a half type, H is multiplied in pieces that are exact in that type.
+    """Add H y to ``acc``; where y is of a half type, H is multiplied in pieces that are exact in that type.
 
     bfloat16: three pieces of 8 bits are all of a float32. float16: two of 11 bits; H has to be scaled into its range.
     """

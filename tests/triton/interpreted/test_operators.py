@@ -1,6 +1,6 @@
 """The operators of the Triton backend in Triton's interpreter, against the plain formula in float64.
 
-Collected only under ``TRITON_INTERPRET=1``: ``tests/triton/test_triton.py`` starts them. bfloat16 is multiplied in
+Collected only under ``TRITON_INTERPRET=1``: ``tests/triton/test_interpreter.py`` starts them. bfloat16 is multiplied in
 float32 here, and TF32 is IEEE: what compiled kernels do with those is for the tests that execute their PTX.
 """
 
@@ -23,7 +23,7 @@ FROZEN = operator("detached_keys_triton")
 LARGE = ("panels and tiles", "long period", "no member in the first tiles", "negatives in the last tile only",
          "short period")  # fmt: skip
 SMALL = {name: problem for name, problem in PROBLEMS.items() if name not in LARGE}
-OWN = Problem(((test_ops.SAME_NOT_SELF, 2.0), (test_ops.OTHER, -1.0)), (1, 1, 39, 39, 5), q_id=cyclic(39, 4))
+SYMMETRIC = Problem(((test_ops.SAME_NOT_SELF, 2.0), (test_ops.OTHER, -1.0)), (1, 1, 39, 39, 5), q_id=cyclic(39, 4))
 CHUNKS = Problem(((test_ops.SAME, 1.0), (test_ops.OTHER, -1.0)), (2, 2, 35, 41, 131), ((0, 1), (1, 0)), cyclic(35, 3),
                  cyclic(41, 3))  # fmt: skip
 WIDE = Problem(((test_ops.OTHER, -1.0),), (1, 1, 3, 5, 1031), q_id=(0, 1, 2), k_id=(0, 1, 2, 0, 1))
@@ -80,7 +80,7 @@ def test_coefficients_keep_float32_in_float16() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["float64", "float16"])
 def test_keys_that_are_the_queries(dtype: torch.dtype) -> None:
     """One gradient, the sum of both; also where only the temperature is wanted."""
-    q, _, ids, _, tau, *rest = OWN.arguments(dtype)
+    q, _, ids, _, tau, *rest = SYMMETRIC.arguments(dtype)
     value, lse, weights = FORWARD(q, None, ids, None, tau, *rest)
     same = FORWARD(q, q, ids, ids, tau, *rest)
     assert torch.equal(value, same[0])
@@ -176,17 +176,17 @@ def test_fakes(dtype: torch.dtype) -> None:
     assert_like(cacr.fake(*test_ops.as_fake(views)), operator("cacr_triton")(*views))
 
 
-# ---- frozen keys -----------------------------------------------------------------------------------------------------
+# ---- detached keys --------------------------------------------------------------------------------------------------
 def wide(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["float64", "float16"])
 @pytest.mark.parametrize("problem", test_detached_keys.PROBLEMS.values(), ids=list(test_detached_keys.PROBLEMS))
-def test_frozen_keys(problem: test_detached_keys.Problem, dtype: torch.dtype) -> None:
+def test_of_detached_keys(problem: test_detached_keys.Problem, dtype: torch.dtype) -> None:
     arguments = problem.arguments(dtype)
     value, lse, means, variance = FROZEN(*arguments, True, True)
-    true = expected_frozen(problem, dtype)
+    true = expected_detached_keys(problem, dtype)
     exact = torch.float32 if dtype == torch.float16 else dtype
     factor = max(1.0, abs(problem.tau)) / 10
     assert_close([value, lse], true[:2], exact, factor)
@@ -195,7 +195,7 @@ def test_frozen_keys(problem: test_detached_keys.Problem, dtype: torch.dtype) ->
         assert_close([problem.tau * means[1], variance], [problem.tau * true[3], true[4]], exact, factor**2 * 100)
 
 
-def expected_frozen(problem: test_detached_keys.Problem, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def expected_detached_keys(problem: test_detached_keys.Problem, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Value, lse, mean, spread and variance by the definition."""
     q, k, q_id, k_id, tau, _, q_index, k_index, inner, *_ = map(wide, problem.arguments(dtype))
     q, k = q[q_index], k[k_index]

@@ -66,7 +66,7 @@ def sm_80(monkeypatch: pytest.MonkeyPatch) -> None:
     backends = importlib.import_module("cacr_kernels.backends.table")
     usable = [b._replace(why_not=lambda device: None) if b.name == "triton" else b for b in backends.TABLE]
     monkeypatch.setattr(backends, "TABLE", tuple(usable))
-    for name in ("problem", "launch", "frozen", "cacr"):
+    for name in ("pairs", "contrast", "detached_keys", "cacr"):
         module = importlib.import_module(f"cacr_kernels.backends.triton.{name}")
         monkeypatch.setattr(module, "processor_of", lambda device: table.Processor("sm_80", 108), raising=False)
 
@@ -115,7 +115,7 @@ def test_every_kernel(precision: str) -> None:
         multiplied |= {launch.name for launch in launches if launch.count(PRECISIONS[precision][2])}
     elsewhere = {"numbers_kernel"}  # only where tensors are on a GPU: tested below
     assert launched | elsewhere == {name for name in jit_functions() if name.endswith("_kernel")}
-    assert {"statistics_kernel", "gradient_kernel", "frozen_kernel"} <= multiplied
+    assert {"statistics_kernel", "gradient_kernel", "detached_keys_kernel"} <= multiplied
 
 
 @pytest.mark.parametrize(
@@ -138,19 +138,20 @@ def test_numbers() -> None:
     assert out.tolist() == list(numbers)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_a_running_maximum_that_stays_moves_nothing(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_running_maximum_that_stays_moves_nothing(detached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tiles after the one with the nearest key: what rounding takes from a base must not be taken every time."""
-    problem = importlib.import_module("cacr_kernels.backends.triton.problem")
-    monkeypatch.setattr(problem.Problem, "shares", lambda self, programs, length, block, size: (length, 1))
-    monkeypatch.setattr(problem, "fp32_products", lambda: "ieee")
+    pairs = importlib.import_module("cacr_kernels.backends.triton.pairs")
+    one = lambda self, programs, length, block, result_bytes: pairs.Split(length, 1)  # noqa: E731
+    monkeypatch.setattr(pairs.SetPairs, "split", one)
+    monkeypatch.setattr(pairs, "fp32_products", lambda: "ieee")
     g = torch.Generator().manual_seed(0)
     q, k = (torch.nn.functional.normalize(torch.randn(1, n, 16, generator=g), dim=-1) for n in (7, 3201))
     k[0, :7] = torch.nn.functional.normalize(q[0] + 0.01 * torch.randn(7, 16, generator=g), dim=-1)
     tau = torch.tensor([-3.0], dtype=torch.float64)
     arguments = q, k, None, None, tau, [0], [0], [0], False, False
     with triton_ptx.running():
-        if frozen:
+        if detached:
             value, lse, *_ = torch.ops.cacr_kernels.detached_keys_triton(*arguments, False, True, True)
         else:
             value, lse, _ = torch.ops.cacr_kernels.contrast_triton(*arguments)
@@ -161,7 +162,7 @@ def test_a_running_maximum_that_stays_moves_nothing(frozen: bool, monkeypatch: p
 
 
 def unit(V: int, B: int, D: int, seed: int = 0) -> torch.Tensor:
-    """Unit vectors."""
+    """Random vectors of length 1 [V, B, D]."""
     z = torch.randn(V, B, D, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.normalize(z, dim=-1)
 
@@ -315,15 +316,15 @@ def found(patch: triton_ptx.Patch | None = None) -> bool:
     [
         pytest.param(
             "statistics_kernel",
-            "columns < M, half_norm(y_norm, slope0",
-            "columns <= M, half_norm(y_norm, slope0",
+            "columns < M, key_bias(keys.norm, first",
+            "columns <= M, key_bias(keys.norm, first",
             id="mask",
         ),
         pytest.param("load_rows", "r[:, None] < count - first", "r[:, None] < count - first + 1", id="mask of a load"),
-        pytest.param("level", "x_id[:, None] != y_id[None, :], v", "x_id[:, None] == x_id[:, None], v", id="diagonal"),
+        pytest.param("logits", "x.id[:, None] != y.id[None, :], v", "x.id[:, None] == x.id[:, None], v", id="diagonal"),
         pytest.param("load_rows", "tile + r[:, None] * D", "tile + r[:, None] * (D - 1)", id="stride"),
         pytest.param(
-            "statistics_kernel", "out + 2 * stride, sum_z0", "out + 2 * stride - 1, sum_z0", id="place of a result"
+            "statistics_kernel", "out + 2 * stride, sum_ez0", "out + 2 * stride - 1, sum_ez0", id="place of a result"
         ),
     ],
 )

@@ -5,6 +5,8 @@ A few rows of the matrix of ``python -m benchmarks.codegen``, one for every kern
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -22,19 +24,19 @@ ROWS = [
     ("statistics, two softmaxes", "B200", "bf16", 64),
     ("statistics, two softmaxes", "A100", "ieee", 64),
     ("gradient of queries", "MI300X", "bf16", 64),
-    ("frozen keys", "A100", "tf32", 64),
+    ("detached keys", "A100", "tf32", 64),
     ("statistics", "H100", "fp64", 128),
     ("statistics", "A100", "tf32x3", 256),
     ("statistics", "B200", "fp64", 64),
-    ("frozen keys, inner", "H100", "bf16", 256),
+    ("detached keys, inner product", "H100", "bf16", 256),
     ("gradient of queries, temperature", "A100", "fp16", 128),
     ("aligned gradient", "A100", "fp64", 0),
     ("aligned", "B200", "fp16", 0),
     ("norms", "MI300X", "bf16", 64),
-    ("frozen merge", "H100", "fp32", 0),
+    ("detached keys merge", "H100", "fp32", 0),
     ("merge", "A100", "fp64", 0),
     ("coefficients, rbf", "B200", "fp64", 0),
-    ("add shares", "A100", "fp32", 0),
+    ("add splits", "A100", "fp32", 0),
     ("grad tau", "A100", "fp32", 0),
     ("log total", "H100", "fp64", 0),
     ("incoming, rbf", "A100", "fp64", 0),
@@ -148,8 +150,8 @@ def test_constants_are_those_of_the_launches(monkeypatch: pytest.MonkeyPatch) ->
     def record(kernel, grid, *args, **constants) -> None:
         launched.setdefault(kernel.fn.__name__, []).append(constants)
 
-    for name in ("launch", "cacr", "frozen"):
-        monkeypatch.setattr(f"cacr_kernels.backends.triton.{name}.start", record)
+    for name in ("contrast", "cacr", "detached_keys"):
+        monkeypatch.setattr(importlib.import_module(f"cacr_kernels.backends.triton.{name}"), "start", record)
     run_losses()
     on_rows = [kernel for kernel in codegen_triton.small() if kernel.name != "numbers"]  # only for tensors on a GPU
     assert {k.kernel for k in on_rows} | {f"{v.kernel}_kernel" for v in codegen_triton.variants()} == set(launched)
@@ -161,24 +163,26 @@ def test_constants_are_those_of_the_launches(monkeypatch: pytest.MonkeyPatch) ->
             assert blocks in found, f"{kernel.name}: {blocks} is none of {found}"
             assert all(set(c) == set(constants) for c in launched[kernel.kernel]), kernel.name
     kinds = {
-        (c["KIND0"], c["KIND1"]) for name in ("statistics", "gradient", "frozen") for c in launched[f"{name}_kernel"]
+        (c["FIRST_SET"], c["SECOND_SET"])
+        for name in ("statistics", "gradient", "detached_keys")
+        for c in launched[f"{name}_kernel"]
     }
-    assert kinds == {(v.constants["KIND0"], v.constants["KIND1"]) for v in codegen_triton.variants()}
+    assert kinds == {(v.constants["FIRST_SET"], v.constants["SECOND_SET"]) for v in codegen_triton.variants()}
 
 
 def run_losses() -> None:
     """Each in the variants that launch something else, on empty arrays."""
     from cacr_kernels.backends.triton.cacr import cacr
-    from cacr_kernels.backends.triton.frozen import contrast_frozen
-    from cacr_kernels.backends.triton.launch import contrast, contrast_backward
+    from cacr_kernels.backends.triton.contrast import contrast, contrast_backward
+    from cacr_kernels.backends.triton.detached_keys import detached_keys
 
     numbers, ids = torch.ones(5, dtype=torch.float64), torch.zeros(700, dtype=torch.int32)
     for D in (64, 200):
         z = torch.zeros(2, 700, D)
         for rbf in (False, True):
             cacr(z, numbers, 1.0, 1.0, 1.0, 1.0, 0, rbf, 1.0, True, True)
-        contrast_frozen(z, z, None, None, numbers[:1], [0], [0], [0], True, False, False, True, True)
-        for kinds in ([1, 2], [3, 2], [2]):  # of few queries, so that keys are shared out
+        detached_keys(z, z, None, None, numbers[:1], [0], [0], [0], True, False, False, True, True)
+        for kinds in ([1, 2], [3, 2], [2]):  # of few queries, so that keys are split
             arguments = z[:, :20], z, ids[:20], ids, numbers[: len(kinds)], kinds, [0], [0], False, False
-            value, _, weights = contrast(*arguments)
-            contrast_backward(*arguments, value, weights, value, value, True, True, True)
+            value, _, row_state = contrast(*arguments)
+            contrast_backward(*arguments, value, row_state, value, value, True, True, True)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-import tests.triton.interpreted.test_triton_operators as operators
+import tests.triton.interpreted.test_operators as operators
 from cacr_kernels import testing
-from cacr_kernels.backends.triton import problem, table, tuning
+from cacr_kernels.backends.triton import pairs, table, tuning
 from tests.agreement import LOSSES, assert_agree, cast, run, small_inputs
 from tests.operators import test_detached_keys, test_ops
 from tests.operators.test_ops import Problem, cyclic
@@ -20,8 +20,9 @@ WIDE = Problem(
     ((test_ops.OTHER, -2.0), (test_ops.ALL, 1.0)), (1, 1, 35, 71, 67), q_id=cyclic(35, 4), k_id=cyclic(71, 4)
 )
 NARROW = Problem(((test_ops.OTHER, -1.0),), (1, 1, 37, 35, 33), q_id=cyclic(37, 4), k_id=cyclic(35, 4))
-OWN = testing.Case("cacr_loss", {"V": 2, "B": 19, "D": 33}, {"tau_pos": 2.0, "tau_neg": 5.0})
-EXPECTED = testing.expect(OWN, torch.float32, count=1)
+SYMMETRIC = testing.Case("cacr_loss", {"V": 2, "B": 19, "D": 33}, {"tau_pos": 2.0, "tau_neg": 5.0})
+SWEEPS = {"statistics_sweep", "query_sweep", "key_sweep", "detached_keys_sweep"}
+EXPECTED = testing.expect(SYMMETRIC, torch.float32, count=1)
 
 
 @pytest.fixture
@@ -30,10 +31,10 @@ def number(monkeypatch: pytest.MonkeyPatch) -> Any:
     used: set[tuple[str, table.Tile]] = set()
     index = 0
 
-    def choose(p: problem.Problem, kernel: str, entry: table.Tile, sweep: Any, args: tuple[Any, ...]) -> table.Tile:
-        two = p.S == 2 or (kernel == "frozen" and args[1])
-        entry = table.tile_of("sm_80", kernel, p.precision, p.D, two)
-        tiles = tuning.candidates(kernel, p.precision, p.D, entry, "sm_80")
+    def choose(sets: pairs.SetPairs, kernel: str, entry: table.Tile, sweep: Any, args: tuple[Any, ...]) -> table.Tile:
+        two = sets.S == 2 or (kernel == "detached_keys" and args[1])
+        entry = table.tile_of("sm_80", kernel, sets.precision, sets.D, two)
+        tiles = tuning.candidates(kernel, sets.precision, sets.D, entry, "sm_80")
         # Warps and stages do nothing in the interpreter.
         different = list(dict.fromkeys(t._replace(num_warps=4, num_stages=2) for t in tiles))
         used.add((kernel, different[index % len(different)]))
@@ -66,17 +67,17 @@ def test_every_candidate(shape: Problem, dtype: torch.dtype, number: Any) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["float64", "float16"])
-def test_every_candidate_with_frozen_keys(dtype: torch.dtype, number: Any) -> None:
+def test_every_candidate_with_detached_keys(dtype: torch.dtype, number: Any) -> None:
     for i, name in itertools.product(range(4), ("views", "other")):
         used = number(i)
-        operators.test_frozen_keys(test_detached_keys.PROBLEMS[name], dtype)
+        operators.test_of_detached_keys(test_detached_keys.PROBLEMS[name], dtype)
     assert len({tile.block_n for _, tile in used}) > 1
 
 
 def test_every_candidate_where_keys_are_queries(number: Any) -> None:
     for i in range(4):
         number(i)
-        assert all(result.ok for result in testing.measure(OWN, EXPECTED, "triton", torch.float32))
+        assert all(result.ok for result in testing.measure(SYMMETRIC, EXPECTED, "triton", torch.float32))
 
 
 def test_tuned_from_the_first_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -99,8 +100,8 @@ def test_tuned_from_the_first_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         assert_agree(first, expected, 1e-10)
         assert all(torch.equal(a, b) for a, b in zip(first.parts, second.parts, strict=True))
     kernels = {key.kernel for key in tuning._chosen}
-    assert kernels == set(table.ONE)
-    assert {key.sweep for key in tuning._chosen} >= {"statistics_sweep", "query_sweep", "key_sweep", "frozen_sweep"}
+    assert kernels == set(table.ONE_SOFTMAX)
+    assert {key.sweep for key in tuning._chosen} >= SWEEPS
     assert len(list(tmp_path.iterdir())) == len(tuning._chosen)
     assert any(tile.block_n != 32 for tile in tuning._chosen.values())  # 32: the entry for the interpreter
 
@@ -110,10 +111,10 @@ def test_sweeps_leave_their_arguments_alone(moments: bool, monkeypatch: pytest.M
     """And give the same again: they may be timed."""
     seen: set[str] = set()
 
-    def twice(p: problem.Problem, kernel: str, entry: table.Tile, sweep: Any, args: tuple[Any, ...]) -> table.Tile:
-        given = [x for x in (*vars(p).values(), *args) if isinstance(x, torch.Tensor)]
+    def twice(sets: pairs.SetPairs, kernel: str, entry: table.Tile, sweep: Any, args: tuple[Any, ...]) -> table.Tile:
+        given = [x for x in (*vars(sets).values(), *args) if isinstance(x, torch.Tensor)]
         before = [x.clone() for x in given]
-        results = [sweep(p, entry, *args) for _ in range(2)]
+        results = [sweep(sets, entry, *args) for _ in range(2)]
         first, second = ([x] if isinstance(x, torch.Tensor) else x for x in results)
         assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -126,4 +127,4 @@ def test_sweeps_leave_their_arguments_alone(moments: bool, monkeypatch: pytest.M
     operators.check(NARROW, torch.float32)
     q, k, *rest = test_detached_keys.PROBLEMS["other"].arguments(torch.float32)
     operators.FROZEN(q, k, *rest, True, moments)
-    assert seen == {"statistics_sweep", "query_sweep", "key_sweep", "frozen_sweep"}
+    assert seen == SWEEPS

@@ -1,6 +1,6 @@
 """Optional autotuning of the Triton kernels: what is chosen, where it is kept, and when nothing is timed.
 
-Sweeps and times are made up here; ``tests/triton/interpreted/test_triton_candidates.py`` runs the kernels.
+Sweeps and times are made up here; ``tests/triton/interpreted/test_candidates.py`` runs the kernels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from triton.runtime.errors import OutOfResources
 
-from cacr_kernels.backends.triton import problem, table, tuning
+from cacr_kernels.backends.triton import launch, pairs, table, tuning
 from cacr_kernels.backends.triton.table import Processor, Tile
 
 ROOT = Path(__file__).parents[2]
@@ -34,18 +34,18 @@ ENTRY = table.tile_of("interpreter", "statistics", "ieee", 33, False)
 
 
 def make(N: int = 7, M: int = 5, D: int = 33, dtype: torch.dtype = torch.float32, kinds: tuple[int, ...] = (0,)) -> Any:
-    """A problem, of which no kernel will see anything."""
+    """Pairs of sets, of which no kernel will see anything."""
     q, k = torch.zeros(1, N, D, dtype=dtype), torch.zeros(1, M, D, dtype=dtype)
     norm = torch.zeros(1, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     ids = torch.zeros(1, dtype=torch.int32)
-    return problem.Problem(q, k, norm, norm, ids, ids, norm, ids, ids, kinds, False, False)
+    return pairs.SetPairs(q, k, norm, norm, ids, ids, norm, ids, ids, kinds, False, False)
 
 
-def sweep(p: problem.Problem, tile: Tile, *flags: bool) -> Tile:
+def sweep(sets: pairs.SetPairs, tile: Tile, *flags: bool) -> Tile:
     return tile
 
 
-def other_sweep(p: problem.Problem, tile: Tile) -> Tile:
+def other_sweep(sets: pairs.SetPairs, tile: Tile) -> Tile:
     return tile
 
 
@@ -109,7 +109,7 @@ def test_the_entry_of_the_table_if_nothing_is_faster(timer: Timer) -> None:
 
 @pytest.mark.parametrize("error", [OutOfResources(2, 1, "shared memory"), RuntimeError("PassManager::run failed")])
 def test_tiles_that_fail_are_out_of_the_question(error: Exception, timer: Timer, tmp_path: Path) -> None:
-    def failing(p: problem.Problem, tile: Tile) -> Tile:
+    def failing(sets: pairs.SetPairs, tile: Tile) -> Tile:
         if tile.block_n == 64:
             raise error
         return tile
@@ -129,8 +129,8 @@ def test_tiles_that_spill_are_out_of_the_question(timer: Timer, tmp_path: Path) 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
             return lambda *, BLOCK_N, **_: SimpleNamespace(n_spills=8 * (BLOCK_N == 64))
 
-    def spilling(p: problem.Problem, tile: Tile) -> Tile:
-        problem.start(Kernel(), (1,), BLOCK_N=tile.block_n)
+    def spilling(sets: pairs.SetPairs, tile: Tile) -> Tile:
+        launch.start(Kernel(), (1,), BLOCK_N=tile.block_n)
         return tile
 
     assert tuning.run(make(), "statistics", spilling) == ENTRY
@@ -139,7 +139,7 @@ def test_tiles_that_spill_are_out_of_the_question(timer: Timer, tmp_path: Path) 
 
 
 def test_the_entry_of_the_table_if_all_fail(timer: Timer, tmp_path: Path) -> None:
-    def failing(p: problem.Problem, tile: Tile) -> Tile:
+    def failing(sets: pairs.SetPairs, tile: Tile) -> Tile:
         if not timer.timed:  # but the last call, with what was chosen
             failures.append(tile)
         if len(failures) <= count:
@@ -154,7 +154,7 @@ def test_the_entry_of_the_table_if_all_fail(timer: Timer, tmp_path: Path) -> Non
 
 
 def test_an_error_of_this_package_shows(timer: Timer) -> None:
-    def wrong(p: problem.Problem, tile: Tile) -> Tile:
+    def wrong(sets: pairs.SetPairs, tile: Tile) -> Tile:
         raise TypeError("a bug")
 
     with pytest.raises(TypeError, match="a bug"):
@@ -165,7 +165,7 @@ def test_candidates_are_legal() -> None:
     """Few; and a tile that holds all features is operand of both products."""
     sizes = (1, 16, 17, 33, 64, 65, 128, 129, 257, 1031)
     for family, two, D in itertools.product(FAMILIES, (False, True), sizes):
-        for kernel, rows in table.ONE.items():
+        for kernel, rows in table.ONE_SOFTMAX.items():
             for precision in rows:
                 entry = table.tile_of(family, kernel, precision, D, two)
                 tiles = tuning.candidates(kernel, precision, D, entry, family)
@@ -175,7 +175,7 @@ def test_candidates_are_legal() -> None:
                     assert sum(a != b for a, b in zip(tile, entry, strict=True)) <= 1
                     assert min(tile.block_n, tile.block_d) >= 16
                     assert precision != "tf32x3" or tile.block_d == entry.block_d
-                    assert tile.block_d <= max(16, problem.power_of_two(D))
+                    assert tile.block_d <= max(16, launch.power_of_two(D))
                     assert kernel == "statistics" or tile.chunks(D) > 1 or tile.block_out == tile.block_d
 
 
@@ -191,7 +191,7 @@ def test_sweeps_share_the_chunks_of_three_tf32_products(D: int, two: bool) -> No
 @pytest.mark.parametrize("D", [1, 13, 16, 33, 64, 100, 300, 512, 513, 1000])
 def test_candidates_are_those_of_the_key(D: int) -> None:
     """Whoever else has the key may have chosen."""
-    for family, kernel in itertools.product(FAMILIES, table.ONE):
+    for family, kernel in itertools.product(FAMILIES, table.ONE_SOFTMAX):
         full = tuning.features_of(D)
         found, of_key = (
             tuning.candidates(kernel, "half", d, table.tile_of(family, kernel, "half", d, False), family)
@@ -228,9 +228,9 @@ def test_keys_separate(timer: Timer, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert not timed(lambda: tuning.run(make(N=8, D=40), "statistics", sweep))  # nearly the same size
     monkeypatch.setattr(tuning, "_name", lambda device: "another")
     assert timed(calls[0])
-    monkeypatch.setattr(problem, "processor_of", lambda device: Processor("sm_90", 132))
+    monkeypatch.setattr(pairs, "processor_of", lambda device: Processor("sm_90", 132))
     assert timed(calls[0])
-    monkeypatch.setattr(problem, "fp32_products", lambda: "tf32")
+    monkeypatch.setattr(pairs, "fp32_products", lambda: "tf32")
     assert timed(calls[0])
     assert len(kept(tmp_path)) == len(calls) + 3
 
@@ -292,11 +292,11 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def capture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(tuning, "recording", lambda device: problem.recording(torch.device("cuda")))
+    monkeypatch.setattr(tuning, "recording", lambda device: launch.recording(torch.device("cuda")))
 
 
 def tracing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(problem, "_tracing", SimpleNamespace(get=lambda: True))
+    monkeypatch.setattr(launch, "_tracing", SimpleNamespace(get=lambda: True))
 
 
 @pytest.mark.parametrize("circumstance", [deterministic, capture, tracing])
@@ -438,7 +438,7 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 WRITER = """
 import sys
-import test_triton_tuning as here
+import tests.triton.test_tuning as here
 from cacr_kernels.backends.triton import tuning
 timer = here.Timer(lambda tile: 1.0 if tile.block_n == 64 else 2.0)
 tuning.measure = timer

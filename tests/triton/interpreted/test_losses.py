@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cacr_kernels import cacr_loss, testing
-from cacr_kernels.backends.triton import cacr, launch
+from cacr_kernels.backends.triton import cacr, contrast
 from tests.agreement import LOSSES, assert_agree, cast, run, small_inputs
 
 
@@ -60,7 +60,7 @@ def test_any_temperature(loss: str, dtype: torch.dtype) -> None:
 def test_grids_of_many_views(monkeypatch: pytest.MonkeyPatch) -> None:
     """260 views are 67340 ordered pairs, and what axes of a grid but the first hold ends at 65535."""
     grids = {}
-    for module in (cacr, launch):
+    for module in (cacr, contrast):
         monkeypatch.setattr(module, "start", lambda kernel, grid, *_, **__: grids.setdefault(kernel.__name__, grid))
     cacr_loss(torch.ones(260, 2, 1, requires_grad=True), pairing="ordered", backend="triton")
     assert {"statistics_kernel", "merge_kernel", "coefficients_kernel", "gradient_kernel"} <= set(grids)

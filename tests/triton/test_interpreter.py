@@ -27,9 +27,9 @@ ROOT = TESTS.parents[1]
 FEW = " and (views_00 or views_03 or rbf_01 or queue_01 or momentum_02)"
 VECTORS = "triton and not weights" + ("" if os.environ.get("CACR_TEST_ALL") == "1" else FEW)
 SUITES = {
-    "operators": ["interpreted/test_triton_operators.py"],
-    "losses": ["interpreted/test_triton_losses.py"],
-    "tuning": ["interpreted/test_triton_candidates.py"],
+    "operators": ["interpreted/test_operators.py"],
+    "losses": ["interpreted/test_losses.py"],
+    "tuning": ["interpreted/test_candidates.py"],
     "vectors": ["../losses/test_vectors.py", "-k", VECTORS],
 }
 
@@ -110,13 +110,13 @@ def test_a_compiler_sees_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch,
     Autotuning is on, and times nothing.
     """
     pytest.importorskip("triton", reason="needs Triton")
-    from cacr_kernels.backends.triton import launch, problem, tuning
+    from cacr_kernels.backends.triton import contrast, pairs, tuning
 
     monkeypatch.setattr(tuning, "ON", True)
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(tuning, "measure", lambda *_: pytest.fail("timed while tracing"))
     monkeypatch.setenv("CACR_CACHE_DIR", str(tmp_path))
-    for module in (launch, problem, table):
+    for module in (contrast, pairs, table):
         monkeypatch.setattr(module, "processor_of", lambda _: table.Processor("sm_90", 132))
 
     def call(z: Tensor, numbers: Tensor) -> Any:
@@ -142,7 +142,7 @@ def test_a_compiler_sees_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch,
 def test_tiles_fit_the_features() -> None:
     """A tile that holds all features is operand of both products: both of its sizes are the same then."""
     for family in ("sm_80", "sm_90", "sm_100", "sm_120", "cdna3", "interpreter"):
-        for kernel, rows in table.ONE.items():
+        for kernel, rows in table.ONE_SOFTMAX.items():
             for precision, two, D in itertools.product(
                 rows, (False, True), (1, 16, 17, 33, 64, 65, 128, 129, 257, 1031)
             ):
