@@ -103,7 +103,7 @@ def test_probe_is_a_constant_of_compiled_code(monkeypatch):
 def test_auto_goes_by_size(monkeypatch):
     able = tuple(b._replace(why_not=lambda device: None) for b in backends.TABLE if b.name != "cpu")
     gpu = torch.device("cuda")
-    size = Size(_cuda.UP_TO // 11, 1, torch.bfloat16)
+    size = Size(_cuda.UP_TO // 9, 1, torch.bfloat16)  # a similarity of one feature takes 9
     larger = size._replace(similarities=size.similarities + 1)
     assert _cuda.work(size) <= _cuda.UP_TO < _cuda.work(larger)
     monkeypatch.setattr(backends, "TABLE", able)
@@ -165,7 +165,7 @@ def test_size_of_the_readme(monkeypatch, dtype, products):
         work_of(monkeypatch, cacr_kernels.cacr_loss, (2, batch, 128), dtype=getattr(torch, dtype))
         for batch in (B, B + 1)
     )
-    assert largest <= backends.CUDA_UP_TO < beyond
+    assert largest <= _cuda.UP_TO < beyond
 
 
 def test_work_is_that_of_the_kernels():
