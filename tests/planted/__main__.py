@@ -91,7 +91,9 @@ def run(found: list[Fault], options: argparse.Namespace, console: Console) -> Re
         if earlier := outcome is not None:
             text = "kept"
         else:
-            scratch = scratch or Scratch(FOLDER / "scratch", options.limit)
+            if scratch is None:
+                console.print("[dim]copying and compiling the tree")
+                scratch = Scratch(FOLDER / "scratch", options.limit)
             outcome = scratch.plant(fault)
             text = f"{outcome.seconds:.0f} s"
         assert outcome is not None
