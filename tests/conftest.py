@@ -1,4 +1,4 @@
-"""Session-wide test configuration: threads, and skips that a complete test machine may not have."""
+"""Session-wide test configuration: what ``make test`` runs, threads, and skips that a complete machine may not have."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from collections.abc import Generator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says how busy the machine is.
+settings.register_profile(
+    "tests", settings(), deadline=None, suppress_health_check=[*settings().suppress_health_check, HealthCheck.too_slow]
+)
+settings.load_profile("tests")
 
 # Kernels run in Triton's interpreter or are compiled, by an environment variable that is read when Triton is imported:
 # the tests in there are for processes of their own (tests/triton/test_interpreter.py).
@@ -16,9 +23,28 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["triton/i
 ALLOWED_SKIPS = ("needs a CUDA device", "needs an AVX-512 processor")
 
 
+EXHAUSTIVE = "evidence that no machine of a user changes; runs with CACR_TEST_ALL=1 (make test-all), or by its node id"
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config, "workerinput"):
-        torch.set_num_threads(1)  # one pytest-xdist worker per core; tests about threads set their own number
+    config.addinivalue_line("markers", f"exhaustive: {EXHAUSTIVE}")
+
+
+@pytest.fixture(autouse=True)
+def _the_same_in_any_order() -> None:
+    """No compiled code, the same random numbers, one thread: workers of pytest-xdist take a core each."""
+    torch._dynamo.reset()
+    torch.default_generator.manual_seed(0)
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("CACR_TEST_ALL") == "1" or any("::" in argument for argument in config.args):
+        return
+    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
 
 
 def _fail_unexpected_skip(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -10,8 +10,6 @@ Exit status: 0 all right, 1 something failed, 2 no backend can use a GPU here.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import signal
 import sys
 from pathlib import Path
 
@@ -49,8 +47,6 @@ def main(arguments: list[str] | None = None, steps: tuple[Step, ...] = STEPS) ->
     chosen = tuple(step for step in steps if options.only is None or options.only in step.only)
     scale = options.minutes / MINUTES
     outcomes: dict[str, Outcome] = {}
-    with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for step in chosen:
 
         def tell(outcome: Outcome, name: str = step.name) -> None:

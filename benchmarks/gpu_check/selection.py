@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
-import sys
+import os
 from collections.abc import Generator
 from typing import Any
 
@@ -27,7 +27,7 @@ class Selection:
     def __init__(self, context: Context, seconds: float) -> None:
         self.context, self.seconds = context, seconds
         self.verdict: dict[str, Any] = {}
-        self.errors = open(sys.stderr.fileno(), "w", closefd=False)  # noqa: SIM115 pytest replaces the file, not this
+        self.errors = os.fdopen(os.dup(2), "w")  # before pytest takes what is printed
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         done = self.context.lines.started()

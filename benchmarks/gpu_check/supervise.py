@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .lines import SKIP, START, Lines
-from .steps import Step
+from .steps import Step, cores
 
 ROOT = Path(__file__).resolve().parents[2]
 TRIES = 20  # processes that one share of a step may use up
@@ -43,8 +43,9 @@ class Outcome(NamedTuple):
 class Share:
     """One of the processes of a step, and those that took its place."""
 
-    def __init__(self, number: int, command: list[str], lines: Lines, log: Path) -> None:
-        self.number, self.command, self.lines, self.log = number, command, lines, log
+    def __init__(self, number: int, commands: list[list[str]], lines: Lines, log: Path) -> None:
+        self.number, self.command, self.lines, self.log = number, commands[number], lines, log
+        self.environment = environment(len(commands))
         self.tries = self.begun = 0
         self.process: subprocess.Popen[bytes] | None = None
         self.problem = ""
@@ -59,7 +60,7 @@ class Share:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment(),
+                env=self.environment,
                 cwd=ROOT,
                 start_new_session=True,
             )
@@ -95,10 +96,11 @@ class Share:
             self.process.stdin.close()
 
 
-def environment() -> dict[str, str]:
-    """Of the processes: what is set here, but nothing that changes how tests end."""
+def environment(processes: int) -> dict[str, str]:
+    """Of so many processes, which share the cores: what is set here, but nothing that changes how tests end."""
     kept = {key: value for key, value in os.environ.items() if key not in ("CI", "PYTEST_ADDOPTS")}
-    return kept | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    threads = {"OMP_NUM_THREADS": str(max(1, cores() // processes))} if processes > 1 else {}
+    return kept | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"} | threads
 
 
 def shorten(log: Path) -> None:
@@ -112,8 +114,8 @@ def shares_of(step: Step, commands: list[list[str]], lines: Lines, log: Path) ->
     """The processes of a step, none of which outlives the block."""
     found: list[Share] = []
     try:
-        for number, command in enumerate(commands):
-            found.append(Share(number, command, lines, log))
+        for number in range(len(commands)):
+            found.append(Share(number, commands, lines, log))
         yield found
     finally:
         for share in found:

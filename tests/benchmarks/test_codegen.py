@@ -23,6 +23,7 @@ REPORT = json.loads((report.OUT / "codegen.json").read_text(encoding="utf-8"))
 
 
 # ---- CUDA kernels ----------------------------------------------------------------------------------------------------
+@pytest.mark.exhaustive
 def test_nothing_is_wrong_with_a_cuda_kernel() -> None:
     tool("nvcc")
     wanted = [case for case in cuda_kernels.cases() if (case.device, case.dtype) == ("A100", "fp16")]

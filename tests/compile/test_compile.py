@@ -121,6 +121,7 @@ def test_inductor_in_a_model() -> None:
     assert_same(with_gradients(torch.compile(step, fullgraph=True), *args), with_gradients(step, *args))
 
 
+@pytest.mark.exhaustive
 def test_inductor_queue() -> None:
     compiled = torch.compile(queue, fullgraph=True)
     assert_same(with_gradients(compiled, *inputs()), with_gradients(queue, *inputs()))
@@ -154,6 +155,7 @@ def test_penalty(loss: Callable[..., Tensor]) -> None:
     assert_same(with_gradients(compiled, *inputs()), with_gradients(penalty, *inputs()))
 
 
+@pytest.mark.exhaustive
 def test_penalty_by_inductor() -> None:
     def penalty(z: Tensor, tau: Tensor) -> Tensor:
         return torch.func.grad(queue)(z, tau).square().sum()

@@ -15,6 +15,7 @@ from torch.export import Dim
 
 from cacr_kernels import CACRLoss, CACRMomentumLoss, CACRQueueLoss, SupervisedCACRLoss
 from tests.agreement import BACKENDS, device_of, randn
+from tests.covering import covering
 
 # What torch itself says while it compiles.
 pytestmark = [
@@ -45,7 +46,7 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "reference set": lambda **o: SupervisedCACRLoss(tau_pos=tau(), tau_neg=tau(1.3), **o),
 }
 each_module = pytest.mark.parametrize("name", MODULES)
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_module_and_backend = covering({"name": list(MODULES), "backend": BACKENDS})
 fastest = pytest.mark.parametrize("backend", BACKENDS[-1:])  # where what is tested stands above the backends
 
 
@@ -93,8 +94,7 @@ def assert_same(found: list[Tensor | None], expected: list[Tensor | None]) -> No
             torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
 
 
-@each_backend
-@each_module
+@each_module_and_backend
 def test_one_graph_for_all_values(name: str, backend: str) -> None:
     """Forward and backward without a break; other numbers, temperatures and labels do not compile it again."""
     module = make(name, backend)
@@ -112,8 +112,7 @@ def test_one_graph_for_all_values(name: str, backend: str) -> None:
     assert counters["aot_autograd"]["ok"] == counters["aot_autograd"]["total"] == 1
 
 
-@each_backend
-@each_module
+@each_module_and_backend
 def test_batch_size_marked_dynamic(name: str, backend: str) -> None:
     """``mark_dynamic`` refuses a size that the code makes a constant; one graph serves all sizes."""
     module = make(name, backend)
@@ -129,8 +128,7 @@ def test_batch_size_marked_dynamic(name: str, backend: str) -> None:
 
 
 @fastest
-@each_module
-@pytest.mark.parametrize("options", [{"reduction": "none"}, {"reduction": "sum"}, {"return_parts": True}], ids=str)
+@covering({"name": list(MODULES), "options": [{"reduction": "none"}, {"reduction": "sum"}, {"return_parts": True}]})
 def test_reductions_and_parts(name: str, options: dict[str, Any], backend: str) -> None:
     module = make(name, backend, **options)
 
@@ -217,8 +215,7 @@ def keyed(count: int, batch: int = 3) -> list[tuple[Tensor, Tensor]]:
     return [(randn(2, batch, D, seed=2 * i), randn(2, batch, D, seed=2 * i + 1)) for i in range(count)]
 
 
-@each_backend
-@pytest.mark.parametrize("size", [5, 24, 1000])
+@covering({"size": [5, 24, 1000], "backend": BACKENDS})
 def test_module_that_keeps_its_queue(size: int, backend: str) -> None:
     """The graph breaks where keys enter; the loss is compiled for no, some and any number of keys, then never again."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -285,9 +282,7 @@ def sizes(name: str) -> tuple[Any, ...]:
     }[name]
 
 
-@each_backend
-@each_module
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+@covering({"name": list(MODULES), "strict": {"strict": True, "not strict": False}, "backend": BACKENDS})
 def test_export(name: str, strict: bool, backend: str) -> None:
     """Any batch size; the program holds the operators of the backend."""
     module = make(name, backend)

@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -21,8 +22,8 @@ from torch.nn.functional import normalize
 from cacr_kernels import cacr_loss, supervised_cacr_loss
 from cacr_kernels.backends import library
 from cacr_kernels.operators.registry import operator
+from tests.building import ROOT, kept, locked
 
-ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 
 
@@ -40,46 +41,67 @@ def run_python(code: str, **environment: str) -> str:
 
 
 # ---- kernels of one instruction set against those of another ---------------------------------------------------------
-class Builder:
-    """Compiles csrc/cpu/kernels/kernels.cpp as setup.py does, but faster."""
+BUILD = ROOT / "build" / "cpu_kernels"
+PLACES = ("csrc/cpu", "csrc/common", "tests/cpp")
 
-    def __init__(self, directory: Path, *extra: str) -> None:
+
+@cache
+def setup_script() -> dict[str, Any]:
+    with mock.patch("setuptools.setup"), mock.patch.dict(os.environ, CACR_BUILD_CPU="0"):
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+
+class Builder:
+    """Compiles kernels, and what compares them, as setup.py does, but faster."""
+
+    def __init__(self, kind: str, *extra: str) -> None:
         compiler = shutil.which("g++")
         if compiler is None:
             pytest.skip("needs the compiler g++")
-        with mock.patch("setuptools.setup"), mock.patch.dict(os.environ, CACR_BUILD_CPU="0"):
-            script = runpy.run_path(str(ROOT / "setup.py"))
-        self.isas: dict[str, list[str]] = script["ISAS"]
-        flags = [flag for flag in script["FLAGS"] if flag not in ("-O3", "-Wall", "-Wextra")]
-        self.command, self.directory = [compiler, *flags, "-w", *(extra or ["-O2"])], directory
+        flags = [flag for flag in setup_script()["FLAGS"] if flag not in ("-O3", "-Wall", "-Wextra")]
+        self.kind, self.command = kind, [compiler, *flags, "-w", *extra]
 
-    def compile(self, source: str | Path, name: str, *flags: str) -> str:
-        target = self.directory / f"{name}.o"
-        if not target.exists():
-            self.run(*self.command, *flags, "-c", str(ROOT / source), "-o", str(target))
-        return str(target)
+    def compile(self, source: str, name: str, *flags: str) -> Path:
+        return kept(BUILD / self.kind / f"{name}.o", [*self.command, *flags, "-c", source], PLACES)
 
-    def kernels(self, isa: str, flags: list[str]) -> str:
-        return self.compile("csrc/cpu/kernels/kernels.cpp", f"kernels_{isa}", f"-DCACR_ISA={isa}", *flags)
+    def kernels(self, isa: str, flags: list[str]) -> Path:
+        (source,) = {o.source for o in native_objects() if o.name == "kernels_portable"}
+        return self.compile(source, f"kernels_{isa}", f"-DCACR_ISA={isa}", *flags)
 
-    def check(self, isa: str, flags: list[str], source: str | Path = "tests/cpp/check_kernels.cpp") -> str:
-        """Builds the comparison of ``isa`` with the portable kernels, runs it, and returns what it prints."""
-        objects = [self.compile(source, f"check_{isa}", f"-DCANDIDATE={isa}"), self.kernels(isa, flags)]
-        objects.append(self.kernels("portable", self.isas["portable"]))
-        program = self.directory / f"check_{isa}"
-        self.run(*self.command, *objects, "-o", str(program))
-        return self.run(str(program))
-
-    @staticmethod
-    def run(*command: str) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
-        return done.stdout
+    def check(
+        self, candidate: str, kernels: list[Path], *arguments: str, source: str = "tests/cpp/check_kernels.cpp"
+    ) -> str:
+        """Builds the comparison of ``candidate`` with the portable kernels, runs it, and returns what it prints."""
+        objects = [self.compile(source, f"check_{candidate}", f"-DCANDIDATE={candidate}"), *kernels]
+        program = BUILD / self.kind / f"check_{candidate}"
+        with locked(program):
+            run(*self.command, *map(str, objects), "-o", str(program))
+            return run(str(program), *arguments)
 
 
-@pytest.fixture(scope="module")
-def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
-    return Builder(tmp_path_factory.mktemp("kernels"))
+def native_objects() -> list[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        found: list[Any] = setup_script()["cpu_library"]().objects
+    return found
+
+
+def shipped(isa: str) -> Path:
+    """The kernels in the library that is here, compiled again only if a source has changed since."""
+    directory = ROOT / setup_script()["BUILD"] / "cacr_kernels._C_cpu"
+    target = directory / f"kernels_{isa}.o"
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=Path(sys.executable).parent)
+    if ninja is None or not (directory / "build.ninja").exists():
+        return Builder("shipped", "-O2").kernels(isa, setup_script()["ISAS"][isa])
+    with locked(directory / "build.ninja"):
+        run(ninja, "-C", str(ROOT), "-f", str(directory / "build.ninja"), str(target.relative_to(ROOT)))
+    return target
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    return done.stdout
 
 
 def processor_has(*features: str) -> bool:
@@ -87,47 +109,48 @@ def processor_has(*features: str) -> bool:
     return cpuinfo.exists() and set(features) <= set(cpuinfo.read_text().split())
 
 
-def test_avx2_kernels(builder: Builder) -> None:
-    if not processor_has("avx2", "fma", "f16c"):
+AVX2, AVX512 = ("avx2", "fma", "f16c"), ("avx512f", "avx512bw", "avx512dq", "avx512vl")
+
+
+few_or_all_shapes = pytest.mark.parametrize(
+    "shapes", [("few",), pytest.param((), marks=pytest.mark.exhaustive)], ids=str
+)
+
+
+@few_or_all_shapes
+def test_avx2_kernels(shapes: tuple[str, ...]) -> None:
+    if not processor_has(*AVX2):
         assert library.active_isa() != "avx2"
         return
-    assert " 0 failures" in builder.check("avx2", builder.isas["avx2"])
+    assert " 0 failures" in Builder("fast", "-O2").check("avx2", [shipped("avx2"), shipped("portable")], *shapes)
 
 
-def test_avx512_kernels(builder: Builder) -> None:
-    if not processor_has("avx512f", "avx512bw", "avx512dq", "avx512vl"):
+@few_or_all_shapes
+def test_avx512_kernels(shapes: tuple[str, ...]) -> None:
+    if not processor_has(*AVX512):
         pytest.skip("needs an AVX-512 processor")
-    assert " 0 failures" in builder.check("avx512", builder.isas["avx512"])
+    assert " 0 failures" in Builder("fast", "-O2").check("avx512", [shipped("avx512"), shipped("portable")], *shapes)
 
 
-def test_wide_kernels(builder: Builder) -> None:
+def lowered() -> list[str]:
+    return ["-mavx2", "-mfma"] if processor_has("avx2", "fma") else []
+
+
+@pytest.mark.exhaustive
+def test_wide_kernels() -> None:
     """Vectors of 64 bytes lowered to what the processor has: the source for AVX-512 is tested without AVX-512."""
-    lowered = ["-mavx2", "-mfma"] if processor_has("avx2", "fma") else []
-    assert " 0 failures" in builder.check("wide", ["-O1", "-DCACR_VECTOR_BYTES=64", *lowered])
+    builder = Builder("fast", "-O2")
+    wide = builder.kernels("wide", ["-O1", "-DCACR_VECTOR_BYTES=64", *lowered()])
+    assert " 0 failures" in builder.check("wide", [wide, shipped("portable")])
 
 
+@pytest.mark.exhaustive
 def test_sanitizers(tmp_path: Path) -> None:
     """Tails, masks and padding of both vector widths under the address and undefined-behaviour sanitizers."""
-    source = tmp_path / "sanitized.cpp"
-    source.write_text(f"""
-#define main check_every_shape
-#include "{ROOT / "tests/cpp/check_kernels.cpp"}"
-#undef main
-int main() {{
-  int failures = 0;
-  for (int n : {{1, 5, 37}})
-    for (int d : {{1, 17, 64}})
-      failures += !cacr::self_check_passes(cacr::CANDIDATE::kernels_float, cacr::portable::kernels_float, n, d) +
-                  !cacr::self_check_passes(cacr::CANDIDATE::kernels_double, cacr::portable::kernels_double, n, d);
-  for (int n : {{193, 200}})  // more than one block of rows: the symmetric sweeps have tiles off the diagonal
-    failures += !cacr::self_check_passes(cacr::CANDIDATE::kernels_float, cacr::portable::kernels_float, n, 17);
-  std::printf("20 checks, %d failures\\n", failures);
-  return failures != 0;
-}}
-""")
-    builder = Builder(tmp_path, "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    lowered = ["-mavx2", "-mfma"] if processor_has("avx2", "fma") else []
-    assert " 0 failures" in builder.check("half", ["-DCACR_VECTOR_BYTES=32", *lowered], source)
+    builder = Builder("sanitized", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    half = builder.kernels("half", ["-DCACR_VECTOR_BYTES=32", *lowered()])
+    portable = builder.kernels("portable", setup_script()["ISAS"]["portable"])
+    assert " 0 failures" in builder.check("half", [half, portable], source="tests/cpp/sanitized.cpp")
 
 
 # ---- choice of the instruction set -----------------------------------------------------------------------------------
@@ -136,25 +159,28 @@ import torch, cacr_kernels
 from cacr_kernels.backends import library
 torch.manual_seed(0)
 z = torch.nn.functional.normalize(torch.randn(2, 157, 33), dim=-1).requires_grad_()
-print(library.active_isa(), end=" ")
 loss = cacr_kernels.cacr_loss(z, backend="cpu")
 loss.backward()
-print(loss.item(), z.grad.square().sum().item())
+print(library.active_isa(), loss.item(), z.grad.square().sum().item())
 """
 
 
-def test_every_instruction_set_gives_the_same_loss() -> None:
+@pytest.mark.skipif("CACR_CPU_ISA" in os.environ, reason="needs a processor's own instruction set")
+def test_every_instruction_set_gives_the_same_loss(capsys: pytest.CaptureFixture[str]) -> None:
     assert "portable" in library.compiled_isas()
-    expected = run_python(LOSS, CACR_CPU_ISA="portable").split()
-    assert expected[0] == "portable"
     supported = {"portable"}
-    supported |= {"avx2"} if processor_has("avx2", "fma", "f16c") else set()
-    supported |= {"avx512"} if processor_has("avx512f", "avx512bw", "avx512dq", "avx512vl") else set()
-    for isa in supported & set(library.compiled_isas()):
-        name, *numbers = run_python(LOSS, CACR_CPU_ISA=isa).split()
+    supported |= {"avx2"} if processor_has(*AVX2) else set()
+    supported |= {"avx512"} if processor_has(*AVX512) else set()
+    default = next(isa for isa in library.compiled_isas() if isa in supported)
+    with torch.random.fork_rng():
+        exec(LOSS)
+    found = {default: capsys.readouterr().out.split()}
+    for isa in supported & set(library.compiled_isas()) - {default}:
+        found[isa] = run_python(LOSS, CACR_CPU_ISA=isa).split()
+    expected = [float(x) for x in found["portable"][1:]]
+    for isa, (name, *numbers) in found.items():
         assert name == isa
-        assert list(map(float, numbers)) == pytest.approx(list(map(float, expected[1:])), rel=2e-6)
-    assert run_python(LOSS).split()[0] == next(isa for isa in library.compiled_isas() if isa in supported)
+        assert list(map(float, numbers)) == pytest.approx(expected, rel=2e-6)
 
 
 def test_unknown_instruction_set_is_refused() -> None:
@@ -222,92 +248,93 @@ def test_honours_set_num_threads() -> None:
     """One thread stays one: the process starts none for a loss that would be worth several."""
     code = """
 import os, torch, cacr_kernels
-torch.set_num_threads({n})
-before = len(os.listdir("/proc/self/task"))
-cacr_kernels.cacr_loss(torch.randn(2, 1024, 64), normalize=True, backend="cpu")
-print(len(os.listdir("/proc/self/task")) - before)
+for n in (1, 5):
+    torch.set_num_threads(n)
+    before = len(os.listdir("/proc/self/task"))
+    cacr_kernels.cacr_loss(torch.randn(2, 1024, 64), normalize=True, backend="cpu")
+    print(len(os.listdir("/proc/self/task")) - before)
 """
-    if not Path("/proc/self/task").exists():
-        code = "print({n} - 1)"
-    assert run_python(code.format(n=1)) == "0"
-    assert int(run_python(code.format(n=5))) == 4
+    if Path("/proc/self/task").exists():
+        assert run_python(code).split() == ["0", "4"]
 
 
 # ---- memory, size, floating-point mode -------------------------------------------------------------------------------
+# Each call in a fork of its own of one process, as the peak never falls; a fork has no threads but its own.
 PEAK = """
-import resource, torch, cacr_kernels
+import os, resource, torch, cacr_kernels
 torch.set_num_threads(64)
 def small():
     z = torch.randn(2, 64, 8, requires_grad=True)
     cacr_kernels.cacr_loss(z, normalize=True, backend="cpu").backward()
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-small()
-{setup}
-before = peak()
-{call}
-print(peak() - before)
+for setup, call in {pairs}:
+    if not (child := os.fork()):
+        names = globals().copy()
+        small()
+        exec(setup, names)
+        before = peak()
+        exec(call, names)
+        print(peak() - before, flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 """
+TAU = "tau = torch.tensor([-1.0], dtype=torch.float64)"
 
 
-def grown(setup: str, call: str) -> int:
-    """Bytes by which the peak resident memory grows in ``call``."""
-    return int(run_python(PEAK.format(setup=setup, call=call))) * 1024
+class Room(NamedTuple):
+    """``call`` needs at most ``most`` bytes beside 256 MiB of workspace, and 16 MiB of stacks of 64 threads."""
+
+    setup: str
+    call: str
+    most: int
 
 
-def test_workspace_of_cacr_loss() -> None:
-    """Beside 256 MiB of workspace: gradient, packed norms and panels, and threads' stacks.
-
-    V B D floats are 4 MiB. The gradient, its product with the incoming one, and the packed panels: 3 of them; the row
-    statistics (5 doubles per query) are 0.6 MiB; 64 threads touch about 0.25 MiB of stack and allocator each, 16 MiB.
-    An N x M array would be another 256 MiB in float32.
-    """
-    setup = "z = torch.nn.functional.normalize(torch.randn(2, 8192, 64), dim=-1).requires_grad_()"
-    inputs = 2 * 8192 * 64 * 4
-    assert grown(setup, 'cacr_kernels.cacr_loss(z, backend="cpu").backward()') <= 256 * MIB + 4 * inputs + 16 * MIB
-
-
-def test_workspace_of_many_keys() -> None:
-    """With 64 threads a private key gradient each would be 64 * 400 000 * 16 floats = 1.5 GiB.
-
-    Beside 256 MiB: (N + M) D padded to the panel of at most 32 floats: gradient, its padded copy, packed panels and the
-    gradient that autograd hands on, each at most 400 000 * 32 * 4 = 49 MiB; norms and column sums below 10 MiB.
-    """
-    setup = """
-q, k = torch.randn(1, 64, 8, requires_grad=True), torch.randn(1, 400_000, 8, requires_grad=True)
-tau = torch.tensor([-1.0], dtype=torch.float64)
-"""
+def detached_keys(n: int, m: int, dim: int, outputs: int) -> Room:
+    """The answers, 3 doubles per query among them."""
+    setup = f"q, k = torch.randn(1, {n}, {dim}), torch.randn(1, {m}, {dim}); {TAU}"
     call = """
-value, lse, _ = torch.ops.cacr_kernels.contrast_cpu(q, k, None, None, tau, [0], [0], [0], False, False)
-(value.sum() + lse.sum()).backward()
-"""
-    assert grown(setup, call) <= 256 * MIB + 4 * 49 * MIB + 10 * MIB + 16 * MIB
-
-
-DETACHED_KEYS = """
 op = torch.ops.cacr_kernels.detached_keys_cpu
 op(q, k, None, None, tau, [0], [0], [0], False, False, False, True, True)
 """
+    return Room(setup, call, outputs + 3 * 8 * n)
 
 
-@pytest.mark.parametrize(
-    ("n", "m", "dim", "outputs"),
-    [
-        # many keys, which the 64 threads share out: no packed copy of them, no states beyond the workspace
-        (64, 400_000, 64, 0),
-        # many queries: both means [N, D] are the answer
-        (200_000, 640, 64, 2 * 200_000 * 64 * 4),
-        # rows that are longer than the caches: 64 blocks of 256 queries would be 64 * 256 * 3 * 16384 floats = 3 GiB
-        (2048, 2048, 16_384, 2 * 2048 * 16_384 * 4),
-    ],
-)
-def test_workspace_of_detached_keys(n: int, m: int, dim: int, outputs: int) -> None:
-    """Beside 256 MiB: the answers, 3 doubles per query among them, and 16 MiB of threads' stacks."""
-    setup = f"""
-q, k = torch.randn(1, {n}, {dim}), torch.randn(1, {m}, {dim})
-tau = torch.tensor([-1.0], dtype=torch.float64)
-"""
-    assert grown(setup, DETACHED_KEYS) <= 256 * MIB + outputs + 3 * 8 * n + 16 * MIB
+ROOMS = {
+    # V B D floats are 4 MiB. The gradient, its product with the incoming one, and the packed panels: 3 of them; the row
+    # statistics (5 doubles per query) are 0.6 MiB; 64 threads touch about 0.25 MiB of stack and allocator each. An
+    # N x M array would be another 256 MiB in float32.
+    "the fused loss": Room(
+        "z = torch.nn.functional.normalize(torch.randn(2, 8192, 64), dim=-1).requires_grad_()",
+        'cacr_kernels.cacr_loss(z, backend="cpu").backward()',
+        4 * 2 * 8192 * 64 * 4,
+    ),
+    # With 64 threads a private key gradient each would be 64 * 400 000 * 16 floats = 1.5 GiB. (N + M) D padded to the
+    # panel of at most 32 floats: gradient, its padded copy, packed panels and the gradient that autograd hands on, each
+    # at most 400 000 * 32 * 4 = 49 MiB; norms and column sums below 10 MiB.
+    "many keys": Room(
+        f"q, k = torch.randn(1, 64, 8, requires_grad=True), torch.randn(1, 400_000, 8, requires_grad=True); {TAU}",
+        """
+value, lse, _ = torch.ops.cacr_kernels.contrast_cpu(q, k, None, None, tau, [0], [0], [0], False, False)
+(value.sum() + lse.sum()).backward()
+""",
+        4 * 49 * MIB + 10 * MIB,
+    ),
+    # Many detached keys, which the 64 threads share out: no packed copy of them, no states beyond the workspace.
+    "many detached keys": detached_keys(64, 400_000, 64, 0),
+    # Both means [N, D] are the answer.
+    "many queries of detached keys": detached_keys(200_000, 640, 64, 2 * 200_000 * 64 * 4),
+    # Rows that are longer than the caches: 64 blocks of 256 queries would be 64 * 256 * 3 * 16384 floats = 3 GiB.
+    "long rows of detached keys": detached_keys(2048, 2048, 16_384, 2 * 2048 * 16_384 * 4),
+}
+
+
+def test_workspace() -> None:
+    """The bytes by which the peak resident memory grows."""
+    pairs = [(room.setup, room.call) for room in ROOMS.values()]
+    found = dict(zip(ROOMS, map(int, run_python(PEAK.format(pairs=pairs)).split()), strict=True))
+    beyond = {name: kib for name, kib in found.items() if kib * 1024 > ROOMS[name].most + 256 * MIB + 16 * MIB}
+    assert not beyond
 
 
 def test_more_than_2_31_pairs() -> None:
@@ -328,11 +355,7 @@ def test_more_than_2_31_pairs() -> None:
 
 def test_floating_point_mode_is_left_alone() -> None:
     """No flush of subnormal numbers to zero, as -ffast-math would switch on for the process."""
-    code = """
-import torch, cacr_kernels
-z = torch.randn(2, 300, 64, requires_grad=True)
-cacr_kernels.cacr_loss(z, normalize=True, backend="cpu").backward()
-tiny = torch.full((64,), 1e-45)
-print(5e-324 * 1.0 != 0.0, bool((tiny * 1.0 != 0).all()), bool((torch.full((64,), 2e-38) / 4 != 0).all()))
-"""
-    assert run_python(code) == "True True True"
+    cacr_loss(torch.randn(2, 300, 64, requires_grad=True), normalize=True, backend="cpu").backward()
+    assert torch.full((64,), 1e-45).mul(1.0).ne(0).all()
+    assert torch.full((64,), 2e-38).div(4).ne(0).all()
+    assert 5e-324 * 1.0 != 0.0

@@ -16,6 +16,7 @@ from cacr_kernels import cacr_loss, supervised_cacr_loss
 from cacr_kernels.operators.contrast import plain_contrast
 from cacr_kernels.operators.registry import operator
 from cacr_kernels.types import ContrastSpec
+from tests.covering import covering
 
 ALL, SAME, OTHER, SAME_NOT_SELF = range(4)
 PAIRS = [(0, 0), (1, 1)]
@@ -90,16 +91,15 @@ def assert_close(mine: list[Tensor], expected: list[Tensor], dtype: torch.dtype,
         assert error <= TOLERANCE[dtype] * size * max(1.0, b.abs().max().item())
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize(("n", "dim"), [(192, 17), (301, 64), (417, 5)])
-def test_own_keys_are_a_copy_of_the_queries(name: str, dtype: torch.dtype, n: int, dim: int, threads: Any) -> None:
+@covering({"name": list(SETS), "size": [(192, 17), (301, 64), (417, 5)], "dtype": list(TOLERANCE)}, 2)
+def test_own_keys_are_a_copy_of_the_queries(name: str, size: tuple[int, int], dtype: torch.dtype, threads: Any) -> None:
+    n, dim = size
     threads(3)
     z = randn(2, n, dim).to(dtype)
-    size = 300.0 if name == "unbounded" else 1.0  # what one rounding error of an exponent does to a weight
+    factor = 300.0 if name == "unbounded" else 1.0  # what one rounding error of an exponent does to a weight
     for layout in ("diagonals", "few", "sorted", "one"):
         expected = with_gradient(name, "cpu", z.double(), False, ids(n, layout))
-        assert_close(with_gradient(name, "cpu", z, True, ids(n, layout)), expected, dtype, size)
+        assert_close(with_gradient(name, "cpu", z, True, ids(n, layout)), expected, dtype, factor)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])

@@ -1,6 +1,6 @@
 """The operators of ``csrc/cuda`` on CPU tensors: the kernels' own headers in the emulation of ``tests/cuda_emulation``.
 
-The methods of :class:`Emulation` have the signatures of the operators, for tensors of any type they take.
+``operators(library)`` gives Python functions with the schemas of ``cacr_kernels/operators``, for tensors of any type.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ import pytest
 from benchmarks.codegen.cuda_code import ARITHMETIC, Kernel, kernels
 from tests.cuda_emulation.building import by_nvcc, tool
 
+pytestmark = pytest.mark.exhaustive
+
 ROOT = Path(__file__).resolve().parents[2]
 ON_TENSOR_CORES = ("bf16", "f16", "tf32", "tf32x3")
 LIBRARY = os.environ.get("CACR_CUDA_LIBRARY")

@@ -20,6 +20,8 @@ from tests import ptx
 from tests.ptx import cuda_ptx
 from tests.ptx.tf32 import TF32Products
 
+pytestmark = pytest.mark.exhaustive
+
 TAUS = {"tau_pos": 2.0, "tau_neg": 5.0}
 FUSED = Case("cacr_loss", {"V": 2, "B": 67, "D": 33}, TAUS)
 ALIGNED = Case("cacr_loss", {"V": 2, "B": 67, "D": 40}, TAUS)  # rows that cp.async can copy

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import shutil
 import subprocess
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tests.building import ROOT, kept
+
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "cuda_emulation"
 SOURCES = ("csrc/cuda", "csrc/common", "tests/cuda_emulation")
-SUFFIXES = (".h", ".cuh", ".cpp", ".cu")
 
 SANITIZERS = {
     "plain": ["-O2"],
@@ -39,35 +36,12 @@ def tool(name: str) -> str:
     return found
 
 
-@cache
-def _sources() -> bytes:
-    digest = hashlib.sha256()
-    for directory in SOURCES:
-        for path in sorted((ROOT / directory).rglob("*")):
-            if path.suffix in SUFFIXES:
-                digest.update(path.as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.digest()
-
-
-def _made(name: str, command: list[str]) -> Path:
-    """The file that ``command``, completed by ``-o`` and its name, makes of the sources as they are."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    target, stamp = BUILD / name, BUILD / f"{name}.key"
-    key = hashlib.sha256(_sources() + "\0".join(command).encode()).hexdigest()
-    with (BUILD / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (stamp.exists() and stamp.read_text() == key):
-            stamp.unlink(missing_ok=True)
-            done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True, check=False)
-            assert done.returncode == 0, f"{' '.join(command)}\n{(done.stdout + done.stderr)[-4000:]}"
-            stamp.write_text(key)
-    return target
-
-
 def emulated(source: str, sanitizer: str = "plain", *flags: str) -> Path:
-    """A program of the emulation: ``source`` of this directory compiled by g++."""
-    command = [tool("g++"), "-std=c++20", *SANITIZERS[sanitizer], *WARNINGS, *INCLUDES, *flags, str(HERE / source)]
-    return _made(f"{Path(source).stem}-{sanitizer}{''.join(flags)}", command)
+    """A program of the emulation: ``source``, of this directory or elsewhere, compiled by g++."""
+    path = HERE / source
+    command = [tool("g++"), "-std=c++20", *SANITIZERS[sanitizer], *WARNINGS, *INCLUDES, *flags, str(path)]
+    places = *SOURCES, str(path.relative_to(ROOT))
+    return kept(BUILD / f"{path.stem}-{sanitizer}{''.join(flags)}", command, places)
 
 
 def emulated_library(source: str) -> Path:
@@ -78,7 +52,7 @@ def emulated_library(source: str) -> Path:
 def by_nvcc(source: str, kind: str, arch: str = "sm_80") -> Path:
     """``source`` compiled by nvcc to ``kind``, "ptx" or "cubin"."""
     command = [tool("nvcc"), f"-arch={arch}", "-std=c++20", *INCLUDES[1:], f"--{kind}", "-x", "cu", str(HERE / source)]
-    return _made(f"{Path(source).stem}-{arch}.{kind}", command)
+    return kept(BUILD / f"{Path(source).stem}-{arch}.{kind}", command, SOURCES)
 
 
 def disassembly(cubin: Path) -> dict[str, str]:

@@ -8,6 +8,8 @@ import pytest
 
 from .building import emulated, run
 
+pytestmark = pytest.mark.exhaustive
+
 
 def outcome(case: str, seed: int) -> str:
     done = run(emulated("check_execution.cpp", "plain"), case, seed)

@@ -5,7 +5,6 @@ Their values are compared with float64 by the tests of the "cuda" backend, which
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 
@@ -13,9 +12,9 @@ import pytest
 
 from .building import ROOT, emulated, run
 
+pytestmark = pytest.mark.exhaustive
+
 PLAIN = ("bf16", "f16", "tf32", "tf32x3", "float", "double")
-# Each sanitizer takes a compilation of its own for each: one of each kind, shared between the two.
-ALL = os.environ.get("CACR_TEST_ALL") == "1"
 PROGRAM = "check_operators.cpp"
 
 
@@ -26,13 +25,13 @@ def test_schedules(arithmetic: str, blocks: int) -> None:
     assert (done.stdout, done.stderr) == ("0 failures\n", "")
 
 
-@pytest.mark.parametrize("arithmetic", PLAIN if ALL else ("f16", "double"))
+@pytest.mark.parametrize("arithmetic", PLAIN)
 def test_address_sanitizer(arithmetic: str) -> None:
     done = run(emulated(PROGRAM, "address", f"-DONLY=k{arithmetic.capitalize()}"), arithmetic, 2, 3)
     assert (done.stdout, done.stderr) == ("0 failures\n", "")
 
 
-@pytest.mark.parametrize("arithmetic", PLAIN if ALL else ("tf32x3",))
+@pytest.mark.parametrize("arithmetic", PLAIN)
 def test_thread_sanitizer(arithmetic: str) -> None:
     done = run(emulated(PROGRAM, "thread", f"-DONLY=k{arithmetic.capitalize()}"), arithmetic, 1, 2)
     assert (done.stdout, done.stderr) == ("0 failures\n", "")

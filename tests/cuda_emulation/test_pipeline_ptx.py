@@ -12,6 +12,8 @@ from . import warps
 from .building import by_nvcc
 from .test_planted_bugs import BUGS
 
+pytestmark = pytest.mark.exhaustive
+
 BLOCKS, QUERIES, KEYS, D = 2, 32, 16, 48
 SHARED_BYTES = 2 * (QUERIES + KEYS) * 24 * 2
 SCHEDULES = (ptx.Lockstep(), ptx.Random(1), ptx.Priority(2), ptx.Random(3, split=0.5))

@@ -8,6 +8,8 @@ import pytest
 
 from .building import emulated, run
 
+pytestmark = pytest.mark.exhaustive
+
 BLOCKS = 396
 QUEUE = {"q_views": 2, "k_views": 1, "N": 256, "M": 65536, "D": 128, "pairs": 2, "keys_are_queries": 0}
 OWN = {"q_views": 2, "k_views": 2, "N": 2048, "M": 2048, "D": 128, "pairs": 1, "keys_are_queries": 1}

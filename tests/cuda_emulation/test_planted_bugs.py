@@ -8,6 +8,8 @@ import pytest
 
 from .building import HERE, emulated, run
 
+pytestmark = pytest.mark.exhaustive
+
 BUGS = re.findall(r"^  k(\w+),", (HERE / "pipeline.cuh").read_text(), re.MULTILINE)[:-1]  # the last is their number
 SEEDS = 32
 

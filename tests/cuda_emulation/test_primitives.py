@@ -18,6 +18,8 @@ from . import warps
 from .building import by_nvcc, disassembly, emulated_library
 from .statements import STATEMENTS, Words
 
+pytestmark = pytest.mark.exhaustive
+
 SEEDS = range(6)
 TILE_BYTES = 1024  # primitives.cuh
 

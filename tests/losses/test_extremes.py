@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from cacr_kernels.testing import Case
-from tests.agreement import assert_within_budget, each_backend
+from tests.agreement import BACKENDS, assert_within_budget, each_backend
+from tests.covering import covering
 
 # The temperatures are numbers: where one key has all the weight, derivatives w.r.t. them are below what float64 tells.
 
@@ -23,10 +24,9 @@ def cacr(make, **options):
     return Case("cacr_loss", {}, defaults | options, lambda seed: {"views": make(seed)}, learnable=False)
 
 
-@each_backend
-@pytest.mark.parametrize("cost", ["sqeuclidean", "rbf"])
-@pytest.mark.parametrize("tau", [1.0, 100.0])
-@pytest.mark.parametrize("norm", [1.0, 30.0, 300.0, 1e4, 1e6])
+@covering(
+    {"norm": [1.0, 30.0, 300.0, 1e4, 1e6], "tau": [1.0, 100.0], "cost": ["sqeuclidean", "rbf"], "backend": BACKENDS}, 2
+)
 def test_long_vectors(backend, norm, tau, cost):
     make = lambda seed: norm * torch.randn(2, 63, 128, generator=seeded(seed))  # noqa: E731
     assert_within_budget(cacr(make, tau_neg=tau, cost=cost), backend)
@@ -55,10 +55,7 @@ def test_near_keys_after_many_far_ones(backend, tau):
     assert_within_budget(cacr(make, tau_neg=tau, alpha=0.0), backend)
 
 
-@each_backend
-@pytest.mark.parametrize("tau", [1.0, 0.1])
-@pytest.mark.parametrize("classes", [3, 4, 300])
-@pytest.mark.parametrize("norm", [1.0, 20.0])
+@covering({"classes": [3, 4, 300], "norm": [1.0, 20.0], "tau": [1.0, 0.1], "backend": BACKENDS}, 2)
 def test_members_far_down_the_keys(backend, classes, tau, norm):
     def make(seed):
         z = norm * normalize(torch.randn(600, 16, generator=seeded(seed)), dim=-1)
@@ -78,9 +75,7 @@ def test_a_first_part_without_members(backend, tau):
 # Many keys close to the query: their gradients cancel, and one long running sum would lose what is left
 
 
-@each_backend
-@pytest.mark.parametrize("tau", [1.0, 5.0])
-@pytest.mark.parametrize("loss", ["cacr_loss", "cacr_queue_loss", "supervised_cacr_loss"])
+@covering({"loss": ["cacr_loss", "cacr_queue_loss", "supervised_cacr_loss"], "tau": [1.0, 5.0], "backend": BACKENDS}, 2)
 def test_long_sums_of_clustered_keys(backend, loss, tau):
     def clustered(g, *shape):
         centres = torch.randn(5, shape[-1], generator=seeded(7))[torch.arange(shape[-2]) % 5]

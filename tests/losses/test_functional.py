@@ -24,7 +24,6 @@ from tests.agreement import (
     unit,
 )
 
-torch.set_num_threads(1)
 TOLERANCE = 1e-10
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from cacr_kernels import CACRQueueLoss
-from tests.agreement import LOSSES, cast, device_of, each_backend, randn, run, small_inputs, there, unit
+from tests.agreement import BACKENDS, LOSSES, cast, device_of, each_backend, randn, run, small_inputs, there, unit
+from tests.covering import covering
 
-torch.set_num_threads(1)
 BAD = (math.nan, math.inf, -math.inf)
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *(("cacr", {"pairing": p, "cost": c}) for p in ("unordered", "ordered", "pooled") for c in ("sqeuclidean", "rbf")),
@@ -43,11 +43,10 @@ def loss_of(loss: str, tensors: dict[str, Tensor], backend: str, **options: Any)
     return value.detach().sum().cpu()
 
 
-@each_backend
-@pytest.mark.parametrize(("loss", "options"), VARIANTS, ids=str)
-@pytest.mark.parametrize("bad", BAD)
-def test_bad_data_reach_the_loss(loss: str, options: dict[str, Any], bad: float, backend: str) -> None:
+@covering({"variant": VARIANTS, "bad": BAD, "backend": BACKENDS}, 2)
+def test_bad_data_reach_the_loss(variant: tuple[str, dict[str, Any]], bad: float, backend: str) -> None:
     """Any element of any tensor: first, last, and one in between."""
+    loss, options = variant
     for dtype in (torch.float32, torch.float64):
         tensors = cast(small_inputs(loss), dtype)
         assert loss_of(loss, tensors, backend, **options).isfinite()
@@ -71,9 +70,7 @@ def test_bad_half_data_reach_the_loss(dtype: torch.dtype, backend: str) -> None:
             assert not loss_of(loss, tensors | {name: poisoned}, backend).isfinite(), (loss, bad)
 
 
-@each_backend
-@pytest.mark.parametrize("batch", [1, 2, 15, 16, 17, 33, 70])
-@pytest.mark.parametrize("bad", BAD)
+@covering({"batch": [1, 2, 15, 16, 17, 33, 70], "bad": BAD, "backend": BACKENDS}, 2)
 def test_bad_data_at_every_instance(bad: float, batch: int, backend: str) -> None:
     """In the middle of the vectors of a kernel and in its tails: the rows and the keys of every block."""
     for row in range(batch):

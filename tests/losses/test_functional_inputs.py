@@ -26,7 +26,6 @@ from tests.agreement import (
     unit,
 )
 
-torch.set_num_threads(1)
 PAIRINGS = ("unordered", "ordered", "pooled")
 COSTS = ("sqeuclidean", "rbf")
 ZERO = torch.zeros((), dtype=torch.float64)

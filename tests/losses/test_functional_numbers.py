@@ -26,8 +26,8 @@ from tests.agreement import (
     there,
     unit,
 )
+from tests.covering import covering
 
-torch.set_num_threads(1)
 EPS = torch.finfo(torch.float32).eps
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -60,9 +60,7 @@ DATA += [(randn, (1.0, 0.9)), (lambda *shape, seed=0: 3 * randn(*shape, seed=see
 SHAPES = ((2, 37, 19), (3, 23, 64), (2, 67, 129), (3, 2, 1))
 
 
-@pytest.mark.parametrize("cost", ["sqeuclidean", "rbf"])
-@pytest.mark.parametrize("pairing", PAIRINGS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@covering({"shape": SHAPES, "pairing": PAIRINGS, "cost": ["sqeuclidean", "rbf"]}, 2)
 def test_float32_budget_of_cacr(shape: tuple[int, int, int], pairing: str, cost: str) -> None:
     for data, t in DATA:
         options = {"pairing": pairing, "cost": cost}

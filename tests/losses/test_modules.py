@@ -17,7 +17,6 @@ import cacr_kernels
 from cacr_kernels import CACRLoss, CACRMomentumLoss, CACRParts, CACRQueueLoss, SupervisedCACRLoss
 from tests.agreement import LOSSES, device_of, each_backend, each_loss, randn, run, small_inputs, there
 
-torch.set_num_threads(1)
 MODULES: dict[str, Callable[..., nn.Module]] = {
     "cacr": CACRLoss,
     "queue": CACRQueueLoss,

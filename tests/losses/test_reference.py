@@ -18,7 +18,6 @@ from cacr_kernels import reference
 from cacr_kernels.types import Terms
 from tests.vectors_io import Vector, load_vectors, vector_id
 
-torch.set_num_threads(1)
 TOLERANCE = 1e-10
 
 cacr = partial(reference.cacr, alpha=1.0, beta=1.0, pairing="unordered", cost="sqeuclidean", rbf_scale=2.0)

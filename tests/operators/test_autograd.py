@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
 from cacr_kernels import cacr_loss, cacr_momentum_loss, cacr_queue_loss, supervised_cacr_loss
+from tests.covering import covering
 
 BACKENDS = ("cpu", "torch")
 LABELS = torch.tensor([3, -1, 3, 7, -1, 3, 9])
@@ -159,9 +160,14 @@ def third(loss: Loss, inputs: list[Tensor], backend: str) -> Tensor:
     return gradients(gradients(loss.call(*inputs, backend=backend).sum(), inputs), inputs)
 
 
-@both_backends
-@pytest.mark.parametrize("of", [squared, penalty, penalty_of_squared, third], ids=lambda f: f.__name__)
-@named([*CACR, *ROWS[:1]])
+@covering(
+    {
+        "loss": {loss.name: loss for loss in [*CACR, *ROWS[:1]]},
+        "of": {f.__name__: f for f in (squared, penalty, penalty_of_squared, third)},
+        "backend": BACKENDS,
+    },
+    2,
+)
 def test_higher_orders(loss: Loss, of: Callable[..., Tensor], backend: str) -> None:
     assert_same(derivatives(of, loss, backend), derivatives(of, loss, "reference"))
 

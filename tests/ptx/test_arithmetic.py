@@ -12,6 +12,8 @@ import pytest
 from .errors import PtxError
 from .snippet import execute, values
 
+pytestmark = pytest.mark.exhaustive
+
 INTEGERS = ("u16", "s16", "u32", "s32", "u64", "s64")
 SIZES = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
 EDGES = (0.0, -0.0, 1.0, -1.5, 3.0e-5, -65504.0, 1e-40, 0.1, math.inf, -math.inf, math.nan)

@@ -10,6 +10,8 @@ from .errors import DeadlockError, PtxError
 from .schedule import Lockstep, Priority, Random
 from .snippet import UNTOUCHED, execute, kernel
 
+pytestmark = pytest.mark.exhaustive
+
 SCHEDULES = [Lockstep(), Random(1, split=0.9), Random(2, mean=2), Priority(3), Priority(4, patience=200)]
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s}")
 NUMBERS = np.arange(70, dtype=np.uint32)

@@ -13,6 +13,8 @@ from .errors import PtxError
 from .snippet import execute, values
 from .test_arithmetic import edges, nearest, unpack_bfloat
 
+pytestmark = pytest.mark.exhaustive
+
 INTEGERS = ("u16", "s16", "u32", "s32", "u64", "s64")
 DTYPES = {"f16": np.float16, "f32": np.float32, "f64": np.float64} | {kind: values(kind, 0).dtype for kind in INTEGERS}
 ROUNDINGS = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}

@@ -11,6 +11,8 @@ import pytest
 from .errors import PtxError
 from .snippet import execute, values
 
+pytestmark = pytest.mark.exhaustive
+
 UNSIGNED = {16: np.uint16, 32: np.uint32, 64: np.uint64}
 WORDS = (0, 1, 0x80000000, 0xFFFFFFFF, 0x12345678, 0xDEADBEEF, 0x00010000, 0x7FFFFFFF)
 

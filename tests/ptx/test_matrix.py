@@ -14,6 +14,8 @@ from .schedule import Lockstep, Random
 from .snippet import execute, kernel
 from .test_arithmetic import bfloat, pack
 
+pytestmark = pytest.mark.exhaustive
+
 WARPS = 2
 THREADS = 32 * WARPS
 

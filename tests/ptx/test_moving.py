@@ -12,6 +12,8 @@ from .errors import PtxError
 from .schedule import Lockstep, Priority, Random
 from .snippet import execute, kernel
 
+pytestmark = pytest.mark.exhaustive
+
 BUFFER = ".shared .align 16 .b8 buffer[256]; mov.u32 %r3, buffer; shl.b32 %r4, %r2, 2; add.u32 %r5, %r3, %r4;\n"
 
 

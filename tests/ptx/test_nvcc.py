@@ -11,6 +11,8 @@ from . import Lockstep, Priority, PtxError, Random, Struct
 from .launch import Kernels
 from .nvcc_ptx import compiled
 
+pytestmark = pytest.mark.exhaustive
+
 SCHEDULES = [Lockstep(), Random(1), Priority(2)]
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 FLOAT = np.finfo(np.float32).eps

@@ -15,6 +15,8 @@ from .schedule import Lockstep, Priority, Random
 from .snippet import kernel
 from .test_arithmetic import bfloat, pack
 
+pytestmark = pytest.mark.exhaustive
+
 TILES, ROWS, COLUMNS, DEPTH = 5, 32, 8, 16
 PARAMS = ".param .u64 a, .param .u64 b, .param .u64 out"
 SHARED = 2 * (ROWS + COLUMNS) * 2 * DEPTH  # two buffers, rows of 32 bytes, first A and then B

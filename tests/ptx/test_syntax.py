@@ -11,6 +11,8 @@ from .errors import PtxError
 from .syntax import Address, Immediate, Negated, Pair, Register, Symbol, Vector, parse
 from .table import TABLE
 
+pytestmark = pytest.mark.exhaustive
+
 TEXT = """
 .version 8.7
 .target sm_80, debug

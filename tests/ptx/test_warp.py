@@ -11,6 +11,8 @@ from .errors import DeadlockError, PtxError
 from .schedule import Lockstep, Random
 from .snippet import UNTOUCHED, execute
 
+pytestmark = pytest.mark.exhaustive
+
 LANES = np.arange(64, dtype=np.uint32)
 SCHEDULES = [Lockstep(), Random(1, split=0.9), Random(2, mean=2, split=0.5)]
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=str)

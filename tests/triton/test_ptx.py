@@ -29,6 +29,8 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from triton.runtime.jit import JITFunction
 
+pytestmark = pytest.mark.exhaustive
+
 KERNELS = importlib.import_module("cacr_kernels.backends.triton.kernels")
 PRECISIONS = {
     "bf16": (torch.bfloat16, "none", "mma.sync.aligned.m16n8k16.row.col.f32.bf16"),

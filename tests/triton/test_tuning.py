@@ -464,7 +464,7 @@ def test_processes_that_write_at_once(timer: Timer, tmp_path: Path) -> None:
     for process in processes:
         process.stdin.write("\n")
         process.stdin.flush()
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate()[1] for process in processes]
     assert errors == ["", ""]
     assert len(kept(tmp_path)) == 36
     assert all(file["tile"]["block_n"] == 64 for file in kept(tmp_path))
@@ -500,6 +500,6 @@ def test_nonsense_is_reported_and_refused(capsys: pytest.CaptureFixture[str], mo
     code = "import torch, cacr_kernels as c; c.cacr_loss(torch.ones(2, 3, 4), backend='triton')"
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
-    refused = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert refused.returncode == 1
     assert "ValueError: the environment variable CACR_AUTOTUNE is 'maybe'" in refused.stderr

@@ -6,7 +6,7 @@
 // An arithmetic names its types, `Element` of the rows and `Acc` of sums and gradients, and its constants:
 //
 //   kGradientChunks  chunks of a gradient that one block holds in registers
-//   kChunkFragments         fragments of 8 features in a chunk
+//   kChunkFragments  fragments of 8 features in a chunk
 //   kScaled          whether coefficients have to be brought into the range of the element type
 //   kCompensated     whether sums over tiles are compensated (numbers.cuh)
 //

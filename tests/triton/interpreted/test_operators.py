@@ -15,6 +15,7 @@ from torch.autograd import grad
 
 from cacr_kernels.operators import cacr, contrast, detached_keys
 from cacr_kernels.operators.registry import operator
+from tests.covering import covering
 from tests.operators import test_detached_keys, test_ops
 from tests.operators.test_ops import PROBLEMS, Problem, assert_close, assert_like, cyclic, gradients, plain, randn
 
@@ -181,8 +182,7 @@ def wide(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["float64", "float16"])
-@pytest.mark.parametrize("problem", test_detached_keys.PROBLEMS.values(), ids=list(test_detached_keys.PROBLEMS))
+@covering({"problem": test_detached_keys.PROBLEMS, "dtype": {"float64": torch.float64, "float16": torch.float16}})
 def test_of_detached_keys(problem: test_detached_keys.Problem, dtype: torch.dtype) -> None:
     arguments = problem.arguments(dtype)
     value, lse, means, variance = FROZEN(*arguments, True, True)
