@@ -15,14 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cacr_kernels
 from cacr_kernels.backends import cuda as _cuda
-from cacr_kernels.backends import library as _extension
+from cacr_kernels.backends import library
 from cacr_kernels.backends.entry import Backend, Size
 from cacr_kernels.backends.precision import VARIABLE
 from tests.cuda_emulation.building import emulated_library
 
 backends: Any = importlib.import_module("cacr_kernels.backends.table")
 functional: Any = importlib.import_module("cacr_kernels.functional")
-ROOT = _extension._CUDA.path.parents[1]
+ROOT = library._CUDA.path.parents[1]
 CPU = torch.device("cpu")
 
 
@@ -37,8 +37,8 @@ def test_says_why_it_cannot_run():
 
 def with_library(monkeypatch, **cuda):
     """As under a CUDA build of torch with the library loaded."""
-    monkeypatch.setattr(_extension, "_CUDA", _extension.Extension(_extension._CUDA.path, None))
-    monkeypatch.setattr(_extension, "_CUDA_ERRORS", {})
+    monkeypatch.setattr(library, "_CUDA", library.Extension(library._CUDA.path, None))
+    monkeypatch.setattr(library, "_CUDA_ERRORS", {})
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     for name, value in ({"current_device": 0} | cuda).items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
@@ -53,7 +53,7 @@ def with_answers(monkeypatch, *answers):
         asked.append(device)
         return answers[device]
 
-    monkeypatch.setattr(_extension.Extension, "text", text)
+    monkeypatch.setattr(library.Extension, "text", text)
     return asked
 
 
