@@ -12,6 +12,7 @@ import datetime
 import hashlib
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -131,6 +132,7 @@ def print_summary(results: Results, console: Console) -> None:
 def main(given: Sequence[str] | None = None) -> int:
     """Runs; returns the exit status."""
     options, console = arguments(given), Console(highlight=False)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended, too
     try:
         results = run(chosen(options), options, console)
     except (ValueError, OSError) as error:
