@@ -24,6 +24,7 @@ from .types import (
     CACROptions,
     CACRParts,
     Cost,
+    Numbers,
     Pairing,
     Reduction,
     Terms,
@@ -139,13 +140,13 @@ def cacr_loss(
         (z,) = _prepare([z], normalize)
         tau_pos, tau_neg, alpha, beta, rbf_scale = _variables(z.device, tau_pos, tau_neg, alpha, beta, rbf_scale)
         if reduction == "mean" and "cacr" in on.operators and chosen.fuses(z.shape, pairing):
-            numbers = tau_pos, tau_neg, alpha, beta, rbf_scale
-            return _fused(on, z, numbers, (pairing, cost), return_parts)
-        options: Any = {"alpha": alpha, "beta": beta, "pairing": pairing, "cost": cost, "rbf_scale": rbf_scale}
+            return _fused(on, z, (tau_pos, tau_neg, alpha, beta, rbf_scale), (pairing, cost), return_parts)
+        numbers = Numbers(tau_pos, tau_neg, alpha, beta)
+        options: Any = {"pairing": pairing, "cost": cost, "rbf_scale": rbf_scale}
         if on.operators:
-            terms = losses.cacr(on, z.contiguous(), tau_pos, tau_neg, **options)
+            terms = losses.cacr(on, z.contiguous(), numbers, **options)
         else:
-            terms = reference.cacr(z, tau_pos, tau_neg, **options)
+            terms = reference.cacr(z, numbers, **options)
         return _reduce(terms, reduction, return_parts, z.dtype)
 
 
@@ -203,12 +204,12 @@ def cacr_queue_loss(
     _, on = _choose(backend, [q, k, n], normalize, math.inf)
     with checks.without_autocast(q.device):
         q, k, n = _prepare([q, k.detach(), n.detach()], normalize)
-        tau_pos, tau_neg, alpha, beta = _variables(q.device, tau_pos, tau_neg, alpha, beta)
-        options: Any = {"alpha": alpha, "beta": beta, "in_batch": in_batch, "weight_grad": weight_grad}
+        numbers = Numbers(*_variables(q.device, tau_pos, tau_neg, alpha, beta))
+        options: Any = {"in_batch": in_batch, "weight_grad": weight_grad}
         if on.operators:
-            terms = losses.queue(on, q.contiguous(), k.contiguous(), n.contiguous(), tau_pos, tau_neg, **options)
+            terms = losses.queue(on, q.contiguous(), k.contiguous(), n.contiguous(), numbers, **options)
         else:
-            terms = reference.queue(q, k, n, tau_pos, tau_neg, **options)
+            terms = reference.queue(q, k, n, numbers, **options)
         return _reduce(terms, reduction, return_parts, q.dtype)
 
 
@@ -323,12 +324,9 @@ def supervised_cacr_loss(
     _, on = _choose(backend, tensors, normalize, _similarities_of_embeddings(tensors))
     with checks.without_autocast(z.device):
         z, *ref = _prepare(tensors, normalize)
-        tau_pos, tau_neg, alpha, beta = _variables(z.device, tau_pos, tau_neg, alpha, beta)
-        arguments: Any = (z, y, ref[0] if ref else None, ref_labels, tau_pos, tau_neg)
-        if on.operators:
-            terms = losses.supervised(on, *arguments, alpha=alpha, beta=beta)
-        else:
-            terms = reference.supervised(*arguments, alpha=alpha, beta=beta)
+        numbers = Numbers(*_variables(z.device, tau_pos, tau_neg, alpha, beta))
+        arguments: Any = (z, y, ref[0] if ref else None, ref_labels, numbers)
+        terms = losses.supervised(on, *arguments) if on.operators else reference.supervised(*arguments)
         return _reduce(terms, reduction, return_parts, z.dtype)
 
 

@@ -18,7 +18,7 @@ from .operators.contrast import contrast
 from .operators.detached_keys import detached_keys
 from .operators.registry import Target
 from .reference import Statistics, mean_entropy, rows_of_pairs, statistics, view_pairs
-from .types import ALL, OTHER, SAME, SAME_NOT_SELF, ContrastSpec, Cost, Pairing, Temperature, Terms, WeightGrad
+from .types import ALL, OTHER, SAME, SAME_NOT_SELF, ContrastSpec, Cost, Numbers, Pairing, Temperature, Terms, WeightGrad
 
 
 def vector(numbers: Sequence[Temperature], device: torch.device) -> Tensor:
@@ -51,16 +51,14 @@ def attraction(cost: Tensor, logit: Tensor) -> Statistics:
 def cacr(
     on: Target,
     views: Tensor,
-    tau_pos: Temperature,
-    tau_neg: Temperature,
+    numbers: Numbers,
     *,
-    alpha: float,
-    beta: float,
     pairing: Pairing,
     cost: Cost,
     rbf_scale: float,
 ) -> Terms:
     """``reference.cacr``, with the repulsion from one call of ``contrast``."""
+    tau_pos, tau_neg, alpha, beta = numbers
     num_views, batch, dim = views.shape
     c = aligned_cost(views, views)
     attracted = attraction(c, tau_pos * c)
@@ -89,15 +87,13 @@ def queue(
     queries: Tensor,
     keys: Tensor,
     queue: Tensor,
-    tau_pos: Temperature,
-    tau_neg: Temperature,
+    numbers: Numbers,
     *,
-    alpha: float,
-    beta: float,
     in_batch: bool,
     weight_grad: WeightGrad,
 ) -> Terms:
     """``reference.queue``: the softmax over queue and batch is the merge of two."""
+    tau_pos, tau_neg, alpha, beta = numbers
     num_views, batch, _ = queries.shape
     c = aligned_cost(queries, keys.detach())
     attracted = attraction(c, (tau_pos * c).detach())
@@ -154,13 +150,10 @@ def supervised(
     labels: Tensor,
     ref_embeddings: Tensor | None,
     ref_labels: Tensor | None,
-    tau_pos: Temperature,
-    tau_neg: Temperature,
-    *,
-    alpha: float,
-    beta: float,
+    numbers: Numbers,
 ) -> Terms:
     """``reference.supervised``: both sets of a query from one pass over the similarities."""
+    tau_pos, tau_neg, alpha, beta = numbers
     keys_are_queries = ref_embeddings is None or ref_labels is None
     if keys_are_queries and labels.shape[0] == 1:  # in no set: not read
         embeddings = torch.zeros_like(embeddings) + 0.0 * torch.where(

@@ -55,7 +55,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .types import Cost, Pairing, Temperature, Terms, WeightGrad
+from .types import Cost, Numbers, Pairing, Temperature, Terms, WeightGrad
 
 
 class Statistics(NamedTuple):
@@ -110,11 +110,8 @@ def mean_entropy(stats: Statistics) -> Tensor:
 
 def cacr(
     views: Tensor,
-    tau_pos: Temperature,
-    tau_neg: Temperature,
+    numbers: Numbers,
     *,
-    alpha: float,
-    beta: float,
     pairing: Pairing,
     cost: Cost,
     rbf_scale: float,
@@ -128,6 +125,7 @@ def cacr(
     value of a pair stands on row x with the factor V / P, so that the mean of the rows is the mean of the pairs.
     ``"pooled"`` has one softmax per query over all views. Rows [V, B]; under rbf ``repulsion`` is 0-dimensional.
     """
+    tau_pos, tau_neg, alpha, beta = numbers
     attracted = attraction_statistics(views, tau_pos)
     c, members = negative_costs(views, pairing)
     repelled = statistics(-tau_neg * c, c, members)
@@ -192,11 +190,8 @@ def queue(
     queries: Tensor,
     keys: Tensor,
     queue: Tensor,
-    tau_pos: Temperature,
-    tau_neg: Temperature,
+    numbers: Numbers,
     *,
-    alpha: float,
-    beta: float,
     in_batch: bool,
     weight_grad: WeightGrad,
 ) -> Terms:
@@ -209,6 +204,7 @@ def queue(
     the softmax, so dF/dc = w for them and w (1 + tau (c - F)) for in-batch negatives, where F is that of the whole set,
     and dF/dtau is the sum over the in-batch negatives alone. "full" differentiates all of them, "none" none.
     """
+    tau_pos, tau_neg, alpha, beta = numbers
     keys, queue = keys.detach(), queue.detach()
     num_views, batch, _ = queries.shape
     device = queries.device
@@ -273,11 +269,7 @@ def supervised(
     labels: Tensor,
     ref_embeddings: Tensor | None,
     ref_labels: Tensor | None,
-    tau_pos: Temperature,
-    tau_neg: Temperature,
-    *,
-    alpha: float,
-    beta: float,
+    numbers: Numbers,
 ) -> Terms:
     """CACR with labels: positives share the label of the query, negatives have another; rows [N].
 
@@ -287,6 +279,7 @@ def supervised(
 
     The costs of positives are differences: this holds an [N, M, D] array.
     """
+    tau_pos, tau_neg, alpha, beta = numbers
     if ref_embeddings is None or ref_labels is None:
         same = labels[:, None] == labels
         other = ~same

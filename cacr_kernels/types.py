@@ -32,6 +32,15 @@ def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+class Numbers(NamedTuple):
+    """The four numbers of attraction and repulsion."""
+
+    tau_pos: Temperature
+    tau_neg: Temperature
+    alpha: Any = 1.0  # a number; while compiling a 0-dim tensor
+    beta: Any = 1.0
+
+
 class CACROptions(NamedTuple):
     """The arguments of the operator ``cacr`` that are no tensors; its numbers count only without the tensor of them."""
 
