@@ -147,7 +147,7 @@ def cacr_loss(
             terms = losses.cacr(on, z.contiguous(), numbers, **options)
         else:
             terms = reference.cacr(z, numbers, **options)
-        return _reduce(terms, reduction, return_parts, z.dtype)
+        return _reduce(_connected(terms, *numbers[:2]), reduction, return_parts, z.dtype)
 
 
 def cacr_queue_loss(
@@ -210,7 +210,7 @@ def cacr_queue_loss(
             terms = losses.queue(on, q.contiguous(), k.contiguous(), n.contiguous(), numbers, **options)
         else:
             terms = reference.queue(q, k, n, numbers, **options)
-        return _reduce(terms, reduction, return_parts, q.dtype)
+        return _reduce(_connected(terms, *numbers[:2]), reduction, return_parts, q.dtype)
 
 
 def cacr_momentum_loss(
@@ -266,7 +266,7 @@ def cacr_momentum_loss(
             terms = losses.momentum(on, q.contiguous(), k.contiguous(), temperature, **options)
         else:
             terms = reference.momentum(q, k, temperature, **options)
-        return _reduce(terms, reduction, return_parts, q.dtype)
+        return _reduce(_connected(terms, temperature), reduction, return_parts, q.dtype)
 
 
 def supervised_cacr_loss(
@@ -327,7 +327,7 @@ def supervised_cacr_loss(
         numbers = Numbers(*_variables(z.device, tau_pos, tau_neg, alpha, beta))
         arguments: Any = (z, y, ref[0] if ref else None, ref_labels, numbers)
         terms = losses.supervised(on, *arguments) if on.operators else reference.supervised(*arguments)
-        return _reduce(terms, reduction, return_parts, z.dtype)
+        return _reduce(_connected(terms, *numbers[:2]), reduction, return_parts, z.dtype)
 
 
 # ---- shared steps ----------------------------------------------------------------------------------------------------
@@ -423,6 +423,19 @@ def _fused(on: Target, views: Tensor, given: Sequence[Any], kind: tuple[Pairing,
     wanted = grad and views.requires_grad, grad and numbers is not None and numbers.requires_grad
     loss, parts = cacr(on, views, numbers, options, wanted)
     return CACRParts(loss, *parts.detach().unbind()) if return_parts else loss
+
+
+def _connected(terms: Terms, *temperatures: float | Tensor) -> Terms:
+    """The same terms, in whose graph every temperature is: one without effect gets zero, not ``None``.
+
+    Batches without negatives leave one out, and DDP stops at a parameter that is in no graph. An empty sum adds
+    nothing, whatever the temperature is.
+    """
+    attraction = terms.attraction
+    for tau in temperatures:
+        if isinstance(tau, Tensor) and tau.requires_grad:
+            attraction = attraction + tau.expand(0).sum().to(attraction)
+    return terms._replace(attraction=attraction)
 
 
 def _reduce(terms: Terms, reduction: Reduction, return_parts: bool, dtype: torch.dtype) -> Any:
