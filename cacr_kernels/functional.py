@@ -98,8 +98,8 @@ def cacr_loss(
     Args:
         views: tensor [V, B, D], or a sequence of V >= 2 tensors [B, D], on one device; float16, bfloat16, float32 or
             float64. ``views[v, b]`` is view v of instance b.
-        tau_pos, tau_neg: inverse temperatures >= 0 (per unit of squared distance); numbers, or 0-dim tensors, which
-            receive gradients. 0 gives uniform weights.
+        tau_pos, tau_neg: inverse temperatures >= 0 (per unit of squared distance); numbers, or 0-dim or
+            one-element tensors, which receive gradients. 0 gives uniform weights.
         alpha, beta: weights of the two terms.
         pairing: ``"unordered"`` (published): queries of view x, negatives of view y, x < y; ``"ordered"``: all x != y;
             ``"pooled"``: one softmax per query over the other instances of all views, its own included.
@@ -236,7 +236,7 @@ def cacr_momentum_loss(
     Args:
         queries: [V, B, D], V >= 1 (or a sequence of V tensors [B, D]); unit vectors, or set ``normalize``.
         keys: [M, D], M >= key_offset + B, of all ranks; detached; unit vectors, or set ``normalize``.
-        temperature: T > 0 (a divisor here, as published), a number or a 0-dim tensor.
+        temperature: T > 0 (a divisor here, as published), a number, or a 0-dim or one-element tensor.
         cost: ``"rbf"`` or ``"sqeuclidean"``.
         key_offset: index of the key that belongs to query 0 (rank times B).
         normalize, reduction, return_parts, backend: see :func:`cacr_loss`; ``reduction="none"`` gives [B].

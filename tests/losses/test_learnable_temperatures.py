@@ -1,4 +1,4 @@
-"""A learnable temperature that has no effect gets a gradient of zero, never ``None``: DDP stops at that."""
+"""Learnable temperatures: of no effect, a gradient of zero and never ``None`` (DDP stops at that); of one element."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import cacr_kernels
-from tests.agreement import BACKENDS, unit
+from tests.agreement import BACKENDS, LOSSES, each_loss, small_inputs, unit
 
 Call = Callable[..., Any]
 EVERY = ["reference", *BACKENDS]
+MODULES: dict[str, Call] = {
+    "cacr": cacr_kernels.CACRLoss,
+    "queue": cacr_kernels.CACRQueueLoss,
+    "momentum": cacr_kernels.CACRMomentumLoss,
+    "supervised": cacr_kernels.SupervisedCACRLoss,
+}
 LABELS = torch.tensor([0, 0, 1, 1, 1], dtype=torch.int64)
 
 
@@ -69,3 +75,21 @@ def test_not_read(backend: str) -> None:
     loss = queue(4, 0, in_batch=False)
     tau = torch.tensor(torch.nan, requires_grad=True)
     assert loss(tau_neg=tau, backend=backend).isfinite()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", EVERY)
+@each_loss
+def test_one_element(loss: str, backend: str, reduction: str) -> None:
+    """``Parameter(torch.ones(1))`` is as good as a 0-dim one; the gradient has its shape."""
+    names = ("temperature",) if loss == "momentum" else BOTH
+    found: list[list[Tensor]] = []
+    for shape in ((), (1,)):
+        taus = {name: nn.Parameter(torch.full(shape, 1.5)) for name in names}
+        value = LOSSES[loss](**small_inputs(loss), **taus, backend=backend, reduction=reduction)
+        module = MODULES[loss](**taus, backend=backend, reduction=reduction, normalize=False)
+        assert torch.equal(module(*small_inputs(loss).values()), value)
+        gradients = torch.autograd.grad(value.sum(), list(taus.values()))
+        assert all(g.shape == shape for g in gradients)
+        found.append([value.detach(), *(g.reshape(()) for g in gradients)])
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
