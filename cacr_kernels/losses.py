@@ -24,7 +24,7 @@ from .types import ALL, OTHER, SAME, SAME_NOT_SELF, ContrastSpec, Cost, Numbers,
 def vector(numbers: Sequence[Temperature], device: torch.device) -> Tensor:
     """One float64 tensor of all, differentiable w.r.t. those that are tensors."""
     if device.type == "cpu" and not any(isinstance(x, Tensor) for x in numbers):
-        return torch.tensor(numbers, dtype=torch.float64)
+        return torch.tensor(numbers, dtype=torch.float64, device=device)
     # not torch.tensor on another device: a copy from here waits for it
     parts = [x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=device) for x in numbers]
     return torch.stack([x.to(device=device, dtype=torch.float64, non_blocking=True) for x in parts])

@@ -149,7 +149,7 @@ def negative_costs(views: Tensor, pairing: Pairing) -> tuple[Tensor, Tensor]:
     num_views, batch, dim = views.shape
     if pairing == "pooled":
         z = views.reshape(1, num_views * batch, dim)
-        instance = torch.arange(batch, device=views.device).repeat(num_views)
+        instance = torch.arange(batch, dtype=torch.int64, device=views.device).repeat(num_views)
         return pairwise_cost(z, z), instance[:, None] != instance
     pairs = view_pairs(num_views, pairing)
     q = torch.stack([views[x] for x, _ in pairs])
@@ -167,7 +167,7 @@ def rows_of_pairs(value: Tensor, num_views: int, pairing: Pairing) -> Tensor:
     """Rows [V, B] with the mean of ``value`` [P, B]: the sum over the pairs of view x stands on row x, times V / P."""
     if pairing == "pooled":
         return value.reshape(num_views, -1)
-    x = torch.tensor([x for x, _ in view_pairs(num_views, pairing)], device=value.device)
+    x = torch.tensor([x for x, _ in view_pairs(num_views, pairing)], dtype=torch.int64, device=value.device)
     rows = value.new_zeros(num_views, value.shape[1]).index_add(0, x, value)
     return rows * (num_views / len(x))
 
@@ -215,9 +215,10 @@ def queue(
 
     k = torch.cat([queue.expand(num_views, *queue.shape), queries], dim=1)  # [V, K + B, D]
     c = pairwise_cost(queries, k)  # [V, B, K + B]
-    index = torch.arange(k.shape[1], device=device) - queue.shape[0]  # in the batch; negative in the queue
+    # of the keys in the batch; negative in the queue
+    index = torch.arange(-queue.shape[0], batch, dtype=torch.int64, device=device)
     in_queue = index < 0
-    not_self = index != torch.arange(batch, device=device)[:, None]
+    not_self = index != torch.arange(batch, dtype=torch.int64, device=device)[:, None]
     logit = -tau_neg * c
     if weight_grad == "none":
         logit = logit.detach()
@@ -243,7 +244,7 @@ def momentum(queries: Tensor, keys: Tensor, temperature: Temperature, *, cost: C
     """
     keys = keys.detach()
     batch = queries.shape[1]
-    instance = torch.arange(batch, device=queries.device)
+    instance = torch.arange(batch, dtype=torch.int64, device=queries.device)
     positive = keys[key_offset : key_offset + batch]
 
     c_pos = difference_cost(queries, positive)  # [V, B]
@@ -251,7 +252,9 @@ def momentum(queries: Tensor, keys: Tensor, temperature: Temperature, *, cost: C
     p = attracted.weights.mT  # [V, B]
 
     inner = queries @ keys.mT  # [V, B, M]
-    is_positive = torch.arange(keys.shape[0], device=queries.device) == key_offset + instance[:, None]
+    is_positive = (
+        torch.arange(keys.shape[0], dtype=torch.int64, device=queries.device) == key_offset + instance[:, None]
+    )
     if cost == "rbf":
         w = statistics(inner / temperature, inner, torch.ones_like(is_positive))
         lse = w.lse + 0.0 * w.value.detach()  # an inner product of -inf has no mass in lse: 0 * NaN shows it

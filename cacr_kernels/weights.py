@@ -89,11 +89,12 @@ def cacr_weights(
 
 def _chosen(queries: Tensor | Sequence[int] | None, rows: int, device: torch.device) -> Tensor:
     if queries is None:
-        return torch.arange(rows, device=device)
+        return torch.arange(rows, dtype=torch.int64, device=device)
     if isinstance(queries, Tensor):
         index = queries.to(device)
     elif isinstance(queries, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in queries):
-        index = torch.tensor([checks.integer(f"queries[{n}]", i, 0, rows - 1) for n, i in enumerate(queries)]).long()
+        numbers = [checks.integer(f"queries[{n}]", i, 0, rows - 1) for n, i in enumerate(queries)]
+        index = torch.tensor(numbers, dtype=torch.int64, device=device)
     else:
         raise TypeError(f"queries must be an integer tensor [Q] or a sequence of integers, got {queries!r}")
     if index.dtype not in checks.INTEGERS:
@@ -120,7 +121,7 @@ def _top(
         best = q.new_full((some.numel(), 0), -torch.inf)
         where = some.new_empty((some.numel(), 0))
         top, total = q.new_full((some.numel(), 1), -torch.inf), q.new_zeros((some.numel(), 1))
-        for keys in torch.arange(k.shape[0], device=q.device).split(keys_per_block):
+        for keys in torch.arange(k.shape[0], dtype=torch.int64, device=q.device).split(keys_per_block):
             logit = -tau_neg * block_cost(q[some], k[keys], False, None)
             logit = logit.clamp(min=torch.finfo(logit.dtype).min)  # an infinite cost is no reason to pass for no member
             logit = logit.masked_fill(some[:, None] % batch == keys % batch, -torch.inf)

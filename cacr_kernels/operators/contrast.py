@@ -73,8 +73,8 @@ def members(kind: int, spec: ContrastSpec, rows: slice, keys: slice) -> Tensor |
     if kind == OTHER:
         return ~same
     if kind == SAME_NOT_SELF:
-        i = torch.arange(rows.start, rows.stop, device=same.device)
-        j = torch.arange(keys.start, keys.stop, device=same.device)
+        i = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=same.device)
+        j = torch.arange(keys.start, keys.stop, dtype=torch.int64, device=same.device)
         same = same & (i[:, None] != j)
     return same
 
