@@ -8,7 +8,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize as l2_normalize
 
 from . import checks, losses, reference
 from .backends.entry import Backend, Size
@@ -409,7 +408,7 @@ def _prepare(tensors: list[Tensor], normalize: bool) -> list[Tensor]:
     tensors = [t.to(dtype) if tracing or t.dtype != dtype else t for t in tensors]
     if not tracing and not torch.is_inference_mode_enabled():
         tensors = [t.clone() if t.is_inference() else t for t in tensors]
-    return [l2_normalize(t, dim=-1) for t in tensors] if normalize else tensors
+    return [reference.unit_rows(t) for t in tensors] if normalize else tensors
 
 
 def _fused(on: Target, views: Tensor, given: Sequence[Any], kind: tuple[Pairing, Cost], return_parts: bool) -> Any:

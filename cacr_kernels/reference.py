@@ -54,8 +54,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from .types import Cost, Numbers, Pairing, Temperature, Terms, WeightGrad
+
+SHORTEST = 1e-12  # rows at least this long become unit vectors
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """``torch.nn.functional.normalize`` of the rows; those shorter than ``SHORTEST`` get no gradient.
+
+    Theirs would be the incoming one times 1e12: no information, and more than a half type can hold.
+    """
+    short = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True) < SHORTEST
+    return normalize(torch.where(short, x.detach(), x), dim=-1, eps=SHORTEST)
 
 
 class Statistics(NamedTuple):

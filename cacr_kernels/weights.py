@@ -7,14 +7,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize as l2_normalize
 
 from . import checks
 from .backends.table import check as check_backend
 from .backends.torch import BLOCK, block_cost
 from .losses import attraction
 from .operators.aligned import aligned_cost
-from .reference import view_pairs
+from .reference import unit_rows, view_pairs
 from .types import PAIRINGS, Pairing, arithmetic_dtype
 
 
@@ -74,7 +73,7 @@ def cacr_weights(
     chosen = _chosen(queries, num_views * batch if pooled else batch, z.device)
     with checks.without_autocast(z.device):
         z = z.to(arithmetic_dtype(z))
-        z = l2_normalize(z, dim=-1) if normalize else z
+        z = unit_rows(z) if normalize else z
         c = aligned_cost(z, z)
         positive = attraction(c, tau_pos * c).weights
         pairs = [] if pooled else view_pairs(num_views, pairing)
