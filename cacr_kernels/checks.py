@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .backends.table import check_option as check_backend
-from .types import Cost, Pairing, Reduction, WeightGrad
+from .types import Cost, Pairing, Reduction, WeightGrad, widest_dtype
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
@@ -112,7 +112,7 @@ def temperature(name: str, value: Any, device: torch.device, *, positive: bool =
             )
         if value.device != device and value.device.type != "cpu":
             raise ValueError(f"{name} must be on {device} or the CPU, got {value.device}")
-        return value.reshape(()).to(torch.float64)  # 0-dim: does not promote what it multiplies
+        return value.reshape(()).to(widest_dtype(device))  # 0-dim: does not promote what it multiplies
     if positive and not real(name, value) > 0:
         raise ValueError(f"{name} must be > 0, got {value!r}")
     number = non_negative(name, value)

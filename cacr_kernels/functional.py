@@ -30,6 +30,7 @@ from .types import (
     WeightGrad,
     arithmetic_dtype,
     view_pair_count,
+    widest_dtype,
 )
 
 
@@ -392,7 +393,7 @@ def _variables(device: torch.device, *values: float | Tensor) -> tuple[Any, ...]
     """
     if not torch.compiler.is_compiling():
         return values
-    one = torch.ones((), dtype=torch.float64, device=device)
+    one = torch.ones((), dtype=widest_dtype(device), device=device)
     return tuple(x if isinstance(x, Tensor) else x * one for x in values)
 
 

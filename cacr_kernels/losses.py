@@ -18,16 +18,30 @@ from .operators.contrast import contrast
 from .operators.detached_keys import detached_keys
 from .operators.registry import Target
 from .reference import Statistics, mean_entropy, rows_of_pairs, statistics, view_pairs
-from .types import ALL, OTHER, SAME, SAME_NOT_SELF, ContrastSpec, Cost, Numbers, Pairing, Temperature, Terms, WeightGrad
+from .types import (
+    ALL,
+    OTHER,
+    SAME,
+    SAME_NOT_SELF,
+    ContrastSpec,
+    Cost,
+    Numbers,
+    Pairing,
+    Temperature,
+    Terms,
+    WeightGrad,
+    widest_dtype,
+)
 
 
 def vector(numbers: Sequence[Temperature], device: torch.device) -> Tensor:
-    """One float64 tensor of all, differentiable w.r.t. those that are tensors."""
+    """One tensor of all in the widest dtype, differentiable w.r.t. those that are tensors."""
+    dtype = widest_dtype(device)
     if device.type == "cpu" and not any(isinstance(x, Tensor) for x in numbers):
-        return torch.tensor(numbers, dtype=torch.float64, device=device)
+        return torch.tensor(numbers, dtype=dtype, device=device)
     # not torch.tensor on another device: a copy from here waits for it
-    parts = [x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=device) for x in numbers]
-    return torch.stack([x.to(device=device, dtype=torch.float64, non_blocking=True) for x in parts])
+    parts = [x if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device) for x in numbers]
+    return torch.stack([x.to(device=device, dtype=dtype, non_blocking=True) for x in parts])
 
 
 def entropy_of(value: Tensor, lse: Tensor, tau: Temperature) -> Tensor:
