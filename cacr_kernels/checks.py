@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .backends.table import check_option as check_backend
-from .types import Cost, Pairing, Reduction, WeightGrad
+from .types import Cost, Pairing, Reduction, WeightGrad, widest_dtype
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
@@ -99,15 +99,20 @@ def same_dim(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def temperature(name: str, value: Any, device: torch.device, *, positive: bool = False) -> float | Tensor:
-    """A number >= 0 (> 0 if ``positive``), or a 0-dim tensor, whose value is not looked at: that would synchronise."""
+    """A number >= 0 (> 0 if ``positive``), or a tensor of one number, as a 0-dim one.
+
+    The value of a tensor is not looked at: that would synchronise.
+    """
     if isinstance(value, Tensor):
         if value.dtype not in FLOATS:
             raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
-        if value.dim() != 0:
-            raise ValueError(f"{name} must be a number or a 0-dim tensor, got shape {list(value.shape)}")
+        if value.numel() != 1:
+            raise ValueError(
+                f"{name} must be a number, or a 0-dim or one-element tensor, got shape {list(value.shape)}"
+            )
         if value.device != device and value.device.type != "cpu":
             raise ValueError(f"{name} must be on {device} or the CPU, got {value.device}")
-        return value.to(torch.float64)  # 0-dim: does not promote what it multiplies
+        return value.reshape(()).to(widest_dtype(device))  # 0-dim: does not promote what it multiplies
     if positive and not real(name, value) > 0:
         raise ValueError(f"{name} must be > 0, got {value!r}")
     number = non_negative(name, value)

@@ -8,7 +8,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize as l2_normalize
 
 from . import checks, losses, reference
 from .backends.entry import Backend, Size
@@ -24,12 +23,14 @@ from .types import (
     CACROptions,
     CACRParts,
     Cost,
+    Numbers,
     Pairing,
     Reduction,
     Terms,
     WeightGrad,
     arithmetic_dtype,
     view_pair_count,
+    widest_dtype,
 )
 
 
@@ -97,8 +98,8 @@ def cacr_loss(
     Args:
         views: tensor [V, B, D], or a sequence of V >= 2 tensors [B, D], on one device; float16, bfloat16, float32 or
             float64. ``views[v, b]`` is view v of instance b.
-        tau_pos, tau_neg: inverse temperatures >= 0 (per unit of squared distance); numbers, or 0-dim tensors, which
-            receive gradients. 0 gives uniform weights.
+        tau_pos, tau_neg: inverse temperatures >= 0 (per unit of squared distance); numbers, or 0-dim or
+            one-element tensors, which receive gradients. 0 gives uniform weights.
         alpha, beta: weights of the two terms.
         pairing: ``"unordered"`` (published): queries of view x, negatives of view y, x < y; ``"ordered"``: all x != y;
             ``"pooled"``: one softmax per query over the other instances of all views, its own included.
@@ -139,14 +140,14 @@ def cacr_loss(
         (z,) = _prepare([z], normalize)
         tau_pos, tau_neg, alpha, beta, rbf_scale = _variables(z.device, tau_pos, tau_neg, alpha, beta, rbf_scale)
         if reduction == "mean" and "cacr" in on.operators and chosen.fuses(z.shape, pairing):
-            numbers = tau_pos, tau_neg, alpha, beta, rbf_scale
-            return _fused(on, z, numbers, (pairing, cost), return_parts)
-        options: Any = {"alpha": alpha, "beta": beta, "pairing": pairing, "cost": cost, "rbf_scale": rbf_scale}
+            return _fused(on, z, (tau_pos, tau_neg, alpha, beta, rbf_scale), (pairing, cost), return_parts)
+        numbers = Numbers(tau_pos, tau_neg, alpha, beta)
+        options: Any = {"pairing": pairing, "cost": cost, "rbf_scale": rbf_scale}
         if on.operators:
-            terms = losses.cacr(on, z.contiguous(), tau_pos, tau_neg, **options)
+            terms = losses.cacr(on, z.contiguous(), numbers, **options)
         else:
-            terms = reference.cacr(z, tau_pos, tau_neg, **options)
-        return _reduce(terms, reduction, return_parts, z.dtype)
+            terms = reference.cacr(z, numbers, **options)
+        return _reduce(_connected(terms, *numbers[:2]), reduction, return_parts, z.dtype)
 
 
 def cacr_queue_loss(
@@ -203,13 +204,13 @@ def cacr_queue_loss(
     _, on = _choose(backend, [q, k, n], normalize, math.inf)
     with checks.without_autocast(q.device):
         q, k, n = _prepare([q, k.detach(), n.detach()], normalize)
-        tau_pos, tau_neg, alpha, beta = _variables(q.device, tau_pos, tau_neg, alpha, beta)
-        options: Any = {"alpha": alpha, "beta": beta, "in_batch": in_batch, "weight_grad": weight_grad}
+        numbers = Numbers(*_variables(q.device, tau_pos, tau_neg, alpha, beta))
+        options: Any = {"in_batch": in_batch, "weight_grad": weight_grad}
         if on.operators:
-            terms = losses.queue(on, q.contiguous(), k.contiguous(), n.contiguous(), tau_pos, tau_neg, **options)
+            terms = losses.queue(on, q.contiguous(), k.contiguous(), n.contiguous(), numbers, **options)
         else:
-            terms = reference.queue(q, k, n, tau_pos, tau_neg, **options)
-        return _reduce(terms, reduction, return_parts, q.dtype)
+            terms = reference.queue(q, k, n, numbers, **options)
+        return _reduce(_connected(terms, *numbers[:2]), reduction, return_parts, q.dtype)
 
 
 def cacr_momentum_loss(
@@ -235,7 +236,7 @@ def cacr_momentum_loss(
     Args:
         queries: [V, B, D], V >= 1 (or a sequence of V tensors [B, D]); unit vectors, or set ``normalize``.
         keys: [M, D], M >= key_offset + B, of all ranks; detached; unit vectors, or set ``normalize``.
-        temperature: T > 0 (a divisor here, as published), a number or a 0-dim tensor.
+        temperature: T > 0 (a divisor here, as published), a number, or a 0-dim or one-element tensor.
         cost: ``"rbf"`` or ``"sqeuclidean"``.
         key_offset: index of the key that belongs to query 0 (rank times B).
         normalize, reduction, return_parts, backend: see :func:`cacr_loss`; ``reduction="none"`` gives [B].
@@ -265,7 +266,7 @@ def cacr_momentum_loss(
             terms = losses.momentum(on, q.contiguous(), k.contiguous(), temperature, **options)
         else:
             terms = reference.momentum(q, k, temperature, **options)
-        return _reduce(terms, reduction, return_parts, q.dtype)
+        return _reduce(_connected(terms, temperature), reduction, return_parts, q.dtype)
 
 
 def supervised_cacr_loss(
@@ -323,13 +324,10 @@ def supervised_cacr_loss(
     _, on = _choose(backend, tensors, normalize, _similarities_of_embeddings(tensors))
     with checks.without_autocast(z.device):
         z, *ref = _prepare(tensors, normalize)
-        tau_pos, tau_neg, alpha, beta = _variables(z.device, tau_pos, tau_neg, alpha, beta)
-        arguments: Any = (z, y, ref[0] if ref else None, ref_labels, tau_pos, tau_neg)
-        if on.operators:
-            terms = losses.supervised(on, *arguments, alpha=alpha, beta=beta)
-        else:
-            terms = reference.supervised(*arguments, alpha=alpha, beta=beta)
-        return _reduce(terms, reduction, return_parts, z.dtype)
+        numbers = Numbers(*_variables(z.device, tau_pos, tau_neg, alpha, beta))
+        arguments: Any = (z, y, ref[0] if ref else None, ref_labels, numbers)
+        terms = losses.supervised(on, *arguments) if on.operators else reference.supervised(*arguments)
+        return _reduce(_connected(terms, *numbers[:2]), reduction, return_parts, z.dtype)
 
 
 # ---- shared steps ----------------------------------------------------------------------------------------------------
@@ -395,7 +393,7 @@ def _variables(device: torch.device, *values: float | Tensor) -> tuple[Any, ...]
     """
     if not torch.compiler.is_compiling():
         return values
-    one = torch.ones((), dtype=torch.float64, device=device)
+    one = torch.ones((), dtype=widest_dtype(device), device=device)
     return tuple(x if isinstance(x, Tensor) else x * one for x in values)
 
 
@@ -411,7 +409,7 @@ def _prepare(tensors: list[Tensor], normalize: bool) -> list[Tensor]:
     tensors = [t.to(dtype) if tracing or t.dtype != dtype else t for t in tensors]
     if not tracing and not torch.is_inference_mode_enabled():
         tensors = [t.clone() if t.is_inference() else t for t in tensors]
-    return [l2_normalize(t, dim=-1) for t in tensors] if normalize else tensors
+    return [reference.unit_rows(t) for t in tensors] if normalize else tensors
 
 
 def _fused(on: Target, views: Tensor, given: Sequence[Any], kind: tuple[Pairing, Cost], return_parts: bool) -> Any:
@@ -425,6 +423,19 @@ def _fused(on: Target, views: Tensor, given: Sequence[Any], kind: tuple[Pairing,
     wanted = grad and views.requires_grad, grad and numbers is not None and numbers.requires_grad
     loss, parts = cacr(on, views, numbers, options, wanted)
     return CACRParts(loss, *parts.detach().unbind()) if return_parts else loss
+
+
+def _connected(terms: Terms, *temperatures: float | Tensor) -> Terms:
+    """The same terms, in whose graph every temperature is: one without effect gets zero, not ``None``.
+
+    Batches without negatives leave one out, and DDP stops at a parameter that is in no graph. An empty sum adds
+    nothing, whatever the temperature is.
+    """
+    attraction = terms.attraction
+    for tau in temperatures:
+        if isinstance(tau, Tensor) and tau.requires_grad:
+            attraction = attraction + tau.expand(0).sum().to(attraction)
+    return terms._replace(attraction=attraction)
 
 
 def _reduce(terms: Terms, reduction: Reduction, return_parts: bool, dtype: torch.dtype) -> Any:

@@ -18,16 +18,30 @@ from .operators.contrast import contrast
 from .operators.detached_keys import detached_keys
 from .operators.registry import Target
 from .reference import Statistics, mean_entropy, rows_of_pairs, statistics, view_pairs
-from .types import ALL, OTHER, SAME, SAME_NOT_SELF, ContrastSpec, Cost, Pairing, Temperature, Terms, WeightGrad
+from .types import (
+    ALL,
+    OTHER,
+    SAME,
+    SAME_NOT_SELF,
+    ContrastSpec,
+    Cost,
+    Numbers,
+    Pairing,
+    Temperature,
+    Terms,
+    WeightGrad,
+    widest_dtype,
+)
 
 
 def vector(numbers: Sequence[Temperature], device: torch.device) -> Tensor:
-    """One float64 tensor of all, differentiable w.r.t. those that are tensors."""
+    """One tensor of all in the widest dtype, differentiable w.r.t. those that are tensors."""
+    dtype = widest_dtype(device)
     if device.type == "cpu" and not any(isinstance(x, Tensor) for x in numbers):
-        return torch.tensor(numbers, dtype=torch.float64)
+        return torch.tensor(numbers, dtype=dtype, device=device)
     # not torch.tensor on another device: a copy from here waits for it
-    parts = [x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=device) for x in numbers]
-    return torch.stack([x.to(device=device, dtype=torch.float64, non_blocking=True) for x in parts])
+    parts = [x if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device) for x in numbers]
+    return torch.stack([x.to(device=device, dtype=dtype, non_blocking=True) for x in parts])
 
 
 def entropy_of(value: Tensor, lse: Tensor, tau: Temperature) -> Tensor:
@@ -51,16 +65,14 @@ def attraction(cost: Tensor, logit: Tensor) -> Statistics:
 def cacr(
     on: Target,
     views: Tensor,
-    tau_pos: Temperature,
-    tau_neg: Temperature,
+    numbers: Numbers,
     *,
-    alpha: float,
-    beta: float,
     pairing: Pairing,
     cost: Cost,
     rbf_scale: float,
 ) -> Terms:
     """``reference.cacr``, with the repulsion from one call of ``contrast``."""
+    tau_pos, tau_neg, alpha, beta = numbers
     num_views, batch, dim = views.shape
     c = aligned_cost(views, views)
     attracted = attraction(c, tau_pos * c)
@@ -89,15 +101,13 @@ def queue(
     queries: Tensor,
     keys: Tensor,
     queue: Tensor,
-    tau_pos: Temperature,
-    tau_neg: Temperature,
+    numbers: Numbers,
     *,
-    alpha: float,
-    beta: float,
     in_batch: bool,
     weight_grad: WeightGrad,
 ) -> Terms:
     """``reference.queue``: the softmax over queue and batch is the merge of two."""
+    tau_pos, tau_neg, alpha, beta = numbers
     num_views, batch, _ = queries.shape
     c = aligned_cost(queries, keys.detach())
     attracted = attraction(c, (tau_pos * c).detach())
@@ -154,13 +164,10 @@ def supervised(
     labels: Tensor,
     ref_embeddings: Tensor | None,
     ref_labels: Tensor | None,
-    tau_pos: Temperature,
-    tau_neg: Temperature,
-    *,
-    alpha: float,
-    beta: float,
+    numbers: Numbers,
 ) -> Terms:
     """``reference.supervised``: both sets of a query from one pass over the similarities."""
+    tau_pos, tau_neg, alpha, beta = numbers
     keys_are_queries = ref_embeddings is None or ref_labels is None
     if keys_are_queries and labels.shape[0] == 1:  # in no set: not read
         embeddings = torch.zeros_like(embeddings) + 0.0 * torch.where(

@@ -1,7 +1,8 @@
 """The losses as modules: they hold the options and delegate to :mod:`cacr_kernels.functional`.
 
-``normalize`` is ``True`` here. A temperature may be a 0-dim ``torch.nn.Parameter``, which the module then owns. Options
-are checked when the module is made. Those that are Python numbers may follow a schedule, also under ``torch.compile``.
+``normalize`` is ``True`` here. A temperature may be a ``torch.nn.Parameter`` of one number, 0-dim or (for
+``fully_shard``) of shape [1], which the module then owns. Options are checked when the module is made. Those that are
+Python numbers may follow a schedule, also under ``torch.compile``.
 """
 
 from __future__ import annotations

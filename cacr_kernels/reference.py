@@ -54,8 +54,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from .types import Cost, Pairing, Temperature, Terms, WeightGrad
+from .types import Cost, Numbers, Pairing, Temperature, Terms, WeightGrad
+
+SHORTEST = 1e-12  # rows at least this long become unit vectors
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """``torch.nn.functional.normalize`` of the rows; those shorter than ``SHORTEST`` get no gradient.
+
+    Theirs would be the incoming one times 1e12: no information, and more than a half type can hold.
+    """
+    short = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True) < SHORTEST
+    return normalize(torch.where(short, x.detach(), x), dim=-1, eps=SHORTEST)
 
 
 class Statistics(NamedTuple):
@@ -110,11 +122,8 @@ def mean_entropy(stats: Statistics) -> Tensor:
 
 def cacr(
     views: Tensor,
-    tau_pos: Temperature,
-    tau_neg: Temperature,
+    numbers: Numbers,
     *,
-    alpha: float,
-    beta: float,
     pairing: Pairing,
     cost: Cost,
     rbf_scale: float,
@@ -128,6 +137,7 @@ def cacr(
     value of a pair stands on row x with the factor V / P, so that the mean of the rows is the mean of the pairs.
     ``"pooled"`` has one softmax per query over all views. Rows [V, B]; under rbf ``repulsion`` is 0-dimensional.
     """
+    tau_pos, tau_neg, alpha, beta = numbers
     attracted = attraction_statistics(views, tau_pos)
     c, members = negative_costs(views, pairing)
     repelled = statistics(-tau_neg * c, c, members)
@@ -151,7 +161,7 @@ def negative_costs(views: Tensor, pairing: Pairing) -> tuple[Tensor, Tensor]:
     num_views, batch, dim = views.shape
     if pairing == "pooled":
         z = views.reshape(1, num_views * batch, dim)
-        instance = torch.arange(batch, device=views.device).repeat(num_views)
+        instance = torch.arange(batch, dtype=torch.int64, device=views.device).repeat(num_views)
         return pairwise_cost(z, z), instance[:, None] != instance
     pairs = view_pairs(num_views, pairing)
     q = torch.stack([views[x] for x, _ in pairs])
@@ -169,7 +179,7 @@ def rows_of_pairs(value: Tensor, num_views: int, pairing: Pairing) -> Tensor:
     """Rows [V, B] with the mean of ``value`` [P, B]: the sum over the pairs of view x stands on row x, times V / P."""
     if pairing == "pooled":
         return value.reshape(num_views, -1)
-    x = torch.tensor([x for x, _ in view_pairs(num_views, pairing)], device=value.device)
+    x = torch.tensor([x for x, _ in view_pairs(num_views, pairing)], dtype=torch.int64, device=value.device)
     rows = value.new_zeros(num_views, value.shape[1]).index_add(0, x, value)
     return rows * (num_views / len(x))
 
@@ -192,11 +202,8 @@ def queue(
     queries: Tensor,
     keys: Tensor,
     queue: Tensor,
-    tau_pos: Temperature,
-    tau_neg: Temperature,
+    numbers: Numbers,
     *,
-    alpha: float,
-    beta: float,
     in_batch: bool,
     weight_grad: WeightGrad,
 ) -> Terms:
@@ -209,6 +216,7 @@ def queue(
     the softmax, so dF/dc = w for them and w (1 + tau (c - F)) for in-batch negatives, where F is that of the whole set,
     and dF/dtau is the sum over the in-batch negatives alone. "full" differentiates all of them, "none" none.
     """
+    tau_pos, tau_neg, alpha, beta = numbers
     keys, queue = keys.detach(), queue.detach()
     num_views, batch, _ = queries.shape
     device = queries.device
@@ -219,9 +227,10 @@ def queue(
 
     k = torch.cat([queue.expand(num_views, *queue.shape), queries], dim=1)  # [V, K + B, D]
     c = pairwise_cost(queries, k)  # [V, B, K + B]
-    index = torch.arange(k.shape[1], device=device) - queue.shape[0]  # in the batch; negative in the queue
+    # of the keys in the batch; negative in the queue
+    index = torch.arange(-queue.shape[0], batch, dtype=torch.int64, device=device)
     in_queue = index < 0
-    not_self = index != torch.arange(batch, device=device)[:, None]
+    not_self = index != torch.arange(batch, dtype=torch.int64, device=device)[:, None]
     logit = -tau_neg * c
     if weight_grad == "none":
         logit = logit.detach()
@@ -247,7 +256,7 @@ def momentum(queries: Tensor, keys: Tensor, temperature: Temperature, *, cost: C
     """
     keys = keys.detach()
     batch = queries.shape[1]
-    instance = torch.arange(batch, device=queries.device)
+    instance = torch.arange(batch, dtype=torch.int64, device=queries.device)
     positive = keys[key_offset : key_offset + batch]
 
     c_pos = difference_cost(queries, positive)  # [V, B]
@@ -255,7 +264,9 @@ def momentum(queries: Tensor, keys: Tensor, temperature: Temperature, *, cost: C
     p = attracted.weights.mT  # [V, B]
 
     inner = queries @ keys.mT  # [V, B, M]
-    is_positive = torch.arange(keys.shape[0], device=queries.device) == key_offset + instance[:, None]
+    is_positive = (
+        torch.arange(keys.shape[0], dtype=torch.int64, device=queries.device) == key_offset + instance[:, None]
+    )
     if cost == "rbf":
         w = statistics(inner / temperature, inner, torch.ones_like(is_positive))
         lse = w.lse + 0.0 * w.value.detach()  # an inner product of -inf has no mass in lse: 0 * NaN shows it
@@ -273,11 +284,7 @@ def supervised(
     labels: Tensor,
     ref_embeddings: Tensor | None,
     ref_labels: Tensor | None,
-    tau_pos: Temperature,
-    tau_neg: Temperature,
-    *,
-    alpha: float,
-    beta: float,
+    numbers: Numbers,
 ) -> Terms:
     """CACR with labels: positives share the label of the query, negatives have another; rows [N].
 
@@ -287,6 +294,7 @@ def supervised(
 
     The costs of positives are differences: this holds an [N, M, D] array.
     """
+    tau_pos, tau_neg, alpha, beta = numbers
     if ref_embeddings is None or ref_labels is None:
         same = labels[:, None] == labels
         other = ~same

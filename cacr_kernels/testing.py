@@ -58,7 +58,7 @@ from torch.nn.functional import normalize
 
 from . import functional, reference
 from .cases import NEAR, Case, cases, make_inputs
-from .types import Terms
+from .types import Numbers, Terms
 
 FACTOR = 2.0  # tolerance = FACTOR yardstick + EPSILONS eps
 EPSILONS = 8.0
@@ -71,13 +71,13 @@ TEMPERATURES = ("tau_pos", "tau_neg", "temperature")
 DEFINITIONS: Mapping[str, tuple[Callable[..., Terms], dict[str, Any]]] = {
     "cacr_loss": (
         reference.cacr,
-        {"alpha": 1.0, "beta": 1.0, "pairing": "unordered", "cost": "sqeuclidean", "rbf_scale": 2.0},
+        {"pairing": "unordered", "cost": "sqeuclidean", "rbf_scale": 2.0},
     ),
-    "cacr_queue_loss": (reference.queue, {"alpha": 1.0, "beta": 1.0, "in_batch": True, "weight_grad": "in_batch"}),
+    "cacr_queue_loss": (reference.queue, {"in_batch": True, "weight_grad": "in_batch"}),
     "cacr_momentum_loss": (reference.momentum, {"cost": "rbf", "key_offset": 0}),
     "supervised_cacr_loss": (
         reference.supervised,
-        {"alpha": 1.0, "beta": 1.0, "ref_embeddings": None, "ref_labels": None},
+        {"ref_embeddings": None, "ref_labels": None},
     ),
 }
 
@@ -156,6 +156,8 @@ def _terms(case: Case, inputs: dict[str, Tensor], dtype: torch.dtype) -> tuple[d
     if arguments.pop("normalize", False):
         floats = [n for n, t in tensors.items() if t.is_floating_point() and t.dim()]
         arguments |= {n: normalize(tensors[n], dim=-1) for n in floats}
+    if "tau_pos" in arguments:
+        arguments["numbers"] = Numbers(*(arguments.pop(n, 1.0) for n in Numbers._fields))
     return tensors, function(**arguments)
 
 

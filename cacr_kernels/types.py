@@ -27,9 +27,26 @@ def view_pair_count(num_views: int, pairing: Pairing) -> int:
     return {"unordered": num_views * (num_views - 1) // 2, "ordered": num_views * (num_views - 1), "pooled": 1}[pairing]
 
 
+WITHOUT_FLOAT64 = ["mps"]  # types of devices
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """In which temperatures and statistics of rows are kept on a device: float64, where it has that."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
 def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
     """The type of the arithmetic and of the gradients: float64 if any of the tensors is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+class Numbers(NamedTuple):
+    """The four numbers of attraction and repulsion."""
+
+    tau_pos: Temperature
+    tau_neg: Temperature
+    alpha: Any = 1.0  # a number; while compiling a 0-dim tensor
+    beta: Any = 1.0
 
 
 class CACROptions(NamedTuple):

@@ -7,14 +7,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize as l2_normalize
 
 from . import checks
 from .backends.table import check as check_backend
 from .backends.torch import BLOCK, block_cost
 from .losses import attraction
 from .operators.aligned import aligned_cost
-from .reference import view_pairs
+from .reference import unit_rows, view_pairs
 from .types import PAIRINGS, Pairing, arithmetic_dtype
 
 
@@ -74,7 +73,7 @@ def cacr_weights(
     chosen = _chosen(queries, num_views * batch if pooled else batch, z.device)
     with checks.without_autocast(z.device):
         z = z.to(arithmetic_dtype(z))
-        z = l2_normalize(z, dim=-1) if normalize else z
+        z = unit_rows(z) if normalize else z
         c = aligned_cost(z, z)
         positive = attraction(c, tau_pos * c).weights
         pairs = [] if pooled else view_pairs(num_views, pairing)
@@ -89,11 +88,12 @@ def cacr_weights(
 
 def _chosen(queries: Tensor | Sequence[int] | None, rows: int, device: torch.device) -> Tensor:
     if queries is None:
-        return torch.arange(rows, device=device)
+        return torch.arange(rows, dtype=torch.int64, device=device)
     if isinstance(queries, Tensor):
         index = queries.to(device)
     elif isinstance(queries, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in queries):
-        index = torch.tensor([checks.integer(f"queries[{n}]", i, 0, rows - 1) for n, i in enumerate(queries)]).long()
+        numbers = [checks.integer(f"queries[{n}]", i, 0, rows - 1) for n, i in enumerate(queries)]
+        index = torch.tensor(numbers, dtype=torch.int64, device=device)
     else:
         raise TypeError(f"queries must be an integer tensor [Q] or a sequence of integers, got {queries!r}")
     if index.dtype not in checks.INTEGERS:
@@ -120,7 +120,7 @@ def _top(
         best = q.new_full((some.numel(), 0), -torch.inf)
         where = some.new_empty((some.numel(), 0))
         top, total = q.new_full((some.numel(), 1), -torch.inf), q.new_zeros((some.numel(), 1))
-        for keys in torch.arange(k.shape[0], device=q.device).split(keys_per_block):
+        for keys in torch.arange(k.shape[0], dtype=torch.int64, device=q.device).split(keys_per_block):
             logit = -tau_neg * block_cost(q[some], k[keys], False, None)
             logit = logit.clamp(min=torch.finfo(logit.dtype).min)  # an infinite cost is no reason to pass for no member
             logit = logit.masked_fill(some[:, None] % batch == keys % batch, -torch.inf)

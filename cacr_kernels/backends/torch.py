@@ -1,7 +1,8 @@
 """Backend "torch": the ``contrast`` operator in plain PyTorch, in blocks of queries and keys, on any device.
 
 A block of costs has at most ``BLOCK`` elements, so that memory stays bounded for any N and M; statistics of key blocks
-merge (``reference.py``, Merge), and the backward recomputes the blocks.
+merge (``reference.py``, Merge), and the backward recomputes the blocks. Statistics of rows have the dtype of the
+temperatures: float64, or float32 on a device that has none (MPS).
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def contrast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             new_top = torch.maximum(top[at], logit.amax(-1))
             base = torch.where(new_top == -torch.inf, 0.0, new_top)
             e = logit.sub_(base[:, None]).exp_()
-            shrink = (top[at] - base).double().exp()
+            shrink = (top[at] - base).to(tau.dtype).exp()
             total[at] = total[at] * shrink + e.sum(-1)
             total_cost[at] = total_cost[at] * shrink + (e * cost).sum(-1)
             top[at] = new_top
@@ -114,7 +115,7 @@ def contrast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     value = torch.where(empty, 0.0, total_cost / total)
     value = value + 0.0 * tau[:, None, None]  # a temperature that is not finite leaves no trace in exp
     lse = total.log() + top
-    return value, torch.where(value.isnan(), value, lse), torch.stack([top.double(), total, value])
+    return value, torch.where(value.isnan(), value, lse), torch.stack([top.to(tau.dtype), total, value])
 
 
 def contrast_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..types import COSTS, PAIRINGS, CACROptions, arithmetic_dtype
+from ..types import COSTS, PAIRINGS, CACROptions, Numbers, arithmetic_dtype
 from . import _torch_private
 from .registry import SingleProblem, Target, declare, differentiate, opaque, own_precision, place, vjp
 
@@ -46,10 +46,7 @@ def loss_and_parts(views: Tensor, numbers: Tensor | None, options: CACROptions) 
         alpha, beta, rbf_scale = numbers[2:].detach().to(views.dtype)
     terms = reference.cacr(
         views,
-        tau_pos,
-        tau_neg,
-        alpha=alpha,
-        beta=beta,
+        Numbers(tau_pos, tau_neg, alpha, beta),
         pairing=PAIRINGS[options.pairing],
         cost=COSTS[options.rbf],
         rbf_scale=rbf_scale,

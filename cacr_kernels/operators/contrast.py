@@ -1,7 +1,7 @@
 """The operator ``contrast``: row statistics of one or two softmaxes over sets of keys, and their gradients.
 
-``q`` [Vq, N, D], ``k`` [Vk, M, D] or ``None``, ``tau`` [S] float64; what carries no gradient is a ``ContrastSpec``.
-Without ``k`` the queries are the keys, too, and their gradient is the sum of both.
+``q`` [Vq, N, D], ``k`` [Vk, M, D] or ``None``, ``tau`` [S] float64 (float32 where a device has none); what carries no
+gradient is a ``ContrastSpec``. Without ``k`` the queries are the keys, too, and their gradient is the sum of both.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def unpack(q: Tensor, k: Tensor | None, tau: Tensor, spec: ContrastSpec) -> tupl
 
 
 def fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes: value and lse [S, P, N], row_state [3, S, P, N], float64 whatever the inputs are.
+    """Shapes: value and lse [S, P, N], row_state [3, S, P, N], in the dtype of tau whatever the inputs are.
 
     ``row_state`` is what a backend's own backward needs to give every pair the weight it had in forward.
     """
@@ -73,8 +73,8 @@ def members(kind: int, spec: ContrastSpec, rows: slice, keys: slice) -> Tensor |
     if kind == OTHER:
         return ~same
     if kind == SAME_NOT_SELF:
-        i = torch.arange(rows.start, rows.stop, device=same.device)
-        j = torch.arange(keys.start, keys.stop, device=same.device)
+        i = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=same.device)
+        j = torch.arange(keys.start, keys.stop, dtype=torch.int64, device=same.device)
         same = same & (i[:, None] != j)
     return same
 

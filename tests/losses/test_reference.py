@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -15,15 +16,27 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import normalize
 
 from cacr_kernels import reference
-from cacr_kernels.types import Terms
+from cacr_kernels.types import Numbers, Terms
 from tests.vectors_io import Vector, load_vectors, vector_id
 
 TOLERANCE = 1e-10
 
-cacr = partial(reference.cacr, alpha=1.0, beta=1.0, pairing="unordered", cost="sqeuclidean", rbf_scale=2.0)
-queue = partial(reference.queue, alpha=1.0, beta=1.0, in_batch=True, weight_grad="in_batch")
 momentum = partial(reference.momentum, cost="rbf", key_offset=0)
-supervised = partial(reference.supervised, alpha=1.0, beta=1.0)
+
+
+def with_numbers(definition: Callable[..., Terms], **defaults: Any) -> Callable[..., Terms]:
+    """A definition whose temperatures come after the tensors, and alpha and beta by name."""
+
+    def terms(*arguments: Any, alpha: float = 1.0, beta: float = 1.0, **options: Any) -> Terms:
+        *tensors, tau_pos, tau_neg = arguments
+        return definition(*tensors, Numbers(tau_pos, tau_neg, alpha, beta), **defaults | options)
+
+    return terms
+
+
+cacr = with_numbers(reference.cacr, pairing="unordered", cost="sqeuclidean", rbf_scale=2.0)
+queue = with_numbers(reference.queue, in_batch=True, weight_grad="in_batch")
+supervised = with_numbers(reference.supervised)
 
 
 def randn(*shape: int, seed: int = 0, scale: float = 0.7) -> Tensor:

@@ -97,7 +97,7 @@ def of_temperatures() -> list[Refusal]:
         add(1e39, ValueError, "at most 1e+30", "1e+39")
         if name == "temperature":
             add(1e-39, ValueError, "at least 1e-30", "1e-39")
-        add(torch.ones(1), ValueError, "0-dim", "[1]")
+        add(torch.ones(0), ValueError, "0-dim", "[0]")
         add(torch.ones(2, 3), ValueError, "0-dim", "[2, 3]")
         for dtype in (torch.int64, torch.bool, torch.complex64, torch.uint8):
             add(torch.ones((), dtype=dtype), TypeError, "floating", str(dtype))

@@ -112,7 +112,6 @@ def test_private_names_of_torch_are_in_one_room(module: str) -> None:
 
 # ---- signatures ------------------------------------------------------------------------------------------------------
 MOST = 8
-LOSSES_OF = ("functional", "reference", "losses")  # public, by the definition, composed: what the public ones take
 
 
 def decorated_with(node: ast.FunctionDef, *names: str) -> bool:
@@ -121,13 +120,8 @@ def decorated_with(node: ast.FunctionDef, *names: str) -> bool:
 
 
 def may_be_long(module: str, owner: ast.AST, node: ast.FunctionDef) -> bool:
-    """Public losses and their definitions, constructors of modules, what PyTorch's schemas force, Triton kernels."""
-    public = isinstance(owner, ast.Module) and not node.name.startswith("_")
-    if (
-        room(module) in LOSSES_OF
-        and public
-        and ast.unparse(node.returns or ast.Constant(None)) in ("Any", "Tensor", "Terms")
-    ):
+    """Public losses, constructors of modules, what PyTorch's schemas force, Triton kernels."""
+    if room(module) == "functional" and node.name in cacr_kernels.__all__:
         return True
     if isinstance(owner, ast.ClassDef) and node.name == "__init__":
         return True

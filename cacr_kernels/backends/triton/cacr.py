@@ -85,7 +85,7 @@ def cacr(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def on_device(numbers: Numbers, device: torch.device) -> Tensor:
     """The numbers as a float64 tensor."""
     if device.type == "cpu":
-        return torch.tensor(numbers, dtype=torch.float64)
+        return torch.tensor(numbers, dtype=torch.float64, device=device)
     out = torch.empty(len(numbers), dtype=torch.float64, device=device)
     start(numbers_kernel, (1,), out, *(half for number in numbers for half in halves(number)))
     return out

@@ -209,7 +209,7 @@ FAULTS = (
     Fault(
         "operators-rows-of-a-block",
         OPERATORS + "contrast.py",
-        text="i = torch.arange(rows.start, rows.stop, device=same.device)",
+        text="i = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=same.device)",
         replacement="i = torch.arange(rows.stop - rows.start, device=same.device)",
         why="backend torch: queries of a later block are their own positives",
         tests=(CONTRAST, "tests/operators/", "tests/losses"),

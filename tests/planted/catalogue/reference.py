@@ -59,7 +59,7 @@ FAULTS = (
     Fault(
         "reference-queue-offset",
         FILE,
-        text="not_self = index != torch.arange(batch, device=device)[:, None]",
+        text="not_self = index != torch.arange(batch, dtype=torch.int64, device=device)[:, None]",
         replacement="not_self = index != torch.arange(batch, device=device)[:, None] - queue.shape[0]",
         why="a query is its own negative, and one of the queue is not",
         tests=TESTS,

@@ -19,7 +19,7 @@ FAULTS = (
     Fault(
         "weights-places-in-a-later-block",
         FILE,
-        text="for keys in torch.arange(k.shape[0], device=q.device).split(keys_per_block):",
+        text="for keys in torch.arange(k.shape[0], dtype=torch.int64, device=q.device).split(keys_per_block):",
         replacement="for keys in (torch.arange(len(b), device=q.device) for b in k.split(keys_per_block)):",
         why="indices of a later block of keys count from its beginning, and so do its keys",
         tests=TESTS,
