@@ -73,9 +73,16 @@ def views(name: str, value: Any, at_least: int) -> Tensor:
     return nonempty(name, x, "[V, B, D]")
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _autocast_available(device_type: str) -> bool:
+    """Whether there is an autocast to leave; Dynamo of torch 2.11 cannot ask."""
+    available: bool = torch.amp.is_autocast_available(device_type)
+    return available
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The losses choose their own precision, also inside ``torch.autocast``."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if _autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

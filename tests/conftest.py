@@ -14,7 +14,7 @@ import torch
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["triton/interpreted"]
 
 # What a test machine may lack. Any other skip is a failure under CI=true: what can run there has to.
-ALLOWED_SKIPS = ("needs a CUDA device", "needs an AVX-512 processor")
+ALLOWED_SKIPS = ("needs a CUDA device", "needs a CUDA build of torch", "needs an AVX-512 processor")
 
 
 EXHAUSTIVE = "evidence that no machine of a user changes; runs with CACR_TEST_ALL=1 (make test-all), or by its node id"

@@ -32,8 +32,14 @@ UP_TO = 1 << 35
 
 
 def float_products() -> int:
-    """The number of the products of float32 in ``csrc/cuda/binding.cpp``."""
+    """The number of the products of float32 in ``csrc/cuda/binding.cpp``; the operators ask when they run."""
     return {"ieee": IEEE, "tf32": TF32, "tf32x3": TF32X3}[fp32_products()]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def reckoned_products() -> int:
+    """The same for the choice of ``"auto"``: in compiled code those there were when it was traced."""
+    return float_products()
 
 
 def fuses(shape: tuple[int, ...], pairing: Pairing) -> bool:
@@ -66,7 +72,7 @@ def work(size: Size) -> float:
     """
     if size.dtype == torch.float64:
         return math.inf
-    owned, pieces, cost = ARITHMETIC[float_products() if size.dtype == torch.float32 else size.dtype]
+    owned, pieces, cost = ARITHMETIC[reckoned_products() if size.dtype == torch.float32 else size.dtype]
     groups = -(-size.features // owned)
     return size.similarities * size.features * cost * (1 + 2 * (groups + pieces))
 

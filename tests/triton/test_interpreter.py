@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,6 +142,26 @@ def test_a_compiler_sees_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch,
     assert not any("cacr_kernels" in target for target in targets), targets
     assert tuning._chosen
     assert not any(tmp_path.iterdir())
+
+
+def test_view_tables_belong_to_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream reads none that another made: nothing would make it wait until that is written."""
+    from cacr_kernels.backends.triton import pairs
+
+    current = SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
+    monkeypatch.setattr(pairs, "_made_there", lambda index, device: torch.tensor(index))
+    monkeypatch.setattr(pairs, "_kept", functools.lru_cache(pairs._kept.__wrapped__))
+
+    def table_of(stream: int) -> Tensor:
+        current.cuda_stream = stream
+        return pairs.view_table((0, 1), torch.device("cuda", 0))
+
+    first = table_of(0)
+    assert table_of(0) is first
+    assert table_of(7) is not first
+    assert table_of(0) is first
 
 
 def test_tiles_fit_the_features() -> None:

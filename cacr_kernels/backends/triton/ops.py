@@ -26,9 +26,15 @@ _LAUNCHERS = {  # by operator: the module, which imports Triton, and the functio
 }
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def installed() -> bool:
+    """Whether there is a Triton to import, which a compiler that traces a loss cannot ask."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def why_not(device: torch.device | None) -> str | None:
     """Why the Triton kernels cannot run on that device, if they cannot."""
-    if importlib.util.find_spec("triton") is None:
+    if not installed():
         return "Triton is not installed (pip install triton; it comes with torch for CUDA)"
     if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"):  # as Triton does
         return any_device(device)

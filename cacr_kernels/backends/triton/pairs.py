@@ -161,18 +161,22 @@ class SetPairs:
 def view_table(index: tuple[int, ...], device: torch.device) -> Tensor:
     """Views by pair [P] int32, made on the device: a copy from the host would wait for it.
 
-    Kept for the next call, unless it belongs to a graph that is being traced or captured.
+    Kept for the next call on the same stream, unless it belongs to a graph that is being traced or captured. Another
+    stream makes its own: it could read this one before it is written.
     """
     if recording(device):
         return _made_there(index, device)
-    return _kept(index, device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _kept(index, device, stream)
 
 
 def _made_there(index: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.stack([torch.full((), view, dtype=torch.int32, device=device) for view in index])
 
 
-_kept = functools.lru_cache(maxsize=1024)(_made_there)
+@functools.lru_cache(maxsize=1024)
+def _kept(index: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    return _made_there(index, device)
 
 
 def precision_of(x: Tensor, processor: Processor) -> Precision:
