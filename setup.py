@@ -40,16 +40,19 @@ from setuptools.errors import ExecError
 
 BUILD = Path("build", f"native-{sysconfig.get_platform()}")  # not build_temp, which editable installs throw away
 
-# IEEE semantics, said again behind the user's flags: with -ffast-math or -Ofast in CXXFLAGS results would be wrong. At
-# the link they would set flush-to-zero for every process that loads the library; -Ofast there gives way to an -O only.
-IEEE = [
-    *("-fno-fast-math", "-fno-unsafe-math-optimizations", "-fno-finite-math-only", "-fno-associative-math"),
-    *("-fno-reciprocal-math", "-fsigned-zeros", "-fno-trapping-math", "-fno-math-errno", "-ffp-contract=fast"),
-]
-FLAGS = [
+GENERAL = [
     *("-O3", "-std=c++20", "-DNDEBUG", "-fPIC", "-pthread", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
-    *(*IEEE, "-Wall", "-Wextra", "-Werror=return-type"),
+    *("-Wall", "-Wextra", "-Werror=return-type"),
 ]
+# Behind the user's flags: with -ffast-math or -Ofast in CXXFLAGS results would be wrong. The order suits clang, which
+# warns of a flag that takes back an earlier one.
+IEEE = [
+    *("-fno-fast-math", "-fno-finite-math-only", "-fno-associative-math", "-fno-reciprocal-math", "-fsigned-zeros"),
+    *("-fno-trapping-math", "-fno-math-errno", "-ffp-contract=fast"),
+]
+FLAGS = [*GENERAL, *IEEE]
+# At the link they would set flush-to-zero in every process that loads the library; -Ofast there gives way to -O only.
+IEEE_LINK = ["-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations"]
 INEXACT_NVCC = r"use_fast_math|ftz.?t|prec-(div|sqrt).?f|fast-math|unsafe-math|finite-math-only|Ofast(?!-compile)"
 
 # Instruction sets of the CPU kernels, each a superset of the one before: name -> flags. The objects are linked in this
@@ -252,8 +255,8 @@ class NativeBuild(build_ext):
         compiler = find_compiler()
         assert compiler is not None
         torch = torch_root()  # loaded before the library is: no rpath
-        common = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), *IEEE]
-        link = [f"-L{torch / 'lib'}", *ext.link_flags, *shlex.split(os.environ.get("LDFLAGS", "")), "-O3", *IEEE]
+        common = [*GENERAL, *shlex.split(os.environ.get("CXXFLAGS", "")), *IEEE]
+        link = [f"-L{torch / 'lib'}", *ext.link_flags, *shlex.split(os.environ.get("LDFLAGS", "")), *IEEE_LINK]
         shared = ["-dynamiclib"] if sys.platform == "darwin" else ["-shared", "-pthread", "-Wl,--no-undefined"]
         lines = [
             f"builddir = {ninja_path(directory)}",
