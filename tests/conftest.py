@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
-
-# How long an example takes says how busy the machine is.
-settings.register_profile(
-    "tests", settings(), deadline=None, suppress_health_check=[*settings().suppress_health_check, HealthCheck.too_slow]
-)
-settings.load_profile("tests")
 
 # Kernels run in Triton's interpreter or are compiled, by an environment variable that is read when Triton is imported:
 # the tests in there are for processes of their own (tests/triton/test_interpreter.py).
@@ -37,6 +31,19 @@ def _the_same_in_any_order() -> None:
     torch.default_generator.manual_seed(0)
     if torch.get_num_threads() != 1:
         torch.set_num_threads(1)
+
+
+def pytest_pycollect_makemodule(module_path: Path) -> None:
+    """How long an example of Hypothesis takes says how busy the machine is.
+
+    Only where it is used: importing it takes a second.
+    """
+    if "from hypothesis" in module_path.read_text(encoding="utf-8"):
+        from hypothesis import HealthCheck, settings
+
+        ignored = {*settings().suppress_health_check, HealthCheck.too_slow}
+        settings.register_profile("tests", settings(), deadline=None, suppress_health_check=list(ignored))
+        settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

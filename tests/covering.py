@@ -6,6 +6,7 @@ Not where there is a GPU: what it computes no other machine has shown.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,15 +23,17 @@ def _parts(combination: Sequence[int], strength: int) -> set[Chosen]:
 def covering_set(sizes: Sequence[int], strength: int) -> list[tuple[int, ...]]:
     """Few combinations of ``range(size)`` of all ``sizes`` that hold what all combinations hold of ``strength`` axes.
 
-    Each is the first of those that add most.
+    Each is one of those that add most, and of them the first whose values have been used least.
     """
     every = list(itertools.product(*map(range, sizes)))
     parts = {combination: _parts(combination, strength) for combination in every}
     missing: set[Chosen] = set().union(*parts.values())
+    used: Counter[tuple[int, int]] = Counter()
     chosen = []
     while missing:
-        best = max(every, key=lambda combination: len(parts[combination] & missing))
+        best = max(every, key=lambda c: (len(parts[c] & missing), -sum(used[value] for value in enumerate(c))))
         missing -= parts[best]
+        used.update(enumerate(best))
         chosen.append(best)
     return chosen
 

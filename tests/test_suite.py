@@ -85,11 +85,11 @@ def test_a_covering_set_holds_every_part(strength: int, most: int) -> None:
 
 def test_the_other_combinations_are_exhaustive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    mark = covering({"letter": ["a", "b", "c"], "number": {"one": 1, "two": 2}})
+    mark = covering({"letter": list("abcd"), "number": {"one": 1, "two": 2}})
     names, parameters = mark.args
     assert names == ("letter", "number")
-    assert [p.id for p in parameters] == ["a-one", "a-two", "b-one", "b-two", "c-one", "c-two"]
-    assert [p.id for p in parameters if not p.marks] == ["a-one", "b-two", "c-one"]
+    assert [p.id for p in parameters] == [f"{letter}-{number}" for letter in "abcd" for number in ("one", "two")]
+    assert [p.id for p in parameters if not p.marks] == ["a-one", "b-two", "c-one", "d-two"]
 
 
 TESTS = """

@@ -15,14 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cacr_kernels
 from cacr_kernels.backends import cuda as _cuda
-from cacr_kernels.backends import library as _extension
+from cacr_kernels.backends import library
 from cacr_kernels.backends.entry import Backend, Size
 from cacr_kernels.backends.precision import VARIABLE
 from tests.cuda_emulation.building import emulated_library
 
 backends: Any = importlib.import_module("cacr_kernels.backends.table")
 functional: Any = importlib.import_module("cacr_kernels.functional")
-ROOT = _extension._CUDA.path.parents[1]
+ROOT = library._CUDA.path.parents[1]
 CPU = torch.device("cpu")
 
 
@@ -37,8 +37,8 @@ def test_says_why_it_cannot_run():
 
 def with_library(monkeypatch, **cuda):
     """As under a CUDA build of torch with the library loaded."""
-    monkeypatch.setattr(_extension, "_CUDA", _extension.Extension(_extension._CUDA.path, None))
-    monkeypatch.setattr(_extension, "_CUDA_ERRORS", {})
+    monkeypatch.setattr(library, "_CUDA", library.Extension(library._CUDA.path, None))
+    monkeypatch.setattr(library, "_CUDA_ERRORS", {})
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     for name, value in ({"current_device": 0} | cuda).items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
@@ -53,7 +53,7 @@ def with_answers(monkeypatch, *answers):
         asked.append(device)
         return answers[device]
 
-    monkeypatch.setattr(_extension.Extension, "text", text)
+    monkeypatch.setattr(library.Extension, "text", text)
     return asked
 
 
@@ -103,7 +103,7 @@ def test_probe_is_a_constant_of_compiled_code(monkeypatch):
 def test_auto_goes_by_size(monkeypatch):
     able = tuple(b._replace(why_not=lambda device: None) for b in backends.TABLE if b.name != "cpu")
     gpu = torch.device("cuda")
-    size = Size(_cuda.UP_TO // 11, 1, torch.bfloat16)
+    size = Size(_cuda.UP_TO // 9, 1, torch.bfloat16)  # a similarity of one feature takes 9
     larger = size._replace(similarities=size.similarities + 1)
     assert _cuda.work(size) <= _cuda.UP_TO < _cuda.work(larger)
     monkeypatch.setattr(backends, "TABLE", able)
@@ -165,7 +165,7 @@ def test_size_of_the_readme(monkeypatch, dtype, products):
         work_of(monkeypatch, cacr_kernels.cacr_loss, (2, batch, 128), dtype=getattr(torch, dtype))
         for batch in (B, B + 1)
     )
-    assert largest <= backends.CUDA_UP_TO < beyond
+    assert largest <= _cuda.UP_TO < beyond
 
 
 def test_work_is_that_of_the_kernels():

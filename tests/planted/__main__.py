@@ -12,6 +12,7 @@ import datetime
 import hashlib
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -91,7 +92,9 @@ def run(found: list[Fault], options: argparse.Namespace, console: Console) -> Re
         if earlier := outcome is not None:
             text = "kept"
         else:
-            scratch = scratch or Scratch(FOLDER / "scratch", options.limit)
+            if scratch is None:
+                console.print("[dim]copying and compiling the tree")
+                scratch = Scratch(FOLDER / "scratch", options.limit)
             outcome = scratch.plant(fault)
             text = f"{outcome.seconds:.0f} s"
         assert outcome is not None
@@ -129,6 +132,7 @@ def print_summary(results: Results, console: Console) -> None:
 def main(given: Sequence[str] | None = None) -> int:
     """Runs; returns the exit status."""
     options, console = arguments(given), Console(highlight=False)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended, too
     try:
         results = run(chosen(options), options, console)
     except (ValueError, OSError) as error:

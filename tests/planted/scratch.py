@@ -20,6 +20,7 @@ NATIVE = ("csrc/cpu/", "csrc/common/", "setup.py")  # after a change of these th
 COMPILED = ("build/native-*", "cacr_kernels/*.so")  # what that makes
 NOTICED = re.compile(r"^(?:FAILED|ERROR) (tests/.+?)(?: - (.*))?$", re.MULTILINE)
 COMPILER = re.compile(r"^.*(?:\berror: |\[-Werror).*$", re.MULTILINE)
+BUILD_LIMIT = 1800.0  # seconds
 ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "1",  # it would be kept by the time of a source, which is set back
     "OMP_WAIT_POLICY": "passive",
@@ -60,8 +61,8 @@ class Scratch:
             raise ValueError(f"the sources do not compile: {output[-2000:]}")
         copy_compiled(self.tree, self.clean)
 
-    def run(self, *command: str, **environment: str) -> tuple[int | None, str]:
-        """Status and output of a Python command in the tree; ``None`` if its time was up."""
+    def run(self, *command: str, limit: float, **environment: str) -> tuple[int | None, str]:
+        """Status and output of a Python command in the tree; ``None`` if its time, ``limit`` seconds, was up."""
         env = os.environ | ENVIRONMENT | {"PYTHONPATH": str(self.tree)} | environment
         process = subprocess.Popen(
             [sys.executable, *command], cwd=self.tree, env=env, start_new_session=True, text=True,
@@ -70,25 +71,27 @@ class Scratch:
         status, output = None, ""
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                output, _ = process.communicate(timeout=self.limit)
+                output, _ = process.communicate(timeout=limit)
                 status = process.returncode
         finally:
-            if process.poll() is None:  # out of time, or interrupted
-                os.killpg(process.pid, signal.SIGKILL)  # with its children
-                process.communicate()
+            for end in (signal.SIGTERM, signal.SIGKILL):  # ninja ends its compilers only if it is asked politely
+                if process.poll() is None:  # out of time, or interrupted
+                    os.killpg(process.pid, end)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        output, _ = process.communicate(timeout=10)
         return status, output
 
     def compile(self) -> tuple[int | None, str]:
         """Makes the CPU library, as far as something has changed."""
-        return self.run("setup.py", "build_ext", "--inplace", CACR_BUILD_CUDA="0")
+        return self.run("setup.py", "build_ext", "--inplace", limit=BUILD_LIMIT, CACR_BUILD_CUDA="0")
 
     def test(self, *arguments: str) -> Outcome:
         """The verdict of a run of pytest up to the first failure."""
         command = "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments
         if not any("interpreted" in word for word in arguments):
-            return judge(*self.run(*command))
+            return judge(*self.run(*command, limit=self.limit))
         overflows = "-W", "ignore::RuntimeWarning:triton.runtime.interpreter"  # numpy says so
-        return judge(*self.run(*command, *overflows, TRITON_INTERPRET="1"))
+        return judge(*self.run(*command, *overflows, limit=self.limit, TRITON_INTERPRET="1"))
 
     def plant(self, fault: Fault) -> Outcome:
         """Applies a fault, runs its tests, takes it back; the test that noticed has to pass then."""

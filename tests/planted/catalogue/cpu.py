@@ -109,8 +109,8 @@ FAULTS = (
     Fault(
         "cpu-merge-of-threads",
         KERNELS + "symmetric.h",
-        text="load_panel(from.sum_d + i) * m1.scale + sum1 * m1.scale * m1.moved);",
-        replacement="load_panel(from.sum_d + i) * m1.scale);",
+        text="sum_d = sum_d + other + sum1 * m1.scale * m1.moved;",
+        replacement="sum_d = sum_d + other;",
         why="symmetric sweep of several threads: the mean forgets how far the maximum moved",
         tests=(SYMMETRIC,),
     ),

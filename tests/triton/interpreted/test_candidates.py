@@ -126,5 +126,5 @@ def test_sweeps_leave_their_arguments_alone(moments: bool, monkeypatch: pytest.M
     monkeypatch.setattr(tuning, "_fastest", twice)
     operators.check(NARROW, torch.float32)
     q, k, *rest = test_detached_keys.PROBLEMS["other"].arguments(torch.float32)
-    operators.FROZEN(q, k, *rest, True, moments)
+    operators.DETACHED_KEYS(q, k, *rest, True, moments)
     assert seen == SWEEPS

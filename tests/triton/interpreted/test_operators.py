@@ -20,7 +20,7 @@ from tests.operators import test_detached_keys, test_ops
 from tests.operators.test_ops import PROBLEMS, Problem, assert_close, assert_like, cyclic, gradients, plain, randn
 
 FORWARD, BACKWARD = operator("contrast_triton"), operator("contrast_backward_triton")
-FROZEN = operator("detached_keys_triton")
+DETACHED_KEYS = operator("detached_keys_triton")
 LARGE = ("panels and tiles", "long period", "no member in the first tiles", "negatives in the last tile only",
          "short period")  # fmt: skip
 SMALL = {name: problem for name, problem in PROBLEMS.items() if name not in LARGE}
@@ -171,8 +171,8 @@ def test_fakes(dtype: torch.dtype) -> None:
     value, lse, weights = real
     full = (*arguments, value, weights, value, lse, True, True, True)
     assert_like(contrast.backward_fake(*test_ops.as_fake(full)), BACKWARD(*full))
-    frozen = (*test_detached_keys.PROBLEMS["views"].arguments(dtype), True, True)
-    assert_like(detached_keys.fake(*test_ops.as_fake(frozen)), FROZEN(*frozen))
+    detached = (*test_detached_keys.PROBLEMS["views"].arguments(dtype), True, True)
+    assert_like(detached_keys.fake(*test_ops.as_fake(detached)), DETACHED_KEYS(*detached))
     views = (randn(3, 5, 4, dtype=dtype), None, 0.7, 1.3, 0.9, 1.1, 0, False, 2.0, True, False)
     assert_like(cacr.fake(*test_ops.as_fake(views)), operator("cacr_triton")(*views))
 
@@ -185,7 +185,7 @@ def wide(x: Any) -> Any:
 @covering({"problem": test_detached_keys.PROBLEMS, "dtype": {"float64": torch.float64, "float16": torch.float16}})
 def test_of_detached_keys(problem: test_detached_keys.Problem, dtype: torch.dtype) -> None:
     arguments = problem.arguments(dtype)
-    value, lse, means, variance = FROZEN(*arguments, True, True)
+    value, lse, means, variance = DETACHED_KEYS(*arguments, True, True)
     true = expected_detached_keys(problem, dtype)
     exact = torch.float32 if dtype == torch.float16 else dtype
     factor = max(1.0, abs(problem.tau)) / 10
@@ -217,10 +217,10 @@ def test_opcheck() -> None:
     incoming = [randn(*value.shape, seed=i).requires_grad_() for i in (5, 6)]
     quick = {"test_utils": ("test_schema", "test_autograd_registration", "test_faketensor")}
     torch.library.opcheck(BACKWARD, (*arguments, value, weights, *incoming, True, True, True), **quick)
-    frozen = list(test_detached_keys.PROBLEMS["other"].arguments(torch.float64))
+    detached = list(test_detached_keys.PROBLEMS["other"].arguments(torch.float64))
     for i in (0, 4):
-        frozen[i] = frozen[i].requires_grad_()
-    torch.library.opcheck(FROZEN, (*frozen, True, True), **quick)
+        detached[i] = detached[i].requires_grad_()
+    torch.library.opcheck(DETACHED_KEYS, (*detached, True, True), **quick)
     views = test_ops.cacr_arguments(test_ops.CACR_ARGUMENTS[0], torch.float64, requires_grad=True)
     torch.library.opcheck(operator("cacr_triton"), views, **quick)
     nothing = test_ops.with_numbers(test_ops.cacr_arguments((0, False, False, False), torch.float64, False))

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-# The key set of a softmax. The first four are the kinds of cacr_kernels::contrast (csrc/common/problem.h).
+# The key set of a softmax. The first four are the kinds of cacr_kernels::contrast (csrc/common/kinds.h).
 ALL = tl.constexpr(0)
 SAME = tl.constexpr(1)
 OTHER = tl.constexpr(2)
