@@ -5,7 +5,8 @@ set. setuptools knows one set of flags per extension, so ``NativeBuild`` writes 
 to the headers, and recompiled whenever a flag or the compiler changes. The libraries use PyTorch's stable ABI and no
 Python symbol, so one wheel serves every torch >= 2.10 and Python >= 3.10.
 
-The CUDA library is built where there is nvcc (``NVCC``, ``CUDA_HOME`` or ``PATH``) and a CUDA build of torch.
+The CUDA library is built where there is nvcc (``NVCC``, ``CUDA_HOME`` or ``PATH``) and a CUDA build of torch, but not
+in an isolated build, whose torch is not the user's.
 
 Environment: ``CACR_BUILD_CPU=0`` leaves out the CPU library, ``CACR_BUILD_CUDA=0`` that for CUDA; with 1 nvcc alone is
 enough. ``CACR_CUDA_ARCHS="80 90"`` compiles for these compute capabilities, and PTX of the newest, instead of for all.
@@ -28,17 +29,31 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # older ones do not know the license of pyproject.toml
+    sys.exit(f"setuptools >= 77 is needed, found {setuptools.__version__}: pip install 'setuptools>=77'")
+
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import ExecError
 
 BUILD = Path("build", f"native-{sysconfig.get_platform()}")  # not build_temp, which editable installs throw away
 
-# NDEBUG and IEEE semantics: -ffast-math and -Ofast are forbidden, they change the floating-point mode of the process.
-FLAGS = [
+GENERAL = [
     *("-O3", "-std=c++20", "-DNDEBUG", "-fPIC", "-pthread", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
-    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror=return-type"),
+    *("-Wall", "-Wextra", "-Werror=return-type"),
 ]
+# Behind the user's flags: with -ffast-math or -Ofast in CXXFLAGS results would be wrong. The order suits clang, which
+# warns of a flag that takes back an earlier one.
+IEEE = [
+    *("-fno-fast-math", "-fno-finite-math-only", "-fno-associative-math", "-fno-reciprocal-math", "-fsigned-zeros"),
+    *("-fno-trapping-math", "-fno-math-errno", "-ffp-contract=fast"),
+]
+FLAGS = [*GENERAL, *IEEE]
+# At the link they would set flush-to-zero in every process that loads the library; -Ofast there gives way to -O only.
+IEEE_LINK = ["-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations"]
+INEXACT_NVCC = r"use_fast_math|ftz.?t|prec-(div|sqrt).?f|fast-math|unsafe-math|finite-math-only|Ofast(?!-compile)"
 
 # Instruction sets of the CPU kernels, each a superset of the one before: name -> flags. The objects are linked in this
 # order, baseline first. The linker keeps the first copy of a function that several objects emit, so no copy compiled
@@ -137,6 +152,27 @@ def find_nvcc() -> Path | None:
     return next((path.resolve() for path in (*given, *homes, *found) if path.exists()), None)
 
 
+def check_nvcc_flags() -> None:
+    """Refuses inexact arithmetic that nvcc would take from the environment, behind all that a command line says."""
+    for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"):
+        if found := re.search(rf"\S*({INEXACT_NVCC})\S*", os.environ.get(name, "")):
+            raise ExecError(f"the CUDA kernels need exact arithmetic: take {found[0]} out of {name}; {WITHOUT_CUDA}")
+
+
+def torch_has_cuda(root: Path) -> bool:
+    """Whether the torch in ``root`` is a CUDA build, and the one that the kernels will run with."""
+    if not (root / "lib" / "libtorch_cuda.so").exists():
+        return False
+    # Named by pip, build and uv: environments that they make for one build, with the newest torch of the registry.
+    if isolated := re.search(r"[\\/]((pip-)?build-env-|builds-v\d)", str(root)):
+        warnings.warn(
+            "the CUDA kernels are left out, since an isolated build does not see the torch they will run with; "
+            "pip install --no-build-isolation, or CACR_BUILD_CUDA=1, compiles them",
+            stacklevel=2,
+        )
+    return not isolated
+
+
 def torch_root() -> Path:
     """Where torch's headers and libraries lie, found without the seconds that importing it takes."""
     spec = importlib.util.find_spec("torch")
@@ -169,7 +205,8 @@ def libraries() -> list[NativeLibrary]:
     nvcc = find_nvcc() if cuda != "0" else None
     if cuda == "1" and nvcc is None:
         raise ExecError("CACR_BUILD_CUDA=1 needs nvcc, found none; put it on PATH or set CUDA_HOME")
-    if nvcc is not None and (cuda == "1" or (torch_root() / "lib" / "libtorch_cuda.so").exists()):
+    if nvcc is not None and (cuda == "1" or torch_has_cuda(torch_root())):
+        check_nvcc_flags()
         try:
             found.append(cuda_library(nvcc))
         except (IndexError, OSError, subprocess.CalledProcessError) as error:
@@ -218,8 +255,8 @@ class NativeBuild(build_ext):
         compiler = find_compiler()
         assert compiler is not None
         torch = torch_root()  # loaded before the library is: no rpath
-        common = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        link = [f"-L{torch / 'lib'}", *ext.link_flags, *shlex.split(os.environ.get("LDFLAGS", ""))]
+        common = [*GENERAL, *shlex.split(os.environ.get("CXXFLAGS", "")), *IEEE]
+        link = [f"-L{torch / 'lib'}", *ext.link_flags, *shlex.split(os.environ.get("LDFLAGS", "")), *IEEE_LINK]
         shared = ["-dynamiclib"] if sys.platform == "darwin" else ["-shared", "-pthread", "-Wl,--no-undefined"]
         lines = [
             f"builddir = {ninja_path(directory)}",

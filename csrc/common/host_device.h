@@ -4,6 +4,11 @@
 // linked in the place of another one.
 #pragma once
 
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || \
+    defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || defined(__NO_SIGNED_ZEROS__)
+#error "cacr_kernels needs IEEE arithmetic: compile without -ffast-math, -Ofast and their parts"
+#endif
+
 #ifdef __CUDACC__
 #define CACR_HOST_DEVICE __host__ __device__ __forceinline__
 #else

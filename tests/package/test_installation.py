@@ -6,13 +6,17 @@ import doctest
 import importlib
 import json
 import os
+import re
 import runpy
+import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from packaging.requirements import Requirement
 
 import cacr_kernels
 
@@ -190,6 +194,108 @@ def test_broken_nvcc_says_how_to_do_without(tmp_path: Path) -> None:
     assert "nvcc does not work" in said
     assert "CACR_BUILD_CUDA=0 installs without the CUDA kernels" in said
     assert asked == ""
+
+
+def test_old_setuptools_is_refused_in_one_line() -> None:
+    with mock.patch("setuptools.__version__", "65.5.0"), pytest.raises(SystemExit) as refused:
+        runpy.run_path(str(ROOT / "setup.py"))
+    assert refused.value.code == "setuptools >= 77 is needed, found 65.5.0: pip install 'setuptools>=77'"
+
+
+def test_torch_of_containers_meets_the_requirement() -> None:
+    """A build like 2.10.0a0+… comes before 2.10; pip must not install another torch over it."""
+    required = re.findall(r'"(torch>=[^"]*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert len(required) == 2  # to build, and to run
+    for requirement in map(Requirement, required):
+        admitted = [
+            v for v in ("2.9.1", "2.10.0a0+b4e4ee81d3.nv25.12", "2.10.0", "2.14.1+cu130") if v in requirement.specifier
+        ]
+        assert admitted == ["2.10.0a0+b4e4ee81d3.nv25.12", "2.10.0", "2.14.1+cu130"]
+
+
+INEXACT = ["-ffast-math", "-Ofast", "-funsafe-math-optimizations", "-ffinite-math-only", "-fassociative-math"]
+
+
+@pytest.mark.parametrize("flag", INEXACT)
+def test_fast_math_of_the_user_is_undone(setup_py, monkeypatch, flag):
+    """Where kernels are compiled, and where a link would make every process that loads them flush to zero."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CXXFLAGS", flag)
+    monkeypatch.setenv("LDFLAGS", flag)
+    text = setup_py["NativeBuild"].ninja_file(setup_py["cpu_library"](), Path("build"), Path("build/library.so"))
+    commands = [shlex.split(line.split("=", 1)[1]) for line in text.splitlines() if "-fno-fast-math" in line]
+    assert len(commands) == text.count(": compile ") + 1
+    for command in commands:
+        linked = "-shared" in command
+        given = ["c++", *command[command.index(flag) :]]  # what stands behind the user's flag decides
+        if linked:
+            drawn = subprocess.run(
+                [*given, "-shared", "-###", "x.o"], capture_output=True, text=True, check=False
+            ).stderr
+            assert "x.o" in drawn
+            assert "crtfastmath" not in drawn
+        else:
+            given = [word for word in given if not word.startswith("-m")]
+            macros = subprocess.check_output([*given, "-dM", "-E", "-x", "c++", os.devnull], text=True)
+            assert not set(INEXACT_MACROS) & set(macros.split())
+            assert "__FINITE_MATH_ONLY__ 0" in macros
+
+
+INEXACT_MACROS = ("__FAST_MATH__", "__ASSOCIATIVE_MATH__", "__RECIPROCAL_MATH__", "__NO_SIGNED_ZEROS__")
+
+
+@pytest.mark.parametrize(
+    ("source", "flag"),
+    [
+        ("csrc/cpu/kernels/kernels.cpp", "-ffast-math"),
+        ("csrc/cpu/planner/isa.cpp", "-Ofast"),
+        ("csrc/cuda/call.h", "-ffinite-math-only"),
+    ],
+)
+def test_inexact_arithmetic_does_not_compile(source: str, flag: str) -> None:
+    defined = ["-DCACR_ISA=portable", "-DCACR_VECTOR_BYTES=16", "-Wfatal-errors"]
+    command = ["c++", "-std=c++20", *defined, flag, "-E", "-x", "c++", str(ROOT / source), "-o", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "cacr_kernels needs IEEE arithmetic" in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--use_fast_math", "-ftz=true", "--prec-div=false", "-Xcompiler=-ffast-math"])
+@pytest.mark.parametrize("name", ["NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS"])
+def test_inexact_arithmetic_of_nvcc_is_refused(tmp_path, name, flag):
+    said, asked = build(tmp_path, NVCC, **{name: f"-allow-unsupported-compiler {flag}"})
+    assert f"take {flag} out of {name}" in said
+    assert asked == ""
+
+
+@pytest.mark.parametrize(
+    ("place", "compiled"),
+    [
+        ("venv/lib/site-packages", True),
+        ("pip-build-env-1x2/overlay/lib/site-packages", False),
+        ("build-env-1x2/lib/site-packages", False),
+        ("uv/builds-v0/.tmp1x2/lib/site-packages", False),
+    ],
+)
+def test_isolated_build_compiles_no_cuda_kernels(setup_py, tmp_path, place, compiled):
+    """Its torch is the newest of the registry, not the one that the kernels will run with."""
+    library = tmp_path / place / "torch" / "lib" / "libtorch_cuda.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert setup_py["torch_has_cuda"](library.parents[1]) == compiled
+    assert len(said) == (not compiled)
+    assert compiled or "pip install --no-build-isolation, or CACR_BUILD_CUDA=1" in str(said[0].message)
+
+
+def test_missing_cuda_library_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By all that its making takes: what was missing when the package was installed is not known any more."""
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("pathlib.Path.exists", lambda self: False)
+    error = importlib.import_module("cacr_kernels.backends.library")._load_cuda().error
+    for needed in ("nvcc", "--no-build-isolation", "CACR_BUILD_CUDA"):
+        assert needed in error
 
 
 def test_everything_public_is_there_and_documented() -> None:

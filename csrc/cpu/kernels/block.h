@@ -145,7 +145,7 @@ void pack_panels(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T
 // The ids of panel i against keys from j on.
 template <class T>
 TileIds<T> tile_ids(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, idx i, idx j) {
-  return {s.q_id + i * kPanel<T>, g.p.k_id + j, b.row0 + i * kPanel<T>, j};
+  return {s.q_id + i * kPanel<T>, g.p.k_id ? g.p.k_id + j : nullptr, b.row0 + i * kPanel<T>, j};
 }
 
 // f(first key, count, masked) over the parts of the keys that do and do not need a mask for the panel of queries at

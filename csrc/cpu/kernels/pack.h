@@ -17,7 +17,7 @@ CACR_INLINE T* carve(char*& at, idx count) {
 // How many bytes `layout` cuts from the pointer it is given.
 template <class Layout>
 CACR_INLINE size_t bytes_of(Layout layout) {
-  char *const base = nullptr, *at = base;
+  char *const base = reinterpret_cast<char*>(64), *at = base;  // nothing may be added to a null pointer
   layout(at);
   return size_t(at - base);
 }

@@ -4,6 +4,9 @@
 #include <string>
 
 #include "self_check.h"
+#ifdef CACR_HAVE_AVX2
+#include <cpuid.h>
+#endif
 
 #define CACR_DECLARE(isa)                      \
   namespace isa {                              \
@@ -22,6 +25,14 @@ CACR_DECLARE(avx512)
 #endif
 
 namespace {
+
+#ifdef CACR_HAVE_AVX2
+// The compiler's own test for it is unknown to clang before 19.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 struct Isa {
   const char* name;
@@ -43,8 +54,7 @@ const Isa kIsas[] = {
 #endif
 #ifdef CACR_HAVE_AVX2
     {"avx2", &avx2::kernels_float, &avx2::kernels_double,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
-     false},
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }, false},
 #endif
     {"portable", &portable::kernels_float, &portable::kernels_double, [] { return true; }, false},
 };
