@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from . import report, supervise
-from .lines import Lines, read, tally
-from .steps import MINUTES, ONLY, STEPS, Step, workers
+from .lines import ABSENT, Lines, read, tally
+from .steps import CORES, MINUTES, ONLY, STEPS, Step, cores, workers
 from .supervise import RUNNING, SKIPPED, Outcome
 
 FILES = ("report.md", "report.json", "results.jsonl", "log.txt")
@@ -56,11 +56,23 @@ def main(arguments: list[str] | None = None, steps: tuple[Step, ...] = STEPS) ->
         tell(Outcome(RUNNING, 0.0, step.seconds * scale))
         print(f"{step.name}: up to {step.seconds * scale:.0f} s", flush=True)
         lines = Lines(folder / "results.jsonl", step.name)
+        if (reason := why_not(step, lines.path)) is not None:
+            tell(Outcome(SKIPPED, 0.0, step.seconds * scale, reason))
+            print(f"{step.name}: {summary(outcomes[step.name], lines)}", flush=True)
+            continue
         commands = step.commands(lines.path, scale, options.processes)
         tell(supervise.run(step, commands, lines, folder / "log.txt", step.seconds * scale, tell))
         print(f"{step.name}: {summary(outcomes[step.name], lines)}", flush=True)
     print(f"report: {folder / 'report.md'}; please attach the folder to an issue, whatever it says")
     return status(chosen, outcomes, folder / "results.jsonl")
+
+
+def why_not(step: Step, results: Path) -> str | None:
+    """Why a step need not start, as the environment step has found."""
+    if step.needs == CORES and cores() <= 2:
+        return f"{cores()} cores are too few to say how a loss scales"
+    reasons = [line.get(step.needs) for line in read(results) if line["event"] == ABSENT]
+    return next(filter(None, reasons), None)
 
 
 def summary(outcome: Outcome, lines: Lines) -> str:

@@ -46,7 +46,4 @@ def tasks() -> Iterator[Task]:
 
 
 def run(context: Context) -> None:
-    if cores() <= 2:
-        return context.skip(f"{cores()} cores are too few to say how a loss scales")
     child.run(context, tasks(), SECONDS)
-    return None

@@ -12,10 +12,10 @@ import torch
 
 from cacr_kernels.__main__ import report
 
-from . import child
+from . import child, devices
 from .child import Context, Task
-from .lines import NOTE
-from .steps import cores
+from .lines import ABSENT, NOTE
+from .steps import GPU, KERNELS, cores
 
 NVIDIA = "name,driver_version,clocks.sm,clocks.max.sm,power.limit,temperature.gpu,memory.used,mig.mode.current"
 
@@ -78,5 +78,17 @@ def describe(context: Context) -> dict[str, Any]:
     return {}
 
 
+def absent(context: Context) -> dict[str, Any]:
+    """Decides for all steps that without a GPU they need not start."""
+    if not torch.cuda.is_available():
+        context.lines.write(ABSENT, **{GPU: devices.why_none(), KERNELS: devices.why_none(interpreter=True)})
+    return {}
+
+
 def run(context: Context) -> None:
-    child.run(context, [Task("versions", lambda: describe(context)), Task("device", gpu)], 20)
+    tasks = [
+        Task("backends", lambda: absent(context)),
+        Task("versions", lambda: describe(context)),
+        Task("device", gpu),
+    ]
+    child.run(context, tasks, 20)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 START, RESULT, SKIP, NOTE = "start", "result", "skip", "note"
+ABSENT = "absent"  # the line that says why steps that need a GPU, or its kernels, cannot run
 LONGEST = 6000  # characters of a text
 Line = dict[str, Any]
 

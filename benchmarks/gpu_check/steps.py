@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 MINUTES = 9.0
+GPU, KERNELS, CORES = "gpu", "kernels", "cores"
 MOST_PROCESSES = 16  # each holds a CUDA context of about 0.5 GiB
 
 
@@ -18,7 +19,9 @@ class Step(NamedTuple):
     """What ``run`` of ``module`` does (by default the module here of the same name), in a process of its own.
 
     ``only``: the choices of ``--only`` that the step belongs to. ``processes``: in as many as there are cores, each
-    with a share of the tasks. ``resumes``: after a crash another process goes on with the next task.
+    with a share of the tasks. ``resumes``: after a crash another process goes on with the next task. ``needs``: what
+    has to be there, ``GPU``, ``KERNELS`` (an interpreter will do) or more than two ``CORES``; if it is not, which the
+    first step finds, no process is started.
     """
 
     name: str
@@ -28,6 +31,7 @@ class Step(NamedTuple):
     processes: bool = False
     resumes: bool = True
     module: str = ""
+    needs: str = ""
 
     def commands(self, lines: Path, scale: float, workers: int) -> list[list[str]]:
         """The command of each process."""
@@ -40,21 +44,21 @@ class Step(NamedTuple):
 ONLY = ("smoke", "times", "verify", "tests")
 STEPS = (
     Step("environment", 45, "What this machine is", ONLY, resumes=False),
-    Step("build", 130, "The compiled libraries, for the GPU of this machine", ONLY, resumes=False),
-    Step("warm", 40, "Kernels compiled beforehand", ("smoke", "times"), processes=True),
-    Step("smoke", 60, "Every loss and dtype against float64 on the host", ("smoke",)),
-    Step("times", 95, "Times", ("times",)),
-    Step("verify", 70, "Every case of `python -m cacr_kernels.verify`", ("verify",), processes=True),
-    Step("device_tests", 70, "Tests on the backends of the GPU", ("tests",), processes=True),
-    Step("cpu_threads", 30, "CPU threads", ("times",)),
+    Step("build", 130, "The compiled libraries, for the GPU of this machine", ONLY, resumes=False, needs=GPU),
+    Step("warm", 40, "Kernels compiled beforehand", ("smoke", "times"), processes=True, needs=GPU),
+    Step("smoke", 60, "Every loss and dtype against float64 on the host", ("smoke",), needs=KERNELS),
+    Step("times", 95, "Times", ("times",), needs=GPU),
+    Step("verify", 70, "Every case of `python -m cacr_kernels.verify`", ("verify",), processes=True, needs=GPU),
+    Step("device_tests", 70, "Tests on the backends of the GPU", ("tests",), processes=True, needs=GPU),
+    Step("cpu_threads", 30, "CPU threads", ("times",), needs=CORES),
 )
 
 
 def cores() -> int:
-    """That this process may use."""
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def workers() -> int:
-    """Processes side by side."""
+    """How many processes of a step run side by side."""
     return max(1, min(cores(), MOST_PROCESSES))

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from cacr_kernels import testing
-from cacr_kernels.verify import DTYPES, Numeric, check_group, group_of, numeric_checks
+from cacr_kernels.verify import DTYPES, Gradcheck, check_group, gradchecks, group_of, run_gradcheck
 
 from . import child, devices
 from .child import Context, Task
@@ -23,9 +23,9 @@ def check(backend: str, dtype: str, case: testing.Case) -> dict[str, Any]:
     return {"ok": False, "checks": row.checks, "problem": problem}
 
 
-def check_numeric(backend: str, numeric: Numeric) -> dict[str, Any]:
-    good = numeric.run(backend, devices.device_of(backend))
-    return {"ok": good} | ({} if good else {"problem": "numerical and analytical gradients differ"})
+def check_numeric(backend: str, numeric: Gradcheck) -> dict[str, Any]:
+    found = run_gradcheck(backend, numeric, devices.device_of(backend))
+    return {"ok": found["ok"]} | ({} if found["ok"] else {"problem": found["problem"]})
 
 
 def tasks(backends: list[str]) -> Iterator[Task]:
@@ -34,7 +34,7 @@ def tasks(backends: list[str]) -> Iterator[Task]:
     cases = sorted(testing.cases(), key=lambda case: case not in quick)
     for number, case in enumerate(cases):
         if number == len(quick):
-            for numeric in numeric_checks():
+            for numeric in gradchecks():
                 for backend in backends:
                     yield Task(f"{backend} gradcheck {numeric.label}", partial(check_numeric, backend, numeric))
         for dtype in DTYPES:

@@ -10,8 +10,8 @@ from typing import Any
 
 from benchmarks.gpu_check import child
 from benchmarks.gpu_check.child import Context, DroppedError, Task
-from benchmarks.gpu_check.lines import NOTE
-from benchmarks.gpu_check.steps import Step
+from benchmarks.gpu_check.lines import ABSENT, NOTE
+from benchmarks.gpu_check.steps import GPU, Step
 
 SECONDS = 2.0  # of a task
 
@@ -65,6 +65,8 @@ def run(context: Context) -> None:
     step = context.lines.step
     if step == "absent":
         return context.skip("there is no GPU")
+    if step == "decides":
+        return context.lines.write(ABSENT, **{GPU: "there is no GPU"})
     context.lines.write(NOTE, text=f"process {os.getpid()}")
     seconds = 100.0 if step == "late" else SECONDS
     child.run(context, [Task(f"{task.__name__} of {step}", task) for task in TASKS[step]], seconds)

@@ -17,7 +17,7 @@ from benchmarks.gpu_check import __main__ as check
 from benchmarks.gpu_check import report, supervise
 from benchmarks.gpu_check.device_tests import FILES
 from benchmarks.gpu_check.lines import Lines, read, tally
-from benchmarks.gpu_check.steps import MINUTES, ONLY, STEPS
+from benchmarks.gpu_check.steps import GPU, KERNELS, MINUTES, ONLY, STEPS
 from tests.benchmarks.gpu_check_steps import fake
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +100,14 @@ def test_the_rest_goes_on(run_of_all: tuple[Path, int]) -> None:
     assert found(folder, "last")["good"] == ["fine"]
     assert sorted(path.name for path in folder.iterdir()) == sorted(check.FILES)
     assert len(check.FILES) <= 8
+
+
+def test_steps_without_their_gpu_do_not_start(tmp_path: Path) -> None:
+    steps = (fake("decides"), fake("last", needs=GPU)._replace(name="smoke"), fake("last", needs=KERNELS))
+    assert check.main(["--out", str(tmp_path)], steps) == 2
+    said = {name: (step["status"], step["reason"]) for name, step in in_report(tmp_path).items()}
+    assert said == {"decides": ("done", ""), "smoke": ("skipped", "there is no GPU"), "last": ("done", "")}
+    assert len(processes(tmp_path)) == 1
 
 
 def test_exit_status(tmp_path: Path) -> None:
@@ -252,6 +260,7 @@ def whole(folder: Path, *arguments: str, **environment: str) -> tuple[int, dict[
     return done.returncode, in_report(folder)
 
 
+@pytest.mark.exhaustive
 def test_whole_check_without_a_gpu(tmp_path: Path) -> None:
     status, steps = whole(tmp_path)
     assert status == 2
@@ -264,6 +273,7 @@ def test_whole_check_without_a_gpu(tmp_path: Path) -> None:
     assert 'backend "cpu"' in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.exhaustive
 def test_smoke_in_the_interpreter(tmp_path: Path) -> None:
     """Every loss, on CPU tensors; other steps say that they need a GPU."""
     pytest.importorskip("triton")
