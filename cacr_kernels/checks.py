@@ -6,6 +6,7 @@ import contextlib
 import numbers
 import reprlib
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
@@ -50,7 +51,18 @@ def nonempty(name: str, x: Tensor, shape: str) -> Tensor:
 def views(name: str, value: Any, at_least: int) -> Tensor:
     """One tensor [V, B, D], or a sequence of V tensors [B, D], as one tensor."""
     if isinstance(value, Tensor):
+        if value.dim() == 2:
+            raise ValueError(
+                f"{name} must have shape [V, B, D], got {list(value.shape)}; "
+                "if it is [2B, D], the second views after the first, pass .view(2, B, D)"
+            )
         x = float_tensor(name, value, "[V, B, D]")
+        if x.shape[0] > x.shape[1] > 1:
+            warn_once(
+                f"{name} [V, B, D] hold V = {x.shape[0]} views of B = {x.shape[1]} instances; "
+                "if they are [B, V, D], pass .transpose(0, 1)",
+                kind="axis order",
+            )
     elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
         if not value:
             raise ValueError(f"{name} must hold at least {at_least} views, got an empty {type(value).__name__}")
@@ -78,6 +90,26 @@ def _autocast_available(device_type: str) -> bool:
     """Whether there is an autocast to leave; Dynamo of torch 2.11 cannot ask."""
     available: bool = torch.amp.is_autocast_available(device_type)
     return available
+
+
+def queries_and_keys(queries: Any, keys: Any) -> tuple[Tensor, Tensor]:
+    """Of the queue loss: two or more views, or one tensor [B, D] each as one view."""
+    if isinstance(queries, Tensor) and queries.dim() == 2:
+        q, k = float_tensor("queries", queries, "[B, D]"), float_tensor("keys", keys, "[B, D]")
+        same_shape("keys", k, "queries", q)
+        return nonempty("queries", q, "[B, D]")[None], k[None]
+    return views("queries", queries, at_least=2), views("keys", keys, at_least=2)
+
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str, kind: str | None = None) -> None:
+    """Says something once in a process; ``kind``: of messages of one kind only the first."""
+    if torch.compiler.is_compiling() or (kind or message) in _warned:
+        return
+    _warned.add(kind or message)
+    warnings.warn(f"cacr_kernels: {message}", UserWarning, stacklevel=4)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

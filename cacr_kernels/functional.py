@@ -174,22 +174,60 @@ def cacr_queue_loss(
         repulsion  = -beta mean_{v,b} sum_j w c(q[v,b], n_j),      n in queue + {q[v,j] : j != b}, one softmax
 
     Args:
-        queries: [V, B, D], V >= 2 (or a sequence of V tensors [B, D]); carry gradient.
+        queries: [V, B, D], V >= 2 (or a sequence of V tensors [B, D]); carry gradient. Or one tensor [B, D], whose
+            positives are the keys [B, D]: mean and gradient are those of ``[q, q], [k, k]`` at half the cost.
         keys: like ``queries``, from the momentum encoder; detached.
         queue: [K, D], K >= 0, keys of earlier batches; detached.
         in_batch: whether the other queries of the batch and view are negatives too.
         weight_grad: which softmax logits of the repulsion are differentiated: ``"in_batch"`` (published; those of the
             queue are not), ``"full"``, ``"none"``.
         tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, backend: see :func:`cacr_loss`;
-            ``reduction="none"`` gives [V, B].
+            ``reduction="none"`` gives [V, B], or [B].
 
     Raises:
         TypeError, ValueError: see :func:`cacr_loss`.
 
     Source: the published MoCo v2 code with ``K`` and ``unif_intra_batch``.
     """
+    return kept_queue_loss(
+        queries,
+        keys,
+        queue,
+        None,
+        tau_pos=tau_pos,
+        tau_neg=tau_neg,
+        alpha=alpha,
+        beta=beta,
+        in_batch=in_batch,
+        weight_grad=weight_grad,
+        normalize=normalize,
+        reduction=reduction,
+        return_parts=return_parts,
+        backend=backend,
+    )
+
+
+def kept_queue_loss(
+    queries: Tensor | Sequence[Tensor],
+    keys: Tensor | Sequence[Tensor],
+    queue: Tensor,
+    valid: Tensor | None,
+    *,
+    tau_pos: float | Tensor,
+    tau_neg: float | Tensor,
+    alpha: float,
+    beta: float,
+    in_batch: bool,
+    weight_grad: WeightGrad,
+    normalize: bool,
+    reduction: Reduction,
+    return_parts: bool,
+    backend: str,
+) -> Any:
+    """:func:`cacr_queue_loss` with the first ``valid`` rows of the queue: a 0-dim int64 tensor, ``None`` for all."""
     queries, tau_pos, tau_neg = refuse_second_derivative_of_compiled(queries, tau_pos, tau_neg)
-    q, k = checks.views("queries", queries, at_least=2), checks.views("keys", keys, at_least=2)
+    one_direction = isinstance(queries, Tensor) and queries.dim() == 2
+    q, k = checks.queries_and_keys(queries, keys)
     checks.same_device("keys", k, "queries", q)
     checks.same_shape("keys", k, "queries", q)
     n = checks.float_tensor("queue", queue, "[K, D]")
@@ -205,11 +243,13 @@ def cacr_queue_loss(
     with checks.without_autocast(q.device):
         q, k, n = _prepare([q, k.detach(), n.detach()], normalize)
         numbers = Numbers(*_variables(q.device, tau_pos, tau_neg, alpha, beta))
-        options: Any = {"in_batch": in_batch, "weight_grad": weight_grad}
+        options: Any = {"in_batch": in_batch, "weight_grad": weight_grad, "valid": valid}
         if on.operators:
             terms = losses.queue(on, q.contiguous(), k.contiguous(), n.contiguous(), numbers, **options)
         else:
             terms = reference.queue(q, k, n, numbers, **options)
+        if one_direction:
+            terms = terms._replace(attraction=terms.attraction[0], repulsion=terms.repulsion[0])
         return _reduce(_connected(terms, *numbers[:2]), reduction, return_parts, q.dtype)
 
 

@@ -57,8 +57,12 @@ def instance_ids(count: int, device: torch.device) -> Tensor:
 
 
 def attraction(cost: Tensor, logit: Tensor) -> Statistics:
-    """Softmax over the other views: cost and logit [V, U, B] with u != v, rows [V, B]."""
+    """Softmax over the other views: cost and logit [V, U, B] with u != v, rows [V, B].
+
+    A single view of queries meets its single key.
+    """
     others = ~torch.eye(cost.shape[0], dtype=torch.bool, device=cost.device)
+    others = torch.ones_like(others) if cost.shape[0] == 1 else others
     return statistics(logit.transpose(1, 2), cost.transpose(1, 2), others[:, None, :])
 
 
@@ -105,8 +109,13 @@ def queue(
     *,
     in_batch: bool,
     weight_grad: WeightGrad,
+    valid: Tensor | None = None,
 ) -> Terms:
-    """``reference.queue``: the softmax over queue and batch is the merge of two."""
+    """``reference.queue``: the softmax over queue and batch is the merge of two.
+
+    How many rows of the queue are ``valid`` is not read here, where a GPU would have to be waited for: the others have
+    the id of the queries.
+    """
     tau_pos, tau_neg, alpha, beta = numbers
     num_views, batch, _ = queries.shape
     c = aligned_cost(queries, keys.detach())
@@ -115,15 +124,25 @@ def queue(
     value, lse = torch.zeros_like(attracted.value), torch.full_like(attracted.value, -torch.inf)
     every = list(range(num_views))
     if queue.shape[0]:
-        spec = ContrastSpec(None, None, [ALL], every, [0] * num_views, detach_weights=weight_grad != "full")
+        ids: tuple[Tensor | None, Tensor | None] = None, None
+        if valid is not None:
+            k_id = (torch.arange(queue.shape[0], device=queue.device) < valid).to(torch.int32)
+            ids = torch.zeros_like(queries[0, :, 0], dtype=torch.int32), k_id
+        kind = ALL if valid is None else OTHER
+        spec = ContrastSpec(*ids, [kind], every, [0] * num_views, detach_weights=weight_grad != "full")
         (value,), (lse,) = detached_keys(on, queries, queue[None], vector([-tau_neg], queries.device), spec)
     if in_batch and batch > 1:
         detached, tau = weight_grad == "none", vector([-tau_neg], queries.device)
-        ids = instance_ids(batch, queries.device)
-        spec = ContrastSpec(ids, None, [OTHER], every, every, detach_weights=detached)
+        instances = instance_ids(batch, queries.device)
+        spec = ContrastSpec(instances, None, [OTHER], every, every, detach_weights=detached)
         (batch_value,), (batch_lse,) = contrast(on, queries, None, tau.detach() if detached else tau, spec)
         batch_lse = batch_lse.detach() if detached else batch_lse
-        value, lse = merge(value, lse, batch_value, batch_lse) if queue.shape[0] else (batch_value, batch_lse)
+        if queue.shape[0] and valid is not None:  # the queue may be empty
+            some = lse != -torch.inf
+            merged = merge(value, torch.where(some, lse, batch_lse), batch_value, batch_lse)
+            value, lse = (torch.where(some, x, y) for x, y in zip(merged, (batch_value, batch_lse), strict=True))
+        else:
+            value, lse = merge(value, lse, batch_value, batch_lse) if queue.shape[0] else (batch_value, batch_lse)
     return Terms(alpha * attracted.value, -beta * value, mean_entropy(attracted), entropy_of(value, lse, -tau_neg))
 
 

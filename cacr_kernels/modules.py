@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize as l2_normalize
 
-from . import checks, functional
+from . import checks, functional, ring
+from .operators import state
 from .operators.second_derivative import refuse_second_derivative_of_compiled
-from .types import Cost, Pairing, Reduction, WeightGrad, arithmetic_dtype
+from .types import ENQUEUES, Cost, Enqueue, Pairing, Reduction, WeightGrad, arithmetic_dtype
 
 
 class _Loss(nn.Module):
@@ -93,24 +94,32 @@ class CACRQueueLoss(_Loss):
     """:func:`cacr_kernels.cacr_queue_loss` with ``normalize=True``, which keeps its queue if asked to.
 
     ``CACRQueueLoss()(queries, keys, queue)`` uses the caller's queue [K, D]. ``CACRQueueLoss(queue_size=K, dim=D)``
-    keeps the last K keys itself: ``loss_fn(queries, keys)`` compares with the keys of earlier calls, and the keys of
-    this call enter the queue at the next one, all V B of them, the oldest leave. Until it is full, the queue holds the
-    keys that came so far. A tensor that a pending backward reads is never changed, so any number of forwards may come
-    before their backwards. The keys are stored normalised (if ``normalize``), in the dtype of the module. In evaluation
-    mode (``eval()``) the queue is read, and no key is added.
+    keeps the last K keys itself: ``loss_fn(queries, keys)`` compares with the keys of earlier calls, and its own enter
+    at the next one, where the oldest leave. Until it is full, the queue is the keys that came so far. They are stored
+    normalised (if ``normalize``) in the dtype of the module, whose buffers follow the keys to their device.
 
-    The queue is a persistent buffer, oldest key first: ``state_dict()`` holds it with the keys of the last call, and a
-    resumed run goes on exactly. Under ``DistributedDataParallel`` every rank keeps its own queue: pass
-    ``broadcast_buffers=False``, or rank 0's queue replaces the others at every forward. (Its successor
-    ``forward_sync_buffers=False`` copies rank 0's buffers once, when wrapping: load a rank's checkpoint after that.)
+    Keys are stored in training mode with gradients enabled; ``update_queue=True`` stores them in any mode, ``False``
+    never: a closure that an optimizer evaluates twice (SAM, LBFGS) passes ``False`` the second time. A forward that
+    stores none reads the queue as the last one that did left it. A symmetric step is one call,
+    ``loss_fn([q0, q1], [k0, k1])``; of two calls the first needs ``update_queue=False``, or its keys are negatives of
+    their own instances in the second.
 
-    ``torch.compile`` breaks the graph where the keys of the last call enter, at a change of Python state, and compiles
-    the loss for any number of keys; ``fullgraph=True`` needs the caller's queue, or a queue that is only read:
-    ``eval()``, after one call. ``torch.export`` takes the latter too.
+    All state is in buffers: ``queue`` and ``incoming`` [K, D], the keys that wait for the next call, and the counters
+    ``queue_count`` and ``incoming_count``; whatever copies or loads buffers copies the queue. Do not average them
+    (``AveragedModel(use_buffers=True)``): a mean of queues is no queue. Nothing that a graph saved is written, so any
+    number of forwards may come before their backwards.
+
+    Activation checkpointing is exact where the backward runs before the next call in training; if it does not, pass
+    the queue. A reentrant checkpoint runs its forward without gradients: pass ``update_queue=True`` there.
+
+    Under ``DistributedDataParallel`` every rank keeps its own queue: pass ``broadcast_buffers=False``, or the queue of
+    rank 0 replaces the others at every forward. (Its successor ``forward_sync_buffers=False`` copies rank 0's buffers once,
+    when wrapping: load a rank's checkpoint after that.) The replicas of ``nn.DataParallel`` cannot fill the queue.
 
     Args:
         queue_size: K, how many keys to keep; 0: none.
         dim: D, the number of features, together with ``queue_size``.
+        enqueue: the keys of which views are stored, ``"all"`` or, as published, ``"last"``; of more than K the last K.
 
     Raises:
         ValueError: a queue is given although the module keeps one, or the reverse; features that are not ``dim``.
@@ -123,13 +132,16 @@ class CACRQueueLoss(_Loss):
     """
 
     queue: Tensor
-    queue_length: Tensor
+    queue_count: Tensor
+    incoming: Tensor
+    incoming_count: Tensor
 
     def __init__(
         self,
         *,
         queue_size: int = 0,
         dim: int | None = None,
+        enqueue: Enqueue = "all",
         tau_pos: float | Tensor = 1.0,
         tau_neg: float | Tensor = 1.0,
         alpha: float = 1.0,
@@ -157,78 +169,186 @@ class CACRQueueLoss(_Loss):
         if (dim is None) != (queue_size == 0):
             raise ValueError(f"dim must be given together with queue_size > 0, got dim={dim}, queue_size={queue_size}")
         self.dim = dim
-        self._held = 0  # the first keys of the buffer are filled: that number, here where no device has to be asked
-        self._pending: Tensor | None = None  # keys [V, B, D] of the last call
+        checks.option("enqueue", enqueue, ENQUEUES)
+        self.enqueue = enqueue
+        self._unstored = False  # the last forward in training mode had no gradients; decides about a warning only
         if dim is not None:
             checks.integer("dim", dim, 1, 2**31)
-            self.register_buffer("queue", torch.zeros(queue_size, dim))
-            self.register_buffer("queue_length", torch.zeros((), dtype=torch.int64))
+            for rows, count in _ROWS:
+                self.register_buffer(rows, torch.zeros(queue_size, dim))
+                self.register_buffer(count, torch.zeros((), dtype=torch.int64))
 
     def forward(
-        self, queries: Tensor | Sequence[Tensor], keys: Tensor | Sequence[Tensor], queue: Tensor | None = None
+        self,
+        queries: Tensor | Sequence[Tensor],
+        keys: Tensor | Sequence[Tensor],
+        queue: Tensor | None = None,
+        *,
+        update_queue: bool | None = None,
     ) -> Any:
-        """The loss of queries and keys [V, B, D] with a queue [K, D]: the caller's, or the module's own."""
+        """The loss of queries and keys [V, B, D] (or both [B, D]) with a queue [K, D]: the caller's, or the module's.
+
+        ``update_queue``: whether a queue that the module keeps takes these keys; by default in training mode with
+        gradients enabled. Never inside a backward, where a checkpoint computes a forward again.
+        """
+        if update_queue is not None:
+            checks.flag("update_queue", update_queue)
         if self.dim is None:
             if queue is None:
                 raise ValueError("queue must be a tensor [K, D], got None; or let the module keep one with queue_size=")
+            if update_queue:
+                raise ValueError("update_queue=True needs a module that keeps its queue, with queue_size=")
             return functional.cacr_queue_loss(queries, keys, queue, **self.options())
         if queue is not None:
             raise ValueError(f"queue must not be given: this module keeps its own of queue_size={self.queue_size}")
         (queries,) = refuse_second_derivative_of_compiled(queries)
-        q, k = checks.views("queries", queries, at_least=2), checks.views("keys", keys, at_least=2)
+        q, k = checks.queries_and_keys(queries, keys)
         if k.shape[-1] != self.dim:
             raise ValueError(f"keys must have dim = {self.dim} features, got {k.shape[-1]}")
-        if self.training and torch.compiler.is_exporting():
-            raise ValueError(
-                "CACRQueueLoss that keeps its queue can only be exported in eval(): a program keeps no queue"
-            )
-        own = self.queue[: self._held] if self._pending is None else self._enqueue()
+        k = k.detach()
+        self._follow(k.device)
+        update = self._updates(update_queue)
+        own, valid = self._traced_queue(update) if _traced(self.queue) else self._queue_of_host(update)
         options = self.options()
         if options.pop("normalize"):
-            q, k = (l2_normalize(x.to(arithmetic_dtype(x)), dim=-1) for x in (q, k.detach()))
-        loss = functional.cacr_queue_loss(q, k, own, **options)
-        if self.training:
-            self._pending = k.detach().clone()
+            q, k = (l2_normalize(x.to(arithmetic_dtype(x)), dim=-1) for x in (q, k))
+        one_direction = isinstance(queries, Tensor) and queries.dim() == 2
+        pair = (q[0], k[0]) if one_direction else (q, k)
+        loss = functional.kept_queue_loss(*pair, own, valid, normalize=False, **options)
+        if update:
+            self._store(k)
         return loss
+
+    def reset_parameters(self) -> None:
+        """An empty queue, as after construction; whatever makes modules on the meta device calls this."""
+        for name in (name for pair in _ROWS for name in pair if self.dim is not None):
+            getattr(self, name).data.zero_()
 
     def extra_repr(self) -> str:
         """The size of the queue, if the module keeps one, and the options as they are written in a call."""
-        own = f"queue_size={self.queue_size}, dim={self.dim}, " if self.queue_size else ""
+        own = f"queue_size={self.queue_size}, dim={self.dim}, enqueue={self.enqueue!r}, " if self.queue_size else ""
         return own + super().extra_repr()
 
-    @torch.compiler.disable(  # type: ignore[untyped-decorator]
-        reason="the keys of the last call enter the queue of CACRQueueLoss between two graphs"
-    )
-    def _enqueue(self) -> Tensor:
-        """Lets the pending keys enter; returns the keys held. New tensors: a pending backward still reads the old."""
-        assert self._pending is not None
-        with torch.inference_mode(False), torch.no_grad():
-            fresh = self._pending.flatten(0, 1)[-self.queue_size :].to(self.queue)
-            leaving = max(0, self._held + len(fresh) - self.queue_size)
-            kept = self.queue[leaving : self._held]
-            self._held = len(kept) + len(fresh)
-            self.queue = torch.cat([kept, fresh, self.queue[self._held :]])
-            self.queue_length = self.queue_length.new_full((), self._held)
-        self._pending = None
-        return self.queue[: self._held]
+    # ---- when keys are stored ----------------------------------------------------------------------------------------
+    def _updates(self, update_queue: bool | None) -> bool:
+        """Whether this forward stores its keys; in compiled code, unless it runs inside a backward."""
+        wanted = self.training and torch.is_grad_enabled() if update_queue is None else update_queue
+        if torch.compiler.is_compiling():
+            if (self.training or update_queue) and torch.compiler.is_exporting():
+                raise ValueError(
+                    "CACRQueueLoss that keeps its queue can only be exported in eval(): a program keeps no queue"
+                )
+            return wanted
+        if state.inside_backward():
+            if wanted and self._unstored:
+                checks.warn_once(
+                    "a checkpoint computes a CACRQueueLoss again whose keys were not stored, because its first forward "
+                    "ran without gradients: pass update_queue=True, or use_reentrant=False"
+                )
+            return False
+        if self.training and update_queue is None:
+            self._unstored = not wanted
+        if wanted and getattr(self, "_is_replica", False):
+            checks.warn_once(
+                "the queue of a CACRQueueLoss cannot be filled under nn.DataParallel, whose replicas end with each "
+                "forward: use DistributedDataParallel, or call the loss outside"
+            )
+            return False
+        if wanted and _ranks() > 1:
+            checks.warn_once(
+                "each rank keeps a queue of its own keys, and DistributedDataParallel overwrites it with that of rank "
+                "0 unless it is made with broadcast_buffers=False",
+                kind="ranks",
+            )
+        return wanted
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self._pending is not None:
-            self._enqueue()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+    def _follow(self, device: torch.device) -> None:
+        """Moves the buffers to the device of the keys; to the one without data does nothing."""
+        if self.queue.device == device or device.type == "meta":
+            return
+        for name in (name for pair in _ROWS for name in pair):
+            x = getattr(self, name)
+            setattr(self, name, torch.zeros_like(x, device=device) if x.is_meta else x.to(device))
+
+    # ---- where the host knows the numbers ----------------------------------------------------------------------------
+    def _queue_of_host(self, update: bool) -> tuple[Tensor, None]:
+        """The keys in the queue, for a graph to save; ``update``: after those that wait have entered."""
+        with state.writing():
+            if update:
+                waiting = int(self.incoming_count.clamp(0, self.queue_size))
+                if waiting:
+                    ring.enter_(self._writable("queue"), self._writable("queue_count"), self.incoming, waiting)
+                    self._writable("incoming_count").zero_()
+            filled = int(ring.filled_rows(self.queue_count, self.queue_size))
+        return self.queue.detach()[:filled], None
+
+    def _writable(self, name: str) -> Tensor:
+        """The buffer for writing: moved to new memory first where a graph or a snapshot uses the old.
+
+        It stays the same object, and autograd does not count the writing: a graph that saved it has the old memory.
+        """
+        buffer: Tensor = getattr(self, name)
+        if state.is_shared(buffer):
+            buffer.data = buffer.clone()
+        return buffer.data
+
+    def _store(self, keys: Tensor) -> None:
+        """Lets keys [V, B, D] wait for the next forward."""
+        keys = keys.flatten(0, 1) if self.enqueue == "all" else keys[-1]
+        keys = keys[-self.queue_size :]
+        if _traced(self.queue):
+            self._store_traced(keys)
+            return
+        with state.writing():
+            self._writable("incoming")[: len(keys)] = state.unwrapped(keys)
+            self._writable("incoming_count").fill_(len(keys))
+
+    # ---- where it does not: in compiled code and on a device ---------------------------------------------------------
+    def _traced_queue(self, update: bool) -> tuple[Tensor, Tensor]:
+        """The queue and how many of its rows hold keys; ``update``: as above."""
+        if not update:
+            return self.queue, ring.filled_rows(self.queue_count, self.queue_size)
+        with state.writing():
+            waiting = self.incoming_count * state.outside_backward(self.incoming_count)
+            rows, count = ring.enter(self.queue, self.queue_count, self.incoming, waiting)
+            self.queue.copy_(rows)
+            self.queue_count.copy_(count)
+            self.incoming_count.sub_(waiting)
+        return rows, ring.filled_rows(count, self.queue_size)
+
+    def _store_traced(self, keys: Tensor) -> None:
+        with state.writing():
+            first = state.outside_backward(self.incoming_count)
+            old = self.incoming[: len(keys)]
+            old.copy_(torch.where(first > 0, state.unwrapped(keys).to(old.dtype), old))
+            self.incoming_count.copy_(torch.where(first > 0, len(keys), self.incoming_count))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if self._pending is not None:
-            self._enqueue()
-        if self.dim is None:
-            super()._load_from_state_dict(state_dict, prefix, *args)
-            return
-        length, given = self.queue_length, state_dict.get(f"{prefix}queue")
-        self.queue, self.queue_length = self.queue.clone(), length.clone()  # loading copies in place
+        counts = {}
+        if self.dim is not None:
+            for rows, count in _ROWS:
+                counts[count] = getattr(self, count).clone()
+                if state.is_shared(getattr(self, rows)):  # loading copies in place, a graph may have saved them
+                    for name in (rows, count):
+                        setattr(self, name, getattr(self, name).clone())
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if given is None or given.shape != self.queue.shape:  # torch has said so; a length belongs to its queue
-            self.queue_length = length
-        self._held = int(self.queue_length)
+        for rows, count in _ROWS if counts else ():
+            given = state_dict.get(prefix + rows)
+            if given is None or given.shape != getattr(self, rows).shape:  # torch has said so; a count is of its rows
+                setattr(self, count, counts[count])
+
+
+_ROWS = ("queue", "queue_count"), ("incoming", "incoming_count")
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether numbers in ``x`` cannot be read without a cost: while compiling, or on a device."""
+    return torch.compiler.is_compiling() or x.device.type != "cpu"
+
+
+def _ranks() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 class CACRMomentumLoss(_Loss):

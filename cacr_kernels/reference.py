@@ -206,15 +206,17 @@ def queue(
     *,
     in_batch: bool,
     weight_grad: WeightGrad,
+    valid: Tensor | None = None,
 ) -> Terms:
     """CACR with a momentum queue (published for MoCo v2): queries and keys [V, B, D], queue [K, D]; rows [V, B].
 
-    attraction[v, b] = alpha sum_u w c(q[v, b], k[u, b]),  u != v,  weights detached
+    attraction[v, b] = alpha sum_u w c(q[v, b], k[u, b]),  u != v,  weights detached     (V = 1: c(q[0, b], k[0, b]))
     repulsion[v, b]  = -beta F- over queue + {q[v, j] : j != b} in one softmax (published: ``unif_intra_batch``)
 
     ``weight_grad`` says which logits are differentiated: with "in_batch" those of the queue entries are detached inside
     the softmax, so dF/dc = w for them and w (1 + tau (c - F)) for in-batch negatives, where F is that of the whole set,
     and dF/dtau is the sum over the in-batch negatives alone. "full" differentiates all of them, "none" none.
+    Of the queue the first ``valid`` rows count, all if it is ``None``.
     """
     tau_pos, tau_neg, alpha, beta = numbers
     keys, queue = keys.detach(), queue.detach()
@@ -223,6 +225,7 @@ def queue(
 
     c = difference_cost(queries[:, None], keys[None]).transpose(1, 2)  # [V, B, V]
     others = ~torch.eye(num_views, dtype=torch.bool, device=device)
+    others = torch.ones_like(others) if num_views == 1 else others
     attracted = statistics((tau_pos * c).detach(), c, others[:, None, :])
 
     k = torch.cat([queue.expand(num_views, *queue.shape), queries], dim=1)  # [V, K + B, D]
@@ -236,7 +239,10 @@ def queue(
         logit = logit.detach()
     elif weight_grad == "in_batch":
         logit = torch.where(in_queue, logit.detach(), logit)
-    repelled = statistics(logit, c, not_self if in_batch else in_queue)
+    members = not_self if in_batch else in_queue
+    if valid is not None:
+        members = members & (~in_queue | (index + queue.shape[0] < valid))
+    repelled = statistics(logit, c, members)
     return Terms(alpha * attracted.value, -beta * repelled.value, mean_entropy(attracted), mean_entropy(repelled))
 
 

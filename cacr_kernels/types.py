@@ -11,12 +11,14 @@ Pairing = Literal["unordered", "ordered", "pooled"]
 Cost = Literal["sqeuclidean", "rbf"]
 Reduction = Literal["mean", "sum", "none"]
 WeightGrad = Literal["in_batch", "full", "none"]
+Enqueue = Literal["all", "last"]
 Temperature = float | Tensor
 
 PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)  # the operators take the index
 COSTS: tuple[Cost, ...] = get_args(Cost)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 WEIGHT_GRADS: tuple[WeightGrad, ...] = get_args(WeightGrad)
+ENQUEUES: tuple[Enqueue, ...] = get_args(Enqueue)
 
 # Kinds of key sets: all keys, those with the id of the query, those with another id, those with its id but not itself.
 ALL, SAME, OTHER, SAME_NOT_SELF = range(4)

@@ -19,13 +19,17 @@ __all__ = [
     "FunctionalTensorMode",  # the mode in which torch.compile asks an operator what it consists of
     "backward_keeps_graph",
     "below_autograd",
+    "inside_backward",
     "inside_vmap",
     "is_batched",
+    "is_shared",
     "needs_functorch",
     "operators_stay_whole",
     "plain_apply",
     "positional",
     "transforms_are_active",
+    "unwrapped",
+    "without_transforms",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -44,11 +48,43 @@ transforms_are_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_tr
 # Whether a tensor belongs to a transform of torch.func, which may have ended.
 _is_wrapped: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda x: True)
 
+_unwrap: Callable[[Tensor], Tensor] | None = getattr(torch._C._functorch, "get_unwrapped", None)
+
 # Whether a tensor is a batch of the vmap behind autograd.grad(is_grads_batched=True), which no transform shows.
 is_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda x: True)
 
 # The transforms of torch.func that are running, or None. Without it the Functions themselves refuse vmap.
 _interpreters: Callable[[], Any] = getattr(torch._C._functorch, "get_interpreter_stack", lambda: None)
+
+
+_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+# Operations on tensors outside all transforms of torch.func, while some are running.
+without_transforms: Any = getattr(torch._C, "_DisableFuncTorch", contextlib.nullcontext)
+
+
+def inside_backward() -> bool:
+    """Whether autograd is running a backward, in which a checkpoint computes a forward again."""
+    return _graph_task() != -1
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """The tensor without what transforms of torch.func put around it."""
+    while _unwrap is not None and _is_wrapped(x):
+        x = _unwrap(x)
+    return x
+
+
+def _storage_users(x: Tensor) -> int:
+    return int(torch._C._storage_Use_Count(x.untyped_storage()._cdata))
+
+
+_ALONE = _storage_users(torch.empty(1, device="cpu")) if hasattr(torch._C, "_storage_Use_Count") else -1
+
+
+def is_shared(x: Tensor) -> bool:
+    """Whether other tensors use the memory of ``x``, such as one that a graph has saved."""
+    return _ALONE < 0 or _storage_users(x) > _ALONE
 
 
 def inside_vmap() -> bool:

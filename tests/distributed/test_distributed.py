@@ -76,7 +76,7 @@ class Step(NamedTuple):
     loss: Tensor
     gradients: list[Tensor]
     queue: Tensor
-    length: Tensor
+    count: Tensor
 
 
 def train(model: nn.Module, steps: range, rank: int) -> list[Step]:
@@ -89,8 +89,8 @@ def train(model: nn.Module, steps: range, rank: int) -> list[Step]:
         state = model.state_dict()
         prefix = "module." if isinstance(model, DistributedDataParallel) else ""
         gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
-        queue, length = state[f"{prefix}loss.queue"].clone(), state[f"{prefix}loss.queue_length"].clone()
-        found.append(Step(loss.detach(), gradients, queue, length))
+        queue, count = state[f"{prefix}loss.queue"].clone(), state[f"{prefix}loss.queue_count"].clone()
+        found.append(Step(loss.detach(), gradients, queue, count))
     return found
 
 
@@ -139,9 +139,7 @@ def test_every_rank_keeps_its_own_queue(averaged: list[dict[str, list[Any]]]) ->
         for i, (step, alone) in enumerate(zip(map(Step._make, found["queue"]), single[rank], strict=True)):
             torch.testing.assert_close(step.loss, alone.loss, rtol=1e-12, atol=1e-14)
             torch.testing.assert_close(step.queue, alone.queue, rtol=1e-12, atol=1e-14)
-            assert (
-                step.length == alone.length == min(17, 2 * sum(batch(rank + RANKS * j).shape[1] for j in range(i + 1)))
-            )
+            assert step.count == alone.count == 2 * sum(batch(rank + RANKS * j).shape[1] for j in range(i))
             for mine, *each in zip(step.gradients, *(s[i].gradients for s in single), strict=True):
                 torch.testing.assert_close(mine, torch.stack(each).mean(0), rtol=1e-12, atol=1e-14)
     assert not torch.equal(averaged[0]["queue"][-1][2], averaged[1]["queue"][-1][2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -30,9 +31,15 @@ def last_keys(history: list[Tensor], size: int) -> Tensor:
     return keys[-size:]
 
 
+def in_queue(loss_fn: nn.Module) -> Tensor:
+    """What a forward reads now, oldest first."""
+    count, size = int(loss_fn.queue_count), loss_fn.queue_size
+    return loss_fn.queue[:count] if count <= size else loss_fn.queue.roll(-(count % size), 0)
+
+
 def kept(loss_fn: nn.Module) -> Tensor:
-    state = loss_fn.state_dict()
-    return state["queue"][: state["queue_length"]]
+    """The same after the keys that wait."""
+    return torch.cat([in_queue(loss_fn), loss_fn.incoming[: loss_fn.incoming_count]])[-loss_fn.queue_size :]
 
 
 def filled(count: int = 3, size: int = 8, **options: Any) -> CACRQueueLoss:
@@ -79,16 +86,26 @@ def test_options_hold_with_a_queue_of_its_own(options: dict[str, Any]) -> None:
 
 def test_keys_enter_at_the_next_forward() -> None:
     loss_fn = filled(2)
-    before, copied = loss_fn.queue, loss_fn.queue.clone()
-    version = before._version
+    before, copied = loss_fn.queue.detach(), loss_fn.queue.clone()
     q, k = batches(3)[-1]
+    assert torch.equal(in_queue(loss_fn), last_keys([k for _, k in batches(1)], 8))
     loss_fn(q, k)
-    now = loss_fn.queue
-    assert torch.equal(before, copied)
-    assert torch.equal(now, torch.cat([last_keys([k for _, k in batches(2)], 8)]))
+    assert torch.equal(before, copied)  # who holds the old queue keeps it
+    assert torch.equal(in_queue(loss_fn), last_keys([k for _, k in batches(2)], 8))
+
+
+def test_a_step_copies_no_queue() -> None:
+    """In memory of its own the ring is written in place; a graph that is not done keeps the old rows."""
+    loss_fn = filled(4)
+    (q, k), where = batches(1)[0], loss_fn.queue.data_ptr()
+    for _ in range(3):
+        loss_fn(q.clone().requires_grad_(), k).backward()
+        assert loss_fn.queue.data_ptr() == where
+    loss = loss_fn(q.clone().requires_grad_(), k)
+    assert loss_fn.queue.data_ptr() == where
     loss_fn(q, k)
-    assert not torch.equal(loss_fn.queue, now)
-    assert before._version == version
+    assert loss_fn.queue.data_ptr() != where
+    loss.backward()
 
 
 def test_the_callers_keys_are_copied() -> None:
@@ -156,45 +173,36 @@ def test_loading_leaves_a_pending_backward_alone() -> None:
 
 
 # ---- modes -----------------------------------------------------------------------------------------------------------
-def test_evaluation_reads_all_keys_and_adds_none() -> None:
-    loss_fn = filled(3).eval()
-    history = [k for _, k in batches(3)]
+@pytest.mark.parametrize("how", ["eval", "no_grad", "inference_mode", "update_queue=False"])
+def test_who_stores_no_keys_reads_the_queue_as_it_is(how: str) -> None:
+    """The last batch still waits; later calls with gradients can save what they compute."""
+    loss_fn, twin = filled(3), filled(3)
+    modes = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+    loss_fn.train(how != "eval")
+    options = {"update_queue": False} if how.startswith("update") else {}
+    before = copy.deepcopy(loss_fn.state_dict())
+    queue = last_keys([k for _, k in batches(2)], 8)
     for q, k in batches(6)[3:]:
-        torch.testing.assert_close(loss_fn(q, k), cacr_queue_loss(q, k, last_keys(history, 8), normalize=True))
-    assert torch.equal(kept(loss_fn), last_keys(history, 8))
-    q, k = batches(1)[0]
-    loss_fn.train()(q, k)
-    assert torch.equal(kept(loss_fn), last_keys([*history, k], 8))
+        with modes.get(how, contextlib.nullcontext)():
+            torch.testing.assert_close(loss_fn(q, k, **options), cacr_queue_loss(q, k, queue, normalize=True))
+    for name, value in loss_fn.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for q, k in batches(6):
+        mine, expected = q.clone().requires_grad_(), q.clone().requires_grad_()
+        loss_fn.train()(mine, k).backward()
+        twin(expected, k).backward()
+        assert torch.equal(mine.grad, expected.grad)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_the_queue_goes_on(mode: Callable[[], Any]) -> None:
-    """And later calls with gradients can save what was computed then."""
-    loss_fn, plain = CACRQueueLoss(queue_size=8, dim=D), CACRQueueLoss(queue_size=8, dim=D)
-    for i, (q, k) in enumerate(batches(6)):
-        query, other = q.clone().requires_grad_(), q.clone().requires_grad_()
-        expected = plain(other, k)
-        if i in (1, 2, 4):
-            with mode():
-                loss = loss_fn(query, k)
-            assert not loss.requires_grad
-            assert loss == expected.detach()
-            continue
-        loss = loss_fn(query, k)
-        loss.backward()
-        expected.backward()
-        assert torch.equal(query.grad, other.grad)
-
-
-def test_keys_that_entered_in_inference_mode_can_be_saved_for_backward() -> None:
-    loss_fn, twin = filled(), filled()
-    q, k = batches(4)[-1]
-    with torch.inference_mode():
-        loss_fn.eval()(q, k)
-    mine, expected = q.clone().requires_grad_(), q.clone().requires_grad_()
-    loss_fn.train()(mine, k).backward()
-    twin(expected, k).backward()
-    assert torch.equal(mine.grad, expected.grad)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, contextlib.nullcontext])
+def test_update_queue_stores_in_any_mode(mode: Callable[[], Any]) -> None:
+    loss_fn, plain = (CACRQueueLoss(queue_size=8, dim=D) for _ in range(2))
+    loss_fn.eval()
+    for q, k in batches(5):
+        expected = plain(q, k)
+        with mode():
+            assert loss_fn(q, k, update_queue=True) == expected
+    assert torch.equal(kept(loss_fn), kept(plain))
 
 
 def test_autocast_keeps_full_precision() -> None:
@@ -210,12 +218,12 @@ def test_autocast_keeps_full_precision() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_to_another_dtype_in_the_middle(dtype: torch.dtype) -> None:
-    """Pending keys follow the module."""
+    """Keys that wait follow the module."""
     loss_fn = filled().to(dtype)
     q, k = batches(4)[-1]
     loss = loss_fn(q, k)
     assert loss_fn.queue.dtype == dtype
-    assert loss_fn.queue_length.dtype == torch.int64
+    assert loss_fn.queue_count.dtype == torch.int64
     queue = last_keys([k for _, k in batches(3)], 8).to(dtype)
     expected = cacr_queue_loss(normalize(q, dim=-1), normalize(k, dim=-1), queue)
     assert loss.dtype == expected.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -224,11 +232,26 @@ def test_to_another_dtype_in_the_middle(dtype: torch.dtype) -> None:
 
 
 def test_to_another_device_in_the_middle() -> None:
-    """Buffers move, pending keys follow when they enter."""
-    loss_fn = filled(1).to("meta")
-    state = loss_fn.state_dict()
-    assert state["queue"].device.type == state["queue_length"].device.type == "meta"
-    assert loss_fn._held == V * B
+    assert {x.device.type for x in filled(1).to("meta").state_dict().values()} == {"meta"}
+
+
+def test_buffers_follow_the_keys() -> None:
+    """From the device where the module was made, here one without data, to that of the first call."""
+    with torch.device("meta"):
+        loss_fn = CACRQueueLoss(queue_size=8, dim=D)
+    twin = CACRQueueLoss(queue_size=8, dim=D)
+    for q, k in batches(4):
+        assert loss_fn(q, k) == twin(q, k)
+    with pytest.raises(ValueError, match="queries, meta"):  # where they would be lost
+        loss_fn(q.to("meta"), k.to("meta"))
+    assert torch.equal(kept(loss_fn), kept(twin))
+
+
+def test_reset_parameters_makes_meta_modules_whole() -> None:
+    with torch.device("meta"):
+        loss_fn = CACRQueueLoss(queue_size=8, dim=D)
+    loss_fn.to_empty(device="cpu").reset_parameters()
+    assert not any(x.any() for x in loss_fn.buffers())
 
 
 # ---- copies and checkpoints ------------------------------------------------------------------------------------------
@@ -268,19 +291,21 @@ def test_copies_go_on_alike(again: Callable[[nn.Module], nn.Module], calls: int)
 
 
 def test_state_dict_is_complete_at_any_time() -> None:
-    assert CACRQueueLoss(queue_size=8, dim=D).state_dict().keys() == {"queue", "queue_length"}
+    names = {"queue", "queue_count", "incoming", "incoming_count"}
+    assert CACRQueueLoss(queue_size=8, dim=D).state_dict().keys() == names
     assert CACRQueueLoss().state_dict() == {}
     model = nn.Sequential(nn.Identity(), filled(1))
-    assert {"1.queue", "1.queue_length"} == model.state_dict().keys()
+    assert {f"1.{name}" for name in names} == model.state_dict().keys()
     snapshot = model.state_dict()
     copied = copy.deepcopy(snapshot)
     for q, k in batches(4):
         model[1](q, k)
     model.state_dict()
     model.load_state_dict(nn.Sequential(nn.Identity(), filled(2)).state_dict())
+    model[1](q, k)
     for name, value in copied.items():  # like a parameter's, but later steps do not write into it
         assert torch.equal(snapshot[name], value), name
-    assert torch.equal(kept(model[1]), kept(filled(2)))
+    assert torch.equal(kept(model[1]), last_keys([*(k for _, k in batches(2)), k], 8))
 
 
 def test_saving_and_evaluating_change_nothing() -> None:
@@ -296,7 +321,7 @@ def test_saving_and_evaluating_change_nothing() -> None:
 def test_a_checkpoint_without_the_queue_leaves_it() -> None:
     loss_fn, untouched = filled(), filled()
     result = loss_fn.load_state_dict({}, strict=False)
-    assert set(result.missing_keys) == {"queue", "queue_length"}
+    assert len(result.missing_keys) == 4
     for q, k in batches(5)[3:]:
         assert loss_fn(q, k) == untouched(q, k)
     with pytest.raises(RuntimeError, match="Missing key"):
@@ -309,7 +334,7 @@ def test_a_checkpoint_without_the_queue_leaves_it() -> None:
 def test_learnable_temperature_beside_the_queue() -> None:
     tau = nn.Parameter(torch.tensor(0.5))
     loss_fn = CACRQueueLoss(queue_size=8, dim=D, tau_neg=tau, weight_grad="full")
-    assert loss_fn.state_dict().keys() == {"tau_neg", "queue", "queue_length"}
+    assert loss_fn.state_dict().keys() == {"tau_neg", "queue", "queue_count", "incoming", "incoming_count"}
     assert [*loss_fn.parameters()] == [tau]
     for q, k in batches(3):
         loss_fn(q, k).backward()
@@ -327,6 +352,11 @@ def test_learnable_temperature_beside_the_queue() -> None:
         ({"queue_size": True, "dim": 5}, TypeError, "queue_size must be an integer, got bool True"),
         ({"queue_size": "8", "dim": 5}, TypeError, "queue_size must be an integer, got str '8'"),
         ({"queue_size": 8, "dim": 0}, ValueError, "dim must be in"),
+        (
+            {"queue_size": 8, "dim": 5, "enqueue": "first"},
+            ValueError,
+            "enqueue='first' is unknown; accepted: 'all', 'last'",
+        ),
         ({"queue_size": 8, "dim": 5.0}, TypeError, "dim must be an integer, got float 5.0"),
     ],
     ids=str,
@@ -342,10 +372,14 @@ def test_whose_queue() -> None:
         filled()(q, k, k[0])
     with pytest.raises(ValueError, match=r"queue must be a tensor \[K, D\], got None; or let the module keep one"):
         CACRQueueLoss()(q, k)
+    with pytest.raises(ValueError, match="update_queue=True needs a module that keeps its queue"):
+        CACRQueueLoss()(q, k, k[0], update_queue=True)
+    with pytest.raises(TypeError, match="update_queue must be True or False, got int 1"):
+        filled()(q, k, update_queue=1)
     with pytest.raises(ValueError, match="dim = 5 features, got 4"):
         filled()(q[..., :4], k[..., :4])
 
 
 def test_repr_names_the_queue() -> None:
-    assert repr(filled(0)).startswith("CACRQueueLoss(queue_size=8, dim=5, tau_pos=1.0")
+    assert repr(filled(0)).startswith("CACRQueueLoss(queue_size=8, dim=5, enqueue='all', tau_pos=1.0")
     assert repr(CACRQueueLoss()).startswith("CACRQueueLoss(tau_pos=1.0")

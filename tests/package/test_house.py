@@ -31,11 +31,12 @@ ROOMS: dict[str, set[str]] = {
     "operators": OPERATORS,
     "backends": BACKENDS,
     "checks": BASE | {"backends"},
+    "ring": set(),
     "losses": OPERATORS | {"losses"},
     "functional": LOSSES,
     "weights": LOSSES,
-    "modules": LOSSES | {"functional"},
-    "": LOSSES | {"functional", "modules", "weights"},  # the package itself
+    "modules": LOSSES | {"functional", "ring"},
+    "": LOSSES | {"functional", "modules", "ring", "weights"},  # the package itself
     "cases": BASE,
     "testing": LOSSES | {"functional", "cases"},
     "verify": LOSSES | {"functional", "cases", "testing"},
