@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -189,22 +189,25 @@ def cacr_queue_loss(
 
     Source: the published MoCo v2 code with ``K`` and ``unif_intra_batch``.
     """
-    return kept_queue_loss(
-        queries,
-        keys,
-        queue,
-        None,
-        tau_pos=tau_pos,
-        tau_neg=tau_neg,
-        alpha=alpha,
-        beta=beta,
-        in_batch=in_batch,
-        weight_grad=weight_grad,
-        normalize=normalize,
-        reduction=reduction,
-        return_parts=return_parts,
-        backend=backend,
+    options = QueueOptions(
+        tau_pos, tau_neg, alpha, beta, in_batch, weight_grad, normalize, reduction, return_parts, backend
     )
+    return kept_queue_loss(queries, keys, queue, None, options)
+
+
+class QueueOptions(NamedTuple):
+    """The keywords of :func:`cacr_queue_loss`."""
+
+    tau_pos: float | Tensor
+    tau_neg: float | Tensor
+    alpha: float
+    beta: float
+    in_batch: bool
+    weight_grad: WeightGrad
+    normalize: bool
+    reduction: Reduction
+    return_parts: bool
+    backend: str
 
 
 def kept_queue_loss(
@@ -212,19 +215,10 @@ def kept_queue_loss(
     keys: Tensor | Sequence[Tensor],
     queue: Tensor,
     valid: Tensor | None,
-    *,
-    tau_pos: float | Tensor,
-    tau_neg: float | Tensor,
-    alpha: float,
-    beta: float,
-    in_batch: bool,
-    weight_grad: WeightGrad,
-    normalize: bool,
-    reduction: Reduction,
-    return_parts: bool,
-    backend: str,
+    options: QueueOptions,
 ) -> Any:
     """:func:`cacr_queue_loss` with the first ``valid`` rows of the queue: a 0-dim int64 tensor, ``None`` for all."""
+    tau_pos, tau_neg, alpha, beta, in_batch, weight_grad, normalize, reduction, return_parts, backend = options
     queries, tau_pos, tau_neg = refuse_second_derivative_of_compiled(queries, tau_pos, tau_neg)
     one_direction = isinstance(queries, Tensor) and queries.dim() == 2
     q, k = checks.queries_and_keys(queries, keys)
@@ -243,11 +237,11 @@ def kept_queue_loss(
     with checks.without_autocast(q.device):
         q, k, n = _prepare([q, k.detach(), n.detach()], normalize)
         numbers = Numbers(*_variables(q.device, tau_pos, tau_neg, alpha, beta))
-        options: Any = {"in_batch": in_batch, "weight_grad": weight_grad, "valid": valid}
+        of_queue: Any = {"in_batch": in_batch, "weight_grad": weight_grad, "valid": valid}
         if on.operators:
-            terms = losses.queue(on, q.contiguous(), k.contiguous(), n.contiguous(), numbers, **options)
+            terms = losses.queue(on, q.contiguous(), k.contiguous(), n.contiguous(), numbers, **of_queue)
         else:
-            terms = reference.queue(q, k, n, numbers, **options)
+            terms = reference.queue(q, k, n, numbers, **of_queue)
         if one_direction:
             terms = terms._replace(attraction=terms.attraction[0], repulsion=terms.repulsion[0])
         return _reduce(_connected(terms, *numbers[:2]), reduction, return_parts, q.dtype)
