@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize as l2_normalize
 
 from . import checks, functional, ring
 from .operators import state
 from .operators.second_derivative import refuse_second_derivative_of_compiled
+from .reference import unit_rows
 from .types import ENQUEUES, Cost, Enqueue, Pairing, Reduction, WeightGrad, arithmetic_dtype
 
 
@@ -114,7 +114,8 @@ class CACRQueueLoss(_Loss):
 
     Under ``DistributedDataParallel`` every rank keeps its own queue: pass ``broadcast_buffers=False``, or the queue of
     rank 0 replaces the others at every forward. (Its successor ``forward_sync_buffers=False`` copies rank 0's buffers
-    once, when wrapping: load a rank's checkpoint after that.) The replicas of ``nn.DataParallel`` cannot fill the queue.
+    once, when wrapping: load a rank's checkpoint after that.) The replicas of ``nn.DataParallel`` cannot fill the
+    queue.
 
     Args:
         queue_size: K, how many keys to keep; 0: none.
@@ -211,7 +212,7 @@ class CACRQueueLoss(_Loss):
         own, valid = self._traced_queue(update) if _traced(self.queue) else self._queue_of_host(update)
         options = self.options()
         if options.pop("normalize"):
-            q, k = (l2_normalize(x.to(arithmetic_dtype(x)), dim=-1) for x in (q, k))
+            q, k = (unit_rows(x.to(arithmetic_dtype(x))) for x in (q, k))
         one_direction = isinstance(queries, Tensor) and queries.dim() == 2
         pair = (q[0], k[0]) if one_direction else (q, k)
         loss = functional.kept_queue_loss(*pair, own, valid, functional.QueueOptions(normalize=False, **options))
