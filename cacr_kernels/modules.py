@@ -112,8 +112,9 @@ class CACRQueueLoss(_Loss):
     the queue. A reentrant checkpoint runs its forward without gradients: pass ``update_queue=True`` there.
 
     Under ``DistributedDataParallel`` every rank keeps its own queue: pass ``broadcast_buffers=False``, or the queue of
-    rank 0 replaces the others at every forward. (Its successor ``forward_sync_buffers=False`` copies rank 0's buffers once,
-    when wrapping: load a rank's checkpoint after that.) The replicas of ``nn.DataParallel`` cannot fill the queue.
+    rank 0 replaces the others at every forward. (Its successor ``forward_sync_buffers=False`` copies the buffers of
+    rank 0 once, when wrapping: load a rank's checkpoint after that.) The replicas of ``nn.DataParallel`` cannot fill
+    the queue.
 
     Args:
         queue_size: K, how many keys to keep; 0: none.
