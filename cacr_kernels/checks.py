@@ -95,6 +95,11 @@ def _autocast_available(device_type: str) -> bool:
 def queries_and_keys(queries: Any, keys: Any) -> tuple[Tensor, Tensor]:
     """Of the queue loss: two or more views, or one tensor [B, D] each as one view."""
     if isinstance(queries, Tensor) and queries.dim() == 2:
+        if isinstance(keys, Tensor) and keys.dim() != 2:
+            raise ValueError(
+                f"queries must have the shape [V, B, D] of keys, {list(keys.shape)}, or both [B, D], got "
+                f"{list(queries.shape)}"
+            )
         q, k = float_tensor("queries", queries, "[B, D]"), float_tensor("keys", keys, "[B, D]")
         same_shape("keys", k, "queries", q)
         return nonempty("queries", q, "[B, D]")[None], k[None]

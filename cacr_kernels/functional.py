@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -192,7 +193,9 @@ def cacr_queue_loss(
     options = QueueOptions(
         tau_pos, tau_neg, alpha, beta, in_batch, weight_grad, normalize, reduction, return_parts, backend
     )
-    return kept_queue_loss(queries, keys, queue, None, options)
+    call = queue_call(queries, keys, queue, None, options)
+    with checks.without_autocast(call.device):
+        return call.reduced(call.compute(*call.arguments))
 
 
 class QueueOptions(NamedTuple):
@@ -210,14 +213,26 @@ class QueueOptions(NamedTuple):
     backend: str
 
 
-def kept_queue_loss(
+class QueueCall(NamedTuple):
+    """A call of the queue loss, checked: ``compute(*arguments)`` are its terms."""
+
+    device: torch.device
+    compute: Callable[..., Terms]
+    arguments: tuple[Any, ...]
+    reduced: Callable[[Terms], Any]
+
+
+def queue_call(
     queries: Tensor | Sequence[Tensor],
     keys: Tensor | Sequence[Tensor],
     queue: Tensor,
     valid: Tensor | None,
     options: QueueOptions,
-) -> Any:
-    """:func:`cacr_queue_loss` with the first ``valid`` rows of the queue: a 0-dim int64 tensor, ``None`` for all."""
+) -> QueueCall:
+    """:func:`cacr_queue_loss` with the first ``valid`` rows of the queue: a 0-dim int64 tensor, ``None`` for all.
+
+    The caller computes, so that from a loss to its operator there are few calls.
+    """
     tau_pos, tau_neg, alpha, beta, in_batch, weight_grad, normalize, reduction, return_parts, backend = options
     queries, tau_pos, tau_neg = refuse_second_derivative_of_compiled(queries, tau_pos, tau_neg)
     one_direction = isinstance(queries, Tensor) and queries.dim() == 2
@@ -237,14 +252,18 @@ def kept_queue_loss(
     with checks.without_autocast(q.device):
         q, k, n = _prepare([q, k.detach(), n.detach()], normalize)
         numbers = Numbers(*_variables(q.device, tau_pos, tau_neg, alpha, beta))
-        of_queue: Any = {"in_batch": in_batch, "weight_grad": weight_grad, "valid": valid}
-        if on.operators:
-            terms = losses.queue(on, q.contiguous(), k.contiguous(), n.contiguous(), numbers, **of_queue)
-        else:
-            terms = reference.queue(q, k, n, numbers, **of_queue)
+    arguments: tuple[Any, ...] = q, k, n, numbers
+    compute = reference.queue
+    if on.operators:
+        arguments, compute = (on, *(t.contiguous() for t in (q, k, n)), numbers), losses.queue
+
+    def reduced(terms: Terms) -> Any:
         if one_direction:
             terms = terms._replace(attraction=terms.attraction[0], repulsion=terms.repulsion[0])
         return _reduce(_connected(terms, *numbers[:2]), reduction, return_parts, q.dtype)
+
+    options_of_queue = {"in_batch": in_batch, "weight_grad": weight_grad, "valid": valid}
+    return QueueCall(q.device, partial(compute, **options_of_queue), arguments, reduced)
 
 
 def cacr_momentum_loss(

@@ -113,9 +113,9 @@ class CACRQueueLoss(_Loss):
     the queue. A reentrant checkpoint runs its forward without gradients: pass ``update_queue=True`` there.
 
     Under ``DistributedDataParallel`` every rank keeps its own queue: pass ``broadcast_buffers=False``, or the queue of
-    rank 0 replaces the others at every forward. (Its successor ``forward_sync_buffers=False`` copies rank 0's buffers
-    once, when wrapping: load a rank's checkpoint after that.) The replicas of ``nn.DataParallel`` cannot fill the
-    queue.
+    rank 0 replaces the others at every forward. (Its successor ``forward_sync_buffers=False`` copies the buffers of
+    rank 0 once, when wrapping: load a rank's checkpoint after that.) The replicas of ``nn.DataParallel`` cannot fill
+    the queue.
 
     Args:
         queue_size: K, how many keys to keep; 0: none.
@@ -215,7 +215,9 @@ class CACRQueueLoss(_Loss):
             q, k = (unit_rows(x.to(arithmetic_dtype(x))) for x in (q, k))
         one_direction = isinstance(queries, Tensor) and queries.dim() == 2
         pair = (q[0], k[0]) if one_direction else (q, k)
-        loss = functional.kept_queue_loss(*pair, own, valid, functional.QueueOptions(normalize=False, **options))
+        call = functional.queue_call(*pair, own, valid, functional.QueueOptions(normalize=False, **options))
+        with checks.without_autocast(call.device):
+            loss = call.reduced(call.compute(*call.arguments))
         if update:
             self._store(k)
         return loss

@@ -172,7 +172,8 @@ def test_cells(text: str, backend: str, recorder: Recorder) -> None:
     called = {name.removesuffix(f"_{backend}") for name in recorder.operators} - {"gradient_of"}
     assert called in OPERATORS[way]
     assert bool(stored) == (recorder.largest >= MATRIX)
-    assert TABLE[text]["gradients flow to"].replace("`", "") == ", ".join(gradients)
+    told = TABLE[text]["gradients flow to"].replace("`", "").replace("; 0 to ", ", ")  # no values to tell zeros by
+    assert sorted(told.split(", ")) == sorted(gradients)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -121,8 +121,8 @@ FAULTS = (
     Fault(
         "losses-precision-of-temperatures",
         PACKAGE + "losses.py",
-        text="torch.full((), x, dtype=torch.float64, device=device)",
-        replacement="torch.full((), x, device=device)",
+        text="torch.full((), x, dtype=dtype, device=device)",
+        replacement="torch.full((), x, dtype=torch.float32, device=device)",
         why="numbers beside a tensor are rounded to float32",
         tests=(LOSSES, NUMBERS),
     ),

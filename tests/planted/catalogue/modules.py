@@ -76,8 +76,8 @@ FAULTS = (
     Fault(
         "modules-queue-in-half-precision",
         FILE,
-        text="l2_normalize(x.to(arithmetic_dtype(x)), dim=-1)",
-        replacement="l2_normalize(x, dim=-1)",
+        text="unit_rows(x.to(arithmetic_dtype(x)))",
+        replacement="unit_rows(x)",
         why="keys of half types are normalised in their own precision",
         tests=(QUEUE, "tests/losses/test_modules.py"),
     ),
