@@ -253,7 +253,7 @@ def queue_call(
         q, k, n = _prepare([q, k.detach(), n.detach()], normalize)
         numbers = Numbers(*_variables(q.device, tau_pos, tau_neg, alpha, beta))
     arguments: tuple[Any, ...] = q, k, n, numbers
-    compute = reference.queue
+    compute: Callable[..., Terms] = reference.queue
     if on.operators:
         arguments, compute = (on, *(t.contiguous() for t in (q, k, n)), numbers), losses.queue
 
@@ -262,7 +262,7 @@ def queue_call(
             terms = terms._replace(attraction=terms.attraction[0], repulsion=terms.repulsion[0])
         return _reduce(_connected(terms, *numbers[:2]), reduction, return_parts, q.dtype)
 
-    options_of_queue = {"in_batch": in_batch, "weight_grad": weight_grad, "valid": valid}
+    options_of_queue: Any = {"in_batch": in_batch, "weight_grad": weight_grad, "valid": valid}
     return QueueCall(q.device, partial(compute, **options_of_queue), arguments, reduced)
 
 
