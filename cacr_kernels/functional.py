@@ -475,7 +475,10 @@ def _fused(on: Target, views: Tensor, given: Sequence[Any], kind: tuple[Pairing,
     grad = torch.is_grad_enabled()
     wanted = grad and views.requires_grad, grad and numbers is not None and numbers.requires_grad
     loss, parts = cacr(on, views, numbers, options, wanted)
-    return CACRParts(loss, *parts.detach().unbind()) if return_parts else loss
+    if not return_parts:
+        return loss
+    attraction, repulsion, *entropies = parts.detach().unbind()
+    return CACRParts(loss, attraction, repulsion, *(h.clamp(min=0.0) for h in entropies))
 
 
 def _connected(terms: Terms, *temperatures: float | Tensor) -> Terms:

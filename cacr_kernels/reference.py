@@ -111,7 +111,7 @@ def statistics(logit: Tensor, cost: Tensor, members: Tensor) -> Statistics:
     masked = torch.where(members | ~nonempty[..., None], logit, -math.inf)
     weights = torch.where(members, masked.softmax(-1), 0.0)
     lse = torch.where(nonempty, masked.logsumexp(-1), -math.inf)
-    entropy = torch.where(nonempty, lse - (weights * logit).sum(-1), 0.0).detach()
+    entropy = torch.where(nonempty, lse - (weights * logit).sum(-1), 0.0).detach().clamp(min=0.0)
     return Statistics((weights * cost).sum(-1), lse, entropy, nonempty, weights)
 
 
