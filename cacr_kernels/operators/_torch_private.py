@@ -30,8 +30,7 @@ __all__ = [
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# An operator that a Function calls has no graph to record; to say so saves 36 us a call.
-below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
+_BelowAutograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
 
 # Whether the backward that is running keeps its graph, so that it may run a second time.
 backward_keeps_graph: Callable[[], bool] = getattr(
@@ -49,6 +48,16 @@ is_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_b
 
 # The transforms of torch.func that are running, or None. Without it the Functions themselves refuse vmap.
 _interpreters: Callable[[], Any] = getattr(torch._C._functorch, "get_interpreter_stack", lambda: None)
+
+
+def below_autograd() -> contextlib.AbstractContextManager[Any]:
+    """Says that an operator which a Function calls has no graph to record, which saves 36 us a call.
+
+    Dynamo, which traces a Function in a backward (compiled autograd), does not know of it.
+    """
+    below: contextlib.AbstractContextManager[Any]
+    below = contextlib.nullcontext() if torch.compiler.is_dynamo_compiling() else _BelowAutograd()
+    return below
 
 
 def inside_vmap() -> bool:
