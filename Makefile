@@ -7,6 +7,8 @@ MAKEFLAGS += --jobs=2
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV ?= .venv
+TORCH_OLD ?= 2.11.0
+TRITON_OLD ?= 3.6.0
 PYTEST_FLAGS ?= -q -n 2 --dist worksteal
 BENCH ?= baselines # the extra that the benchmarks install; "bench" leaves out the other packages
 BENCH_FLAGS ?=
@@ -19,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f)
 CLANG_FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test test-all planted demo bench gpu-check lint format build clean
+.PHONY: test test-all test-old planted demo bench gpu-check lint format build clean
 .DELETE_ON_ERROR:
 
 # Threads that spin while others need the processor take many times as long.
@@ -32,6 +34,14 @@ test: $(VENV)/.with-test $(VENV)/.built
 # And the evidence that no machine of a user changes: tests marked "exhaustive".
 test-all: export CACR_TEST_ALL := 1
 test-all: test
+
+# What users call, under an old torch in an environment of its own: by hand, it downloads gigabytes. The library is the
+# one compiled against $(TORCH), as in a wheel.
+test-old: $(VENV)/.built
+	test -x $(VENV)-old/bin/python || $(PYTHON) -m venv $(VENV)-old
+	$(VENV)-old/bin/python -m pip --disable-pip-version-check install --quiet 'torch==$(TORCH_OLD)' \
+		'triton==$(TRITON_OLD)' numpy hypothesis pytest pytest-xdist
+	$(VENV)-old/bin/python -m pytest $(PYTEST_FLAGS) $(wildcard tests/losses/test_functional*.py) tests/compile tests/operators
 
 # Plants faults in a copy of the tree and says which the tests notice; hours, an interrupted run goes on.
 planted: $(VENV)/.with-test $(VENV)/.built
@@ -62,7 +72,7 @@ format: $(VENV)/.with-dev
 build: $(VENV)/.with-test $(VENV)/.built
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis cacr_kernels/*.so
+	rm -rf $(VENV) $(VENV)-old build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis cacr_kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The package in editable form with the extra named by the stamp; the libraries are compiled beside it.

@@ -34,8 +34,7 @@ __all__ = [
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# An operator that a Function calls has no graph to record; to say so saves 36 us a call.
-below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
+_BelowAutograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
 
 # Whether the backward that is running keeps its graph, so that it may run a second time.
 backward_keeps_graph: Callable[[], bool] = getattr(
@@ -85,6 +84,14 @@ _ALONE = _storage_users(torch.empty(1, device="cpu")) if hasattr(torch._C, "_sto
 def is_shared(x: Tensor) -> bool:
     """Whether other tensors use the memory of ``x``, such as one that a graph has saved."""
     return _ALONE < 0 or _storage_users(x) > _ALONE
+def below_autograd() -> contextlib.AbstractContextManager[Any]:
+    """Says that an operator which a Function calls has no graph to record, which saves 36 us a call.
+
+    Dynamo, which traces a Function in a backward (compiled autograd), does not know of it.
+    """
+    below: contextlib.AbstractContextManager[Any]
+    below = contextlib.nullcontext() if torch.compiler.is_dynamo_compiling() else _BelowAutograd()
+    return below
 
 
 def inside_vmap() -> bool:

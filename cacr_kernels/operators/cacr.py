@@ -116,6 +116,8 @@ def _scaled_gradients(ctx: Any, g_loss: Tensor, need: Wanted) -> tuple[Any, Any]
 
 def _is_last_of_one(g_loss: Tensor) -> bool:
     """Whether the loss was the end of the graph, ``loss.backward()``, and its backward will not run a second time."""
+    if torch.compiler.is_compiling():  # compiled autograd traces the backward
+        return False
     last = type(g_loss) is Tensor and g_loss.device.type == "cpu" and not _torch_private.backward_keeps_graph()
     known = last and not _torch_private.transforms_are_active() and not _torch_private.is_batched(g_loss)
     return known and g_loss.item() == 1

@@ -262,3 +262,16 @@ def test_export() -> None:
     assert any("cacr_cpu" in str(node.target) for node in program.graph.nodes)
     other = unit(6, 4, seed=2), unit(6, 4, seed=3)
     assert_same((program.module()(*other),), (CACRLoss()(*other),))
+
+
+# ---- compiled autograd -----------------------------------------------------------------------------------------------
+@each_loss
+def test_compiled_autograd(loss: Callable[..., Tensor]) -> None:
+    """The backward of an eager loss, traced without a break."""
+    mine, expected = inputs(), inputs()
+    value = loss(*mine)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        value.backward()
+    loss(*expected).backward()
+    for x, y in zip(mine, expected, strict=True):
+        torch.testing.assert_close(x.grad, y.grad)
