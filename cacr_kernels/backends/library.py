@@ -57,8 +57,8 @@ def _load_cuda() -> Extension:
     if not path.exists() and os.environ.get("CACR_DISABLE_EXTENSION", "0") in ("", "0"):
         return Extension(
             path,
-            f"the compiled library {path.name} was not made when cacr_kernels was installed: that takes its source, nvcc, "
-            "this torch (pip install --no-build-isolation) and CACR_BUILD_CUDA not 0",
+            f"the compiled library {path.name} was not made when cacr_kernels was installed: that takes its source, "
+            "nvcc, this torch (pip install --no-build-isolation) and CACR_BUILD_CUDA not 0",
         )
     return _load("_C_cuda")
 
