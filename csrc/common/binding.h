@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "kinds.h"
+#include "out_of_memory.h"
 
 namespace cacr::binding {
 
@@ -38,8 +39,12 @@ inline Tensor empty(const Sizes& sizes, int32_t dtype, Device device) {
   Sizes strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                  device.type, device.index, &handle));
+  if (aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, device.type, device.index,
+                               &handle) != TORCH_SUCCESS) {
+    uint64_t bytes = aoti_torch_dtype_element_size(dtype);
+    for (int64_t size : sizes) bytes *= uint64_t(size);
+    throw OutOfMemory(bytes);
+  }
   return Tensor(handle);
 }
 

@@ -329,6 +329,13 @@ value, lse, _ = torch.ops.cacr_kernels.contrast_cpu(q, k, None, None, tau, [0], 
 }
 
 
+def test_out_of_memory_says_how_much_was_asked_for() -> None:
+    """Results of 128 TiB, which no process can have."""
+    q, tau, pairs = torch.zeros(1, 1 << 24, 1), torch.ones(1, dtype=torch.float64), [0] * (1 << 20)
+    with pytest.raises(MemoryError, match=f"out of memory: tried to allocate {1 << 47} bytes"):
+        operator("contrast_cpu")(q, None, None, None, tau, [0], pairs, pairs, False, False)
+
+
 def test_workspace() -> None:
     """The bytes by which the peak resident memory grows."""
     pairs = [(room.setup, room.call) for room in ROOMS.values()]

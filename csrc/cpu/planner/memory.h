@@ -6,8 +6,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <vector>
+
+#include "../../common/out_of_memory.h"
 
 namespace cacr {
 
@@ -35,7 +36,7 @@ class Workspace {
 
   void* chunk(size_t bytes) {
     void* p = std::aligned_alloc(64, bytes);
-    if (!p) throw std::bad_alloc();
+    if (!p) throw OutOfMemory(bytes);
     chunks_.emplace_back(p);
     return p;
   }
