@@ -1,5 +1,6 @@
 // The operators contrast and contrast_backward: statistics of the rows, and their gradients.
 #include "forward_backward.h"
+#include "sums.h"
 
 namespace cacr {
 
@@ -35,9 +36,10 @@ void contrast_backward(const Contrast<T>& problem, const BackwardRows& rows, con
   double* variance = moments ? e.memory.template zeros<double>(problem.softmaxes * per_softmax) : nullptr;
   if (dq || dk || variance) backward_sweep(e, rows, {dq, dk, variance, false}, n);
   for (int s = 0; dtau && s < problem.softmaxes; s++) {  // dL/dtau = sum_i gF var_i + glse F_i
-    dtau[s] = 0;
-    for (int64_t i = s * per_softmax; moments && i < (s + 1) * per_softmax; i++)
-      if (rows.state.sum[i] != 0) dtau[s] += rows.grad_value[i] * variance[i] + rows.grad_lse[i] * rows.value[i];
+    const auto row = [&](int64_t i) {
+      return rows.state.sum[i] == 0 ? 0 : rows.grad_value[i] * variance[i] + rows.grad_lse[i] * rows.value[i];
+    };
+    dtau[s] = moments ? sum_rows(s * per_softmax, (s + 1) * per_softmax, row) : 0;
   }
 }
 

@@ -1,6 +1,7 @@
 // The operator cacr: the loss with its gradients (cacr_kernels/reference.py, cacr). Attraction by form differences,
 // repulsion in one sweep over the strip, or in two.
 #include "forward_backward.h"
+#include "sums.h"
 
 namespace cacr {
 namespace {
@@ -43,12 +44,16 @@ struct LossPlan {
 
   void sum_attraction(const Statistics& s) {
     const int64_t rows = loss.V * loss.B;
-    double value = 0, variance = 0, entropy = 0;
-    for (int64_t i = 0; i < rows; i++)
-      value += s.value[i], variance += s.variance[i], entropy += s.lse[i] - loss.tau_pos * s.value[i];
-    result.attraction = loss.alpha * value / double(rows);
-    if (want_tau) result.grad_tau_pos = loss.alpha * variance / double(rows);
-    result.attraction_entropy = entropy / double(rows);
+    result.attraction = loss.alpha * sum_of(s.value, rows) / double(rows);
+    if (want_tau) result.grad_tau_pos = loss.alpha * sum_of(s.variance, rows) / double(rows);
+    result.attraction_entropy = sum_of_entropies(s, rows, loss.tau_pos) / double(rows);
+  }
+
+  static double sum_of(const double* x, int64_t n) {
+    return sum_rows(0, n, [&](int64_t i) { return x[i]; });
+  }
+  static double sum_of_entropies(const Statistics& s, int64_t n, double tau) {
+    return sum_rows(0, n, [&](int64_t i) { return s.lse[i] - tau * s.value[i]; });
   }
 
   // ---- repulsion ---------------------------------------------------------------------------------------------------
@@ -71,36 +76,25 @@ struct LossPlan {
     return p;
   }
 
-  static double sum_of(const double* x, int64_t n) {
-    double sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += x[i];
-    return sum;
-  }
-
   // -beta mean_pairs mean_b F and its derivatives from statistics [1][pairs][N]
   void sum_mean_cost(const Contrast<T>& p, const Statistics& s) {
     const int64_t rows = p.pairs * p.N;
-    double value = 0, entropy = 0;
-    for (int64_t i = 0; i < rows; i++) value += s.value[i], entropy += s.lse[i] - p.tau[0] * s.value[i];
-    result.repulsion = -loss.beta * value / double(rows);
+    result.repulsion = -loss.beta * sum_of(s.value, rows) / double(rows);
     if (want_tau) result.grad_tau_neg = loss.beta * sum_of(s.variance, rows) / double(rows);
-    result.repulsion_entropy = entropy / double(rows);
+    result.repulsion_entropy = sum_of_entropies(s, rows, p.tau[0]) / double(rows);
   }
 
   // One pair under rbf, statistics [2][N]: log mean_b F with log F_b = lse_1 - lse_0. Returns log sum_b F_b.
   double sum_rbf_pair(const Contrast<T>& p, const Statistics& s, double* row_weight) {
-    double top = -INFINITY, sum = 0, d_tau = 0, entropy = 0;
+    double top = -INFINITY;
     for (int64_t i = 0; i < p.N; i++) {
       row_weight[i] = s.lse[p.N + i] - s.lse[i];
       top = std::max(top, row_weight[i]);
       if (std::isnan(row_weight[i])) top = NAN, i = p.N;
     }
-    for (int64_t i = 0; i < p.N; i++) {
-      row_weight[i] = std::exp(row_weight[i] - top);
-      sum += row_weight[i];
-      d_tau += row_weight[i] * (s.value[i] - s.value[p.N + i]);
-      entropy += s.lse[i] + loss.tau_neg * s.value[i];
-    }
+    for (int64_t i = 0; i < p.N; i++) row_weight[i] = std::exp(row_weight[i] - top);
+    const double sum = sum_of(row_weight, p.N), entropy = sum_of_entropies(s, p.N, -loss.tau_neg);
+    const double d_tau = sum_rows(0, p.N, [&](int64_t i) { return row_weight[i] * (s.value[i] - s.value[p.N + i]); });
     const double log_sum = top + std::log(sum), pair_count = double(pairs.q_index.size());
     for (int64_t i = 0; i < p.N; i++) row_weight[i] /= sum;
     result.repulsion += loss.beta * (log_sum - std::log(double(p.N))) / pair_count;
