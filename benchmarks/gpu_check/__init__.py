@@ -2,6 +2,7 @@
 
 steps.py       the steps in their order, with their time limits
 supervise.py   runs one of them in processes of its own, and ends them
+sessions.py    ends a process with all that it started
 lines.py       what these processes write: a line of JSON at the start and the end of every task
 report.py      makes the report from those lines, again and again while the steps run
 child.py       the process of a step: its tasks one after the other

@@ -11,7 +11,6 @@ import contextlib
 import faulthandler
 import importlib
 import os
-import signal
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import sessions
 from .lines import RESULT, SKIP, START, Lines
 
 LOST = 86
@@ -94,7 +94,7 @@ def end_with_parent() -> None:
     with contextlib.suppress(OSError, ValueError):
         while os.read(0, 4096):
             pass
-    os.killpg(os.getpgrp(), signal.SIGKILL)
+    sessions.end(os.getsid(0))
 
 
 def main() -> None:

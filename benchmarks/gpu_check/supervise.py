@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from . import sessions
 from .lines import SKIP, START, Lines
 from .steps import Step, cores
 
 ROOT = Path(__file__).resolve().parents[2]
 TRIES = 20  # processes that one share of a step may use up
 LOG_BYTES = 12 << 20  # the log may have at most 16 MiB
-POLL, TICK = 0.05, 3.0  # seconds
+POLL, TICK, PATIENCE = 0.05, 3.0, 5.0  # seconds
 DONE, SKIPPED, CRASHED, OUT_OF_TIME, RUNNING, WAITING = (
     "done",
     "skipped",
@@ -76,6 +76,7 @@ class Share:
         if code is None:
             return False
         self.kill()
+        self.wait(time.monotonic() + PATIENCE)
         if code == 0:
             return True
         said = f"signal {-code}" if code < 0 else f"exit status {code}"
@@ -86,12 +87,15 @@ class Share:
         return True
 
     def kill(self) -> None:
-        """Ends the process and whatever it started; nobody waits for one that hangs in a driver."""
+        """Ends the process and whatever it started."""
         assert self.process is not None
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        sessions.end(self.process.pid)
+
+    def wait(self, until: float) -> None:
+        """For the end of a killed process, but not for one that hangs in a driver."""
+        assert self.process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=5)
+            self.process.wait(timeout=max(0.0, until - time.monotonic()))
         if self.process.stdin is not None:
             self.process.stdin.close()
 
@@ -120,6 +124,9 @@ def shares_of(step: Step, commands: list[list[str]], lines: Lines, log: Path) ->
     finally:
         for share in found:
             share.kill()
+        until = time.monotonic() + PATIENCE
+        for share in found:
+            share.wait(until)
 
 
 def run(

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.gpu_check import child
 from benchmarks.gpu_check.child import Context, DroppedError, Task
-from benchmarks.gpu_check.lines import ABSENT, NOTE
+from benchmarks.gpu_check.lines import ABSENT, NOTE, Lines
 from benchmarks.gpu_check.steps import GPU, Step
 
 SECONDS = 2.0  # of a task
@@ -47,11 +47,16 @@ def sleep() -> dict[str, Any]:
 
 
 def with_children() -> dict[str, Any]:
-    """A compiler that hangs, say."""
-    subprocess.run([sys.executable, "-c", "import time; time.sleep(60)"])
+    """A compiler that hangs, say, in a process group of its own, as ninja starts it."""
+    compiler = subprocess.Popen([sys.executable, "-c", "import os, time; os.setpgid(0, 0); time.sleep(60)"])
+    while os.getpgid(compiler.pid) != compiler.pid:
+        time.sleep(0.01)
+    WRITTEN[0].write(NOTE, text=f"process {compiler.pid}")
+    compiler.wait()
     return {}
 
 
+WRITTEN: list[Lines] = []  # by this process
 TASKS = {
     "results": (fine, wrong, drop),
     "crashing": (fine, crash, sticky, drop),
@@ -67,6 +72,7 @@ def run(context: Context) -> None:
         return context.skip("there is no GPU")
     if step == "decides":
         return context.lines.write(ABSENT, **{GPU: "there is no GPU"})
+    WRITTEN.append(context.lines)
     context.lines.write(NOTE, text=f"process {os.getpid()}")
     seconds = 100.0 if step == "late" else SECONDS
     child.run(context, [Task(f"{task.__name__} of {step}", task) for task in TASKS[step]], seconds)

@@ -72,7 +72,7 @@ def test_after_a_crash_the_next_task_runs(run_of_all: tuple[Path, int]) -> None:
     folder, _ = run_of_all
     ended = {"good": ["fine"], "failed": ["sticky"], "dropped": ["drop"], "lost": ["crash"]}
     assert found(folder, "crashing") == ended
-    assert len(processes(folder)) == 1 + 3 + 2 + 1 + 1
+    assert len(processes(folder)) == 1 + 3 + 2 + 2 + 1
     assert "Begun and not ended: `crash of crashing`" in (folder / "report.md").read_text()
 
 
@@ -134,6 +134,17 @@ def test_shares_of_a_step(tmp_path: Path) -> None:
     assert len(starts) == len(set(starts)) == 3
 
 
+def test_all_processes_are_killed_before_one_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, float]] = []
+    monkeypatch.setattr(supervise.Share, "kill", lambda share: calls.append(("kill", 0.0)))
+    monkeypatch.setattr(supervise.Share, "wait", lambda share, until: calls.append(("wait", until)))
+    commands = [[sys.executable, "-c", ""]] * 3
+    with supervise.shares_of(fake("last"), commands, Lines(tmp_path / "lines", "last"), tmp_path / "log"):
+        pass
+    assert [name for name, _ in calls] == ["kill"] * 3 + ["wait"] * 3
+    assert len({until for name, until in calls if name == "wait"}) == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_in_the_middle(number: int, tmp_path: Path) -> None:
     """The report says what was done, and no process is left."""
@@ -144,7 +155,7 @@ def test_killed_in_the_middle(number: int, tmp_path: Path) -> None:
     )
     parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL)
     lines = Lines(tmp_path / "results.jsonl", "late")
-    wait_until(lambda: len(lines.started()) == 2)
+    wait_until(lambda: len(lines.started()) == 2 and len(processes(tmp_path)) == 3)
     parent.send_signal(number)
     parent.wait(timeout=30)
     steps = in_report(tmp_path)
