@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 
 import cacr_kernels
 from cacr_kernels import CACRParts, testing
+from cacr_kernels.backends import table
 
 BACKENDS = [
     name for name, reason in cacr_kernels.available_backends().items() if reason is None and name != "reference"
@@ -45,8 +46,7 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
 
 
 def device_of(backend: str) -> str:
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    return "cpu" if backend in ("reference", "torch", "cpu") or interpreted else "cuda"
+    return table.device_type_of(backend)
 
 
 def there(tensors: dict[str, Tensor], backend: str) -> dict[str, Tensor]:

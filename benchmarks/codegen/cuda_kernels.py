@@ -40,6 +40,11 @@ def nvcc() -> Path | None:
     return next((path for path in (*given, *homes, *found) if path.exists()), None)
 
 
+def why_not() -> str | None:
+    """Why no row can be made here, if none can."""
+    return None if nvcc() else "There is no nvcc (NVCC, CUDA_HOME, PATH): the CUDA kernels are left out."
+
+
 def run(*command: str | Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 

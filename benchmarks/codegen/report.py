@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import cuda_kernels, triton_kernels
-from .rows import DEVICES, KernelCase, Row, describe, problems
+from .rows import CODE, DEVICES, KernelCase, Row, describe, problems
 
 OUT = Path(__file__).parents[1] / "results" / "codegen"
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -34,16 +34,18 @@ START, END = "<!-- codegen: made by `python -m benchmarks.codegen --readme` -->"
 
 
 class Source(NamedTuple):
-    """Where rows come from: the matrix, and what compiles cases that differ in ``kernel`` or D alone."""
+    """Where the rows of a backend come from: the matrix, and what compiles cases that differ in kernel or D alone."""
 
     cases: Callable[[], Iterator[KernelCase]]
     build: Callable[[list[KernelCase]], list[Row]]
     together: Callable[[KernelCase], object]  # cases with the same are built by one call
+    why_not: Callable[[], str | None] = lambda: None  # a sentence if nothing can be compiled here
+    note: str = ""  # what a reader of its rows should know
 
 
 SOURCES = (
     Source(triton_kernels.cases, triton_kernels.build, lambda case: case[:4]),
-    Source(cuda_kernels.cases, cuda_kernels.build, lambda case: case[2:4]),
+    Source(cuda_kernels.cases, cuda_kernels.build, lambda case: case[2:4], cuda_kernels.why_not, cuda_kernels.NOTE),
 )
 
 
@@ -54,8 +56,8 @@ def picture(rows: list[Row], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = ("statistics", "gradient of queries", "detached keys")
-    rows = [row for row in rows if row.backend == "triton"]
+    names = CODE["triton"].principal
+    rows = [row for row in rows if row.code.pictured]
     devices = [d for d in DEVICES if any(r.device == d.name for r in rows)]
     figure, axes = plt.subplots(len(names), len(devices), figsize=(3.2 * len(devices), 7), sharey="row", squeeze=False)
     colours = {"tensor": "#4c72b0", "issue": "#dd8452", "fp32": "#55a868", "ex2": "#c44e52"}
@@ -141,9 +143,8 @@ def in_processes(work: list[Work], workers: int) -> Iterator[list[Row]]:
 
 def summary(rows: list[Row], console: Console) -> None:
     """A table per processor: the principal kernels at D = 128."""
-    names = {"triton": ("statistics", "gradient of queries", "detached keys"), "cuda": ("statistics", "gradients")}
     for device in DEVICES:
-        here = [r for r in rows if (r.device, r.D) == (device.name, 128) and r.kernel in names[r.backend]]
+        here = [r for r in rows if (r.device, r.D) == (device.name, 128) and r.kernel in r.code.principal]
         if not here:
             continue
         table = Table(title=f"{device.name}, D = 128", title_justify="left", show_edge=False, pad_edge=False)
@@ -156,8 +157,10 @@ def summary(rows: list[Row], console: Console) -> None:
             numbers = str(row.registers), f"{row.shared / 1024:.1f}", clocks
             table.add_row(row.backend, row.kernel, row.dtype, *numbers, row.limit)
         console.print(table, "")
-    if any(row.backend == "cuda" for row in rows):
-        console.print(cuda_kernels.NOTE, soft_wrap=True)
+    names = {KernelCase(*row[:5]).name for row in rows}
+    for source in SOURCES:
+        if source.note and any(case.name in names for case in source.cases()):
+            console.print(source.note, soft_wrap=True)
 
 
 UNITS = {
@@ -229,9 +232,10 @@ def main(argv: list[str] | None = None) -> int:
     console.print("Compiled and inspected, not timed: there is no GPU in this.")
     known = matrix()
     wanted = {name for name in known if all(word in name for word in options.only.split())}
-    if cuda_kernels.nvcc() is None:
-        wanted = {name for name in wanted if known[name].backend != "cuda"}
-        console.print("There is no nvcc (NVCC, CUDA_HOME, PATH): the CUDA kernels are left out.")
+    for source in SOURCES:
+        if (reason := source.why_not()) is not None:
+            wanted -= {case.name for case in source.cases()}
+            console.print(reason)
     options.out.mkdir(parents=True, exist_ok=True)
     old = load(report) if options.only else {}
     rows = {name: row for name, row in old.items() if name in known}
@@ -244,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
             if bad := problems(row):
                 wrong += 1
                 console.print(f"{KernelCase(*row[:5]).name}: {describe(row)}: {'; '.join(bad)}", soft_wrap=True)
-    if any(row.backend == "triton" for row in rows.values()):
+    if any(row.code.pictured for row in rows.values()):
         picture(list(rows.values()), options.out / "codegen.png")
     summary([row for name, row in rows.items() if name in wanted], console)
     if len(rows) == len(known):

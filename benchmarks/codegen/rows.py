@@ -52,6 +52,22 @@ DEVICES = (
 )
 
 
+class Code(NamedTuple):
+    """What holds for all kernels of a backend."""
+
+    principal: tuple[str, ...]  # kernels of the summary
+    of_family: bool  # its launch configurations serve all processors of a family
+    fp64_on_tensor_cores: bool  # where those are faster
+    bounded_exponentials: bool  # a similarity may cost no more than its row says
+    pictured: bool
+
+
+CODE = {
+    "triton": Code(("statistics", "gradient of queries", "detached keys"), True, True, True, True),
+    "cuda": Code(("statistics", "gradients"), False, False, False, False),
+}
+
+
 def device_of(name: str) -> Device:
     """The processor of that name."""
     return next(device for device in DEVICES if device.name == name)
@@ -93,6 +109,10 @@ class Row(NamedTuple):
     cycles: dict[str, float]  # per similarity and core, by unit
 
     @property
+    def code(self) -> Code:
+        return CODE[self.backend]
+
+    @property
     def limit(self) -> str:
         """The unit that sets the bound; none where nothing was counted."""
         return max(self.cycles, key=lambda unit: self.cycles[unit], default="")
@@ -117,17 +137,17 @@ def cycles(device: Device, dtype: str, D: int, products: int, row: Row) -> dict[
 
 
 def wants_tensor_cores(row: Row) -> bool:
-    """Whether its products have to be there: float64 only in Triton's code for processors where that is faster."""
+    """Whether its products have to be there: float64 only where the backend uses them, and they are faster."""
     kind = ON_TENSOR_CORES.get(row.dtype)
     if not row.exponentials or kind is None:
         return False
-    return kind != "fp64" or (row.backend == "triton" and kind in device_of(row.device).tensor)
+    return kind != "fp64" or (row.code.fp64_on_tensor_cores and kind in device_of(row.device).tensor)
 
 
 def shared_limit(row: Row) -> int:
     """Bytes of shared memory; entries of the launch table serve the smallest processor of a family."""
     device = device_of(row.device)
-    if row.backend == "cuda":
+    if not row.code.of_family:
         return device.shared
     return min(other.shared for other in DEVICES if other.family == device.family)
 
@@ -142,7 +162,7 @@ def problems(row: Row) -> list[str]:
     if wants_tensor_cores(row) and not row.tensor:
         found.append("no tensor-core instructions")
     found += [f"no {opcode}" for opcode, count in row.opcodes.items() if not count]
-    if row.backend == "triton" and row.exponentials and row.dtype != "fp64":
+    if row.code.bounded_exponentials and row.exponentials and row.dtype != "fp64":
         # Every thread that holds part of a row rescales it once per tile: eight, or sixteen without tensor cores.
         rows_too = (16 if row.dtype == "ieee" else 8) * row.exponentials / row.tile["block_n"]
         each = row.per_similarity.get("ex2", 0) / row.passes

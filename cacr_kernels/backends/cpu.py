@@ -17,4 +17,10 @@ def why_not(device: torch.device | None) -> str | None:
     return _ERROR
 
 
-BACKEND = Backend("cpu", "SIMD kernels in C++ for the CPU", why_not, operators=("cacr", "contrast", "detached_keys"))
+BACKEND = Backend(
+    "cpu",
+    "SIMD kernels in C++ for the CPU",
+    why_not,
+    device="cpu",
+    operators=("cacr", "contrast", "detached_keys"),
+)

@@ -118,6 +118,7 @@ BACKEND = Backend(
     "cuda",
     "CUDA C++ kernels, one launch for a small loss",
     why_not,
+    device="cuda",
     operators=("cacr", "contrast"),
     implement=_implement,
     half_types=True,

@@ -30,6 +30,7 @@ class Backend(NamedTuple):
         summary: one line about it.
         why_not: ``why_not(device)`` is ``None`` if it can run on tensors of that device (``None``: on some device of
             this machine), else a sentence.
+        device: type of the devices that its kernels are made for; ``None``: any.
         operators: which of ``cacr``, ``contrast`` and ``detached_keys`` it has. With ``contrast`` it can compute all
             losses; without any operator it computes them by the definition.
         implement: called with the name of every operator (``contrast`` comes with ``contrast_backward``) after
@@ -45,6 +46,7 @@ class Backend(NamedTuple):
     name: str
     summary: str
     why_not: Callable[[torch.device | None], str | None]
+    device: str | None = None
     operators: tuple[str, ...] = ()
     implement: Callable[[str], None] | None = None
     half_types: bool = False

@@ -54,14 +54,26 @@ def check(name: object, device: torch.device | None = None) -> Backend:
     """
     if not isinstance(name, str):
         raise TypeError(f"backend must be a string, got {type(name).__name__} {name!r}")
+    backend = named(name)
+    reason = backend.why_not(device)
+    if reason is not None:
+        raise ValueError(f"backend={name!r} cannot run here: {reason}")
+    return backend
+
+
+def named(name: str) -> Backend:
+    """The entry of a name, whether or not it can run here."""
     for backend in TABLE:
         if backend.name == name:
-            reason = backend.why_not(device)
-            if reason is not None:
-                raise ValueError(f"backend={name!r} cannot run here: {reason}")
             return backend
     names = "auto", *(backend.name for backend in TABLE)
     raise ValueError(f"backend={name!r} is unknown; accepted: {', '.join(map(repr, names))}")
+
+
+def device_type_of(name: str) -> str:
+    """Type of the devices on which a backend is tried: the CPU if it can run there, else what its kernels are for."""
+    backend = named(name)
+    return "cpu" if backend.device is None or backend.why_not(torch.device("cpu")) is None else backend.device
 
 
 def check_option(name: object) -> None:

@@ -126,11 +126,9 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.library.impl("aten::_copy_from", "PrivateUse1", copy_from)
     AUTOCAST.fallback(torch.library.fallthrough_kernel)
     table.TABLE = tuple(
-        backend._replace(why_not=_why_not) if backend.name in GPU_BACKENDS else backend for backend in table.TABLE
+        backend._replace(why_not=_why_not, device=NAME) if backend.name in GPU_BACKENDS else backend
+        for backend in table.TABLE
     )
-    from tests import agreement
-
-    agreement.device_of = lambda backend: NAME if backend in GPU_BACKENDS else "cpu"
 
 
 BEYOND = {  # what tensors that wrap others cannot do

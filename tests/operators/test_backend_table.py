@@ -15,7 +15,6 @@ from cacr_kernels.backends import table
 from cacr_kernels.backends.entry import Backend, registered
 from cacr_kernels.operators.contrast import members, pack, plain_contrast
 from cacr_kernels.operators.registry import implement
-from tests import agreement
 from tests.agreement import LOSSES, assert_agree, each_loss, run, small_inputs
 
 calls: list[str] = []
@@ -70,7 +69,6 @@ TOY = registered(Backend("toy", "plain formulas", lambda device: None, operators
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "TABLE", (*table.TABLE, TOY))
-    monkeypatch.setattr(agreement, "device_of", lambda backend: "cpu")
     calls.clear()
 
 

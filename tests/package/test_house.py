@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import cacr_kernels
+from cacr_kernels.backends.table import TABLE
 
 PACKAGE = Path(cacr_kernels.__file__).parent
 NAME = PACKAGE.name
@@ -109,6 +111,62 @@ def test_private_names_of_torch_are_in_one_room(module: str) -> None:
         if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("torch"):
             parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
             assert not any(is_private(part) for part in parts), f"{module}:{node.lineno}"
+
+
+# ---- names of backends -----------------------------------------------------------------------------------------------
+BENCHMARKS = PACKAGE.parent / "benchmarks"
+SOURCES = {
+    path: ast.parse(path.read_text(encoding="utf-8"))
+    for path in (*MODULES.values(), *sorted(BENCHMARKS.rglob("*.py")))
+    if not path.is_relative_to(PACKAGE / "backends") and not path.is_relative_to(BENCHMARKS / "gpu_check")
+}
+BACKEND_NAMES = frozenset(backend.name for backend in TABLE)
+DEVICE_TYPES = {backend.device for backend in TABLE}  # "cpu" and "cuda" are names of both
+
+
+def names_in(node: ast.expr) -> set[str]:
+    """The backends that an expression names, by itself or in a literal collection."""
+    elements = node.elts if isinstance(node, ast.Tuple | ast.List | ast.Set) else [node]
+    return {e.value for e in elements if isinstance(e, ast.Constant) and e.value in BACKEND_NAMES}  # type: ignore[misc]
+
+
+def compared_backends(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and name of every comparison with a name of a backend, but for the types of devices."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            others = [ast.unparse(side) for side in sides if not names_in(side)]
+            of_device = all(re.search(r"(^|\.)(device(\.type)?|target\[0\])$|\['device'\]$", text) for text in others)
+            for name in set[str]().union(*map(names_in, sides)):
+                if not (others and of_device and name in DEVICE_TYPES):
+                    yield node.lineno, name
+        if isinstance(node, ast.MatchValue):
+            yield from ((node.value.lineno, name) for name in names_in(node.value))
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple | ast.List | ast.Set):
+            found = names_in(node.value)  # to be looked up in, if there is nothing else
+            yield from ((node.lineno, name) for name in found if len(found) == len(node.value.elts))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE.parent)))
+def test_no_name_of_a_backend_is_compared(path: Path) -> None:
+    """What backends differ in is said by their entries in the table."""
+    assert list(compared_backends(SOURCES[path])) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("backend == 'triton'", ["triton"]),
+        ("entry.name != 'cuda'", ["cuda"]),
+        ("backend in ('cpu', 'auto')", ["cpu"]),
+        ("match backend:\n    case 'torch': pass", ["torch"]),
+        ("GPU = ('cuda', 'triton')", ["cuda", "triton"]),
+        ("device == 'cpu' or device.type == 'cuda'", []),
+        ("device == 'triton'", ["triton"]),
+    ],
+)
+def test_comparisons_are_seen(code: str, found: list[str]) -> None:
+    assert sorted(name for _, name in compared_backends(ast.parse(code))) == found
 
 
 # ---- signatures ------------------------------------------------------------------------------------------------------

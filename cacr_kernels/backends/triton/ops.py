@@ -70,6 +70,7 @@ BACKEND = Backend(
     "triton",
     "Triton kernels for GPUs",
     why_not,
+    device="cuda",
     operators=("cacr", "contrast", "detached_keys"),
     implement=_implement,
     half_types=True,
