@@ -97,8 +97,8 @@ def queries_and_keys(queries: Any, keys: Any) -> tuple[Tensor, Tensor]:
     if isinstance(queries, Tensor) and queries.dim() == 2:
         if isinstance(keys, Tensor) and keys.dim() != 2:
             raise ValueError(
-                f"keys must have shape [B, D], got {list(keys.shape)}, as queries have {list(queries.shape)}; or give both "
-                "as [V, B, D]"
+                f"keys must have shape [B, D], got {list(keys.shape)}, as queries have {list(queries.shape)}; or give "
+                "both as [V, B, D]"
             )
         q, k = float_tensor("queries", queries, "[B, D]"), float_tensor("keys", keys, "[B, D]")
         same_shape("keys", k, "queries", q)

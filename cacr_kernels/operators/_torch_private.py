@@ -84,6 +84,8 @@ _ALONE = _storage_users(torch.empty(1, device="cpu")) if hasattr(torch._C, "_sto
 def is_shared(x: Tensor) -> bool:
     """Whether other tensors use the memory of ``x``, such as one that a graph has saved."""
     return _ALONE < 0 or _storage_users(x) > _ALONE
+
+
 def below_autograd() -> contextlib.AbstractContextManager[Any]:
     """Says that an operator which a Function calls has no graph to record, which saves 36 us a call.
 
