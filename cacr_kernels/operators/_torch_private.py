@@ -23,6 +23,7 @@ __all__ = [
     "inside_vmap",
     "is_batched",
     "is_shared",
+    "let_inductor_keep",
     "needs_functorch",
     "operators_stay_whole",
     "plain_apply",
@@ -116,6 +117,15 @@ def operators_stay_whole() -> bool:
     from torch.export._trace import custom_triton_ops_decomposition_disabled
 
     return bool(custom_triton_ops_decomposition_disabled())
+
+
+def let_inductor_keep(functions: list[str], key: Callable[[], str]) -> None:
+    """Graphs that hold these functions may be kept on disk, and found there while ``key`` gives the same."""
+    from torch._inductor import config
+
+    known: dict[str, str] | None = getattr(config, "unsafe_marked_cacheable_functions", None)
+    if known is not None and not known.keys() >= set(functions):
+        config.unsafe_marked_cacheable_functions = known | dict.fromkeys(functions, key())
 
 
 class _Bound(NamedTuple):

@@ -21,6 +21,7 @@ from .registry import (
     declare,
     differentiate,
     implement,
+    in_graphs,
     opaque,
     operator,
     own_precision,
@@ -117,6 +118,7 @@ class Backward(NamedTuple):
     want: Wanted
 
 
+@in_graphs
 class Call(NamedTuple):
     """The arguments of :class:`DetachedKeysFunction` beside the tensors and the spec."""
 

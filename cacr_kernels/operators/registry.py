@@ -14,17 +14,22 @@ gradient penalty gets them in eager mode and under ``torch.compile`` alike.
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..types import CACROptions, ContrastSpec
 from . import _torch_private
 
 NAMESPACE = "cacr_kernels"
 F = TypeVar("F", bound=Callable[..., Any])
+N = TypeVar("N")
 
 vjp: Any = torch.func.vjp  # its annotations leave out how many values it returns
 
@@ -107,7 +112,40 @@ def opaque(function: F) -> F:
     What it would make of the Functions themselves is wrong for derivatives of derivatives: a gradient of
     ``torch.func.grad`` would be zero.
     """
+    _in_graphs.append(function)
     return cast("F", torch.compiler.allow_in_graph(function))
+
+
+_in_graphs: list[Callable[..., Any]] = [Target, CACROptions, ContrastSpec]
+
+
+def in_graphs(kind: type[N]) -> type[N]:
+    """Says that graphs of ``torch.compile`` hold values of this type, which are arguments of opaque functions."""
+    _in_graphs.append(kind)
+    return kind
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def let_compilers_keep_graphs() -> None:
+    """Lets Inductor keep, for later processes, graphs that hold functions of this package; call it while tracing.
+
+    It cannot see what they do, and each process would compile the whole model anew. What was kept is used while sources
+    and environment variables of the package are the same: the code follows from these and from what Inductor knows.
+    """
+    _torch_private.let_inductor_keep(
+        [f"{function.__module__}.{function.__name__}" for function in _in_graphs], _sources
+    )
+
+
+@functools.cache
+def _sources() -> str:
+    """Digest of the sources of the package and of its environment variables."""
+    root = Path(__file__).parents[1]
+    found = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        found.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    found.update(repr(sorted((k, v) for k, v in os.environ.items() if k.startswith("CACR_"))).encode())
+    return found.hexdigest()
 
 
 def own_precision(second_order: F) -> F:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _torch_private
-from .registry import SingleProblem, declare, differentiate, implement, opaque, operator
+from .registry import SingleProblem, declare, differentiate, implement, let_compilers_keep_graphs, opaque, operator
 
 # The gradient, unchanged; ``x`` is what it is the gradient of. To a compiler the operator reads both.
 declare("gradient_of", "(Tensor grad, Tensor x) -> Tensor", lambda grad, x: torch.empty_like(grad))
@@ -81,4 +81,7 @@ def refuse_second_derivative_of_compiled(*arguments: Any) -> tuple[Any, ...]:
     Tensors that require grad count, also those in a list. Where the loss is of an intermediate result of the compiled
     function, ``backward()`` of the penalty is still refused, but ``autograd.grad(penalty, inputs)`` is out of reach.
     """
-    return tuple(_guarded(x) for x in arguments) if torch.compiler.is_compiling() else arguments
+    if not torch.compiler.is_compiling():
+        return arguments
+    let_compilers_keep_graphs()
+    return tuple(_guarded(x) for x in arguments)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 from torch.autograd import grad
 from torch.nn.functional import linear, normalize
 
@@ -262,6 +263,21 @@ def test_export() -> None:
     assert any("cacr_cpu" in str(node.target) for node in program.graph.nodes)
     other = unit(6, 4, seed=2), unit(6, 4, seed=3)
     assert_same((program.module()(*other),), (CACRLoss()(*other),))
+
+
+# ---- what compiled code keeps for later processes --------------------------------------------------------------------
+@each_loss
+def test_a_graph_with_a_loss_can_be_kept(loss: Callable[..., Tensor]) -> None:
+    """AOTAutograd knows no function in it of which it cannot say that it does the same in another process."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(loss, fullgraph=True, backend=compiler)(*inputs())
+    for graph in graphs:
+        check_cacheable(graph)
 
 
 # ---- compiled autograd -----------------------------------------------------------------------------------------------
