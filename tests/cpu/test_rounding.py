@@ -1,14 +1,19 @@
-"""How the CPU kernels add up: rows of a mean."""
+"""How the CPU kernels add up: rows of a mean, exponents at the edge of their range, positives."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch.autograd import grad
+from torch.nn.functional import normalize
 
-from cacr_kernels import cacr_loss
+from cacr_kernels import cacr_loss, supervised_cacr_loss
+from cacr_kernels.operators.registry import operator
+
+OTHER = 2
 
 
 # ---- means over rows -------------------------------------------------------------------------------------------------
@@ -23,3 +28,45 @@ def test_means_of_many_rows(options: dict[str, Any]) -> None:
         parts = cacr_loss(views, tau_pos=taus[0], tau_neg=taus[1], return_parts=True, backend=backend, **options)
         found[backend] = torch.stack([*parts[1:], *grad(parts.loss, taus)]).detach()
     assert ((found["cpu"] - found["torch"]) / found["torch"]).abs().max() <= 50 * torch.finfo(torch.float64).eps
+
+
+# ---- exponents at the edge of the range of 2^x -----------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_below_the_range_of_float32(dtype: torch.dtype) -> None:
+    """Costs of 4 at tau = 23: exponents of -133 are no longer bounded. Weights of 1e-40 may be flushed to 0."""
+    z = torch.tensor([1.0, 1, -1, -1], dtype=dtype)[:, None].repeat(2, 1, 1).requires_grad_()
+    loss = cacr_loss(z, tau_neg=23.0, backend="cpu")
+    (gradient,) = grad(loss, z)
+    assert loss.item() == pytest.approx(-8 * math.exp(-92), rel=1e-12, abs=torch.finfo(dtype).tiny)
+    assert gradient.abs().max() <= 100 * torch.finfo(torch.float32).tiny
+
+
+# ---- near positives --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("noise", [0.3, 0.1, 0.05, 0.01])
+def test_positives_of_tight_classes(noise: float) -> None:
+    """Their costs come from differences: the product form would lose digits."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(64) % 4
+    z = torch.randn(4, 32, dtype=torch.float64, generator=g)[labels]
+    z = normalize(z + noise * torch.randn(64, 32, dtype=torch.float64, generator=g), dim=-1).float()
+    expected = supervised_cacr_loss(z.double(), labels, beta=0.0, backend="reference")
+    found = supervised_cacr_loss(z, labels, beta=0.0, backend="cpu")
+    assert abs(found - expected) <= 2e-7 * expected
+
+
+# ---- ids that are nearly periodic ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("side", ["queries", "keys"])
+def test_period_that_breaks_at_the_last_row(side: str) -> None:
+    """Keys off the diagonals need their mask again: the last row has the id of a row in another panel."""
+    period = 101
+    ids = {"queries": torch.arange(period) % period, "keys": torch.arange(2 * period + 1) % period}
+    ids[side][-1] = 60
+    q_id, k_id = (ids[name].int() for name in ("queries", "keys"))
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, len(rows), 5, dtype=torch.float64, generator=g) for rows in (q_id, k_id))
+    tau = torch.tensor([-0.5], dtype=torch.float64)
+    found, expected = (
+        operator(f"contrast_{backend}")(q, k, q_id, k_id, tau, [OTHER], [0], [0], False, False)[:2]
+        for backend in ("cpu", "torch")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
