@@ -1,7 +1,4 @@
-"""Parameters of a test: every value, or every pair of values, of its axes; the other combinations are exhaustive.
-
-Not where there is a GPU: what it computes no other machine has shown.
-"""
+"""Parameters of a test: every value, or every pair of values, of its axes; the other combinations are exhaustive."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-import torch
 
 Chosen = frozenset[tuple[int, int]]  # of an axis, the place of a value
 
@@ -53,6 +49,6 @@ def covering(axes: Mapping[str, Mapping[str, Any] | Sequence[Any]], strength: in
     parameters = []
     for at in itertools.product(*(range(len(values)) for values in named)):
         ids, values = zip(*(axis[i] for axis, i in zip(named, at, strict=True)), strict=True)
-        marks = () if at in few or torch.cuda.is_available() else pytest.mark.exhaustive
+        marks = () if at in few else pytest.mark.exhaustive
         parameters.append(pytest.param(*values, id="-".join(ids), marks=marks))
     return pytest.mark.parametrize(tuple(axes), parameters)

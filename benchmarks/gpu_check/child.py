@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,16 +35,24 @@ class Context(NamedTuple):
     shares: int = 1
     scale: float = 1.0
 
+    def takes(self, group: str) -> bool:
+        """Whether this process does the tasks of the group; the same in all processes, and whatever their order."""
+        return zlib.crc32(group.encode()) % self.shares == self.share
+
     def skip(self, reason: str) -> None:
         """Says in one line why the step cannot run."""
         self.lines.write(SKIP, reason=reason)
 
 
 class Task(NamedTuple):
-    """``call`` returns what the report shows of it; ``ok`` among that is ``True``, ``False`` or ``None`` (dropped)."""
+    """``call`` returns what the report shows of it; ``ok`` among that is ``True``, ``False`` or ``None`` (dropped).
+
+    ``group``: tasks of one group are done by one process (without any, a task is a group of its own).
+    """
 
     name: str
     call: Callable[[], dict[str, Any]]
+    group: str = ""
 
 
 class DroppedError(Exception):
@@ -59,8 +68,8 @@ def is_sticky(text: str) -> bool:
 def run(context: Context, tasks: Iterable[Task], seconds: float) -> None:
     """The share of ``tasks`` of this process, each within ``seconds``."""
     done = context.lines.started()
-    for number, task in enumerate(tasks):
-        if number % context.shares == context.share and task.name not in done:
+    for task in tasks:
+        if context.takes(task.group or task.name) and task.name not in done:
             run_one(context, task, seconds)
 
 

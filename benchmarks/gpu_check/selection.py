@@ -15,10 +15,19 @@ from .lines import RESULT, START
 
 
 def concerns_gpu(item: pytest.Item) -> bool:
-    """Not what is tested of another backend alone."""
+    """A test of one backend of a GPU, and no more of its parameters than without one (``tests/covering.py``).
+
+    Tests that draw shapes at random or loop over many have no end there: each shape is a kernel to compile.
+    """
     callspec = getattr(item, "callspec", None)
     backend = callspec.params.get("backend") if callspec else None
-    return not isinstance(backend, str) or backend in GPU_BACKENDS
+    return backend in GPU_BACKENDS and not any(map(item.get_closest_marker, ("exhaustive", "hypothesis")))
+
+
+def group_of(item: pytest.Item) -> str:
+    """The id of a test without its backend: what is expected of one is computed for all of them at once."""
+    name, _, parameters = item.nodeid.partition("[")
+    return f"{name}[{'-'.join(part for part in parameters.rstrip(']').split('-') if part not in GPU_BACKENDS)}]"
 
 
 class Selection:
@@ -29,10 +38,11 @@ class Selection:
         self.verdict: dict[str, Any] = {}
         self.errors = os.fdopen(os.dup(2), "w")  # before pytest takes what is printed
 
+    @pytest.hookimpl(trylast=True)  # after Hypothesis has marked its tests
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         done = self.context.lines.started()
         chosen = [item for item in items if concerns_gpu(item)]
-        share = [item for item in chosen[self.context.share :: self.context.shares] if item.nodeid not in done]
+        share = [item for item in chosen if self.context.takes(group_of(item)) and item.nodeid not in done]
         kept = {id(item) for item in share}
         config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
         items[:] = share

@@ -29,17 +29,19 @@ def check_numeric(backend: str, numeric: Gradcheck) -> dict[str, Any]:
 
 
 def tasks(backends: list[str]) -> Iterator[Task]:
-    """The quick cases first, then the gradients, then the rest."""
+    """The quick cases first, then the gradients, then the rest; a case with all backends and dtypes in one process."""
     quick = set(testing.cases(quick=True))
     cases = sorted(testing.cases(), key=lambda case: case not in quick)
     for number, case in enumerate(cases):
         if number == len(quick):
             for numeric in gradchecks():
                 for backend in backends:
-                    yield Task(f"{backend} gradcheck {numeric.label}", partial(check_numeric, backend, numeric))
+                    yield Task(
+                        f"{backend} gradcheck {numeric.label}", partial(check_numeric, backend, numeric), numeric.label
+                    )
         for dtype in DTYPES:
             for backend in backends:
-                yield Task(f"{backend} {dtype} {case.name}", partial(check, backend, dtype, case))
+                yield Task(f"{backend} {dtype} {case.name}", partial(check, backend, dtype, case), case.name)
 
 
 def run(context: Context) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu_check import __main__ as check
-from benchmarks.gpu_check import report, supervise
+from benchmarks.gpu_check import report, supervise, verify
+from benchmarks.gpu_check.child import Context
 from benchmarks.gpu_check.device_tests import FILES
 from benchmarks.gpu_check.lines import Lines, read, tally
 from benchmarks.gpu_check.steps import GPU, KERNELS, MINUTES, ONLY, STEPS
@@ -136,13 +137,31 @@ def test_shares_of_a_step(tmp_path: Path) -> None:
 
 def test_all_processes_are_killed_before_one_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, float]] = []
-    monkeypatch.setattr(supervise.Share, "kill", lambda share: calls.append(("kill", 0.0)))
-    monkeypatch.setattr(supervise.Share, "wait", lambda share, until: calls.append(("wait", until)))
+    kill, wait = supervise.Share.kill, supervise.Share.wait
+    monkeypatch.setattr(supervise.Share, "kill", lambda share: calls.append(("kill", 0.0)) or kill(share))
+    monkeypatch.setattr(
+        supervise.Share, "wait", lambda share, until: calls.append(("wait", until)) or wait(share, until)
+    )
     commands = [[sys.executable, "-c", ""]] * 3
     with supervise.shares_of(fake("last"), commands, Lines(tmp_path / "lines", "last"), tmp_path / "log"):
         pass
     assert [name for name, _ in calls] == ["kill"] * 3 + ["wait"] * 3
     assert len({until for name, until in calls if name == "wait"}) == 1
+
+
+def test_one_process_does_a_case_on_both_backends_in_all_dtypes(tmp_path: Path) -> None:
+    """So what is expected is computed once, and every process has kernels of both backends to wait for."""
+    shares = [Context(Lines(tmp_path, "verify"), share, 16) for share in range(16)]
+    of_share: dict[int, list[str]] = {}
+    for task in verify.tasks(["triton", "cuda"]):
+        (taker,) = (context.share for context in shares if context.takes(task.group))
+        of_share.setdefault(taker, []).append(task.name)
+    assert len(of_share) == 16
+    for names in of_share.values():
+        assert {name.replace("triton", "cuda") for name in names if name.startswith("triton")} == {
+            name for name in names if name.startswith("cuda")
+        }
+        assert {*verify.DTYPES} <= {name.split()[1] for name in names}
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -218,19 +237,36 @@ def test_a_broken_line_is_left_out(tmp_path: Path) -> None:
 
 PLANTED = """
 import os, pytest
+from hypothesis import given, strategies as st
 
 @pytest.mark.parametrize("backend", ["torch", "triton", "cuda"])
 def test_backend(backend):
     assert backend != "cuda"
 
-def test_sticky():
+@pytest.mark.parametrize("backend", ["triton"])
+def test_sticky(backend):
     raise RuntimeError("CUDA error: unspecified launch failure")
 
-def test_crash():
+@pytest.mark.parametrize("backend", ["triton"])
+def test_crash(backend):
     os.abort()
 
-def test_skipped():
+@pytest.mark.parametrize("backend", ["triton"])
+def test_skipped(backend):
     pytest.skip("no second device")
+
+def test_all_backends():
+    raise AssertionError("not chosen")
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("backend", ["triton"])
+def test_more_of_the_same(backend):
+    raise AssertionError("not chosen")
+
+@given(st.integers())
+@pytest.mark.parametrize("backend", ["triton"])
+def test_any_shape(backend, n):
+    raise AssertionError("not chosen")
 """
 SELECT = """
 import sys
@@ -253,9 +289,9 @@ def test_tests_of_a_gpu_are_selected_and_go_on_after_a_crash(tmp_path: Path) -> 
     assert codes == [86, -signal.SIGABRT, 0]
     good, failed, dropped, lost = tally(lines.read())
     assert [line["task"].rpartition("::")[2] for line in good] == ["test_backend[triton]"]
-    assert [line["task"].rpartition("::")[2] for line in failed] == ["test_backend[cuda]", "test_sticky"]
+    assert [line["task"].rpartition("::")[2] for line in failed] == ["test_backend[cuda]", "test_sticky[triton]"]
     assert [line["problem"] for line in dropped] == ["Skipped: no second device"]
-    assert [task.rpartition("::")[2] for task in lost] == ["test_crash"]
+    assert [task.rpartition("::")[2] for task in lost] == ["test_crash[triton]"]
 
 
 def test_files_with_tests_exist() -> None:
