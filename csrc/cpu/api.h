@@ -20,7 +20,7 @@ struct Parallel {
 };
 
 // ---- what is given --------------------------------------------------------------------------------------------------
-// `pairs` problems of one shape: problem p compares queries q[q_index[p]] with keys k[k_index[p]].
+// `pairs` pairs of views of one shape: pair p compares queries q[q_index[p]] with keys k[k_index[p]].
 template <class T>
 struct Contrast {
   const T* q;                           // [q_views][N][D], features contiguous

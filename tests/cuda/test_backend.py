@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cacr_kernels
-from cacr_kernels.backends import cuda as _cuda
+from cacr_kernels.backends import cuda as backend_cuda
 from cacr_kernels.backends import library
 from cacr_kernels.backends.entry import Backend, Size
 from cacr_kernels.backends.precision import VARIABLE
@@ -59,16 +59,16 @@ def with_answers(monkeypatch, *answers):
 
 def test_no_device(monkeypatch):
     with_library(monkeypatch, is_available=False)
-    assert _cuda.why_not(None) == "no CUDA device: torch finds none on this machine"
-    assert _cuda.why_not(CPU) == "the CUDA kernels work on CUDA tensors, not on cpu"
+    assert backend_cuda.why_not(None) == "no CUDA device: torch finds none on this machine"
+    assert backend_cuda.why_not(CPU) == "the CUDA kernels work on CUDA tensors, not on cpu"
 
 
 def test_old_device(monkeypatch):
     with_library(monkeypatch, is_available=True, get_device_capability=(7, 5))
-    assert "8.0" in _cuda.why_not(None)
+    assert "8.0" in backend_cuda.why_not(None)
     with_library(monkeypatch, is_available=True, get_device_capability=(8, 0))
     with_answers(monkeypatch, "")
-    assert _cuda.why_not(None) is None
+    assert backend_cuda.why_not(None) is None
 
 
 def test_library_for_other_devices(monkeypatch):
@@ -76,8 +76,8 @@ def test_library_for_other_devices(monkeypatch):
     with_library(monkeypatch, is_available=True, get_device_capability=(8, 0))
     asked = with_answers(monkeypatch, "", "no kernel image is available for execution on the device")
     for _ in range(2):
-        assert _cuda.why_not(torch.device("cuda")) is _cuda.why_not(torch.device("cuda:0")) is None
-        reason = _cuda.why_not(torch.device("cuda:1"))
+        assert backend_cuda.why_not(torch.device("cuda")) is backend_cuda.why_not(torch.device("cuda:0")) is None
+        reason = backend_cuda.why_not(torch.device("cuda:1"))
         assert "cuda:1: no kernel image" in reason
         assert "CACR_CUDA_ARCHS" in reason
     assert asked == [0, 1]
@@ -95,7 +95,7 @@ def test_probe_is_a_constant_of_compiled_code(monkeypatch):
 
     @torch.compile(backend="eager", fullgraph=True)
     def shifted(x):
-        return x + (1 if _cuda.probe(0) is None else 2)
+        return x + (1 if backend_cuda.probe(0) is None else 2)
 
     assert shifted(torch.zeros(())) == 2
 
@@ -103,9 +103,9 @@ def test_probe_is_a_constant_of_compiled_code(monkeypatch):
 def test_auto_goes_by_size(monkeypatch):
     able = tuple(b._replace(why_not=lambda device: None) for b in backends.TABLE if b.name != "cpu")
     gpu = torch.device("cuda")
-    size = Size(_cuda.UP_TO // 9, 1, torch.bfloat16)  # a similarity of one feature takes 9
+    size = Size(backend_cuda.UP_TO // 9, 1, torch.bfloat16)  # a similarity of one feature takes 9
     larger = size._replace(similarities=size.similarities + 1)
-    assert _cuda.work(size) <= _cuda.UP_TO < _cuda.work(larger)
+    assert backend_cuda.work(size) <= backend_cuda.UP_TO < backend_cuda.work(larger)
     monkeypatch.setattr(backends, "TABLE", able)
     assert backends.select("auto", gpu, size) == "cuda"
     assert backends.select("auto", gpu, larger) == "triton"
@@ -118,7 +118,7 @@ def work_of(monkeypatch, loss, *shapes, dtype=torch.bfloat16, **options):
     told = []
 
     def choose(name, device, size):
-        told.append(_cuda.work(size))
+        told.append(backend_cuda.work(size))
         raise StopIteration
 
     monkeypatch.setattr(functional, "choose", choose)
@@ -131,7 +131,7 @@ def work_of(monkeypatch, loss, *shapes, dtype=torch.bfloat16, **options):
 
 def test_work(monkeypatch):
     """Every similarity once on the way forward; per side once for every group of features, and the gradients."""
-    monkeypatch.setattr(_cuda, "float_products", lambda: _cuda.TF32X3)
+    monkeypatch.setattr(backend_cuda, "float_products", lambda: backend_cuda.TF32X3)
     views = cacr_kernels.cacr_loss, (3, 10, 128)
     unordered = 3 * 10 * 10 * 128
     assert work_of(monkeypatch, *views) == unordered * (1 + 2 * (2 + 3))
@@ -151,7 +151,9 @@ def test_work(monkeypatch):
     assert work_of(monkeypatch, cacr_kernels.cacr_momentum_loss, (2, 5, 8), (9, 8)) == math.inf
 
 
-@pytest.mark.parametrize(("dtype", "products"), [("bfloat16", 0), ("float32", _cuda.TF32X3), ("float32", _cuda.IEEE)])
+@pytest.mark.parametrize(
+    ("dtype", "products"), [("bfloat16", 0), ("float32", backend_cuda.TF32X3), ("float32", backend_cuda.IEEE)]
+)
 def test_size_of_the_readme(monkeypatch, dtype, products):
     """The largest batches of two views of 128 features that "auto" gives to "cuda"."""
     text = " ".join((ROOT / "README.md").read_text().split())
@@ -159,34 +161,36 @@ def test_size_of_the_readme(monkeypatch, dtype, products):
         r"V = 2 and D = 128 up to B = (\d+) in bfloat16, (\d+) in float32 \((\d+) with three TF32 products\)", text
     )
     assert found is not None
-    B = int(found[1 if dtype == "bfloat16" else 2 if products == _cuda.IEEE else 3])
-    monkeypatch.setattr(_cuda, "float_products", lambda: products)
+    B = int(found[1 if dtype == "bfloat16" else 2 if products == backend_cuda.IEEE else 3])
+    monkeypatch.setattr(backend_cuda, "float_products", lambda: products)
     largest, beyond = (
         work_of(monkeypatch, cacr_kernels.cacr_loss, (2, batch, 128), dtype=getattr(torch, dtype))
         for batch in (B, B + 1)
     )
-    assert largest <= _cuda.UP_TO < beyond
+    assert largest <= backend_cuda.UP_TO < beyond
 
 
 def test_work_is_that_of_the_kernels():
-    """``_cuda.ARITHMETIC`` says of the kernels what is so."""
+    """``backend_cuda.ARITHMETIC`` says of the kernels what is so."""
     library = ctypes.CDLL(str(emulated_library("operators.cpp")))
-    keys = torch.bfloat16, torch.float16, _cuda.TF32, _cuda.TF32X3, _cuda.IEEE
-    assert [_cuda.ARITHMETIC[key].owned for key in keys] == [library.cacr_owned_features(i) for i in range(5)]
+    keys = torch.bfloat16, torch.float16, backend_cuda.TF32, backend_cuda.TF32X3, backend_cuda.IEEE
+    assert [backend_cuda.ARITHMETIC[key].owned for key in keys] == [library.cacr_owned_features(i) for i in range(5)]
     assert library.cacr_owned_features(5) == 16  # of float64, which "auto" leaves to "triton"
     source = (ROOT / "csrc/cuda/tile/arithmetic.cuh").read_text()
     pieces = dict(re.findall(r"= HalfArithmetic<(b?f16), (\d),", source))
-    assert pieces == {name: str(_cuda.ARITHMETIC[key].pieces) for name, key in zip(("bf16", "f16"), keys, strict=False)}
+    assert pieces == {
+        name: str(backend_cuda.ARITHMETIC[key].pieces) for name, key in zip(("bf16", "f16"), keys, strict=False)
+    }
 
 
 @pytest.mark.parametrize(
     ("asked", "variable", "products"),
     [
-        ("ieee", "", _cuda.IEEE),
-        ("none", "0", _cuda.IEEE),
-        ("tf32", "1", _cuda.TF32),
-        ("none", "1", _cuda.TF32X3),
-        ("ieee", "1", _cuda.TF32X3),
+        ("ieee", "", backend_cuda.IEEE),
+        ("none", "0", backend_cuda.IEEE),
+        ("tf32", "1", backend_cuda.TF32),
+        ("none", "1", backend_cuda.TF32X3),
+        ("ieee", "1", backend_cuda.TF32X3),
     ],
 )
 def test_products_of_float32(asked, variable, products, monkeypatch):
@@ -194,7 +198,7 @@ def test_products_of_float32(asked, variable, products, monkeypatch):
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = asked
-        assert _cuda.float_products() == products
+        assert backend_cuda.float_products() == products
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
@@ -203,10 +207,10 @@ def test_products_of_float32(asked, variable, products, monkeypatch):
 def test_pairs_of_the_fused_loss(pairing):
     """``MAX_PAIRS`` is that of the kernels, which have no check of their own."""
     source = (ROOT / "csrc/cuda/parameters.h").read_text()
-    assert f"constexpr int kMaxPairs = {_cuda.MAX_PAIRS};" in source
+    assert f"constexpr int kMaxPairs = {backend_cuda.MAX_PAIRS};" in source
     most = {"unordered": 11, "ordered": 8, "pooled": 500}[pairing]
-    assert _cuda.fuses((most, 2, 3), pairing)
-    assert not _cuda.fuses((most + 1 if pairing != "pooled" else 3000, 2, 3), pairing)
+    assert backend_cuda.fuses((most, 2, 3), pairing)
+    assert not backend_cuda.fuses((most + 1 if pairing != "pooled" else 3000, 2, 3), pairing)
 
 
 def test_fakes():

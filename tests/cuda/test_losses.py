@@ -204,7 +204,7 @@ def test_opcheck() -> None:
     ids, tau = torch.arange(5, dtype=torch.int32) % 3, torch.tensor([0.7, -1.3], dtype=torch.float64)
     given = z, None, ids, None, tau.requires_grad_(), [SAME_NOT_SELF, OTHER], [0], [1], False, False
     torch.library.opcheck(operator("contrast_cuda"), given)
-    value, _, weights = (t.detach() for t in operator("contrast_cuda")(*given))
+    value, _, row_state = (t.detach() for t in operator("contrast_cuda")(*given))
     incoming = torch.ones_like(value).requires_grad_(), torch.full_like(value, 0.5).requires_grad_()
-    backward = *given, value, weights, *incoming, True, False, True
+    backward = *given, value, row_state, *incoming, True, False, True
     torch.library.opcheck(operator("contrast_backward_cuda"), backward)

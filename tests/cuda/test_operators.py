@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import cacr_kernels
-from cacr_kernels.backends import torch as _blocks
+from cacr_kernels.backends import torch as blocks
 from cacr_kernels.types import ALL, OTHER, SAME, SAME_NOT_SELF
 from tests.cuda.emulated_backend import emulated_cuda
 from tests.cuda.emulated_cuda import Call, Emulation
@@ -69,7 +69,7 @@ def assert_right(emulation: Emulation, problem: Problem, arithmetic: str) -> lis
     emulation.float32 = arithmetic if arithmetic in ("tf32", "tf32x3") else "float"
     given = arguments(problem, DTYPE.get(arithmetic, torch.float32))
     exact = tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
-    expected = everything(_blocks.contrast, _blocks.contrast_backward, exact)
+    expected = everything(blocks.contrast, blocks.contrast_backward, exact)
     found = everything(emulation.contrast, emulation.contrast_backward, given)
     for x, y in zip(found, expected, strict=True):
         finite = y[y.isfinite()].abs()
@@ -238,7 +238,7 @@ def test_a_late_top(emulation):
     k[0, :8], k[0, -3] = 0.0, 1.0
     given = torch.ones(1, 3, 1), k, None, None, torch.tensor([-1.0], dtype=torch.float64), [ALL], [0], [0], True, False
     exact = given[0].double(), k.double(), *given[2:]
-    value, expected = emulation.contrast(*given)[0], _blocks.contrast(*exact)[0]
+    value, expected = emulation.contrast(*given)[0], blocks.contrast(*exact)[0]
     torch.testing.assert_close(value, expected, rtol=2e-6, atol=0)
 
 

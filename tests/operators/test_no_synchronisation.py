@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cacr_kernels import functional
 from cacr_kernels.backends import table
-from cacr_kernels.backends import torch as _blocks
+from cacr_kernels.backends import torch as blocks
 from cacr_kernels.types import OTHER, SAME, SAME_NOT_SELF
 from tests.agreement import LOSSES, each_loss, randn, small_inputs
 
@@ -46,10 +46,10 @@ def test_blocks_of_the_torch_backend(own: bool) -> None:
     q_id, k_id = torch.arange(5, dtype=torch.int32) % 3, None if own else torch.arange(7, dtype=torch.int32) % 3
     kinds = [SAME_NOT_SELF if own else SAME, OTHER]
     arguments = [on_meta(x) for x in (q, k, q_id, k_id, tau, kinds, [0], [0], False, False)]
-    value, lse, weights = _blocks.contrast(*arguments)
-    found = _blocks.gradients(*arguments, value, weights, value, lse, True, not own, True)
+    value, lse, row_state = blocks.contrast(*arguments)
+    found = blocks.gradients(*arguments, value, row_state, value, lse, True, not own, True)
     assert [g.shape for g in found] == [q.shape, torch.Size([0]) if k is None else k.shape, tau.shape]
-    assert {t.device.type for t in (value, lse, weights, *found)} == {"meta"}
+    assert {t.device.type for t in (value, lse, row_state, *found)} == {"meta"}
 
 
 def test_differences_of_close_positives_without_counting_them() -> None:
@@ -59,8 +59,8 @@ def test_differences_of_close_positives_without_counting_them() -> None:
     k = torch.cat([q + 1e-3 * torch.randn(6, 9, generator=g), torch.randn(4, 9, generator=g)])
     positives = torch.eye(6, 10, dtype=torch.bool)
     truth = (q.double()[:, None] - k.double()).square().sum(-1)
-    for differences in (_blocks.close_by_index, _blocks.close_by_mask):
-        c = _blocks.block_cost(q, k, False, None)
+    for differences in (blocks.close_by_index, blocks.close_by_mask):
+        c = blocks.block_cost(q, k, False, None)
         found = differences(c.clone(), q, k, positives)
         torch.testing.assert_close(found[positives].double(), truth.diagonal(), rtol=1e-5, atol=0)
         torch.testing.assert_close(found[~positives], c[~positives], rtol=0, atol=0)

@@ -279,9 +279,9 @@ def test_strided_and_expanded_arguments(backend: str) -> None:
 @both_backends
 def test_backward_of_what_is_wanted(backend: str, problem: Problem, wanted: tuple[bool, bool, bool]) -> None:
     arguments = problem.arguments()
-    value, _, weights = operator(f"contrast_{backend}")(*arguments)
+    value, _, row_state = operator(f"contrast_{backend}")(*arguments)
     g_value, g_lse = randn(*value.shape, seed=5), randn(*value.shape, seed=6)
-    backward, given = operator(f"contrast_backward_{backend}"), (value, weights, g_value, g_lse)
+    backward, given = operator(f"contrast_backward_{backend}"), (value, row_state, g_value, g_lse)
     all_three = backward(*arguments, *given, True, True, True)
     for mine, full, want in zip(backward(*arguments, *given, *wanted), all_three, wanted, strict=True):
         assert_close([mine], [full if want else full.new_empty(0)], torch.float64, 100.0)
@@ -330,9 +330,9 @@ def test_opcheck_contrast(backend: str, dtype: torch.dtype, name: str) -> None:
 @quiet_opcheck
 def test_opcheck_contrast_backward(backend: str, dtype: torch.dtype, name: str) -> None:
     arguments = PROBLEMS[name].arguments(dtype, requires_grad=True)
-    value, _, weights = (t.detach() for t in operator(f"contrast_{backend}")(*arguments))
+    value, _, row_state = (t.detach() for t in operator(f"contrast_{backend}")(*arguments))
     incoming = [randn(*value.shape, seed=i).requires_grad_() for i in (5, 6)]
-    arguments = (*arguments, value, weights, *incoming, True, True, True)
+    arguments = (*arguments, value, row_state, *incoming, True, True, True)
     torch.library.opcheck(operator(f"contrast_backward_{backend}"), arguments)
 
 
@@ -351,9 +351,9 @@ def test_fakes_of_contrast(backend: str, dtype: torch.dtype, problem: Problem) -
     arguments = problem.arguments(dtype)
     real = operator(f"contrast_{backend}")(*arguments)
     assert_like(contrast.fake(*as_fake(arguments)), real)
-    value, lse, weights = real
+    value, lse, row_state = real
     for wanted in ((True, True, True), (True, False, False), (False, True, True)):
-        full = (*arguments, value, weights, value, lse, *wanted)
+        full = (*arguments, value, row_state, value, lse, *wanted)
         reals = operator(f"contrast_backward_{backend}")(*full)
         assert_like(contrast.backward_fake(*as_fake(full)), reals)
 

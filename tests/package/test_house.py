@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,30 +22,44 @@ MODULES = {
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in MODULES.items()}
 each_module = pytest.mark.parametrize("module", MODULES)
 
-# A room is a module of the package, or a folder with all in it; it may import what is listed, and itself.
-BASE = {"_version", "types"}
-OPERATORS = BASE | {"reference", "operators"}
-BACKENDS = OPERATORS | {"backends"}
-LOSSES = BACKENDS | {"checks", "losses"}
-ROOMS: dict[str, set[str]] = {
-    "_version": set(),
-    "types": set(),
-    "reference": {"types"},
-    "operators": OPERATORS,
-    "backends": BACKENDS,
-    "checks": BASE | {"backends"},
-    "ring": set(),
-    "losses": OPERATORS | {"losses"},
-    "functional": LOSSES,
-    "weights": LOSSES,
-    "modules": LOSSES | {"functional", "ring"},
-    "": LOSSES | {"functional", "modules", "ring", "weights"},  # the package itself
-    "cases": BASE,
-    "testing": LOSSES | {"functional", "cases"},
-    "verify": LOSSES | {"functional", "cases", "testing"},
-    "support": LOSSES | {"functional"},
-    "__main__": LOSSES | {"functional", "support", "verify"},
+# ---- the map ---------------------------------------------------------------------------------------------------------
+ROOT = PACKAGE.parent
+EVERYWHERE = {"types", "_version"}
+
+
+def in_backticks(cell: str) -> list[str]:
+    """Paths as the map writes them, without a slash at the end."""
+    return [name.rstrip("/") for name in re.findall(r"`([^`]+)`", cell)]
+
+
+def table_below(heading: str) -> dict[str, set[str]]:
+    """By room what it may import, and the other rooms of its row, from the map in CONTRIBUTING.md."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = text.split(heading)[1].split("\n\n")[0].splitlines()[2:]
+    cells = [row.split(" | ") for row in rows]
+    return {
+        name: set(in_backticks(first) + in_backticks(last)) for first, *_, last in cells for name in in_backticks(first)
+    }
+
+
+def dotted(path: str) -> str:
+    return path.removesuffix(".py").replace("/", ".").removesuffix("__init__")
+
+
+def lies_in(name: str, place: str, separator: str) -> bool:
+    return name == place or name.startswith(place + separator)
+
+
+def narrowest(name: str, rooms: Iterable[str], separator: str) -> str:
+    """The room that something lies in."""
+    return max((r for r in rooms if lies_in(name, r, separator)), key=len)
+
+
+ROOMS = {
+    dotted(name): {dotted(other) for other in others} | EVERYWHERE
+    for name, others in table_below("| room of `cacr_kernels/`").items()
 }
+OTHER_ROOMS = table_below("| other room")
 
 
 def room(module: str) -> str:
@@ -67,11 +82,60 @@ def imports(module: str) -> Iterator[tuple[str, str | None, int]]:
                     yield (inner, None, node.lineno) if inner in MODULES else (source, alias.name, node.lineno)
 
 
+def test_the_map_names_what_there_is() -> None:
+    modules = {name.removeprefix(NAME).removeprefix(".") for name in MODULES}
+    assert {name for name in ROOMS if name not in modules} == set()
+    assert {name for name in OTHER_ROOMS if not (ROOT / name).exists()} == set()
+
+
 @each_module
 def test_imports_go_one_way(module: str) -> None:
-    allowed = ROOMS[room(module)] | {room(module)}
-    wrong = {f"{target} (line {line})" for target, _, line in imports(module) if room(target) not in allowed}
+    own = module.removeprefix(NAME).removeprefix(".")
+    home = narrowest(own, ROOMS, ".") if own else ""
+    allowed = ROOMS[home] | {home}
+    wrong = {
+        f"{target} (line {line})"
+        for target, _, line in imports(module)
+        if (inner := target.removeprefix(f"{NAME}.")) != NAME
+        if not any(lies_in(inner, place, ".") for place in allowed)
+    }
     assert not wrong, f"{module} imports {wrong}"
+
+
+CODE = [
+    path.relative_to(ROOT).as_posix()
+    for path in sorted((ROOT / "csrc").rglob("*"))
+    if path.suffix in (".h", ".cuh", ".cpp", ".cu")
+]
+
+
+@pytest.mark.parametrize("path", CODE)
+def test_includes_go_one_way(path: str) -> None:
+    home = narrowest(path, OTHER_ROOMS, "/")
+    text = (ROOT / path).read_text(encoding="utf-8")
+    for name in re.findall(r'^ *#include "([^"]+)"', text, re.MULTILINE):
+        target = Path(os.path.normpath((ROOT / path).parent / name)).relative_to(ROOT).as_posix()
+        if name != "cuda_emulation.h":  # of tests/cuda_emulation, which compiles the kernels for the CPU
+            assert target in CODE
+            assert any(lies_in(target, place, "/") for place in OTHER_ROOMS[home] | {home}), f"{path} includes {target}"
+    if not path.endswith("/binding.cpp") and path != "csrc/common/binding.h":
+        assert not re.search(r"#include <(torch|ATen|c10)/", text), f"{path} sees torch"
+
+
+@pytest.mark.parametrize("path", sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "benchmarks").rglob("*/*.py")))
+def test_benchmarks_import_one_way(path: str) -> None:
+    home = narrowest(path, OTHER_ROOMS, "/")
+    allowed = OTHER_ROOMS[home] | {home}
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            start = path.split("/")[: -node.level] if node.level else []
+            source = "/".join([*start, *(node.module or "").split(".")]).rstrip("/")
+            names = [f"{source}/{alias.name}" for alias in node.names]
+        for name in names:
+            place = name.replace(".", "/")
+            ours = place.startswith("benchmarks/")
+            assert not ours or any(lies_in(place, room, "/") for room in allowed), f"{path} imports {place}"
 
 
 def test_no_circles() -> None:
@@ -103,7 +167,7 @@ def test_private_names_stay_at_home(module: str) -> None:
 
 @each_module
 def test_private_names_of_torch_are_in_one_room(module: str) -> None:
-    if module.endswith("._torch_private") or room(module) in ("testing", "support", "verify", "__main__"):
+    if module.endswith("._torch_private"):
         return
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Attribute) and is_private(node.attr):

@@ -29,9 +29,9 @@ CACR_DEVICE void pair_sums_phase(const Params& p, Reduction& reduction) {
   }
 }
 
-// ---- sums: every block adds up its rows
-// ------------------------------------------------------------------------------ The scalars of the fused loss; for
-// contrast scalar s is the gradient of tau[s].
+// ---- sums: every block adds up its rows -----------------------------------------------------------------------------
+
+// The scalars of the fused loss; for contrast scalar s is the gradient of tau[s].
 enum Scalar : int { kAttraction, kAttractionTau, kAttractionEntropy, kRepulsion, kRepulsionTau, kRepulsionEntropy };
 
 // Variance of the costs of a row, over all splits; an empty row has none written and gives 0.
