@@ -27,7 +27,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="make gpu-check", description="Checks and times the backends of the GPU here."
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("gpu-check"), help="folder of the report, emptied first (%(default)s)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("gpu-check"),
+        help="folder of the report; one that lies there is replaced (%(default)s)",
+    )
     add("--only", choices=ONLY, help="this step, and what it needs")
     add("--minutes", type=float, default=MINUTES, help="time limits of all steps together (%(default)s)")
     add("-n", "--processes", type=int, default=workers(), help="processes side by side (as many as there are cores)")
@@ -45,7 +50,7 @@ def main(arguments: list[str] | None = None, steps: tuple[Step, ...] = STEPS) ->
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
     chosen = tuple(step for step in steps if options.only is None or options.only in step.only)
-    scale = options.minutes / MINUTES
+    scale = 60 * options.minutes / sum(step.seconds for step in chosen) if options.only else options.minutes / MINUTES
     outcomes: dict[str, Outcome] = {}
     for step in chosen:
 
@@ -53,15 +58,16 @@ def main(arguments: list[str] | None = None, steps: tuple[Step, ...] = STEPS) ->
             outcomes[name] = outcome
             report.write(folder, chosen, outcomes)
 
-        tell(Outcome(RUNNING, 0.0, step.seconds * scale))
-        print(f"{step.name}: up to {step.seconds * scale:.0f} s", flush=True)
+        limit = max(step.least, step.seconds * scale)
+        tell(Outcome(RUNNING, 0.0, limit))
+        print(f"{step.name}: up to {limit:.0f} s", flush=True)
         lines = Lines(folder / "results.jsonl", step.name)
         if (reason := why_not(step, lines.path)) is not None:
-            tell(Outcome(SKIPPED, 0.0, step.seconds * scale, reason))
+            tell(Outcome(SKIPPED, 0.0, limit, reason))
             print(f"{step.name}: {summary(outcomes[step.name], lines)}", flush=True)
             continue
-        commands = step.commands(lines.path, scale, options.processes)
-        tell(supervise.run(step, commands, lines, folder / "log.txt", step.seconds * scale, tell))
+        commands = step.commands(lines.path, limit / step.seconds, options.processes)
+        tell(supervise.run(step, commands, lines, folder / "log.txt", limit, tell))
         print(f"{step.name}: {summary(outcomes[step.name], lines)}", flush=True)
     print(f"report: {folder / 'report.md'}; please attach the folder to an issue, whatever it says")
     return status(chosen, outcomes, folder / "results.jsonl")

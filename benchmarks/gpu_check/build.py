@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from .child import Context, Task
 from .lines import NOTE
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "csrc"
+SETUPTOOLS = 77  # of pyproject.toml
 NO_NVCC = "no nvcc here (NVCC, CUDA_HOME or PATH): the CUDA library is not built"
 
 
@@ -51,7 +55,24 @@ def why_not(sources: Path) -> str | None:
         return "torch finds no GPU here, so there is nothing to build for"
     if torch.version.cuda is None:
         return "torch is no CUDA build: the CUDA library cannot be built for it"
-    return None if nvcc_is_there() else NO_NVCC
+    if not nvcc_is_there():
+        return NO_NVCC
+    if missing := missing_tools():
+        return f"the CUDA library is not built: {' and '.join(missing)} missing"
+    return None
+
+
+def missing_tools() -> list[str]:
+    """What ``setup.py`` needs beside nvcc and is not here."""
+    import shutil
+
+    found = importlib.util.find_spec("setuptools") and importlib.metadata.version("setuptools")
+    here = {
+        "a C++ compiler (GCC or Clang)": "CXX" in os.environ or any(map(shutil.which, ("c++", "g++", "clang++"))),
+        "ninja": shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent)),
+        f"setuptools >= {SETUPTOOLS}": found and int(found.partition(".")[0]) >= SETUPTOOLS,
+    }
+    return [name for name, is_here in here.items() if not is_here]
 
 
 def build() -> dict[str, str]:
@@ -64,18 +85,18 @@ def build() -> dict[str, str]:
     print(done.stdout, flush=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stdout[-3000:]}")
+    after = "from benchmarks.gpu_check import build as b; print(b.why(b.cuda_library().path, b.SOURCES) or '')"
+    said = subprocess.run([sys.executable, "-c", after], cwd=ROOT, capture_output=True, text=True)
+    if problem := (said.stdout if not said.returncode else said.stderr).strip():
+        raise RuntimeError(f"built, but the library is not usable: {problem[-500:]}")
     return {"architecture": environment["CACR_CUDA_ARCHS"]}
 
 
 def run(context: Context) -> None:
-    sources = ROOT / "csrc"
-    if (reason := why_not(sources)) is not None:
+    if (reason := why_not(SOURCES)) is not None:
         return context.skip(reason)
-    if (reason := why(cuda_library().path, sources)) is None:
+    if (reason := why(cuda_library().path, SOURCES)) is None:
         return context.skip("the CUDA library is newer than its sources, and the GPU takes it")
     context.lines.write(NOTE, text=f"built because {reason}")
     child.run(context, [Task("build", build)], 1000)
-    after = "import cacr_kernels.backends.table as t; print([b.why_not(None) for b in t.TABLE if b.name == 'cuda'][0])"
-    said = subprocess.run([sys.executable, "-c", after], cwd=ROOT, capture_output=True, text=True)
-    context.lines.write(NOTE, text=f"afterwards, why the backend cuda cannot run: {said.stdout or said.stderr[-500:]}")
     return None

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import sessions
-from .lines import RESULT, SKIP, START, Lines
+from .lines import ENOUGH, RESULT, SKIP, START, Lines
 
 LOST = 86
 STICKY = ("cuda error", "hip error", "acceleratorerror", "device-side assert", "illegal memory access")
@@ -47,12 +47,14 @@ class Context(NamedTuple):
 class Task(NamedTuple):
     """``call`` returns what the report shows of it; ``ok`` among that is ``True``, ``False`` or ``None`` (dropped).
 
-    ``group``: tasks of one group are done by one process (without any, a task is a group of its own).
+    ``group``: tasks of one group are done by one process (without any, a task is a group of its own). ``optional``:
+    that it does not end is no failure.
     """
 
     name: str
     call: Callable[[], dict[str, Any]]
     group: str = ""
+    optional: bool = False
 
 
 class DroppedError(Exception):
@@ -68,13 +70,17 @@ def is_sticky(text: str) -> bool:
 def run(context: Context, tasks: Iterable[Task], seconds: float) -> None:
     """The share of ``tasks`` of this process, each within ``seconds``."""
     done = context.lines.started()
-    for task in tasks:
-        if context.takes(task.group or task.name) and task.name not in done:
-            run_one(context, task, seconds)
+    left = [task for task in tasks if context.takes(task.group or task.name) and task.name not in done]
+    needed = sum(not task.optional for task in left)
+    for task in left:
+        if not needed:
+            context.lines.write(ENOUGH, share=context.share)
+        needed -= not task.optional
+        run_one(context, task, seconds)
 
 
 def run_one(context: Context, task: Task, seconds: float) -> None:
-    context.lines.write(START, task=task.name, share=context.share)
+    context.lines.write(START, task=task.name, share=context.share, optional=task.optional)
     begin = time.perf_counter()
     faulthandler.dump_traceback_later(seconds * context.scale, exit=True)
     try:

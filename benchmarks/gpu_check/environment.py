@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from .child import Context, Task
 from .lines import ABSENT, NOTE
 from .steps import GPU, KERNELS, cores
 
+ROOT = Path(__file__).resolve().parents[2]
 NVIDIA = "name,driver_version,clocks.sm,clocks.max.sm,power.limit,temperature.gpu,memory.used,mig.mode.current"
 
 
@@ -25,7 +27,7 @@ def first_lines(*command: str) -> str:
     if shutil.which(command[0]) is None:
         return "not found"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.SubprocessError) as error:
         return f"{type(error).__name__}: {error}"
     return (done.stdout + done.stderr).strip()[-600:]
@@ -35,6 +37,7 @@ def versions() -> dict[str, Any]:
     data = report()
     return {
         "report": data,
+        "commit": first_lines("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"),
         "numpy": np.__version__,
         "cores": cores(),
         "nvidia-smi": first_lines("nvidia-smi", f"--query-gpu={NVIDIA}", "--format=csv,noheader"),
@@ -66,11 +69,12 @@ def describe(context: Context) -> dict[str, Any]:
     build = data["torch"]["cuda"] or data["torch"]["hip"]
     for text in (
         f"cacr_kernels {data['cacr_kernels']}, Python {data['python']}, numpy {found['numpy']}, {data['platform']}",
+        f"commit {found['commit']}",
         f"torch {data['torch']['version']} ({f'GPU build {build}' if build else 'CPU build'}), "
         f"Triton {data['triton']['version'] or data['triton']['error']}",
         f"{data['cpu']['model']}, {found['cores']} cores for this process",
         f"GPUs by nvidia-smi: {found['nvidia-smi']}",
-        f"nvcc: {found['nvcc'].splitlines()[-1]}",
+        f"nvcc: {found['nvcc'].rpartition(chr(10))[2] or 'prints nothing'}",
         *(f'backend "{name}": {reason or "can run"}' for name, reason in data["backends"].items()),
     ):
         context.lines.write(NOTE, text=text)

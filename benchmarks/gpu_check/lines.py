@@ -12,9 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 START, RESULT, SKIP, NOTE = "start", "result", "skip", "note"
+ENOUGH = "enough"  # the line of a share of which only optional tasks are left
 ABSENT = "absent"  # the line that says why steps that need a GPU, or its kernels, cannot run
-LONGEST = 6000  # characters of a text
+LONGEST, SHORT = 1000, 100  # characters of a text, and of one in a file that is full
+FULL = 6 << 20  # bytes
 Line = dict[str, Any]
+
+
+def shorten(value: Any, longest: int) -> Any:
+    """The end of a text, which says what went wrong."""
+    return value[-longest:] if isinstance(value, str) else value
 
 
 class Lines:
@@ -24,7 +31,8 @@ class Lines:
         self.path, self.step = path, step
 
     def write(self, event: str, **data: Any) -> None:
-        data = {key: value[-LONGEST:] if isinstance(value, str) else value for key, value in data.items()}
+        full = self.path.exists() and self.path.stat().st_size > FULL
+        data = {key: shorten(value, SHORT if full and key != "task" else LONGEST) for key, value in data.items()}
         line = json.dumps({"step": self.step, "event": event, "at": round(time.time(), 3)} | data, default=str) + "\n"
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
@@ -71,4 +79,8 @@ def tally(lines: list[Line]) -> Tally:
     by_verdict: dict[Any, list[Line]] = {True: [], False: [], None: []}
     for line in results.values():
         by_verdict[line.get("ok")].append(line)
-    return Tally(by_verdict[True], by_verdict[False], by_verdict[None], [task for task in begun if task not in results])
+    lost = [task for task in begun if task not in results]
+    optional = {line["task"] for line in lines if line["event"] == START and line.get("optional")}
+    dropped = [{"task": task, "problem": "begun and not ended"} for task in lost if task in optional]
+    needed = [task for task in lost if task not in optional]
+    return Tally(by_verdict[True], by_verdict[False], by_verdict[None] + dropped, needed)

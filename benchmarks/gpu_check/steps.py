@@ -21,7 +21,7 @@ class Step(NamedTuple):
     ``only``: the choices of ``--only`` that the step belongs to. ``processes``: in as many as there are cores, each
     with a share of the tasks. ``resumes``: after a crash another process goes on with the next task. ``needs``: what
     has to be there, ``GPU``, ``KERNELS`` (an interpreter will do) or more than two ``CORES``; if it is not, which the
-    first step finds, no process is started.
+    first step finds, no process is started. ``least``: seconds that the limit is not shortened below.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Step(NamedTuple):
     resumes: bool = True
     module: str = ""
     needs: str = ""
+    least: float = 0.0
 
     def commands(self, lines: Path, scale: float, workers: int) -> list[list[str]]:
         """The command of each process."""
@@ -43,7 +44,7 @@ class Step(NamedTuple):
 
 ONLY = ("smoke", "times", "verify", "tests")
 STEPS = (
-    Step("environment", 45, "What this machine is", ONLY, resumes=False),
+    Step("environment", 45, "What this machine is", ONLY, resumes=False, least=30),
     Step("build", 130, "The compiled libraries, for the GPU of this machine", ONLY, resumes=False, needs=GPU),
     Step("warm", 40, "Kernels compiled beforehand", ("smoke", "times"), processes=True, needs=GPU),
     Step("smoke", 60, "Every loss and dtype against float64 on the host", ("smoke",), needs=KERNELS),

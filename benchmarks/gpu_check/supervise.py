@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import sessions
-from .lines import SKIP, START, Lines
+from .lines import ENOUGH, SKIP, START, Lines
 from .steps import Step, cores
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,6 +150,9 @@ def run(
             running = [share for share in running if not share.over(step.resumes)]
         seconds = time.monotonic() - begin
     shorten(log)
+    enough = {line["share"] for line in lines.read() if line["event"] == ENOUGH}
+    if running and enough >= {share.number for share in running}:
+        return Outcome(DONE, seconds, limit, f"ended after its limit of {limit:.0f} s, without what is optional")
     if running:
         return Outcome(OUT_OF_TIME, seconds, limit, f"ended after its limit of {limit:.0f} s")
     if skips := [line["reason"] for line in lines.read() if line["event"] == SKIP]:

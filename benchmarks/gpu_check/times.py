@@ -172,7 +172,9 @@ def tasks(backends: list[str], device: str) -> Iterator[Task]:
             for dtype in TIMED_DTYPES:
                 for row in rows:
                     baseline = row in ("eager", "compiled")
-                    yield Task(f"{row} {dtype} B={B}", partial(measure, row, B, dtype, device, baseline))
+                    yield Task(
+                        f"{row} {dtype} B={B}", partial(measure, row, B, dtype, device, baseline), optional=baseline
+                    )
 
 
 def run(context: Context) -> None:

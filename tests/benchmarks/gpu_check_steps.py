@@ -62,6 +62,7 @@ TASKS = {
     "crashing": (fine, crash, sticky, drop),
     "hanging": (fine, sleep, drop),
     "late": (fine, with_children),
+    "optional": (fine, sleep, drop),
     "last": (fine,),
 }
 
@@ -70,6 +71,8 @@ def run(context: Context) -> None:
     step = context.lines.step
     if step == "absent":
         return context.skip("there is no GPU")
+    if step == "optional":
+        return child.run(context, [Task(task.__name__, task, optional=task is not fine) for task in TASKS[step]], 100.0)
     if step == "decides":
         return context.lines.write(ABSENT, **{GPU: "there is no GPU"})
     WRITTEN.append(context.lines)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu_check import __main__ as check
-from benchmarks.gpu_check import report, supervise, verify
+from benchmarks.gpu_check import build, environment, report, supervise, verify
 from benchmarks.gpu_check.child import Context
 from benchmarks.gpu_check.device_tests import FILES
 from benchmarks.gpu_check.lines import Lines, read, tally
@@ -111,6 +111,12 @@ def test_steps_without_their_gpu_do_not_start(tmp_path: Path) -> None:
     assert len(processes(tmp_path)) == 1
 
 
+def test_what_is_optional_may_run_out_of_time(tmp_path: Path) -> None:
+    assert check.main(["--out", str(tmp_path)], (fake("optional", 10.0),)) == 0
+    assert found(tmp_path, "optional") == {"good": ["fine"], "failed": [], "dropped": ["sleep"], "lost": []}
+    assert "without what is optional" in in_report(tmp_path)["optional"]["reason"]
+
+
 def test_exit_status(tmp_path: Path) -> None:
     assert check.main(["--out", str(tmp_path)], (fake("last"),)) == 0
     absent = [fake("absent")._replace(name=name) for name in ("smoke", "last")]
@@ -203,6 +209,32 @@ def test_minutes_scale_the_limits(tmp_path: Path) -> None:
             check.parse(["--minutes", wrong])
 
 
+def test_minutes_are_those_of_the_chosen_steps(tmp_path: Path) -> None:
+    """Whatever ``--only`` leaves out; and some time is left to what has to start first."""
+    steps = (
+        fake("last", 10.0, only=("smoke",), least=9.0),
+        fake("results", 40.0)._replace(only=("smoke",)),
+        fake("late"),
+    )
+    check.main(["--out", str(tmp_path), "--only", "smoke", "--minutes", "0.5"], steps)
+    assert {name: step["limit"] for name, step in in_report(tmp_path).items()} == {"last": 9.0, "results": 24.0}
+
+
+def test_build_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda *arguments, **options: None)
+    monkeypatch.delenv("CXX", raising=False)
+    assert build.missing_tools()[:2] == ["a C++ compiler (GCC or Clang)", "ninja"]
+
+
+@pytest.mark.parametrize("nvcc", ["", "nvcc: NVIDIA\nBuild cuda_13.0"])
+def test_environment_whatever_nvcc_prints(nvcc: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "first_lines", lambda *command: nvcc)
+    lines = Lines(tmp_path / "lines", "environment")
+    environment.describe(Context(lines))
+    notes = [line["text"] for line in lines.read() if line["event"] == "note"]
+    assert ("nvcc: Build cuda_13.0" if nvcc else "nvcc: prints nothing") in notes
+
+
 @pytest.mark.parametrize("only", ONLY)
 def test_only(only: str) -> None:
     names = [step.name for step in STEPS if only in step.only]
@@ -223,6 +255,15 @@ def test_large_logs_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert log.stat().st_size == 500
     Lines(tmp_path / "lines", "step").write("result", task="t", ok=False, problem="x" * 10**6)
     assert (tmp_path / "lines").stat().st_size < 10_000
+
+
+def test_a_full_file_takes_short_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.gpu_check.lines.FULL", 5000)
+    lines = Lines(tmp_path / "lines", "step")
+    for number in range(100):
+        lines.write("result", task=f"{number} of a step", ok=False, problem="x" * 10**4)
+    assert len(lines.read()) == 100
+    assert lines.path.stat().st_size < 5000 + 100 * 400
 
 
 def test_a_broken_line_is_left_out(tmp_path: Path) -> None:
