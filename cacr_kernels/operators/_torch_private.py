@@ -52,7 +52,7 @@ _interpreters: Callable[[], Any] = getattr(torch._C._functorch, "get_interpreter
 
 
 def inside_vmap() -> bool:
-    """Whether ``torch.func.vmap`` is running."""
+    """Whether the caller runs under ``torch.func.vmap``."""
     return any(str(level.key()).endswith("Vmap") for level in _interpreters() or ())
 
 
