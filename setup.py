@@ -145,7 +145,7 @@ def cuda_targets(nvcc: Path) -> list[str]:
 
 
 def find_nvcc() -> Path | None:
-    """nvcc, or ``None``."""
+    """The compiler of CUDA, from NVCC, CUDA_HOME, CUDA_PATH or PATH; ``None`` if there is none."""
     homes = [Path(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     given = [Path(os.environ["NVCC"])] if "NVCC" in os.environ else []
     found = [Path(path) for path in [shutil.which("nvcc")] if path]
@@ -194,7 +194,7 @@ def find_compiler() -> list[str] | None:
 
 
 def libraries() -> list[NativeLibrary]:
-    """What to build here."""
+    """The libraries that this machine can build and the environment asks for."""
     cpu, cuda = os.environ.get("CACR_BUILD_CPU") != "0", os.environ.get("CACR_BUILD_CUDA", "")
     if not cpu and cuda != "1":
         return []

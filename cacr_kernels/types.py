@@ -22,6 +22,7 @@ ENQUEUES: tuple[Enqueue, ...] = get_args(Enqueue)
 
 # Kinds of key sets: all keys, those with the id of the query, those with another id, those with its id but not itself.
 ALL, SAME, OTHER, SAME_NOT_SELF = range(4)
+POSITIVE_KINDS = SAME, SAME_NOT_SELF
 
 
 def view_pair_count(num_views: int, pairing: Pairing) -> int:

@@ -183,7 +183,7 @@ class Progress:
         self._show()
 
     def close(self) -> None:
-        """Clears the line."""
+        """Clears the line, so that what is printed next starts at its beginning."""
         self._write("")
 
     def _show(self) -> None:
@@ -249,7 +249,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
+    """The options of the command, or an exit with its usage."""
     parser = argparse.ArgumentParser(prog="cacr-verify", description="Compare the backends with the float64 reference.")
     parser.add_argument("--backend", action="append", help="check only this backend (may be repeated)")
     parser.add_argument("--device", default="cpu", help="device of the tensors (default: cpu)")

@@ -33,7 +33,7 @@ NOTE = (
 
 
 def nvcc() -> Path | None:
-    """As setup.py finds it."""
+    """The compiler that ``setup.py`` would take, or ``None``."""
     homes = [Path(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     given = [Path(os.environ["NVCC"])] if "NVCC" in os.environ else []
     found = [Path(path) for path in [shutil.which("nvcc")] if path]
@@ -50,7 +50,7 @@ def run(*command: str | Path) -> str:
 
 
 def version() -> str | None:
-    """Of nvcc."""
+    """The release of nvcc as it prints it, or ``None`` without nvcc."""
     compiler = nvcc()
     found = re.search(r"release [\d.]+, V([\d.]+)", run(compiler, "--version")) if compiler else None
     return found[1] if found else None

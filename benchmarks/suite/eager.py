@@ -114,7 +114,7 @@ def cacr_queue_loss(
 def cacr_momentum_loss(
     queries: Sequence[Tensor], keys: Tensor, *, temperature: float, cost: str = "rbf", key_offset: int = 0
 ) -> Tensor:
-    """The loss ``cacr_kernels.cacr_momentum_loss``."""
+    """The loss ``cacr_kernels.cacr_momentum_loss`` in eager PyTorch."""
     queries, keys = [single(q) for q in queries], single(keys)
     B = len(queries[0])
     positive = keys[key_offset : key_offset + B]

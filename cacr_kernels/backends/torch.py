@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..operators.contrast import members, pack
 from ..operators.registry import implement
-from ..types import SAME, SAME_NOT_SELF, ContrastSpec
+from ..types import POSITIVE_KINDS, ContrastSpec
 from .entry import Backend, any_device
 
 BLOCK = 1 << 21  # costs in a block: 8 MiB each in float32, about ten such arrays live at once
@@ -24,7 +24,7 @@ REFINE_BELOW = 0.5  # positives closer than this share of |q|^2 + |k|^2 are reco
 
 
 class Block(NamedTuple):
-    """Queries [rows] and keys [keys] of problem ``pair``."""
+    """Queries [rows] and keys [keys] of the pair of views ``pair``."""
 
     pair: int
     rows: slice
@@ -77,7 +77,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _costs(q: Tensor, k: Tensor, spec: ContrastSpec, masks: list[Tensor | None]) -> Tensor:
-    positives = [m for kind, m in zip(spec.kinds, masks, strict=True) if kind in (SAME, SAME_NOT_SELF)]
+    positives = [m for kind, m in zip(spec.kinds, masks, strict=True) if kind in POSITIVE_KINDS]
     return block_cost(q, k, spec.inner_product, positives[0] if positives else None)
 
 

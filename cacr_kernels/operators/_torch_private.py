@@ -98,7 +98,7 @@ def below_autograd() -> contextlib.AbstractContextManager[Any]:
 
 
 def inside_vmap() -> bool:
-    """Whether ``torch.func.vmap`` is running."""
+    """Whether the caller runs under ``torch.func.vmap``."""
     return any(str(level.key()).endswith("Vmap") for level in _interpreters() or ())
 
 

@@ -263,3 +263,14 @@ def test_signatures_are_short(module: str) -> None:
             a = node.args
             count = len(a.posonlyargs) + len(a.args) + len(a.kwonlyargs)
             assert count <= MOST, f"{module}:{node.lineno} {node.name} has {count} parameters"
+
+
+# ---- docstrings ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE.parent)))
+def test_docstrings_are_sentences(path: Path) -> None:
+    """One of up to four words says no more than the name; such a function needs a sentence or nothing."""
+    for node in ast.walk(SOURCES[path]):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+            text = ast.get_docstring(node)
+            of_a_loss = text is not None and text.startswith(":func:")
+            assert text is None or of_a_loss or len(text.split()) > 4, f"{path}: {getattr(node, 'name', '')}: {text}"

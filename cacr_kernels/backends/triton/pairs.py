@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...types import SAME, SAME_NOT_SELF
+from ...types import POSITIVE_KINDS
 from ..precision import fp32_products
 from .launch import cdiv, recording
 from .table import Precision, Processor, Tile, processor_of, tile_of
@@ -139,7 +139,7 @@ class SetPairs:
 
     def _uses_cost(self, softmax: int) -> bool:
         """Whether the logits of a softmax are made of costs, as they are among positives."""
-        return self.kinds[softmax] in (SAME, SAME_NOT_SELF) and not self.inner_product
+        return self.kinds[softmax] in POSITIVE_KINDS and not self.inner_product
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A new array on the device, in the type of the arithmetic."""
