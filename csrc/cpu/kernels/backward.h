@@ -27,11 +27,11 @@ void with_gradient_flags(const SweepSetup<T>& g, bool masked, F f) {
 template <class T>
 void tile_gradients(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, const BlockRows<T>& rows,
                     const T* S, Keys keys) {
-  constexpr idx P = kPanel<T>, W = Lanes<T>::W;
+  constexpr idx PW = kPanel<T>, W = Lanes<T>::W;
   for (idx i = 0; i < b.panels; i++) {
     GradientTile<T> tile = gradient_tile(g, rows, i);
-    for_parts(g, b.row0 + i * P, keys, [&](idx j, idx count, bool masked) {
-      const idx at = (i * g.t.blocking.keys + j - keys.j0) * P;
+    for_parts(g, b.row0 + i * PW, keys, [&](idx j, idx count, bool masked) {
+      const idx at = (i * g.t.blocking.keys + j - keys.j0) * PW;
       tile.n = count, tile.S = S + at, tile.H = s.H + at, tile.ids = tile_ids(g, b, s, i, j);
       tile.columns = g.t.want_dk ? s.columns + (j - g.t.share.key0) * W : nullptr;
       with_gradient_flags(g, masked, [&](auto two, auto bounded, auto mask, auto moment) {
@@ -51,12 +51,12 @@ void write_variance(const SweepSetup<T>& g, const Block<T>& b, const BlockRows<T
 
 template <class T>
 void multiply_query_gradients(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, Keys keys) {
-  constexpr idx P = kPanel<T>;
-  const idx ldh = g.t.blocking.keys * P, R = b.panels * P;
-  const T* K = g.t.packed.k_panels + g.p.k_index[b.pair] * g.p.M * g.Dp + keys.j0 * P;
-  for (idx f = 0; f < g.Dp / P; f++)
+  constexpr idx PW = kPanel<T>;
+  const idx ldh = g.t.blocking.keys * PW, R = b.panels * PW;
+  const T* K = g.t.packed.k_panels + g.p.k_index[b.pair] * g.p.M * g.Dp + keys.j0 * PW;
+  for (idx f = 0; f < g.Dp / PW; f++)
     for (idx i = 0; i < b.panels; i++)
-      query_gradient_panel<T>(keys.n, s.H + i * ldh, K + f * g.p.M * P, s.dq_panels + (f * R + i * P) * P);
+      query_gradient_panel<T>(keys.n, s.H + i * ldh, K + f * g.p.M * PW, s.dq_panels + (f * R + i * PW) * PW);
 }
 
 // The memory of one view, zeroed when it is first written.
@@ -69,27 +69,27 @@ T* view_of(const GradientSlice<T>& g, idx view, idx rows) {
 
 template <class T>
 void multiply_key_gradients(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, Keys keys) {
-  constexpr idx P = kPanel<T>;
-  const idx ldh = g.t.blocking.keys * P, R = b.panels * P, stride = g.t.dk.row_stride;
+  constexpr idx PW = kPanel<T>;
+  const idx ldh = g.t.blocking.keys * PW, R = b.panels * PW, stride = g.t.dk.row_stride;
   T* out = view_of(g.t.dk, g.p.k_index[b.pair], g.p.M) + keys.j0 * stride;
-  for (idx f = 0; f < g.Dp / P; f++)
-    key_gradient_panel<T>(keys.n, b.panels, s.H, ldh, s.q_panels + f * R * P, out + f * P, stride);
+  for (idx f = 0; f < g.Dp / PW; f++)
+    key_gradient_panel<T>(keys.n, b.panels, s.H, ldh, s.q_panels + f * R * PW, out + f * PW, stride);
 }
 
 // dQ_i += (H K)_i - (sum_j H_ij) q_i.   sum: [rows], of H along the rows
 template <class T>
 void add_query_gradients(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, const T* sum) {
-  constexpr idx P = kPanel<T>;
+  constexpr idx PW = kPanel<T>;
   const Contrast<T>& p = g.p;
-  const idx R = b.panels * P, stride = g.t.dq.row_stride;
+  const idx R = b.panels * PW, stride = g.t.dq.row_stride;
   T* out = view_of(g.t.dq, p.q_index[b.pair], p.N) + b.row0 * stride;
   const T* q = b.q(p);
   for (idx i = 0; i < b.rows; i++)
-    for (idx f = 0; f < g.Dp / P; f++) {
-      const T* product = s.dq_panels + (f * R + i) * P;
-      const T *x = q + i * p.q_row_stride + f * P, h = p.inner_product ? T(0) : sum[i];
-      T* o = out + i * stride + f * P;
-      const idx n = min_of(P, p.D - f * P);
+    for (idx f = 0; f < g.Dp / PW; f++) {
+      const T* product = s.dq_panels + (f * R + i) * PW;
+      const T *x = q + i * p.q_row_stride + f * PW, h = p.inner_product ? T(0) : sum[i];
+      T* o = out + i * stride + f * PW;
+      const idx n = min_of(PW, p.D - f * PW);
       for (idx d = 0; d < n; d++) o[d] += product[d] - h * x[d];
     }
 }

@@ -13,7 +13,7 @@ namespace cacr::CACR_ISA {
 // ---- what is given --------------------------------------------------------------------------------------------------
 template <class T>
 struct SweepSetup {
-  static constexpr idx P = kPanel<T>, W = Lanes<T>::W;
+  static constexpr idx PW = kPanel<T>, W = Lanes<T>::W;
   const SweepParams<T>& t;
   const Contrast<T>& p;
   T slope[kMaxSoftmaxes];
@@ -26,7 +26,7 @@ struct SweepSetup {
   idx Dp;           // D rounded up to panels
 
   explicit SweepSetup(const SweepParams<T>& params) : t(params), p(*params.problem), Dp(padded<T>(p.D)) {
-    diagonal = p.period >= P;
+    diagonal = p.period >= PW;
     for (int s = 0; s < p.softmaxes; s++) {
       slope[s] = T(-2 * p.tau[s] * kLog2e);
       diagonal &= p.kind[s] == kOther || p.kind[s] == kAll;
@@ -48,7 +48,7 @@ struct SweepSetup {
 // ---- which queries are at hand --------------------------------------------------------------------------------------
 template <class T>
 struct Block {
-  idx pair, row0, rows, panels;  // rows: those that exist, panels * P >= rows
+  idx pair, row0, rows, panels;  // rows: those that exist, panels * PW >= rows
 
   const T* q(const Contrast<T>& p) const { return p.q + p.q_index[pair] * p.q_view_stride + row0 * p.q_row_stride; }
   const T* k(const Contrast<T>& p, idx j) const { return p.k + p.k_index[pair] * p.k_view_stride + j * p.k_row_stride; }
@@ -74,11 +74,11 @@ struct BlockRows {
 
 template <class T>
 struct BlockScratch {
-  T* S;           // [tiles][rows/P][keys][P] similarities; one tile where nothing is kept
-  T* H;           // [rows/P][keys][P] dL/dS
-  T* q_columns;   // [rows/P][D][P]    queries transposed: operand of S
-  T* q_panels;    // [Dp/P][rows][P]   queries by panels of features: operand of dK
-  T* dq_panels;   // [Dp/P][rows][P]
+  T* S;           // [tiles][rows/PW][keys][PW] similarities; one tile where nothing is kept
+  T* H;           // [rows/PW][keys][PW] dL/dS
+  T* q_columns;   // [rows/PW][D][PW]    queries transposed: operand of S
+  T* q_panels;    // [Dp/PW][rows][PW]   queries by panels of features: operand of dK
+  T* dq_panels;   // [Dp/PW][rows][PW]
   T* columns;     // [keys of the share][W]  sum_i H_ij, by lanes
   T* q_norm;      // [rows]
   int32_t* q_id;  // [rows]
@@ -86,7 +86,7 @@ struct BlockScratch {
 
   // Cuts the memory for one tile, or for as many as the strip keeps, from `at`, which moves behind it.
   static BlockScratch layout(const SweepParams<T>& t, char*& at) {
-    constexpr idx P = kPanel<T>;
+    constexpr idx PW = kPanel<T>;
     const Contrast<T>& p = *t.problem;
     const idx R = t.blocking.rows, K = t.blocking.keys, Dp = padded<T>(p.D), keys = t.share.key1 - t.share.key0;
     const SweepSetup<T> setup(t);
@@ -96,7 +96,7 @@ struct BlockScratch {
     s.q_columns = carve<T>(at, R * p.D);
     s.q_panels = carve<T>(at, t.want_dk ? R * Dp : 0);
     s.dq_panels = carve<T>(at, t.want_dq ? R * Dp : 0);
-    s.columns = carve<T>(at, t.want_dk ? keys * (P / 2) : 0);
+    s.columns = carve<T>(at, t.want_dk ? keys * (PW / 2) : 0);
     s.rows.row_sum = carve<T>(at, R);
     s.rows.known_sum = carve<T>(at, R);
     s.q_norm = carve<T>(at, R);
@@ -110,15 +110,15 @@ struct BlockScratch {
 // Copies of the queries as the products want them, their norms and ids.
 template <class T>
 void pack_queries(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s) {
-  constexpr idx P = kPanel<T>;
+  constexpr idx PW = kPanel<T>;
   const Contrast<T>& p = g.p;
   const T* q = b.q(p);
   for (idx i = 0; i < b.panels; i++)
-    transpose_panel(b.rows_of_panel(i), p.D, q + i * P * p.q_row_stride, p.q_row_stride, s.q_columns + i * p.D * P);
+    transpose_panel(b.rows_of_panel(i), p.D, q + i * PW * p.q_row_stride, p.q_row_stride, s.q_columns + i * p.D * PW);
   if (g.backward && g.t.want_dk) pack_panels(g, b, s);
   load_norms(g, b, s);
   if (p.q_id)
-    for (idx i = 0; i < b.panels * P; i++) s.q_id[i] = i < b.rows ? p.q_id[b.row0 + i] : -1;
+    for (idx i = 0; i < b.panels * PW; i++) s.q_id[i] = i < b.rows ? p.q_id[b.row0 + i] : -1;
 }
 
 template <class T>
@@ -129,16 +129,16 @@ void load_norms(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>
 
 template <class T>
 void pack_panels(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s) {
-  constexpr idx P = kPanel<T>;
-  const idx R = b.panels * P;
+  constexpr idx PW = kPanel<T>;
+  const idx R = b.panels * PW;
   const T* q = b.q(g.p);
-  for (idx f = 0; f < g.Dp / P; f++)
+  for (idx f = 0; f < g.Dp / PW; f++)
     for (idx i = 0; i < R; i++) {
-      T* out = s.q_panels + (f * R + i) * P;
-      const idx n = i < b.rows ? min_of(P, g.p.D - f * P) : 0;
-      const T* x = q + i * g.p.q_row_stride + f * P;
+      T* out = s.q_panels + (f * R + i) * PW;
+      const idx n = i < b.rows ? min_of(PW, g.p.D - f * PW) : 0;
+      const T* x = q + i * g.p.q_row_stride + f * PW;
       for (idx l = 0; l < n; l++) out[l] = x[l];
-      for (idx l = n; l < P; l++) out[l] = 0;
+      for (idx l = n; l < PW; l++) out[l] = 0;
     }
 }
 
@@ -152,19 +152,19 @@ TileIds<T> tile_ids(const SweepSetup<T>& g, const Block<T>& b, const BlockScratc
 // `row`.
 template <class T, class F>
 void for_parts(const SweepSetup<T>& g, idx row, Keys keys, F f) {
-  constexpr idx P = kPanel<T>;
+  constexpr idx PW = kPanel<T>;
   const idx period = g.p.period, end = keys.j0 + keys.n;
   if (!g.p.q_id) return f(keys.j0, keys.n, false);
   if (!g.diagonal) return f(keys.j0, keys.n, true);
   const idx first = row % period;
   idx at = keys.j0;
-  for (idx m = (keys.j0 - first - P + 1) / period - 1; at < end; m++) {  // diagonal m covers [lo, lo + P)
+  for (idx m = (keys.j0 - first - PW + 1) / period - 1; at < end; m++) {  // diagonal m covers [lo, lo + PW)
     const idx lo = m * period + first;
-    if (lo + P <= at) continue;
+    if (lo + PW <= at) continue;
     if (lo > at) f(at, min_of(lo, end) - at, false);
     at = max_of(at, min_of(lo, end));
-    if (at < end) f(at, min_of(lo + P, end) - at, true);
-    at = min_of(lo + P, end);
+    if (at < end) f(at, min_of(lo + PW, end) - at, true);
+    at = min_of(lo + PW, end);
   }
 }
 
@@ -189,7 +189,7 @@ void replace_positives(const SweepSetup<T>& g, const Block<T>& b, const BlockScr
   }
 }
 
-// u [P]: of panel i and key j.
+// u [PW]: of panel i and key j.
 template <class T>
 void replace_positives_of_key(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, T* u, idx i, idx j) {
   const Contrast<T>& p = g.p;

@@ -19,23 +19,23 @@ namespace cacr::CACR_ISA {
 // One tile's share of a panel's sums, and how its top has moved.
 template <class T>
 struct TileSums {
-  static constexpr idx P = kPanel<T>;
-  alignas(64) T e[P], ed[P], edd[P];
-  alignas(64) T moved[P], scale[P];  // u_top before - now, and what it makes of older weights
-  bool any_moved, in_range;          // in_range: no exponent of the tile leaves the range of 2^x
+  static constexpr idx PW = kPanel<T>;
+  alignas(64) T e[PW], ed[PW], edd[PW];
+  alignas(64) T moved[PW], scale[PW];  // u_top before - now, and what it makes of older weights
+  bool any_moved, in_range;            // in_range: no exponent of the tile leaves the range of 2^x
 };
 
 // Moves the top of a panel over keys [0, n) of a tile.
 template <class T, bool kMasked>
 CACR_NOINLINE void find_top(idx n, const T* S, T slope, T* top, TileSums<T>& out, const TileIds<T>& ids) {
-  constexpr idx P = kPanel<T>;
+  constexpr idx PW = kPanel<T>;
   Membership<T> member;
   if constexpr (kMasked) member = Membership<T>::make(ids, kOther);
   const T sign = slope < 0 ? T(-1) : T(1);
   const Panel<T> before = load_panel(top), none = splat_panel(-kHuge<T>);
   Panel<T> now = before, low = -none;
   for (idx j = 0; j < n; j++) {
-    const Panel<T> z = sign * load_panel(S + P * j);
+    const Panel<T> z = sign * load_panel(S + PW * j);
     if constexpr (kMasked) {
       const PanelMask<T> mask = member.of_key(j);
       now = max_vec(now, choose(mask, z, none)), low = min_vec(low, choose(mask, z, -none));
@@ -58,7 +58,7 @@ CACR_NOINLINE void find_top(idx n, const T* S, T slope, T* top, TileSums<T>& out
 // Replaces the tile by its weights e; ED[j][:] = e d, if given.
 template <class T, bool kInRange, bool kMasked, bool kMoments>
 CACR_NOINLINE void weigh_tile(idx n, T* S, T* ED, T slope, const T* top, TileSums<T>& out, const TileIds<T>& ids) {
-  constexpr idx P = kPanel<T>;
+  constexpr idx PW = kPanel<T>;
   Membership<T> member;
   if constexpr (kMasked) member = Membership<T>::make(ids, kOther);
   const T sign = slope < 0 ? T(-1) : T(1);
@@ -66,7 +66,7 @@ CACR_NOINLINE void weigh_tile(idx n, T* S, T* ED, T slope, const T* top, TileSum
   Panel<T> e{}, ed{}, edd{};
 #pragma GCC unroll 2
   for (idx j = 0; j < n; j++) {
-    Panel<T> d = load_panel(S + P * j) - u_top;
+    Panel<T> d = load_panel(S + PW * j) - u_top;
     PanelMask<T> mask;
     if constexpr (kMasked) {  // before the exponential: that of others may be out of its range
       mask = member.of_key(j);
@@ -74,13 +74,13 @@ CACR_NOINLINE void weigh_tile(idx n, T* S, T* ED, T slope, const T* top, TileSum
     }
     Panel<T> w = exp2_panel<kInRange>(slope * d);
     if constexpr (kMasked) w = select(mask, w);
-    store_panel(S + P * j, w);
+    store_panel(S + PW * j, w);
     e += w;
     const Panel<T> wd = w * d;
     ed += wd;
     if constexpr (kMoments) {
       edd += wd * d;
-      store_panel(ED + P * j, wd);
+      store_panel(ED + PW * j, wd);
     }
   }
   store_panel(out.e, e), store_panel(out.ed, ed), store_panel(out.edd, edd);
@@ -108,21 +108,21 @@ struct DetachedSetup {
 // The sums of one panel of queries, contiguous. Sums over rows are float64: many tiles are added up.
 template <class T>
 struct PanelState {
-  T* top;          // [P] sign(slope) u_top, -kHuge before any
-  double* sum;     // [P] sum e
-  double* sum_d;   // [P] sum e d
-  double* sum_dd;  // [P] sum e d^2
-  T* mean;         // [Dp/P][P][P] sum e k
-  T* spread;       // [Dp/P][P][P] sum e d k
+  T* top;          // [PW] sign(slope) u_top, -kHuge before any
+  double* sum;     // [PW] sum e
+  double* sum_d;   // [PW] sum e d
+  double* sum_dd;  // [PW] sum e d^2
+  T* mean;         // [Dp/PW][PW][PW] sum e k
+  T* spread;       // [Dp/PW][PW][PW] sum e d k
 
   static PanelState layout(const DetachedKeysParams<T>& t, char*& at) {
-    constexpr idx P = kPanel<T>;
+    constexpr idx PW = kPanel<T>;
     const idx Dp = padded<T>(t.problem->D);
     PanelState s;
-    s.top = carve<T>(at, P);
-    s.sum = carve<double>(at, P), s.sum_d = carve<double>(at, P), s.sum_dd = carve<double>(at, P);
-    s.mean = carve<T>(at, t.want_mean ? P * Dp : 0);
-    s.spread = carve<T>(at, t.want_mean && t.want_moments ? P * Dp : 0);
+    s.top = carve<T>(at, PW);
+    s.sum = carve<double>(at, PW), s.sum_d = carve<double>(at, PW), s.sum_dd = carve<double>(at, PW);
+    s.mean = carve<T>(at, t.want_mean ? PW * Dp : 0);
+    s.spread = carve<T>(at, t.want_mean && t.want_moments ? PW * Dp : 0);
     return s;
   }
   static size_t bytes(const DetachedKeysParams<T>& t) {
@@ -134,30 +134,30 @@ template <class T>
 struct DetachedPanel {
   idx pair, row0, rows;  // rows: those that exist
   int32_t low_id, high_id;
-  T* columns;   // [D][P] the queries transposed
-  int32_t* id;  // [P]
+  T* columns;   // [D][PW] the queries transposed
+  int32_t* id;  // [PW]
   PanelState<T> state;
 };
 
 template <class T>
 struct DetachedScratch {
   DetachedPanel<T>* panels;  // [panels] of the block at hand
-  T* S;                      // [keys][P] similarities, then weights
-  T* ED;                     // [keys][P] weights times d
+  T* S;                      // [keys][PW] similarities, then weights
+  T* ED;                     // [keys][PW] weights times d
   T* bias;                   // [keys]
-  T* k_panels;               // [Dp/P][keys][P]
-  T* columns;                // [panels][D][P]
-  int32_t* ids;              // [panels][P]
+  T* k_panels;               // [Dp/PW][keys][PW]
+  T* columns;                // [panels][D][PW]
+  int32_t* ids;              // [panels][PW]
   char* states;              // [panels], where the keys are not shared out
 
   static DetachedScratch layout(const DetachedKeysParams<T>& t, char*& at) {
-    constexpr idx P = kPanel<T>;
-    const idx D = t.problem->D, K = t.blocking.keys, n = t.blocking.rows / P;
+    constexpr idx PW = kPanel<T>;
+    const idx D = t.problem->D, K = t.blocking.keys, n = t.blocking.rows / PW;
     DetachedScratch s;
     s.panels = carve<DetachedPanel<T>>(at, n);
-    s.S = carve<T>(at, K * P), s.ED = carve<T>(at, t.want_moments ? K * P : 0);
+    s.S = carve<T>(at, K * PW), s.ED = carve<T>(at, t.want_moments ? K * PW : 0);
     s.bias = carve<T>(at, K), s.k_panels = carve<T>(at, t.want_mean ? K * padded<T>(D) : 0);
-    s.columns = carve<T>(at, n * P * D), s.ids = carve<int32_t>(at, n * P);
+    s.columns = carve<T>(at, n * PW * D), s.ids = carve<int32_t>(at, n * PW);
     s.states = carve<char>(at, t.states ? 0 : n * idx(PanelState<T>::bytes(t)));
     return s;
   }
@@ -167,15 +167,15 @@ struct DetachedScratch {
 // Panel i of the block: queries of a unit, with empty sums.
 template <class T>
 DetachedPanel<T> start_panel(const DetachedSetup<T>& g, const DetachedScratch<T>& s, idx i, idx unit) {
-  constexpr idx P = kPanel<T>;
+  constexpr idx PW = kPanel<T>;
   const Contrast<T>& p = g.p;
   DetachedPanel<T> panel{};
-  panel.pair = unit / g.per_pair, panel.row0 = (unit - panel.pair * g.per_pair) * P;
-  panel.rows = min_of(P, p.N - panel.row0);
-  panel.columns = s.columns + i * p.D * P;
+  panel.pair = unit / g.per_pair, panel.row0 = (unit - panel.pair * g.per_pair) * PW;
+  panel.rows = min_of(PW, p.N - panel.row0);
+  panel.columns = s.columns + i * p.D * PW;
   transpose_panel(panel.rows, p.D, g.query_row(panel.pair, panel.row0), p.q_row_stride, panel.columns);
-  panel.id = s.ids + i * P;
-  for (idx l = 0; l < P && p.q_id; l++) {  // lanes without a query repeat the last one
+  panel.id = s.ids + i * PW;
+  for (idx l = 0; l < PW && p.q_id; l++) {  // lanes without a query repeat the last one
     const int32_t id = panel.id[l] = p.q_id[panel.row0 + min_of(l, panel.rows - 1)];
     panel.low_id = l ? min_of(panel.low_id, id) : id, panel.high_id = l ? max_of(panel.high_id, id) : id;
   }
@@ -183,7 +183,7 @@ DetachedPanel<T> start_panel(const DetachedSetup<T>& g, const DetachedScratch<T>
   char* at = g.t.states ? g.t.states + (g.t.part * g.t.units + unit) * bytes : s.states + i * bytes;
   zero(at, bytes);
   panel.state = PanelState<T>::layout(g.t, at);
-  for (idx l = 0; l < P; l++) panel.state.top[l] = -kHuge<T>;
+  for (idx l = 0; l < PW; l++) panel.state.top[l] = -kHuge<T>;
   return panel;
 }
 
@@ -205,13 +205,13 @@ bool needs_mask(const Contrast<T>& p, const DetachedPanel<T>& panel, idx j0, idx
 
 template <class T>
 void move_means(const DetachedSetup<T>& g, const PanelState<T>& state, const TileSums<T>& sums) {
-  constexpr idx P = kPanel<T>;
-  for (idx f = 0; f < g.Dp; f += P)
-    for (idx l = 0; l < P; l++) {
-      T *mean = state.mean + (f + l) * P, *spread = state.spread + (f + l) * P;
-      for (idx d = 0; g.t.want_moments && d < P; d++)
+  constexpr idx PW = kPanel<T>;
+  for (idx f = 0; f < g.Dp; f += PW)
+    for (idx l = 0; l < PW; l++) {
+      T *mean = state.mean + (f + l) * PW, *spread = state.spread + (f + l) * PW;
+      for (idx d = 0; g.t.want_moments && d < PW; d++)
         spread[d] = spread[d] * sums.scale[l] + sums.moved[l] * (mean[d] * sums.scale[l]);
-      for (idx d = 0; d < P; d++) mean[d] *= sums.scale[l];
+      for (idx d = 0; d < PW; d++) mean[d] *= sums.scale[l];
     }
 }
 
@@ -231,7 +231,7 @@ void add_sums(const DetachedSetup<T>& g, const PanelState<T>& state, const TileS
 template <class T>
 void meet_tile(const DetachedSetup<T>& g, const DetachedScratch<T>& s, const DetachedPanel<T>& panel, const T* k,
                idx j0, idx n) {
-  constexpr idx P = kPanel<T>;
+  constexpr idx PW = kPanel<T>;
   const Contrast<T>& p = g.p;
   similarity<T>(n, p.D, k, p.k_row_stride, panel.columns, s.bias, s.S);
   const TileIds<T> ids{panel.id, p.k_id + (p.q_id ? j0 : 0), panel.row0, j0};
@@ -244,9 +244,9 @@ void meet_tile(const DetachedSetup<T>& g, const DetachedScratch<T>& s, const Det
       },
       sums.in_range, masked, g.t.want_moments);
   add_sums(g, panel.state, sums);
-  for (idx f = 0; g.t.want_mean && f < g.Dp / P; f++) {
-    query_gradient_panel<T>(n, s.S, s.k_panels + f * n * P, panel.state.mean + f * P * P);
-    if (g.t.want_moments) query_gradient_panel<T>(n, s.ED, s.k_panels + f * n * P, panel.state.spread + f * P * P);
+  for (idx f = 0; g.t.want_mean && f < g.Dp / PW; f++) {
+    query_gradient_panel<T>(n, s.S, s.k_panels + f * n * PW, panel.state.mean + f * PW * PW);
+    if (g.t.want_moments) query_gradient_panel<T>(n, s.ED, s.k_panels + f * n * PW, panel.state.spread + f * PW * PW);
   }
 }
 
@@ -295,17 +295,17 @@ DetachedRow finish_detached_row(const DetachedSetup<T>& g, const PartialStates& 
 // at: of the row in mean and spread.
 template <class T>
 void finish_means(const DetachedSetup<T>& g, const PartialStates& states, idx l, T top, const RowResult& row, idx at) {
-  constexpr idx P = kPanel<T>;
-  for (idx f = 0; f < g.Dp; f += P) {
-    double mean[P] = {}, spread[P] = {};
+  constexpr idx PW = kPanel<T>;
+  for (idx f = 0; f < g.Dp; f += PW) {
+    double mean[PW] = {}, spread[PW] = {};
     for (idx i = 0; i < states.parts; i++) {
       const PanelState<T> part = state_of(g, states, i);
       const Shift s = shift_of(g, part, l, top);
-      const T *a = part.mean + (f + l) * P, *b = part.spread + (f + l) * P;
-      for (idx d = 0; d < P; d++) mean[d] += s.scale * double(a[d]);
-      for (idx d = 0; g.t.want_moments && d < P; d++) spread[d] += s.scale * (double(b[d]) + s.moved * double(a[d]));
+      const T *a = part.mean + (f + l) * PW, *b = part.spread + (f + l) * PW;
+      for (idx d = 0; d < PW; d++) mean[d] += s.scale * double(a[d]);
+      for (idx d = 0; g.t.want_moments && d < PW; d++) spread[d] += s.scale * (double(b[d]) + s.moved * double(a[d]));
     }
-    for (idx d = 0; d < min_of(P, g.p.D - f); d++) {
+    for (idx d = 0; d < min_of(PW, g.p.D - f); d++) {
       const double weighted = row.factor * mean[d];
       g.t.out.mean[at + f + d] = T(weighted);
       if (g.t.want_moments) g.t.out.spread[at + f + d] = T(-2 * (row.factor * spread[d] - row.delta * weighted));
@@ -316,10 +316,10 @@ void finish_means(const DetachedSetup<T>& g, const PartialStates& states, idx l,
 // Adds up the states of all parts, in their order.
 template <class T>
 void finish_unit(const DetachedSetup<T>& g, idx unit, const PartialStates& states) {
-  constexpr idx P = kPanel<T>;
+  constexpr idx PW = kPanel<T>;
   const DetachedStatistics<T>& out = g.t.out;
-  const idx pair = unit / g.per_pair, row0 = (unit - pair * g.per_pair) * P;
-  for (idx l = 0; l < min_of(P, g.p.N - row0); l++) {
+  const idx pair = unit / g.per_pair, row0 = (unit - pair * g.per_pair) * PW;
+  for (idx l = 0; l < min_of(PW, g.p.N - row0); l++) {
     T top = -kHuge<T>;
     for (idx i = 0; i < states.parts; i++) top = max_of(top, state_of(g, states, i).top[l]);
     const DetachedRow row = finish_detached_row(g, states, l, top, g.query_row(pair, row0 + l));

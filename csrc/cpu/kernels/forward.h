@@ -25,12 +25,12 @@ void add_keys(const SweepSetup<T>& g, idx n, const T* S, int s, const SoftmaxRow
 template <class T>
 void accumulate_statistics(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& scratch,
                            const BlockRows<T>& rows, const T* S, Keys keys) {
-  constexpr idx P = kPanel<T>;
+  constexpr idx PW = kPanel<T>;
   for (idx i = 0; i < b.panels; i++)
-    for_parts(g, b.row0 + i * P, keys, [&](idx j, idx count, bool masked) {
-      const T* part = S + (i * g.t.blocking.keys + j - keys.j0) * P;
+    for_parts(g, b.row0 + i * PW, keys, [&](idx j, idx count, bool masked) {
+      const T* part = S + (i * g.t.blocking.keys + j - keys.j0) * PW;
       for (int s = 0; s < g.p.softmaxes; s++)
-        add_keys(g, count, part, s, rows.softmax[s].from(i * P), tile_ids(g, b, scratch, i, j), masked);
+        add_keys(g, count, part, s, rows.softmax[s].from(i * PW), tile_ids(g, b, scratch, i, j), masked);
     });
 }
 

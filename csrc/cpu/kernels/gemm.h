@@ -71,13 +71,13 @@ CACR_NOINLINE void similarity_panel(idx n, idx D, const T* K, idx ldk, const T* 
 // One panel of queries, one panel of features: dQ[i][:] += sum_j H[j][i] * K[j][:].   K: [n][kPanel]
 template <class T>
 CACR_NOINLINE void query_gradient_panel(idx n, const T* H, const T* K, T* dQ) {
-  constexpr idx P = kPanel<T>;
-  for_tiles(P, [&](idx i, auto rows) __attribute__((always_inline)) {
+  constexpr idx PW = kPanel<T>;
+  for_tiles(PW, [&](idx i, auto rows) __attribute__((always_inline)) {
     constexpr int R = decltype(rows)::value;
     Panel<T> c[R] = {};  // added up on their own first: the sum over a tile loses less than one over all keys
-    multiply_tile<T, R>(n, H + i, 1, P, K, c);
+    multiply_tile<T, R>(n, H + i, 1, PW, K, c);
     for (int r = 0; r < R; r++) {
-      T* out = dQ + (i + r) * P;
+      T* out = dQ + (i + r) * PW;
       store_panel(out, load_panel(out) + c[r]);
     }
   });
@@ -87,16 +87,16 @@ CACR_NOINLINE void query_gradient_panel(idx n, const T* H, const T* K, T* dQ) {
 // Q: [panels * kPanel][kPanel]; rows of dK are `ldk` apart.
 template <class T>
 CACR_NOINLINE void key_gradient_panel(idx n, idx panels, const T* H, idx ldh, const T* Q, T* dK, idx ldk) {
-  constexpr idx P = kPanel<T>;
+  constexpr idx PW = kPanel<T>;
   for_tiles(n, [&](idx j, auto rows) __attribute__((always_inline)) {
     constexpr int R = decltype(rows)::value;
     T* out = dK + j * ldk;
     Panel<T> c[R] = {};
-    const T *a = H + j * P, *b = Q;
-    for (idx p = 0; p < panels; p++, a += ldh, b += P * P) {
-      idx trips = P;
+    const T *a = H + j * PW, *b = Q;
+    for (idx p = 0; p < panels; p++, a += ldh, b += PW * PW) {
+      idx trips = PW;
       asm volatile("" : "+r"(trips));  // hidden: a fully unrolled panel spills
-      multiply_tile<T, R>(trips, a, P, 1, b, c);
+      multiply_tile<T, R>(trips, a, PW, 1, b, c);
     }
     for (int r = 0; r < R; r++) store_panel(out + r * ldk, load_panel(out + r * ldk) + c[r]);
   });

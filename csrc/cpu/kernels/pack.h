@@ -44,17 +44,17 @@ T squared_norm(idx D, const T* x) {
 
 template <class T>
 void pack(const PackParams<T>& t) {
-  constexpr idx P = kPanel<T>;
+  constexpr idx PW = kPanel<T>;
   for (idx i = t.row0; i < t.row1; i++) {
     const T* x = t.x + i * t.row_stride;
     if (t.norm) t.norm[i] = t.factor == 0 ? T(0) : t.factor * squared_norm(t.D, x);
     if (!t.panels) continue;
-    for (idx f = 0; f * P < t.D; f++) {
-      T* out = t.panels + (f * t.rows + i) * P;
-      if ((f + 1) * P <= t.D) {
-        store_panel(out, load_panel(x + f * P));
+    for (idx f = 0; f * PW < t.D; f++) {
+      T* out = t.panels + (f * t.rows + i) * PW;
+      if ((f + 1) * PW <= t.D) {
+        store_panel(out, load_panel(x + f * PW));
       } else {
-        for (idx l = 0; l < P; l++) out[l] = f * P + l < t.D ? x[f * P + l] : T(0);
+        for (idx l = 0; l < PW; l++) out[l] = f * PW + l < t.D ? x[f * PW + l] : T(0);
       }
     }
   }
@@ -63,9 +63,9 @@ void pack(const PackParams<T>& t) {
 // out[d][l] = rows[l][d] of one panel, of which `n` rows exist, `stride` apart; the others are 0.
 template <class T>
 CACR_INLINE void transpose_panel(idx n, idx D, const T* rows, idx stride, T* out) {
-  constexpr idx W = Lanes<T>::W, P = kPanel<T>;
-  if (n < P) zero(out, D * P);
-  for (idx l = 0; l < P && l < n; l += W) {
+  constexpr idx W = Lanes<T>::W, PW = kPanel<T>;
+  if (n < PW) zero(out, D * PW);
+  for (idx l = 0; l < PW && l < n; l += W) {
     idx d = 0;
     for (; l + W <= n && d + W <= D; d += W) {
       Vec<T> r[W];
@@ -73,10 +73,10 @@ CACR_INLINE void transpose_panel(idx n, idx D, const T* rows, idx stride, T* out
       for (idx x = 0; x < W; x++) r[x] = load(rows + (l + x) * stride + d);
       transpose_lanes<T>(r);
 #pragma GCC unroll 16
-      for (idx x = 0; x < W; x++) store<T>(out + (d + x) * P + l, r[x]);
+      for (idx x = 0; x < W; x++) store<T>(out + (d + x) * PW + l, r[x]);
     }
     for (idx x = l; x < min_of(n, l + W); x++)
-      for (idx e = d; e < D; e++) out[e * P + x] = rows[x * stride + e];
+      for (idx e = d; e < D; e++) out[e * PW + x] = rows[x * stride + e];
   }
 }
 

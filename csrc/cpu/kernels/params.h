@@ -1,8 +1,8 @@
 // The parameters of the kernels, one struct for each, and the table of the kernels of one instruction set.
 //
 // Between the planner (csrc/cpu/planner, compiled once), which fills these in, and the kernels (csrc/cpu/kernels,
-// compiled once per instruction set): plain data. Symbols as in csrc/cpu/api.h; P is the panel width of the instruction
-// set (Kernels::panel), Dp is D rounded up to it, W is P / 2.
+// compiled once per instruction set): plain data. Symbols as in csrc/cpu/api.h; PW is the panel width of the
+// instruction set (Kernels::panel), Dp is D rounded up to it, W is PW / 2.
 #pragma once
 
 #include "../api.h"
@@ -25,7 +25,7 @@ template <class T>
 struct Packed {
   T* q_norm;    // [q_views][N]             |q|^2, or 0 (inner product)
   T* k_bias;    // [k_views][M]             -|k|^2/2, or 0 (inner product)
-  T* k_panels;  // [k_views][Dp/P][M][P]    null where no query gradient is wanted
+  T* k_panels;  // [k_views][Dp/PW][M][PW]    null where no query gradient is wanted
 };
 
 // How the row gradients dL/dF and dL/dlse come about.
@@ -93,7 +93,7 @@ struct PackParams {
   int64_t row_stride, D, rows, row0, row1;
   T factor;   // norm = factor |x|^2; 0 stores 0
   T* norm;    // [rows], or null
-  T* panels;  // [Dp/P][rows][P], or null
+  T* panels;  // [Dp/PW][rows][PW], or null
 };
 
 // out[i][:] = (accumulate ? out[i][:] : 0) + scale * sum over slices, in their order; rows [row0, row1).

@@ -49,20 +49,20 @@ void strip_block(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T
 
 template <class T>
 void strip(const SweepParams<T>& t) {
-  constexpr idx P = kPanel<T>, W = Lanes<T>::W;
+  constexpr idx PW = kPanel<T>, W = Lanes<T>::W;
   const SweepSetup<T> g(t);
   char* at = static_cast<char*>(t.scratch);
   const BlockScratch<T> s = BlockScratch<T>::layout(t, at);
-  const idx per_pair = padded<T>(g.p.N) / P;
+  const idx per_pair = padded<T>(g.p.N) / PW;
   const bool key_gradients = g.backward && t.want_dk;
   for (idx unit = t.share.unit0; unit < t.share.unit1;) {
     Block<T> b{unit / per_pair, 0, 0, 0};
     const idx first = unit - b.pair * per_pair, last = min_of(per_pair, first + t.share.unit1 - unit), n = last - first;
-    const idx blocks = (n * P + t.blocking.rows - 1) / t.blocking.rows;
+    const idx blocks = (n * PW + t.blocking.rows - 1) / t.blocking.rows;
     if (key_gradients) zero(s.columns, (t.share.key1 - t.share.key0) * W);
     for (idx i = 0; i < blocks; i++) {
       const idx lo = first + n * i / blocks, hi = first + n * (i + 1) / blocks;
-      b.row0 = lo * P, b.panels = hi - lo, b.rows = min_of(g.p.N - b.row0, b.panels * P);
+      b.row0 = lo * PW, b.panels = hi - lo, b.rows = min_of(g.p.N - b.row0, b.panels * PW);
       strip_block(g, b, s);
     }
     if (key_gradients && !g.p.inner_product) subtract_key_terms(g, b, s.columns);

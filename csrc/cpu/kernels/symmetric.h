@@ -46,7 +46,7 @@ struct SymmetricRows {
 template <class T>
 struct SymmetricScratch {
   BlockScratch<T> block;
-  T* turned;   // [rows][P] similarities of one panel of keys with the block
+  T* turned;   // [rows][PW] similarities of one panel of keys with the block
   T* moments;  // [softmaxes][N][W] where wanted: of the keys, by lanes
 
   static SymmetricScratch layout(const SweepParams<T>& t, char*& at) {
@@ -89,13 +89,13 @@ struct SymmetricSweep {
 // f(block, it is the first of its pair in the share, it is the last) over the blocks of the share
 template <class T, class F>
 void for_blocks(const SweepSetup<T>& g, F f) {
-  constexpr idx P = kPanel<T>;
-  const idx per_pair = padded<T>(g.p.N) / P, most = g.t.blocking.rows / P;
+  constexpr idx PW = kPanel<T>;
+  const idx per_pair = padded<T>(g.p.N) / PW, most = g.t.blocking.rows / PW;
   for (idx at = g.t.share.unit0; at < g.t.share.unit1;) {
     Block<T> b{at / per_pair, 0, 0, 0};
     const idx first = at - b.pair * per_pair, last = min_of(per_pair, first + g.t.share.unit1 - at);
     for (idx lo = first; lo < last; lo += most) {
-      b.row0 = lo * P, b.panels = min_of(most, last - lo), b.rows = min_of(g.p.N - b.row0, b.panels * P);
+      b.row0 = lo * PW, b.panels = min_of(most, last - lo), b.rows = min_of(g.p.N - b.row0, b.panels * PW);
       f(b, lo == first, lo + most >= last);
     }
     at += last - first;
@@ -107,38 +107,38 @@ void for_blocks(const SweepSetup<T>& g, F f) {
 // of n from there on.
 template <class T>
 void turn(const SymmetricSweep<T>& w, const Block<T>& b, const T* S, idx j, idx n, bool shift) {
-  constexpr idx P = kPanel<T>, W = Lanes<T>::W;
+  constexpr idx PW = kPanel<T>, W = Lanes<T>::W;
   const T* bias = b.k_bias(w.g);
-  T key_bias[P] = {};
+  T key_bias[PW] = {};
   for (idx l = 0; shift && l < n; l++) key_bias[l] = bias[j + l];
   for (idx i = 0; i < b.panels; i++) {
-    const T* in = S + i * w.g.t.blocking.keys * P;
-    T *out = w.s.turned + i * P * P, row_bias[P] = {};
-    for (idx l = 0; shift && l < b.rows_of_panel(i); l++) row_bias[l] = bias[b.row0 + i * P + l];
-    for (idx x0 = 0; x0 < P; x0 += W)
-      for (idx y0 = 0; y0 < P; y0 += W) {
+    const T* in = S + i * w.g.t.blocking.keys * PW;
+    T *out = w.s.turned + i * PW * PW, row_bias[PW] = {};
+    for (idx l = 0; shift && l < b.rows_of_panel(i); l++) row_bias[l] = bias[b.row0 + i * PW + l];
+    for (idx x0 = 0; x0 < PW; x0 += W)
+      for (idx y0 = 0; y0 < PW; y0 += W) {
         Vec<T> r[W];
 #pragma GCC unroll 16
-        for (idx x = 0; x < W; x++) r[x] = x0 + x < n ? load(in + (x0 + x) * P + y0) : Vec<T>{};
+        for (idx x = 0; x < W; x++) r[x] = x0 + x < n ? load(in + (x0 + x) * PW + y0) : Vec<T>{};
         transpose_lanes<T>(r);
         const Vec<T> other = load(key_bias + x0);
 #pragma GCC unroll 16
-        for (idx y = 0; y < W; y++) store<T>(out + (y0 + y) * P + x0, r[y] + (row_bias[y0 + y] - other));
+        for (idx y = 0; y < W; y++) store<T>(out + (y0 + y) * PW + x0, r[y] + (row_bias[y0 + y] - other));
       }
   }
 }
 
-// Statistics of P rows from j on, of which n exist, as queries of the block's rows. S: their first entry.
+// Statistics of PW rows from j on, of which n exist, as queries of the block's rows. S: their first entry.
 template <class T>
 void accumulate_keys(const SymmetricSweep<T>& w, const Block<T>& b, const T* S, idx j, idx n) {
-  constexpr idx P = kPanel<T>;
+  constexpr idx PW = kPanel<T>;
   const SweepSetup<T>& g = w.g;
-  int32_t id[P] = {};
+  int32_t id[PW] = {};
   for (idx l = 0; g.p.q_id && l < n; l++) id[l] = g.p.q_id[j + l];
   for (int s = 0; s < g.p.softmaxes; s++) {
     if (s == 0 || g.positive[s] != g.positive[s - 1]) turn(w, b, S, j, n, !g.positive[s]);
     for_parts(g, j, {b.row0, b.rows}, [&](idx i, idx count, bool masked) {
-      add_keys(g, count, w.s.turned + (i - b.row0) * P, s, w.all.at(s, b.pair, j),
+      add_keys(g, count, w.s.turned + (i - b.row0) * PW, s, w.all.at(s, b.pair, j),
                {id, g.p.q_id ? g.p.q_id + i : nullptr, j, i}, masked);
     });
   }
@@ -171,18 +171,18 @@ void square_gradients(const SymmetricSweep<T>& w, const Block<T>& b, BlockRows<T
 // A tile right of the square.
 template <class T>
 void symmetric_gradients(const SymmetricSweep<T>& w, const Block<T>& b, const BlockRows<T>& rows, Keys keys) {
-  constexpr idx P = kPanel<T>, W = Lanes<T>::W;
+  constexpr idx PW = kPanel<T>, W = Lanes<T>::W;
   const SweepSetup<T>& g = w.g;
   const T* bias = b.k_bias(g);
   for (idx i = 0; i < b.panels; i++) {
-    T q_bias[P] = {};
-    for (idx l = 0; l < b.rows_of_panel(i); l++) q_bias[l] = bias[b.row0 + i * P + l];
+    T q_bias[PW] = {};
+    for (idx l = 0; l < b.rows_of_panel(i); l++) q_bias[l] = bias[b.row0 + i * PW + l];
     SymmetricTile<T> tile{};
     tile.tile = gradient_tile(g, rows, i);
     for (int s = 0; s < g.p.softmaxes; s++) tile.shifted[s] = !g.positive[s];
     tile.q_bias = q_bias, tile.lanes = b.rows_of_panel(i), tile.total = g.cancelling, tile.moment_stride = g.p.N * W;
-    for_parts(g, b.row0 + i * P, keys, [&](idx j, idx count, bool masked) {
-      const idx at = (i * g.t.blocking.keys + j - keys.j0) * P;
+    for_parts(g, b.row0 + i * PW, keys, [&](idx j, idx count, bool masked) {
+      const idx at = (i * g.t.blocking.keys + j - keys.j0) * PW;
       tile.tile.n = count, tile.tile.S = w.s.block.S + at, tile.tile.H = w.s.block.H + at;
       tile.tile.ids = tile_ids(g, b, w.s.block, i, j), tile.tile.columns = w.s.block.columns + j * W;
       for (int s = 0; s < g.p.softmaxes; s++) tile.keys[s] = w.all.at(s, b.pair, j);
@@ -225,16 +225,16 @@ void meet_backward(const SymmetricSweep<T>& w, const Block<T>& b, const BlockRow
 template <class T>
 void symmetric_block(const SymmetricSweep<T>& w, const Block<T>& b) {
   const SweepSetup<T>& g = w.g;
-  const idx P = kPanel<T>, square = min_of(b.panels * P, g.p.N - b.row0), K = g.t.blocking.keys;
+  const idx PW = kPanel<T>, square = min_of(b.panels * PW, g.p.N - b.row0), K = g.t.blocking.keys;
   auto meet = g.backward ? meet_backward<T> : meet_forward<T>;
   pack_queries(g, b, w.s.block);
   const BlockRows<T> rows = w.rows(b);
-  if (g.backward) zero(w.s.block.dq_panels, b.panels * P * g.Dp), zero(rows.row_sum, b.panels * P);
+  if (g.backward) zero(w.s.block.dq_panels, b.panels * PW * g.Dp), zero(rows.row_sum, b.panels * PW);
   meet(w, b, rows, {b.row0, square}, true);
   for (idx j = b.row0 + square; j < g.p.N; j += K) meet(w, b, rows, {j, min_of(K, g.p.N - j)}, false);
   if (!g.backward) return;
   if (!g.cancelling)
-    for (idx i = 0; i < b.panels * P; i++) rows.row_sum[i] += rows.known_sum[i];
+    for (idx i = 0; i < b.panels * PW; i++) rows.row_sum[i] += rows.known_sum[i];
   add_query_gradients(g, b, w.s.block, rows.row_sum);
   if (g.t.want_moment) write_variance(g, b, rows);  // of what the rows met as queries so far
 }

@@ -95,14 +95,14 @@ CACR_INLINE MovedTop<T> move_top(T slope, Panel<T> before, Panel<T> now) {
 template <class T, bool kBounded, bool kMasked>
 CACR_NOINLINE void add_statistics(idx n, const T* S, T slope, const SoftmaxRows<T>& r, int kind,
                                   const TileIds<T>& ids) {
-  constexpr idx P = kPanel<T>;
+  constexpr idx PW = kPanel<T>;
   Membership<T> member;
   if constexpr (kMasked) member = Membership<T>::make(ids, kind);
   const T sign = slope < 0 ? T(-1) : T(1);
   const Panel<T> before = load_panel(r.top), none = splat_panel(-kHuge<T>);
   Panel<T> top = before;
   for (idx j = 0; j < n; j++) {
-    Panel<T> z = sign * load_panel(S + P * j);
+    Panel<T> z = sign * load_panel(S + PW * j);
     if constexpr (kMasked) z = choose(member.of_key(j), z, none);
     top = max_vec(top, z);
   }
@@ -111,7 +111,7 @@ CACR_NOINLINE void add_statistics(idx n, const T* S, T slope, const SoftmaxRows<
   Panel<T> e{}, ed{};
 #pragma GCC unroll 2
   for (idx j = 0; j < n; j++) {
-    Panel<T> d = load_panel(S + P * j) - m.u_top, w = exp2_panel<kBounded>(slope * d);
+    Panel<T> d = load_panel(S + PW * j) - m.u_top, w = exp2_panel<kBounded>(slope * d);
     if constexpr (kMasked) {
       const PanelMask<T> mask = member.of_key(j);
       w = select(mask, w), d = select(mask, d);
@@ -129,13 +129,13 @@ CACR_NOINLINE void add_statistics(idx n, const T* S, T slope, const SoftmaxRows<
 template <class T>
 struct GradientTile {
   idx n;
-  const T* S;  // [n][P]
-  T* H;        // [n][P] dL/du
+  const T* S;  // [n][PW]
+  T* H;        // [n][PW] dL/du
   T slope[kMaxSoftmaxes];
   int32_t kind[kMaxSoftmaxes];
   SoftmaxRows<T> rows[kMaxSoftmaxes];  // at the panel's first row
   TileIds<T> ids;
-  T* row_sum;  // [P] sum_j H_ij is added to it
+  T* row_sum;  // [PW] sum_j H_ij is added to it
   T* columns;  // [n][W] both halves of H[j] are added to it, if given
 };
 
@@ -154,7 +154,7 @@ struct GradientRows {
 // tau needs them).
 template <class T, int kSoftmaxes, bool kBounded, bool kMasked, bool kMoment>
 CACR_NOINLINE void tile_gradient(const GradientTile<T>& tile) {
-  constexpr idx P = kPanel<T>, W = Lanes<T>::W;
+  constexpr idx PW = kPanel<T>, W = Lanes<T>::W;
   const idx n = tile.n;
   const T* const S = tile.S;
   T *const H = tile.H, *const columns = tile.columns;
@@ -171,7 +171,7 @@ CACR_NOINLINE void tile_gradient(const GradientTile<T>& tile) {
   }
 #pragma GCC unroll 2
   for (idx j = 0; j < n; j++) {
-    const Panel<T> u = load_panel(S + P * j);
+    const Panel<T> u = load_panel(S + PW * j);
     Panel<T> h{}, first{};
     for (int s = 0; s < kSoftmaxes; s++) {
       Panel<T> d = u - row[s].u_top, w = exp2_panel<kBounded>(slope[s] * d);
@@ -188,7 +188,7 @@ CACR_NOINLINE void tile_gradient(const GradientTile<T>& tile) {
       }
       if constexpr (kMoment) moment[s] += w * d * d;
     }
-    store_panel(H + P * j, h);
+    store_panel(H + PW * j, h);
     sum += h;
     if (columns) store<T>(columns + W * j, load(columns + W * j) + (h.v[0] + h.v[1]));
   }
@@ -205,7 +205,7 @@ struct SymmetricTile {
   GradientTile<T> tile;
   SoftmaxRows<T> keys[kMaxSoftmaxes];  // of the tile's first key
   bool shifted[kMaxSoftmaxes];
-  const T* q_bias;  // [P] -|q|^2/2
+  const T* q_bias;  // [PW] -|q|^2/2
   const T* k_bias;  // [n] -|k|^2/2
   idx lanes;        // rows of the panel that exist; weights of the others would be anything
   bool total;
@@ -216,7 +216,7 @@ struct SymmetricTile {
 template <class T, int kSoftmaxes, bool kBounded, bool kMasked, bool kMoment>
 CACR_NOINLINE void tile_gradient_symmetric(const SymmetricTile<T>& symmetric) {
   using V = Vec<T>;
-  constexpr idx P = kPanel<T>, W = Lanes<T>::W;
+  constexpr idx PW = kPanel<T>, W = Lanes<T>::W;
   const GradientTile<T>& tile = symmetric.tile;
   const idx n = tile.n, moment_stride = symmetric.moment_stride;
   const T *const S = tile.S, *const k_bias = symmetric.k_bias;
@@ -245,7 +245,7 @@ CACR_NOINLINE void tile_gradient_symmetric(const SymmetricTile<T>& symmetric) {
     }
 #pragma GCC unroll 2
     for (idx j = 0; j < n; j++) {
-      const V u = load(S + P * j + l), other = u + (bias - k_bias[j]);
+      const V u = load(S + PW * j + l), other = u + (bias - k_bias[j]);
       V given{}, received{}, first{}, first_key{};
       for (int s = 0; s < kSoftmaxes; s++) {
         const SoftmaxRows<T>& r = keys[s];
@@ -275,7 +275,7 @@ CACR_NOINLINE void tile_gradient_symmetric(const SymmetricTile<T>& symmetric) {
       }
       received = select<T>(exists, received);
       const V h = given + received;
-      store<T>(H + P * j + l, h);
+      store<T>(H + PW * j + l, h);
       sum += total ? h : received;
       store<T>(columns + W * j, load(columns + W * j) + (total ? h : given));
     }

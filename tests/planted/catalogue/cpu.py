@@ -133,7 +133,7 @@ FAULTS = (
     Fault(
         "cpu-first-diagonal",
         KERNELS + "block.h",
-        text="for (idx m = (keys.j0 - first - P + 1) / period - 1; at < end; m++)",
+        text="for (idx m = (keys.j0 - first - PW + 1) / period - 1; at < end; m++)",
         replacement="for (idx m = (keys.j0 - first) / period; at < end; m++)",
         why="a diagonal that begins before the tile is not masked",
         tests=(CONTRAST, EXTREMES),
@@ -141,7 +141,7 @@ FAULTS = (
     Fault(
         "cpu-short-period",
         KERNELS + "block.h",
-        text="diagonal = p.period >= P;",
+        text="diagonal = p.period >= PW;",
         replacement="diagonal = p.period > 0;",
         why="of ids that repeat within a panel one occurrence is masked",
         tests=(CONTRAST, "tests/losses/test_functional.py -k cacr"),
@@ -157,7 +157,7 @@ FAULTS = (
     Fault(
         "cpu-tail-of-panels",
         KERNELS + "block.h",
-        text="      for (idx l = n; l < P; l++) out[l] = 0;\n",
+        text="      for (idx l = n; l < PW; l++) out[l] = 0;\n",
         replacement="",
         why="features beyond the last are what the memory held",
         tests=(CONTRAST, LIBRARY),
