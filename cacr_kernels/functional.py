@@ -199,7 +199,7 @@ def cacr_queue_loss(
 
 
 class QueueOptions(NamedTuple):
-    """The keywords of :func:`cacr_queue_loss`."""
+    """What the keywords of :func:`cacr_queue_loss` say."""
 
     tau_pos: float | Tensor
     tau_neg: float | Tensor

@@ -126,7 +126,7 @@ def queue(
     if queue.shape[0]:
         ids: tuple[Tensor | None, Tensor | None] = None, None
         if valid is not None:
-            k_id = (torch.arange(queue.shape[0], device=queue.device) < valid).to(torch.int32)
+            k_id = (torch.arange(queue.shape[0], dtype=torch.int64, device=queue.device) < valid).to(torch.int32)
             ids = torch.zeros_like(queries[0, :, 0], dtype=torch.int32), k_id
         kind = ALL if valid is None else OTHER
         spec = ContrastSpec(*ids, [kind], every, [0] * num_views, detach_weights=weight_grad != "full")

@@ -19,7 +19,9 @@ def enter(ring: Tensor, count: Tensor, keys: Tensor, waiting: Tensor) -> tuple[T
     """Rows and count after the waiting keys entered, as new tensors; the host reads no number of the device."""
     size = ring.shape[0]
     count, waiting = count.clamp(min=0), waiting.clamp(0, size)
-    place = (torch.arange(size, device=ring.device) - count) % size  # which of the keys would enter a row
+    place = (
+        torch.arange(size, dtype=torch.int64, device=ring.device) - count
+    ) % size  # which of the keys would enter a row
     return torch.where((place < waiting)[:, None], keys[place], ring), count + waiting
 
 

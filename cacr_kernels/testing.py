@@ -289,6 +289,12 @@ class Draw(NamedTuple):
         """The error of every quantity."""
         return {name: error(found[name], exact, self.scale[name]) for name, exact in self.truth.items()}
 
+    def least_yardstick(self) -> dict[str, float]:
+        """8 times the smallest subnormal number of float32: below, not even the exact loss, rounded, has 8 eps."""
+        single = torch.finfo(torch.float32)
+        floor = EPSILONS * single.smallest_normal * single.eps
+        return {name: floor / scale if scale > floor else 0.0 for name, scale in self.scale.items()}
+
 
 class Expected(NamedTuple):
     """A case in one dtype, made once for all backends; ``yardstick`` by quantity, the worst of all draws."""
@@ -325,7 +331,7 @@ def expect(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", c
         found = [draw.errors(eager_quantities(asked, draw.inputs, torch.float32)) for draw in draws]
     finally:
         torch.set_num_threads(threads)
-    return Expected(draws, _worst(found))
+    return Expected(draws, _worst([*found, *(draw.least_yardstick() for draw in draws)]))
 
 
 def measure(case: Case, expected: Expected, backend: str, dtype: torch.dtype) -> list[Result]:

@@ -49,6 +49,9 @@ def device_of(backend: str) -> str:
     return table.device_type_of(backend)
 
 
+ON_CPU = [backend for backend in BACKENDS if device_of(backend) == "cpu"]  # for tests that make CPU tensors
+
+
 def there(tensors: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
     """On the device that the backend works on."""
     return {name: t.to(device_of(backend)) for name, t in tensors.items()}

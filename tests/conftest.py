@@ -17,13 +17,6 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["triton/i
 ALLOWED_SKIPS = ("needs a CUDA device", "needs a CUDA build of torch", "needs an AVX-512 processor")
 
 
-EXHAUSTIVE = "evidence that no machine of a user changes; runs with CACR_TEST_ALL=1 (make test-all), or by its node id"
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", f"exhaustive: {EXHAUSTIVE}")
-
-
 @pytest.fixture(autouse=True)
 def _the_same_in_any_order() -> None:
     """No compiled code, the same random numbers, one thread: workers of pytest-xdist take a core each."""

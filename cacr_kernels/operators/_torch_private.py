@@ -79,7 +79,9 @@ def _storage_users(x: Tensor) -> int:
     return int(torch._C._storage_Use_Count(x.untyped_storage()._cdata))
 
 
-_ALONE = _storage_users(torch.empty(1, device="cpu")) if hasattr(torch._C, "_storage_Use_Count") else -1
+_ALONE = (
+    _storage_users(torch.empty(1, dtype=torch.float32, device="cpu")) if hasattr(torch._C, "_storage_Use_Count") else -1
+)
 
 
 def is_shared(x: Tensor) -> bool:

@@ -132,7 +132,9 @@ def test_normalize_is_that_of_torch(loss: str, dim: int, backend: str) -> None:
     }
     actual, expected = run(loss, tensors, backend, normalize=True), run(loss, unit_vectors, "reference")
     torch.testing.assert_close(actual.parts.loss, expected.parts.loss, rtol=1e-10, atol=1e-10)
-    assert_agree(actual, run(loss, tensors, "reference", normalize=True), 1e-10)
+    # Of the gradient of a short row at most its length is left: 1 / length times the roundings of one of a unit vector.
+    roundings = 8 * torch.finfo(torch.float64).eps / rows[1].norm().item()
+    assert_agree(actual, run(loss, tensors, "reference", normalize=True), max(1e-10, roundings))
 
 
 # Empty sets

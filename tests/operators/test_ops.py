@@ -378,6 +378,11 @@ def test_opcheck_gradient_of() -> None:
     torch.library.opcheck(operator("gradient_of"), (randn(3, 4).requires_grad_(), randn(3, 4, seed=1).requires_grad_()))
 
 
+@quiet_opcheck
+def test_opcheck_outside_backward() -> None:
+    torch.library.opcheck(operator("outside_backward"), (randn(3, 4),))
+
+
 def test_every_operator_is_checked() -> None:
     """A new operator needs an ``opcheck``: here, in ``test_detached_keys``, ``interpreted`` or ``cuda/test_losses``.
 
@@ -391,4 +396,12 @@ def test_every_operator_is_checked() -> None:
     triton = {f"{name}_triton" for name in ("cacr", "contrast", "contrast_backward", "detached_keys")}
     cuda = {"cacr", "contrast", "contrast_backward"}
     assert compiled == cuda
-    assert names == {"cacr_cpu", "gradient_of", *contrasts, *detached, *triton, *(f"{name}_cuda" for name in cuda)}
+    assert names == {
+        "cacr_cpu",
+        "gradient_of",
+        "outside_backward",
+        *contrasts,
+        *detached,
+        *triton,
+        *(f"{name}_cuda" for name in cuda),
+    }
