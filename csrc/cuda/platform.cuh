@@ -1,8 +1,8 @@
 // The two platforms that the kernels of this directory are compiled for: nvcc, and a plain C++ compiler with the
 // stand-in for the CUDA execution model of tests/cuda_emulation, which runs the very same source on a CPU.
 //
-// What differs between the two stands in this file, in ptx.cuh (instructions), shared_memory.cuh and launch.cuh. Kernels
-// use CUDA's own names everywhere else: __global__, threadIdx, __syncthreads(), __shfl_xor_sync(), float4 ...
+// What differs between the two stands in this file, in ptx.cuh (instructions), shared_memory.cuh and launch.cuh.
+// Kernels use CUDA's own names everywhere else: __global__, threadIdx, __syncthreads(), __shfl_xor_sync(), float4 ...
 #pragma once
 
 #include <cstddef>
