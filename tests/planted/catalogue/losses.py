@@ -121,7 +121,7 @@ FAULTS = (
     Fault(
         "losses-precision-of-temperatures",
         PACKAGE + "losses.py",
-        text="torch.full((), x, dtype=torch.float64, device=device)",
+        text="torch.full((), x, dtype=dtype, device=device)",
         replacement="torch.full((), x, device=device)",
         why="numbers beside a tensor are rounded to float32",
         tests=(LOSSES, NUMBERS),
