@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from cacr_kernels.backends.library import cuda_library
-from cacr_kernels.backends.table import TABLE
+from cacr_kernels.backends.table import named
 
 from . import child
 from .child import Context, Task
@@ -44,7 +44,7 @@ def why(library: Path, sources: Path) -> str | None:
         return f"{library.name} is missing"
     if library.stat().st_mtime < newest(sources):
         return f"{library.name} is older than csrc"
-    return next((backend.why_not(None) for backend in TABLE if backend.name == "cuda"), None)
+    return named("cuda").why_not(None)
 
 
 def why_not(sources: Path) -> str | None:

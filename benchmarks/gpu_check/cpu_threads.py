@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cacr_kernels.backends.table import TABLE
+from cacr_kernels.backends.table import select
 
 from . import child
 from .child import Context, Task
@@ -22,7 +22,7 @@ SECONDS = 15
 
 def measure(count: int) -> dict[str, Any]:
     """The fastest backend of the CPU with so many threads."""
-    backend = "cpu" if next(b.why_not(torch.device("cpu")) for b in TABLE if b.name == "cpu") is None else "torch"
+    backend = select("auto", torch.device("cpu"))
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -6,9 +6,10 @@ import os
 
 import torch
 
-from cacr_kernels.backends.table import TABLE
+from cacr_kernels.backends.table import TABLE, device_type_of
 
-GPU_BACKENDS = ("triton", "cuda")
+GPU = "cuda"  # the type of device
+GPU_BACKENDS = tuple(backend.name for backend in TABLE if backend.device == GPU)
 
 
 def interpreted() -> bool:
@@ -17,7 +18,7 @@ def interpreted() -> bool:
 
 
 def reasons() -> dict[str, str | None]:
-    """Why each of the two backends cannot run."""
+    """Why each of these backends cannot run."""
     return {backend.name: backend.why_not(None) for backend in TABLE if backend.name in GPU_BACKENDS}
 
 
@@ -27,8 +28,8 @@ def usable() -> list[str]:
 
 
 def device_of(backend: str) -> str:
-    """Where the tensors of a backend lie."""
-    return "cpu" if backend not in GPU_BACKENDS or (backend == "triton" and interpreted()) else "cuda"
+    """Where the tensors of a backend lie: on the CPU if it can run there."""
+    return device_type_of(backend)
 
 
 def why_none(interpreter: bool = False) -> str | None:

@@ -182,7 +182,7 @@ BENCHMARKS = PACKAGE.parent / "benchmarks"
 SOURCES = {
     path: ast.parse(path.read_text(encoding="utf-8"))
     for path in (*MODULES.values(), *sorted(BENCHMARKS.rglob("*.py")))
-    if not path.is_relative_to(PACKAGE / "backends") and not path.is_relative_to(BENCHMARKS / "gpu_check")
+    if not path.is_relative_to(PACKAGE / "backends")
 }
 BACKEND_NAMES = frozenset(backend.name for backend in TABLE)
 DEVICE_TYPES = {backend.device for backend in TABLE}  # "cpu" and "cuda" are names of both
