@@ -56,12 +56,12 @@ CACR_DEVICE void run_phase(int phase, const ParametersOf<Arithmetic>& p, Buffers
 template <class Arithmetic>
 __global__ void __launch_bounds__(kThreads) run_phases(const __grid_constant__ JobOf<Arithmetic> job) {
   auto& shared = shared_memory<BuffersOf<Arithmetic>>();
-  bool begun = false;
-  for (int phase = job.first; phase <= job.last; phase++) {
-    if (!(job.p.phases >> phase & 1)) continue;
-    if (begun) ptx::grid_sync();
-    run_phase<Arithmetic>(phase, job.p, shared);
-    begun = true;
+  // One register for the phases that are left: the phases themselves need all others.
+  uint32_t left = job.p.phases >> job.first << job.first & (2u << job.last) - 1;
+  while (left) {
+    run_phase<Arithmetic>(__ffs(int(left)) - 1, job.p, shared);
+    left &= left - 1;
+    if (left) ptx::grid_sync();
   }
 }
 

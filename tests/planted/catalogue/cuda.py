@@ -174,8 +174,8 @@ FAULTS = (
     Fault(
         "cuda-phase-barrier",
         CUDA + "kernel.cuh",
-        text="if (begun) ptx::grid_sync();",
-        replacement="if (begun && phase != kFinish) ptx::grid_sync();",
+        text="if (left) ptx::grid_sync();",
+        replacement="if (left && __ffs(int(left)) - 1 != kFinish) ptx::grid_sync();",
         why="rows are finished before all splits are there",
         tests=("tests/cuda/test_operators.py -k schedules", "tests/cuda_emulation/test_kernels.py -k schedules"),
     ),
