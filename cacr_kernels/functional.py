@@ -11,15 +11,22 @@ import torch
 from torch import Tensor
 
 from . import checks, losses, reference
-from .backends.entry import Backend, Size
-from .backends.table import choose
 from .operators.cacr import cacr
 from .operators.registry import Target
 from .operators.second_derivative import refuse_second_derivative_of_compiled
+from .steps import (
+    as_variables,
+    check_shared,
+    choose_backend,
+    connected,
+    prepare,
+    reduce,
+    similarities_of_embeddings,
+    similarities_of_views,
+)
 from .types import (
     COSTS,
     PAIRINGS,
-    REDUCTIONS,
     WEIGHT_GRADS,
     CACROptions,
     CACRParts,
@@ -29,9 +36,6 @@ from .types import (
     Reduction,
     Terms,
     WeightGrad,
-    arithmetic_dtype,
-    view_pair_count,
-    widest_dtype,
 )
 
 
@@ -134,12 +138,12 @@ def cacr_loss(
     checks.option("pairing", pairing, PAIRINGS)
     checks.option("cost", cost, COSTS)
     rbf_scale = checks.non_negative("rbf_scale", rbf_scale)
-    _check_shared(normalize, reduction, return_parts)
+    check_shared(normalize, reduction, return_parts)
     checks.reduction_of_rbf(cost, reduction)
-    chosen, on = _choose(backend, [z], normalize, _similarities_of_views(z, pairing))
+    chosen, on = choose_backend(backend, [z], normalize, similarities_of_views(z, pairing))
     with checks.without_autocast(z.device):
-        (z,) = _prepare([z], normalize)
-        tau_pos, tau_neg, alpha, beta, rbf_scale = _variables(z.device, tau_pos, tau_neg, alpha, beta, rbf_scale)
+        (z,) = prepare([z], normalize)
+        tau_pos, tau_neg, alpha, beta, rbf_scale = as_variables(z.device, tau_pos, tau_neg, alpha, beta, rbf_scale)
         if reduction == "mean" and "cacr" in on.operators and chosen.fuses(z.shape, pairing):
             return _fused(on, z, (tau_pos, tau_neg, alpha, beta, rbf_scale), (pairing, cost), return_parts)
         numbers = Numbers(tau_pos, tau_neg, alpha, beta)
@@ -148,7 +152,7 @@ def cacr_loss(
             terms = losses.cacr(on, z.contiguous(), numbers, **options)
         else:
             terms = reference.cacr(z, numbers, **options)
-        return _reduce(_connected(terms, *numbers[:2]), reduction, return_parts, z.dtype)
+        return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype)
 
 
 def cacr_queue_loss(
@@ -247,11 +251,11 @@ def queue_call(
     alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
     checks.flag("in_batch", in_batch)
     checks.option("weight_grad", weight_grad, WEIGHT_GRADS)
-    _check_shared(normalize, reduction, return_parts)
-    _, on = _choose(backend, [q, k, n], normalize, math.inf)
+    check_shared(normalize, reduction, return_parts)
+    _, on = choose_backend(backend, [q, k, n], normalize, math.inf)
     with checks.without_autocast(q.device):
-        q, k, n = _prepare([q, k.detach(), n.detach()], normalize)
-        numbers = Numbers(*_variables(q.device, tau_pos, tau_neg, alpha, beta))
+        q, k, n = prepare([q, k.detach(), n.detach()], normalize)
+        numbers = Numbers(*as_variables(q.device, tau_pos, tau_neg, alpha, beta))
     arguments: tuple[Any, ...] = q, k, n, numbers
     compute: Callable[..., Terms] = reference.queue
     if on.operators:
@@ -260,7 +264,7 @@ def queue_call(
     def reduced(terms: Terms) -> Any:
         if one_direction:
             terms = terms._replace(attraction=terms.attraction[0], repulsion=terms.repulsion[0])
-        return _reduce(_connected(terms, *numbers[:2]), reduction, return_parts, q.dtype)
+        return reduce(connected(terms, *numbers[:2]), reduction, return_parts, q.dtype)
 
     options_of_queue: Any = {"in_batch": in_batch, "weight_grad": weight_grad, "valid": valid}
     return QueueCall(q.device, partial(compute, **options_of_queue), arguments, reduced)
@@ -309,17 +313,17 @@ def cacr_momentum_loss(
     if k.shape[0] < q.shape[1]:
         raise ValueError(f"keys must hold at least the B = {q.shape[1]} keys of the queries, got M = {k.shape[0]}")
     checks.integer("key_offset", key_offset, 0, k.shape[0] - q.shape[1])
-    _check_shared(normalize, reduction, return_parts)
-    _, on = _choose(backend, [q, k], normalize, math.inf)
+    check_shared(normalize, reduction, return_parts)
+    _, on = choose_backend(backend, [q, k], normalize, math.inf)
     with checks.without_autocast(q.device):
-        q, k = _prepare([q, k.detach()], normalize)
-        (temperature,) = _variables(q.device, temperature)
+        q, k = prepare([q, k.detach()], normalize)
+        (temperature,) = as_variables(q.device, temperature)
         options: Any = {"cost": cost, "key_offset": key_offset}
         if on.operators:
             terms = losses.momentum(on, q.contiguous(), k.contiguous(), temperature, **options)
         else:
             terms = reference.momentum(q, k, temperature, **options)
-        return _reduce(_connected(terms, temperature), reduction, return_parts, q.dtype)
+        return reduce(connected(terms, temperature), reduction, return_parts, q.dtype)
 
 
 def supervised_cacr_loss(
@@ -373,33 +377,30 @@ def supervised_cacr_loss(
     tau_pos = checks.temperature("tau_pos", tau_pos, z.device)
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
     alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
-    _check_shared(normalize, reduction, return_parts)
-    _, on = _choose(backend, tensors, normalize, _similarities_of_embeddings(tensors))
+    check_shared(normalize, reduction, return_parts)
+    _, on = choose_backend(backend, tensors, normalize, similarities_of_embeddings(tensors))
     with checks.without_autocast(z.device):
-        z, *ref = _prepare(tensors, normalize)
-        numbers = Numbers(*_variables(z.device, tau_pos, tau_neg, alpha, beta))
+        z, *ref = prepare(tensors, normalize)
+        numbers = Numbers(*as_variables(z.device, tau_pos, tau_neg, alpha, beta))
         arguments: Any = (z, y, ref[0] if ref else None, ref_labels, numbers)
         terms = losses.supervised(on, *arguments) if on.operators else reference.supervised(*arguments)
-        return _reduce(_connected(terms, *numbers[:2]), reduction, return_parts, z.dtype)
+        return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype)
 
 
-# ---- shared steps ----------------------------------------------------------------------------------------------------
-def _check_shared(normalize: object, reduction: object, return_parts: object) -> None:
-    checks.flag("normalize", normalize)
-    checks.option("reduction", reduction, REDUCTIONS)
-    checks.flag("return_parts", return_parts)
-
-
-def _choose(backend: object, tensors: Sequence[Tensor], normalize: bool, similarities: float) -> tuple[Backend, Target]:
-    """The entry of the backend that computes the loss, and where its operators run.
-
-    ``similarities``: how many are computed; infinite against keys that get no gradient.
-    """
-    first, dtype = tensors[0], tensors[0].dtype
-    halves = dtype in (torch.float16, torch.bfloat16) and not normalize and all(t.dtype == dtype for t in tensors)
-    size = Size(similarities, first.shape[-1], dtype if halves else arithmetic_dtype(*tensors))
-    chosen = choose(backend, first.device, size)
-    return chosen, Target(chosen.name, chosen.operators, dtype if halves and chosen.half_types else None)
+def _fused(on: Target, views: Tensor, given: Sequence[Any], kind: tuple[Pairing, Cost], return_parts: bool) -> Any:
+    """The loss by the operator ``cacr``; ``given``: tau_pos, tau_neg, alpha, beta and rbf_scale."""
+    numbers = None
+    if any(isinstance(x, Tensor) for x in given):
+        numbers, given = losses.vector(given, views.device), [0.0] * len(given)
+    (tau_pos, tau_neg, alpha, beta, rbf_scale), (pairing, cost) = given, kind
+    options = CACROptions(tau_pos, tau_neg, alpha, beta, PAIRINGS.index(pairing), cost == "rbf", rbf_scale)
+    grad = torch.is_grad_enabled()
+    wanted = grad and views.requires_grad, grad and numbers is not None and numbers.requires_grad
+    loss, parts = cacr(on, views, numbers, options, wanted)
+    if not return_parts:
+        return loss
+    attraction, repulsion, *entropies = parts.detach().unbind()
+    return CACRParts(loss, attraction, repulsion, *(h.clamp(min=0.0) for h in entropies))
 
 
 def backend_for(
@@ -419,90 +420,11 @@ def backend_for(
         backend, normalize, pairing: as they are given to the loss.
     """
     if loss == cacr_loss.__name__:
-        similarities = _similarities_of_views(tensors[0], pairing)
+        similarities = similarities_of_views(tensors[0], pairing)
     elif loss == supervised_cacr_loss.__name__:
-        similarities = _similarities_of_embeddings(tensors)
+        similarities = similarities_of_embeddings(tensors)
     elif loss in (cacr_queue_loss.__name__, cacr_momentum_loss.__name__):
         similarities = math.inf
     else:
         raise ValueError(f"loss={loss!r} is unknown")
-    return _choose(backend, tensors, normalize, similarities)[0].name
-
-
-def _similarities_of_views(views: Tensor, pairing: Pairing) -> float:
-    V, B = views.shape[:2]
-    rows = V * B if pairing == "pooled" else B
-    return view_pair_count(V, pairing) * rows * rows
-
-
-def _similarities_of_embeddings(tensors: Sequence[Tensor]) -> float:
-    return tensors[0].shape[0] * tensors[-1].shape[0]
-
-
-def _variables(device: torch.device, *values: float | Tensor) -> tuple[Any, ...]:
-    """``values``; while compiling, numbers as 0-dim tensors.
-
-    A number would be a constant of the compiled code, which a schedule compiles again at every step.
-    """
-    if not torch.compiler.is_compiling():
-        return values
-    one = torch.ones((), dtype=widest_dtype(device), device=device)
-    return tuple(x if isinstance(x, Tensor) else x * one for x in values)
-
-
-def _prepare(tensors: list[Tensor], normalize: bool) -> list[Tensor]:
-    """One dtype for all: float64 if any input is, else float32; half types are computed in float32.
-
-    Temperatures, being 0-dimensional, do not count. Keys of an encoder that ran in inference mode are copied: autograd
-    would not keep them.
-    """
-    dtype = arithmetic_dtype(*tensors)
-    # Dynamo takes an argument of torch.func.grad for one that needs no gradient; of a cast it knows better.
-    tracing = torch.compiler.is_compiling()
-    tensors = [t.to(dtype) if tracing or t.dtype != dtype else t for t in tensors]
-    if not tracing and not torch.is_inference_mode_enabled():
-        tensors = [t.clone() if t.is_inference() else t for t in tensors]
-    return [reference.unit_rows(t) for t in tensors] if normalize else tensors
-
-
-def _fused(on: Target, views: Tensor, given: Sequence[Any], kind: tuple[Pairing, Cost], return_parts: bool) -> Any:
-    """The loss by the operator ``cacr``; ``given``: tau_pos, tau_neg, alpha, beta and rbf_scale."""
-    numbers = None
-    if any(isinstance(x, Tensor) for x in given):
-        numbers, given = losses.vector(given, views.device), [0.0] * len(given)
-    (tau_pos, tau_neg, alpha, beta, rbf_scale), (pairing, cost) = given, kind
-    options = CACROptions(tau_pos, tau_neg, alpha, beta, PAIRINGS.index(pairing), cost == "rbf", rbf_scale)
-    grad = torch.is_grad_enabled()
-    wanted = grad and views.requires_grad, grad and numbers is not None and numbers.requires_grad
-    loss, parts = cacr(on, views, numbers, options, wanted)
-    if not return_parts:
-        return loss
-    attraction, repulsion, *entropies = parts.detach().unbind()
-    return CACRParts(loss, attraction, repulsion, *(h.clamp(min=0.0) for h in entropies))
-
-
-def _connected(terms: Terms, *temperatures: float | Tensor) -> Terms:
-    """The same terms, in whose graph every temperature is: one without effect gets zero, not ``None``.
-
-    Batches without negatives leave one out, and DDP stops at a parameter that is in no graph. An empty sum adds
-    nothing, whatever the temperature is.
-    """
-    attraction = terms.attraction
-    for tau in temperatures:
-        if isinstance(tau, Tensor) and tau.requires_grad:
-            attraction = attraction + tau.expand(0).sum().to(attraction)
-    return terms._replace(attraction=attraction)
-
-
-def _reduce(terms: Terms, reduction: Reduction, return_parts: bool, dtype: torch.dtype) -> Any:
-    """The terms cancel in their sum: it is taken in the dtype they come in, float64 from ``contrast``."""
-    attraction, repulsion = terms.attraction.mean(), terms.repulsion.mean()
-    if reduction == "mean":
-        loss = attraction + repulsion
-    else:
-        loss = terms.attraction + terms.repulsion
-        loss = loss.sum() if reduction == "sum" else loss
-    if not return_parts:
-        return loss.to(dtype)
-    parts = attraction.detach(), repulsion.detach(), terms.attraction_entropy, terms.repulsion_entropy
-    return CACRParts(loss.to(dtype), *(part.to(dtype) for part in parts))
+    return choose_backend(backend, tensors, normalize, similarities)[0].name

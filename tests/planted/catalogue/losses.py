@@ -128,7 +128,7 @@ FAULTS = (
     ),
     Fault(
         "losses-parts-change-places",
-        PACKAGE + "functional.py",
+        PACKAGE + "steps.py",
         text="repulsion.detach(), terms.attraction_entropy, terms.repulsion_entropy",
         replacement="repulsion.detach(), terms.repulsion_entropy, terms.attraction_entropy",
         why="entropies change places",
@@ -136,7 +136,7 @@ FAULTS = (
     ),
     Fault(
         "losses-sum-is-a-mean",
-        PACKAGE + "functional.py",
+        PACKAGE + "steps.py",
         text='loss = loss.sum() if reduction == "sum" else loss',
         replacement='loss = loss.mean() if reduction == "sum" else loss',
         why="reduction sum gives the mean",
@@ -144,7 +144,7 @@ FAULTS = (
     ),
     Fault(
         "losses-rounded-before-the-sum",
-        PACKAGE + "functional.py",
+        PACKAGE + "steps.py",
         text="loss = attraction + repulsion\n",
         replacement="loss = attraction.to(dtype) + repulsion.to(dtype)\n",
         why="the terms are rounded before they cancel",
@@ -152,7 +152,7 @@ FAULTS = (
     ),
     Fault(
         "losses-half-of-float32-keys",
-        PACKAGE + "functional.py",
+        PACKAGE + "steps.py",
         text="and not normalize and all(t.dtype == dtype for t in tensors)",
         replacement="and not normalize",
         why="half queries with float32 references: those are rounded",
@@ -160,7 +160,7 @@ FAULTS = (
     ),
     Fault(
         "losses-normalised-halves",
-        PACKAGE + "functional.py",
+        PACKAGE + "steps.py",
         text="halves = dtype in (torch.float16, torch.bfloat16) and not normalize and",
         replacement="halves = dtype in (torch.float16, torch.bfloat16) and",
         why="normalised embeddings are rounded to their half type again",
@@ -168,7 +168,7 @@ FAULTS = (
     ),
     Fault(
         "losses-inference-keys",
-        PACKAGE + "functional.py",
+        PACKAGE + "steps.py",
         text="tensors = [t.clone() if t.is_inference() else t for t in tensors]",
         replacement="tensors = list(tensors)",
         why="keys made in inference mode cannot be saved for backward",
@@ -184,7 +184,7 @@ FAULTS = (
     ),
     Fault(
         "losses-pooled-size",
-        PACKAGE + "functional.py",
+        PACKAGE + "steps.py",
         text='rows = V * B if pairing == "pooled" else B',
         replacement="rows = B",
         why="auto takes a pooled loss for a small one",
