@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -35,44 +35,22 @@ from .types import (
     Pairing,
     Reduction,
     Terms,
+    Views,
     WeightGrad,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-@overload
-def cacr_loss(
-    views: Tensor | Sequence[Tensor],
-    *,
-    tau_pos: float | Tensor = ...,
-    tau_neg: float | Tensor = ...,
-    alpha: float = ...,
-    beta: float = ...,
-    pairing: Pairing = ...,
-    cost: Cost = ...,
-    rbf_scale: float = ...,
-    normalize: bool = ...,
-    reduction: Reduction = ...,
-    return_parts: Literal[False] = ...,
-    backend: str = ...,
-) -> Tensor: ...
+    from .types import MomentumKeywords, QueueKeywords, SupervisedKeywords, ViewsKeywords
 
 
 @overload
-def cacr_loss(
-    views: Tensor | Sequence[Tensor],
-    *,
-    tau_pos: float | Tensor = ...,
-    tau_neg: float | Tensor = ...,
-    alpha: float = ...,
-    beta: float = ...,
-    pairing: Pairing = ...,
-    cost: Cost = ...,
-    rbf_scale: float = ...,
-    normalize: bool = ...,
-    reduction: Reduction = ...,
-    return_parts: bool,
-    backend: str = ...,
-) -> Any: ...
+def cacr_loss(views: Views, *, return_parts: Literal[False] = ..., **options: Unpack[ViewsKeywords]) -> Tensor: ...
+@overload
+def cacr_loss(views: Views, *, return_parts: Literal[True], **options: Unpack[ViewsKeywords]) -> CACRParts: ...
+@overload
+def cacr_loss(views: Views, *, return_parts: bool, **options: Unpack[ViewsKeywords]) -> Tensor | CACRParts: ...
 
 
 def cacr_loss(
@@ -153,6 +131,20 @@ def cacr_loss(
         else:
             terms = reference.cacr(z, numbers, **options)
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype)
+
+
+@overload
+def cacr_queue_loss(
+    queries: Views, keys: Views, queue: Tensor, *, return_parts: Literal[False] = ..., **options: Unpack[QueueKeywords]
+) -> Tensor: ...
+@overload
+def cacr_queue_loss(
+    queries: Views, keys: Views, queue: Tensor, *, return_parts: Literal[True], **options: Unpack[QueueKeywords]
+) -> CACRParts: ...
+@overload
+def cacr_queue_loss(
+    queries: Views, keys: Views, queue: Tensor, *, return_parts: bool, **options: Unpack[QueueKeywords]
+) -> Tensor | CACRParts: ...
 
 
 def cacr_queue_loss(
@@ -270,6 +262,20 @@ def queue_call(
     return QueueCall(q.device, partial(compute, **options_of_queue), arguments, reduced)
 
 
+@overload
+def cacr_momentum_loss(
+    queries: Views, keys: Tensor, *, return_parts: Literal[False] = ..., **options: Unpack[MomentumKeywords]
+) -> Tensor: ...
+@overload
+def cacr_momentum_loss(
+    queries: Views, keys: Tensor, *, return_parts: Literal[True], **options: Unpack[MomentumKeywords]
+) -> CACRParts: ...
+@overload
+def cacr_momentum_loss(
+    queries: Views, keys: Tensor, *, return_parts: bool, **options: Unpack[MomentumKeywords]
+) -> Tensor | CACRParts: ...
+
+
 def cacr_momentum_loss(
     queries: Tensor | Sequence[Tensor],
     keys: Tensor,
@@ -324,6 +330,20 @@ def cacr_momentum_loss(
         else:
             terms = reference.momentum(q, k, temperature, **options)
         return reduce(connected(terms, temperature), reduction, return_parts, q.dtype)
+
+
+@overload
+def supervised_cacr_loss(
+    embeddings: Tensor, labels: Tensor, *, return_parts: Literal[False] = ..., **options: Unpack[SupervisedKeywords]
+) -> Tensor: ...
+@overload
+def supervised_cacr_loss(
+    embeddings: Tensor, labels: Tensor, *, return_parts: Literal[True], **options: Unpack[SupervisedKeywords]
+) -> CACRParts: ...
+@overload
+def supervised_cacr_loss(
+    embeddings: Tensor, labels: Tensor, *, return_parts: bool, **options: Unpack[SupervisedKeywords]
+) -> Tensor | CACRParts: ...
 
 
 def supervised_cacr_loss(
