@@ -94,7 +94,7 @@ def cacr_loss(
         backend: ``"auto"``, or a name from :func:`cacr_kernels.available_backends`.
 
     Returns:
-        The loss, float32 or, if an input is, float64.
+        The loss, float32 or, if an input is, float64: 0-dim, or as ``reduction`` says. :class:`CACRParts` if asked for.
 
     Raises:
         TypeError: wrong type or dtype.
@@ -181,10 +181,19 @@ def cacr_queue_loss(
         tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, backend: see :func:`cacr_loss`;
             ``reduction="none"`` gives [V, B], or [B].
 
+    Returns:
+        The loss, or :class:`CACRParts`: see :func:`cacr_loss`.
+
     Raises:
         TypeError, ValueError: see :func:`cacr_loss`.
 
     Source: the published MoCo v2 code with ``K`` and ``unif_intra_batch``.
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> basis = torch.eye(8)
+        >>> cacr_kernels.cacr_queue_loss(basis[:4], basis[:4], basis[4:]).item()
+        -2.0
     """
     options = QueueOptions(
         tau_pos, tau_neg, alpha, beta, in_batch, weight_grad, normalize, reduction, return_parts, backend
@@ -290,11 +299,12 @@ def cacr_momentum_loss(
 ) -> Any:
     """CACR with momentum keys of all ranks, MoCo v3 style, with one temperature T > 0.
 
-    With k+ = keys[key_offset + b] and p_v = softmax_v(|q_v - k+|^2 / T), detached, per instance b::
+    Per instance b, with the positive k+, and with p and w detached::
 
+        k+  = keys[key_offset + b]
+        p_v = softmax_v(|q_v - k+|^2 / T)
         "rbf":          sum_v p_v 2T (logsumexp_j(q_v.k_j / T) - q_v.k+ / T)
         "sqeuclidean":  sum_v p_v (|q_v - k+|^2 - sum_{j != +} w_j |q_v - k_j|^2) / 2,   w = softmax_j(q_v.k_j / T)
-    with w detached too.
 
     Args:
         queries: [V, B, D], V >= 1 (or a sequence of V tensors [B, D]); unit vectors, or set ``normalize``.
@@ -304,10 +314,19 @@ def cacr_momentum_loss(
         key_offset: index of the key that belongs to query 0 (rank times B).
         normalize, reduction, return_parts, backend: see :func:`cacr_loss`; ``reduction="none"`` gives [B].
 
+    Returns:
+        The loss, or :class:`CACRParts`: see :func:`cacr_loss`.
+
     Raises:
         TypeError, ValueError: see :func:`cacr_loss`.
 
     Source: the published ``cacr_rbfloss`` and ``cacr_euclideanloss`` (the latter summed over instances).
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> q = torch.eye(4)
+        >>> round(cacr_kernels.cacr_momentum_loss([q], q, temperature=0.1).item(), 6)
+        2.7e-05
     """
     queries, temperature = refuse_second_derivative_of_compiled(queries, temperature)
     q = checks.views("queries", queries, at_least=1)
@@ -363,6 +382,11 @@ def supervised_cacr_loss(
 ) -> Any:
     """CACR with labels: positives share the query's label (not itself), negatives have another.
 
+    ::
+
+        attraction = alpha mean_i sum_j w c(z[i], z[j]),   y[j] == y[i], j != i,   w = softmax_j(+tau_pos c)
+        repulsion  = -beta mean_i sum_j w c(z[i], z[j]),   y[j] != y[i],           w = softmax_j(-tau_neg c)
+
     The attraction is averaged over the queries that have a positive, the repulsion over those that have a negative.
 
     Args:
@@ -372,8 +396,16 @@ def supervised_cacr_loss(
         tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, backend: see :func:`cacr_loss`;
             ``reduction="none"`` gives [N].
 
+    Returns:
+        The loss, or :class:`CACRParts`: see :func:`cacr_loss`.
+
     Raises:
         TypeError, ValueError: see :func:`cacr_loss`.
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> cacr_kernels.supervised_cacr_loss(torch.eye(3)[[0, 0, 1, 1]], torch.tensor([7, 7, 8, 8])).item()
+        -2.0
     """
     embeddings, ref_embeddings, tau_pos, tau_neg = refuse_second_derivative_of_compiled(
         embeddings, ref_embeddings, tau_pos, tau_neg

@@ -400,7 +400,16 @@ def _ranks() -> int:
 
 
 class CACRMomentumLoss(_Loss[Result]):
-    """:func:`cacr_kernels.cacr_momentum_loss` with ``normalize=True``."""
+    """:func:`cacr_kernels.cacr_momentum_loss` with ``normalize=True``.
+
+    ``CACRMomentumLoss()(queries, keys, key_offset=0)`` takes queries [V, B, D] and the momentum keys [M, D].
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> loss_fn = cacr_kernels.CACRMomentumLoss(temperature=0.2)
+        >>> loss_fn(torch.randn(2, 8, 16), torch.randn(8, 16)).shape
+        torch.Size([])
+    """
 
     @overload
     def __init__(
@@ -447,7 +456,17 @@ class CACRMomentumLoss(_Loss[Result]):
 
 
 class SupervisedCACRLoss(_Loss[Result]):
-    """:func:`cacr_kernels.supervised_cacr_loss` with ``normalize=True``."""
+    """:func:`cacr_kernels.supervised_cacr_loss` with ``normalize=True``.
+
+    ``SupervisedCACRLoss()(embeddings, labels)`` takes embeddings [N, D] and labels [N]; or also a reference set [M, D]
+    and its labels [M], which are the keys then.
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> loss_fn = cacr_kernels.SupervisedCACRLoss()
+        >>> loss_fn(torch.randn(8, 16), torch.arange(8) % 3).shape
+        torch.Size([])
+    """
 
     @overload
     def __init__(

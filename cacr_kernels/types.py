@@ -154,6 +154,12 @@ class CACRParts(NamedTuple):
     ``attraction`` and ``repulsion`` have alpha and beta applied and are means whatever the reduction is;
     under ``reduction="mean"`` they add up to ``loss``. The entropies (in nats) are those of the softmax weights,
     averaged over the queries that have a non-empty set.
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> parts = cacr_kernels.cacr_loss(torch.eye(4).repeat(2, 1, 1), return_parts=True)
+        >>> parts.attraction.item(), parts.repulsion.item(), round(parts.repulsion_entropy.exp().item(), 4)
+        (0.0, -2.0, 3.0)
     """
 
     loss: Tensor
