@@ -94,7 +94,7 @@ def cacr_loss(
         backend: ``"auto"``, or a name from :func:`cacr_kernels.available_backends`.
 
     Returns:
-        The loss, float32 or, if an input is, float64: 0-dim, or as ``reduction`` says. :class:`CACRParts` if asked for.
+        The loss, float32 or, if an input is, float64; :class:`CACRParts` if ``return_parts``.
 
     Raises:
         TypeError: wrong type or dtype.
@@ -178,11 +178,10 @@ def cacr_queue_loss(
         in_batch: whether the other queries of the batch and view are negatives too.
         weight_grad: which softmax logits of the repulsion are differentiated: ``"in_batch"`` (published; those of the
             queue are not), ``"full"``, ``"none"``.
-        tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, backend: see :func:`cacr_loss`;
-            ``reduction="none"`` gives [V, B], or [B].
+        tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, backend: see :func:`cacr_loss`.
 
     Returns:
-        The loss, or :class:`CACRParts`: see :func:`cacr_loss`.
+        The loss or :class:`CACRParts`, as :func:`cacr_loss`; values [V, B], or [B] with ``reduction="none"``.
 
     Raises:
         TypeError, ValueError: see :func:`cacr_loss`.
@@ -312,10 +311,10 @@ def cacr_momentum_loss(
         temperature: T > 0 (a divisor here, as published), a number, or a 0-dim or one-element tensor.
         cost: ``"rbf"`` or ``"sqeuclidean"``.
         key_offset: index of the key that belongs to query 0 (rank times B).
-        normalize, reduction, return_parts, backend: see :func:`cacr_loss`; ``reduction="none"`` gives [B].
+        normalize, reduction, return_parts, backend: see :func:`cacr_loss`.
 
     Returns:
-        The loss, or :class:`CACRParts`: see :func:`cacr_loss`.
+        The loss or :class:`CACRParts`, as :func:`cacr_loss`; values [B] with ``reduction="none"``.
 
     Raises:
         TypeError, ValueError: see :func:`cacr_loss`.
@@ -393,11 +392,10 @@ def supervised_cacr_loss(
         embeddings: [N, D], the queries, and the keys too unless a reference set is given.
         labels: [N], of any integer dtype.
         ref_embeddings, ref_labels: [M, D] and [M], the keys; both or none. They receive gradient like the embeddings.
-        tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, backend: see :func:`cacr_loss`;
-            ``reduction="none"`` gives [N].
+        tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, backend: see :func:`cacr_loss`.
 
     Returns:
-        The loss, or :class:`CACRParts`: see :func:`cacr_loss`.
+        The loss or :class:`CACRParts`, as :func:`cacr_loss`; values [N] with ``reduction="none"``.
 
     Raises:
         TypeError, ValueError: see :func:`cacr_loss`.

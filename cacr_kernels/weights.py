@@ -61,7 +61,7 @@ def cacr_weights(
         tau_pos, tau_neg, pairing, normalize: see :func:`cacr_kernels.cacr_loss`.
 
     Returns:
-        :class:`CACRWeights`: the weights, and whose they are.
+        The weights, and whose they are.
 
     Raises:
         TypeError, ValueError: see :func:`cacr_kernels.cacr_loss`.

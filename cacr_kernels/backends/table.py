@@ -25,7 +25,7 @@ def available_backends() -> dict[str, str | None]:
     without a gradient (queue, momentum). That is reckoned, not timed.
 
     Returns:
-        Every backend by name, from the slowest to the fastest: ``None`` if it can run here, else the reason why not.
+        Every backend by name, from the slowest to the fastest, with the reason why it cannot run here, or ``None``.
 
     Example:
         >>> import cacr_kernels
