@@ -32,6 +32,7 @@ class _Loss(nn.Module):
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
             else:  # to torch.compile a number of NumPy is an array
+                value = bool(value) if isinstance(value, np.bool_) else value
                 setattr(self, name, float(value) if isinstance(value, np.number) else value)
 
     def options(self) -> dict[str, Any]:
@@ -169,14 +170,14 @@ class CACRQueueLoss(_Loss):
         self.queue_size = checks.integer("queue_size", queue_size, 0, 2**62)
         if (dim is None) != (queue_size == 0):
             raise ValueError(f"dim must be given together with queue_size > 0, got dim={dim}, queue_size={queue_size}")
-        self.dim = dim
+        self.dim: int | None = dim
         checks.option("enqueue", enqueue, ENQUEUES)
         self.enqueue = enqueue
         self._unstored = False  # the last forward in training mode had no gradients; decides about a warning only
         if dim is not None:
-            checks.integer("dim", dim, 1, 2**31)
+            self.dim = checks.integer("dim", dim, 1, 2**31)
             for rows, count in _ROWS:
-                self.register_buffer(rows, torch.zeros(queue_size, dim))
+                self.register_buffer(rows, torch.zeros(self.queue_size, self.dim))
                 self.register_buffer(count, torch.zeros((), dtype=torch.int64))
 
     def forward(

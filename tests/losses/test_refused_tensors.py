@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,12 @@ PLACES = [(loss, name, shape) for name, (loss, shape) in TENSORS.items()]
 PLACES += [("momentum", "queries", "[V, B, D]"), ("momentum", "keys", "[M, D]")]
 
 
+def nested(layout: torch.layout) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that strided ones are a prototype
+        return torch.nested.nested_tensor([X, X[:4]], layout=layout)
+
+
 def of_any_tensor() -> list[Refusal]:
     found = []
     for loss, name, shape in PLACES:
@@ -48,6 +55,8 @@ def of_any_tensor() -> list[Refusal]:
             bad = good.narrow(good.dim() - 2, 0, 0)
             add(bad, ValueError, "empty dimension", str(list(bad.shape)))
         add(good.to_sparse(), TypeError, "sparse", "dense")
+        for layout in (torch.strided, torch.jagged):
+            add(nested(layout), TypeError, "dense", "nested", str(layout))
     return found
 
 
@@ -84,6 +93,7 @@ def of_views() -> list[Refusal]:
         add([X, X.tolist()], TypeError, at, "tensor", "list")
         add([X, "x"], TypeError, at, "tensor", "str 'x'")
         add([X, X.long()], TypeError, at, "int64", "float32")
+        add([X, nested(torch.strided)], TypeError, at, "dense", "nested")
         add([1.0, 2.0], TypeError, f"{name}[0]", "tensor", "float")
         add(b"ab", TypeError, "tensor", "bytes")
     return found
@@ -125,6 +135,19 @@ def of_several() -> list[Refusal]:
             for dtype in (torch.float32, torch.float16, torch.bool, torch.complex64)
             for name, y in (("labels", LABELS), ("ref_labels", ref_labels))
         ),
+        *(
+            one("supervised", {name: y.to(dtype)}, f"pass {name}.long()", error=TypeError)
+            for dtype in (torch.float32, torch.bool)
+            for name, y in (("labels", LABELS), ("ref_labels", ref_labels))
+        ),
+        one("supervised", {"labels": nested(torch.strided)}, "labels", "dense", "nested", error=TypeError),
+        one(
+            "supervised",
+            {"embeddings": q},
+            "embeddings must have shape [N, D], got [3, 7, 5]; pass embeddings.flatten(0, 1) with labels.repeat(3)",
+            "with labels.repeat_interleave(7) if it is [B, V, D]",
+        ),
+        one("supervised", {"ref_embeddings": q}, "pass ref_embeddings.flatten(0, 1) with ref_labels.repeat(3)"),
         one("supervised", {"ref_labels": None}, "ref_labels must be given", "ref_embeddings", "None"),
         one("supervised", {"ref_embeddings": None}, "ref_embeddings must be given", "ref_labels", "None"),
         one("supervised", {"ref_labels": ref_labels[:8]}, "ref_labels", "[9]", "[8]"),
@@ -139,6 +162,14 @@ def of_several() -> list[Refusal]:
 @check(of_several())
 def test_tensors_that_do_not_fit(refusal: Refusal, loss: str, call: Callable[..., Any]) -> None:
     refuse(refusal, loss, call)
+
+
+def test_rows_of_several_views() -> None:
+    """What the refusal of [V, B, D] and [B, V, D] says to do."""
+    z, labels = randn(3, 7, 5), LABELS % 2
+    loss = call_function("supervised", {"embeddings": z.flatten(0, 1), "labels": labels.repeat(3)})
+    instances = {"embeddings": z.transpose(0, 1).flatten(0, 1), "labels": labels.repeat_interleave(3)}
+    torch.testing.assert_close(call_function("supervised", instances), loss)
 
 
 @each_loss
