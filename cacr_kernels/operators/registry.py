@@ -115,12 +115,20 @@ class Target(NamedTuple):
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
 class SingleProblem(Function):
-    """A Function that has no rule for batches and says so in words of the public losses (``jacrev`` gets here)."""
+    """A Function that has no rules for batches and forward-mode AD and says so in words of the public losses."""
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         """Raises ``ValueError`` with what to do instead."""
         raise ValueError(no_vmap("this backend"))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Raises ``ValueError`` with what to do instead."""
+        raise ValueError(
+            "this backend has no forward-mode derivatives (torch.func.jvp, jacfwd, torch.autograd.forward_ad): "
+            "take the gradient with backward() or torch.func.grad, or use backend='reference'"
+        )
 
 
 def opaque(function: F) -> F:
@@ -189,7 +197,8 @@ def place(grads: tuple[Tensor | None, ...], at: tuple[int, ...], count: int) -> 
 def no_vmap(what: str) -> str:
     """Why ``what`` cannot be called inside ``torch.func.vmap``."""
     return (
-        f"{what} cannot run inside torch.func.vmap: its operators take one problem at a time; "
+        f"{what} cannot run inside torch.func.vmap: its operators take one problem at a time, and jacrev, jacfwd and "
+        "hessian give them several; "
         "call the loss in a loop and stack the results, or use backend='reference'"
     )
 
