@@ -69,41 +69,52 @@ def embeddings(name: str, value: Any, shape: str, labels_name: str) -> Tensor:
 
 
 def views(name: str, value: Any, at_least: int) -> Tensor:
-    """One tensor [V, B, D], or a sequence of V tensors [B, D], as one tensor."""
+    """One tensor [V, B, D], or a sequence of V tensors [B, D], as one tensor; where one view is enough also [B, D]."""
     if isinstance(value, Tensor):
-        not_nested(name, value)
-        if value.dim() == 2:
-            raise ValueError(
-                f"{name} must have shape [V, B, D], got {list(value.shape)}; "
-                "if it is [2B, D], the second views after the first, pass .view(2, B, D)"
-            )
-        x = float_tensor(name, value, "[V, B, D]")
-        if x.shape[0] > x.shape[1] > 1:
-            warn_once(
-                f"{name} [V, B, D] hold V = {x.shape[0]} views of B = {x.shape[1]} instances; "
-                "if they are [B, V, D], pass .transpose(0, 1)",
-                kind="axis order",
-            )
+        x = _views_in_one(name, value, at_least)
     elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        if not value:
-            raise ValueError(f"{name} must hold at least {at_least} views, got an empty {type(value).__name__}")
-        parts = [float_tensor(f"{name}[{i}]", z, "[B, D]") for i, z in enumerate(value)]
-        for i, z in enumerate(parts):
-            if z.shape != parts[0].shape:
-                raise ValueError(
-                    f"{name}[{i}] must have the shape of {name}[0], {list(parts[0].shape)}, got {list(z.shape)}"
-                )
-            same_device(f"{name}[{i}]", z, f"{name}[0]", parts[0])
-        dtype = parts[0].dtype
-        for z in parts[1:]:
-            dtype = torch.promote_types(dtype, z.dtype)
-        with without_autocast(parts[0].device):  # whose rule for stack refuses float16 on a CPU
-            x = torch.stack([z.to(dtype) for z in parts])
+        x = _stacked(name, value, at_least)
     else:
         raise TypeError(f"{name} must be a tensor [V, B, D] or a sequence of tensors [B, D], got {_what(value)}")
     if x.shape[0] < at_least:
         raise ValueError(f"{name} must hold at least {at_least} views, got V = {x.shape[0]}")
     return nonempty(name, x, "[V, B, D]")
+
+
+def _views_in_one(name: str, value: Tensor, at_least: int) -> Tensor:
+    not_nested(name, value)
+    if value.dim() == 2 and at_least == 1:
+        value = value[None]
+    if value.dim() == 2:
+        raise ValueError(
+            f"{name} must have shape [V, B, D], got {list(value.shape)}; "
+            "if it is [2B, D], the second views after the first, pass .view(2, B, D)"
+        )
+    x = float_tensor(name, value, "[V, B, D]")
+    if x.shape[0] > x.shape[1] > 1:
+        warn_once(
+            f"{name} [V, B, D] hold V = {x.shape[0]} views of B = {x.shape[1]} instances; "
+            "if they are [B, V, D], pass .transpose(0, 1)",
+            kind="axis order",
+        )
+    return x
+
+
+def _stacked(name: str, value: Sequence[Any], at_least: int) -> Tensor:
+    if not value:
+        raise ValueError(f"{name} must hold at least {at_least} views, got an empty {type(value).__name__}")
+    parts = [float_tensor(f"{name}[{i}]", z, "[B, D]") for i, z in enumerate(value)]
+    for i, z in enumerate(parts):
+        if z.shape != parts[0].shape:
+            raise ValueError(
+                f"{name}[{i}] must have the shape of {name}[0], {list(parts[0].shape)}, got {list(z.shape)}"
+            )
+        same_device(f"{name}[{i}]", z, f"{name}[0]", parts[0])
+    dtype = parts[0].dtype
+    for z in parts[1:]:
+        dtype = torch.promote_types(dtype, z.dtype)
+    with without_autocast(parts[0].device):  # whose rule for stack refuses float16 on a CPU
+        return torch.stack([z.to(dtype) for z in parts])
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -116,7 +127,7 @@ def _autocast_available(device_type: str) -> bool:
 def queries_and_keys(queries: Any, keys: Any) -> tuple[Tensor, Tensor]:
     """Of the queue loss: two or more views, or one tensor [B, D] each as one view."""
     if isinstance(queries, Tensor) and queries.dim() == 2:
-        if isinstance(keys, Tensor) and keys.dim() != 2:
+        if isinstance(keys, Tensor) and not keys.is_nested and keys.dim() != 2:
             raise ValueError(
                 f"keys must have shape [B, D], got {list(keys.shape)}, as queries have {list(queries.shape)}; or give "
                 "both as [V, B, D]"
@@ -135,7 +146,7 @@ def warn_once(message: str, kind: str | None = None) -> None:
     if torch.compiler.is_compiling() or (kind or message) in _warned:
         return
     _warned.add(kind or message)
-    warnings.warn(f"cacr_kernels: {message}", UserWarning, stacklevel=4)
+    warnings.warn(f"cacr_kernels: {message}", UserWarning, stacklevel=5)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -293,7 +293,8 @@ def cacr_momentum_loss(
     with w detached too.
 
     Args:
-        queries: [V, B, D], V >= 1 (or a sequence of V tensors [B, D]); unit vectors, or set ``normalize``.
+        queries: [V, B, D], V >= 1 (or a sequence of V tensors [B, D], or one tensor [B, D]); unit vectors, or set
+            ``normalize``.
         keys: [M, D], M >= key_offset + B, of all ranks; detached; unit vectors, or set ``normalize``.
         temperature: T > 0 (a divisor here, as published), a number, or a 0-dim or one-element tensor.
         cost: ``"rbf"`` or ``"sqeuclidean"``.

@@ -356,7 +356,11 @@ def _ranks() -> int:
 
 
 class CACRMomentumLoss(_Loss):
-    """:func:`cacr_kernels.cacr_momentum_loss` with ``normalize=True``."""
+    """:func:`cacr_kernels.cacr_momentum_loss` with ``normalize=True``.
+
+    Only the queries get a gradient. Where the keys come from an encoder that is to learn, a text tower say, this is not
+    its loss: use :class:`CACRLoss`. Keys that require grad are warned about once.
+    """
 
     def __init__(
         self,
@@ -378,7 +382,13 @@ class CACRMomentumLoss(_Loss):
         )
 
     def forward(self, queries: Tensor | Sequence[Tensor], keys: Tensor, *, key_offset: int = 0) -> Any:
-        """The loss of queries [V, B, D] with the keys [M, D] of all ranks."""
+        """The loss of queries [V, B, D] or [B, D] with the keys [M, D] of all ranks."""
+        if isinstance(keys, Tensor) and keys.requires_grad and torch.is_grad_enabled():
+            checks.warn_once(
+                "the keys of CACRMomentumLoss get no gradient, but these require one: pass keys.detach(), or take "
+                "CACRLoss if their encoder is to learn",
+                kind="keys",
+            )
         return functional.cacr_momentum_loss(queries, keys, key_offset=key_offset, **self.options())
 
 

@@ -49,6 +49,8 @@ def of_any_tensor() -> list[Refusal]:
         for dtype in (torch.int64, torch.int32, torch.bool, torch.complex64, torch.complex128, torch.uint8):
             add(good.to(dtype), TypeError, str(dtype), "float16", "bfloat16", "float32", "float64")
         for bad in (good[0], good[None], good.sum()):
+            if (loss, name) == ("momentum", "queries") and bad.dim() == 2:
+                continue  # one view
             add(bad, ValueError, shape, str(list(bad.shape)))
         add(good[..., :0], ValueError, "0")
         if name != "queue":  # which may have no entries
@@ -204,4 +206,5 @@ def test_what_is_accepted_is_stated() -> None:
     z: Tensor = randn(1, 7, 5)
     assert call_function("momentum", {"queries": z, "keys": z[0]}).isfinite()
     assert call_function("momentum", {"queries": [z[0]], "keys": z[0]}).isfinite()
+    assert call_function("momentum", {"queries": z[0], "keys": z[0]}).isfinite()
     assert call_function("queue", {"queries": Z, "keys": Z, "queue": z[0, :0]}).isfinite()
