@@ -237,6 +237,8 @@ class CACRQueueLoss(_Loss):
     def _updates(self, update_queue: bool | None) -> bool:
         """Whether this forward stores its keys; in compiled code, unless it runs inside a backward."""
         wanted = self.training and torch.is_grad_enabled() if update_queue is None else update_queue
+        if torch.jit.is_tracing() and (self.training or update_queue):
+            raise ValueError("CACRQueueLoss that keeps its queue can only be traced in eval(): a trace keeps no queue")
         if torch.compiler.is_compiling():
             if (self.training or update_queue) and torch.compiler.is_exporting():
                 raise ValueError(
@@ -346,8 +348,8 @@ _ROWS = ("queue", "queue_count"), ("incoming", "incoming_count")
 
 
 def _traced(x: Tensor) -> bool:
-    """Whether numbers in ``x`` cannot be read without a cost: while compiling, or on a device."""
-    return torch.compiler.is_compiling() or x.device.type != "cpu"
+    """Whether numbers in ``x`` cannot be read without a cost: while compiling or tracing, or on a device."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu"
 
 
 def _ranks() -> int:

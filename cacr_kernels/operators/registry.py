@@ -113,6 +113,15 @@ class Target(NamedTuple):
         return tensors if self.half is None else [x if x is None else x.to(self.half) for x in tensors]
 
 
+def traced(on: Target) -> Target | None:
+    """While ``torch.jit.trace`` runs, where the operator itself is to be called, with all gradients; else ``None``.
+
+    A Function cannot be recorded, an operator can, and is differentiated by the formula that it is declared with. What
+    is recorded must not depend on who wants a gradient: the check of the trace wants none.
+    """
+    return on._replace(half=None) if torch.jit.is_tracing() else None
+
+
 # ---- autograd --------------------------------------------------------------------------------------------------------
 class SingleProblem(Function):
     """A Function that has no rules for batches and forward-mode AD and says so in words of the public losses."""
