@@ -42,7 +42,7 @@ from .types import (
 @overload
 def cacr_loss(
     views: Tensor | Sequence[Tensor],
-    *,
+    *more: Tensor,
     tau_pos: float | Tensor = ...,
     tau_neg: float | Tensor = ...,
     alpha: float = ...,
@@ -60,7 +60,7 @@ def cacr_loss(
 @overload
 def cacr_loss(
     views: Tensor | Sequence[Tensor],
-    *,
+    *more: Tensor,
     tau_pos: float | Tensor = ...,
     tau_neg: float | Tensor = ...,
     alpha: float = ...,
@@ -77,7 +77,7 @@ def cacr_loss(
 
 def cacr_loss(
     views: Tensor | Sequence[Tensor],
-    *,
+    *more: Tensor,
     tau_pos: float | Tensor = 1.0,
     tau_neg: float | Tensor = 1.0,
     alpha: float = 1.0,
@@ -103,6 +103,7 @@ def cacr_loss(
     Args:
         views: tensor [V, B, D], or a sequence of V >= 2 tensors [B, D], on one device; float16, bfloat16, float32 or
             float64. ``views[v, b]`` is view v of instance b.
+        more: the other views, if ``views`` is only the first: ``cacr_loss(z0, z1)`` is ``cacr_loss([z0, z1])``.
         tau_pos, tau_neg: inverse temperatures >= 0 (per unit of squared distance); numbers, or 0-dim or
             one-element tensors, which receive gradients. 0 gives uniform weights.
         alpha, beta: weights of the two terms.
@@ -130,8 +131,9 @@ def cacr_loss(
         >>> round(cacr_kernels.cacr_loss(z).item(), 4)
         -2.0
     """
-    views, tau_pos, tau_neg = refuse_second_derivative_of_compiled(views, tau_pos, tau_neg)
-    z = checks.views("views", views, at_least=2)
+    given = [views, *more] if more else views
+    given, tau_pos, tau_neg = refuse_second_derivative_of_compiled(given, tau_pos, tau_neg)
+    z = checks.views("views", given, at_least=2)
     tau_pos = checks.temperature("tau_pos", tau_pos, z.device)
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
     alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
@@ -291,7 +293,8 @@ def cacr_momentum_loss(
     with w detached too.
 
     Args:
-        queries: [V, B, D], V >= 1 (or a sequence of V tensors [B, D]); unit vectors, or set ``normalize``.
+        queries: [V, B, D], V >= 1 (or a sequence of V tensors [B, D], or one tensor [B, D]); unit vectors, or set
+            ``normalize``.
         keys: [M, D], M >= key_offset + B, of all ranks; detached; unit vectors, or set ``normalize``.
         temperature: T > 0 (a divisor here, as published), a number, or a 0-dim or one-element tensor.
         cost: ``"rbf"`` or ``"sqeuclidean"``.
@@ -312,7 +315,7 @@ def cacr_momentum_loss(
     checks.option("cost", cost, COSTS)
     if k.shape[0] < q.shape[1]:
         raise ValueError(f"keys must hold at least the B = {q.shape[1]} keys of the queries, got M = {k.shape[0]}")
-    checks.integer("key_offset", key_offset, 0, k.shape[0] - q.shape[1])
+    key_offset = checks.integer("key_offset", key_offset, 0, k.shape[0] - q.shape[1])
     check_shared(normalize, reduction, return_parts)
     _, on = choose_backend(backend, [q, k], normalize, math.inf)
     with checks.without_autocast(q.device):
@@ -358,7 +361,7 @@ def supervised_cacr_loss(
     embeddings, ref_embeddings, tau_pos, tau_neg = refuse_second_derivative_of_compiled(
         embeddings, ref_embeddings, tau_pos, tau_neg
     )
-    z = checks.nonempty("embeddings", checks.float_tensor("embeddings", embeddings, "[N, D]"), "[N, D]")
+    z = checks.embeddings("embeddings", embeddings, "[N, D]", "labels")
     y = checks.labels("labels", labels, "embeddings", z)
     if (ref_embeddings is None) != (ref_labels is None):
         given, missing = (
@@ -367,7 +370,7 @@ def supervised_cacr_loss(
         raise ValueError(f"{missing} must be given together with {given}, got None")
     tensors = [z]
     if ref_embeddings is not None:
-        r = checks.nonempty("ref_embeddings", checks.float_tensor("ref_embeddings", ref_embeddings, "[M, D]"), "[M, D]")
+        r = checks.embeddings("ref_embeddings", ref_embeddings, "[M, D]", "ref_labels")
         checks.same_device("ref_embeddings", r, "embeddings", z)
         checks.same_dim("ref_embeddings", r, "embeddings", z)
         as_int64 = checks.labels("ref_labels", ref_labels, "ref_embeddings", r)

@@ -32,6 +32,7 @@ class _Loss(nn.Module):
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
             else:  # to torch.compile a number of NumPy is an array
+                value = bool(value) if isinstance(value, np.bool_) else value
                 setattr(self, name, float(value) if isinstance(value, np.number) else value)
 
     def options(self) -> dict[str, Any]:
@@ -169,14 +170,14 @@ class CACRQueueLoss(_Loss):
         self.queue_size = checks.integer("queue_size", queue_size, 0, 2**62)
         if (dim is None) != (queue_size == 0):
             raise ValueError(f"dim must be given together with queue_size > 0, got dim={dim}, queue_size={queue_size}")
-        self.dim = dim
+        self.dim: int | None = dim
         checks.option("enqueue", enqueue, ENQUEUES)
         self.enqueue = enqueue
         self._unstored = False  # the last forward in training mode had no gradients; decides about a warning only
         if dim is not None:
-            checks.integer("dim", dim, 1, 2**31)
+            self.dim = checks.integer("dim", dim, 1, 2**31)
             for rows, count in _ROWS:
-                self.register_buffer(rows, torch.zeros(queue_size, dim))
+                self.register_buffer(rows, torch.zeros(self.queue_size, self.dim))
                 self.register_buffer(count, torch.zeros((), dtype=torch.int64))
 
     def forward(
@@ -236,6 +237,8 @@ class CACRQueueLoss(_Loss):
     def _updates(self, update_queue: bool | None) -> bool:
         """Whether this forward stores its keys; in compiled code, unless it runs inside a backward."""
         wanted = self.training and torch.is_grad_enabled() if update_queue is None else update_queue
+        if torch.jit.is_tracing() and (self.training or update_queue):
+            raise ValueError("CACRQueueLoss that keeps its queue can only be traced in eval(): a trace keeps no queue")
         if torch.compiler.is_compiling():
             if (self.training or update_queue) and torch.compiler.is_exporting():
                 raise ValueError(
@@ -345,8 +348,8 @@ _ROWS = ("queue", "queue_count"), ("incoming", "incoming_count")
 
 
 def _traced(x: Tensor) -> bool:
-    """Whether numbers in ``x`` cannot be read without a cost: while compiling, or on a device."""
-    return torch.compiler.is_compiling() or x.device.type != "cpu"
+    """Whether numbers in ``x`` cannot be read without a cost: while compiling or tracing, or on a device."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu"
 
 
 def _ranks() -> int:
@@ -355,7 +358,11 @@ def _ranks() -> int:
 
 
 class CACRMomentumLoss(_Loss):
-    """:func:`cacr_kernels.cacr_momentum_loss` with ``normalize=True``."""
+    """:func:`cacr_kernels.cacr_momentum_loss` with ``normalize=True``.
+
+    Only the queries get a gradient. Where the keys come from an encoder that is to learn, a text tower say, this is not
+    its loss: use :class:`CACRLoss`. Keys that require grad are warned about once.
+    """
 
     def __init__(
         self,
@@ -377,7 +384,13 @@ class CACRMomentumLoss(_Loss):
         )
 
     def forward(self, queries: Tensor | Sequence[Tensor], keys: Tensor, *, key_offset: int = 0) -> Any:
-        """The loss of queries [V, B, D] with the keys [M, D] of all ranks."""
+        """The loss of queries [V, B, D] or [B, D] with the keys [M, D] of all ranks."""
+        if isinstance(keys, Tensor) and keys.requires_grad and torch.is_grad_enabled():
+            checks.warn_once(
+                "the keys of CACRMomentumLoss get no gradient, but these require one: pass keys.detach(), or take "
+                "CACRLoss if their encoder is to learn",
+                kind="keys",
+            )
         return functional.cacr_momentum_loss(queries, keys, key_offset=key_offset, **self.options())
 
 

@@ -91,7 +91,7 @@ def connected(terms: Terms, *temperatures: float | Tensor) -> Terms:
     """
     attraction = terms.attraction
     for tau in temperatures:
-        if isinstance(tau, Tensor) and tau.requires_grad:
+        if isinstance(tau, Tensor) and (tau.requires_grad or torch.jit.is_tracing()):
             attraction = attraction + tau.expand(0).sum().to(attraction)
     return terms._replace(attraction=attraction)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..reference import pairwise_cost, statistics
 from ..types import ALL, OTHER, SAME_NOT_SELF, ContrastSpec, arithmetic_dtype
 from . import _torch_private
-from .registry import SingleProblem, Target, declare, differentiate, opaque, own_precision, place, vjp
+from .registry import SingleProblem, Target, declare, differentiate, opaque, own_precision, place, traced, vjp
 
 ARGUMENTS = (
     "Tensor q, Tensor? k, Tensor? q_id, Tensor? k_id, Tensor tau, int[] kinds, int[] q_index, int[] k_index,"
@@ -239,5 +239,8 @@ def register(backend: str) -> None:
 @opaque
 def contrast(on: Target, q: Tensor, k: Tensor | None, tau: Tensor, spec: ContrastSpec) -> tuple[Tensor, Tensor]:
     """Mean cost and log-sum-exp [S, P, N], float64, by ``contrast_<backend>``; no ``k``: the queries are the keys."""
+    if (where := traced(on)) is not None:
+        value, lse, _ = where.operator("contrast")(*unpack(q, k, tau, spec))
+        return value, lse
     value, lse, _ = ContrastFunction.apply(q, k, tau, spec, on)  # type: ignore[no-untyped-call]
     return value, lse

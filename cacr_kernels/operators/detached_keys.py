@@ -26,6 +26,7 @@ from .registry import (
     operator,
     own_precision,
     place,
+    traced,
     vjp,
 )
 
@@ -290,5 +291,9 @@ def detached_keys(
 @opaque
 def one_sweep(q: Tensor, k: Tensor, tau: Tensor, spec: ContrastSpec, call: Call) -> tuple[Tensor, Tensor]:
     """Mean cost and log-sum-exp [1, P, N], float64, by ``detached_keys_<backend>``."""
+    if (where := traced(call.on)) is not None:
+        want = True, not spec.detach_weights
+        value, lse, _, _ = where.operator("detached_keys")(*unpack(q, k, tau, spec), call.detach_value, *want)
+        return value, lse
     value, lse, _, _ = DetachedKeysFunction.apply(q, k, tau, spec, call)  # type: ignore[no-untyped-call]
     return value, lse

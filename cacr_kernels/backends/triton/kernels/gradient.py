@@ -18,6 +18,7 @@ import triton.language as tl
 from .coefficients import BASE, MEAN_U, RATIO, A, B
 from .tile import (
     ALL,
+    COUNTS,
     NO_SET,
     SHARED_SET,
     Matrix,
@@ -181,7 +182,7 @@ def sweep(sums, x, x_tile, other, rows, first, second, options):
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gradient_kernel(
     # embeddings, and what is known of them
     x,  # [views of x, N, D]: whose gradient is computed

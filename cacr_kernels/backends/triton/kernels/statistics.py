@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .tile import (
     ALL,
+    COUNTS,
     NO_SET,
     SHARED_SET,
     Matrix,
@@ -50,7 +51,7 @@ def add_tile(z, shift, sum_e, sum_ez):
     return sum_e, sum_ez
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def statistics_kernel(
     # embeddings, and what is known of them
     q,  # [views of q, N, D]
