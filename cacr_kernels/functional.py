@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -35,44 +35,28 @@ from .types import (
     Pairing,
     Reduction,
     Terms,
+    Views,
     WeightGrad,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .types import MomentumKeywords, QueueKeywords, SupervisedKeywords, ViewsKeywords
+
 
 @overload
 def cacr_loss(
-    views: Tensor | Sequence[Tensor],
-    *more: Tensor,
-    tau_pos: float | Tensor = ...,
-    tau_neg: float | Tensor = ...,
-    alpha: float = ...,
-    beta: float = ...,
-    pairing: Pairing = ...,
-    cost: Cost = ...,
-    rbf_scale: float = ...,
-    normalize: bool = ...,
-    reduction: Reduction = ...,
-    return_parts: Literal[False] = ...,
-    backend: str = ...,
+    views: Views, *more: Tensor, return_parts: Literal[False] = ..., **options: Unpack[ViewsKeywords]
 ) -> Tensor: ...
-
-
 @overload
 def cacr_loss(
-    views: Tensor | Sequence[Tensor],
-    *more: Tensor,
-    tau_pos: float | Tensor = ...,
-    tau_neg: float | Tensor = ...,
-    alpha: float = ...,
-    beta: float = ...,
-    pairing: Pairing = ...,
-    cost: Cost = ...,
-    rbf_scale: float = ...,
-    normalize: bool = ...,
-    reduction: Reduction = ...,
-    return_parts: bool,
-    backend: str = ...,
-) -> Any: ...
+    views: Views, *more: Tensor, return_parts: Literal[True], **options: Unpack[ViewsKeywords]
+) -> CACRParts: ...
+@overload
+def cacr_loss(
+    views: Views, *more: Tensor, return_parts: bool, **options: Unpack[ViewsKeywords]
+) -> Tensor | CACRParts: ...
 
 
 def cacr_loss(
@@ -117,7 +101,7 @@ def cacr_loss(
         backend: ``"auto"``, or a name from :func:`cacr_kernels.available_backends`.
 
     Returns:
-        The loss, float32 or, if an input is, float64.
+        The loss, float32 or, if an input is, float64; :class:`CACRParts` if ``return_parts``.
 
     Raises:
         TypeError: wrong type or dtype.
@@ -157,6 +141,20 @@ def cacr_loss(
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype)
 
 
+@overload
+def cacr_queue_loss(
+    queries: Views, keys: Views, queue: Tensor, *, return_parts: Literal[False] = ..., **options: Unpack[QueueKeywords]
+) -> Tensor: ...
+@overload
+def cacr_queue_loss(
+    queries: Views, keys: Views, queue: Tensor, *, return_parts: Literal[True], **options: Unpack[QueueKeywords]
+) -> CACRParts: ...
+@overload
+def cacr_queue_loss(
+    queries: Views, keys: Views, queue: Tensor, *, return_parts: bool, **options: Unpack[QueueKeywords]
+) -> Tensor | CACRParts: ...
+
+
 def cacr_queue_loss(
     queries: Tensor | Sequence[Tensor],
     keys: Tensor | Sequence[Tensor],
@@ -188,13 +186,21 @@ def cacr_queue_loss(
         in_batch: whether the other queries of the batch and view are negatives too.
         weight_grad: which softmax logits of the repulsion are differentiated: ``"in_batch"`` (published; those of the
             queue are not), ``"full"``, ``"none"``.
-        tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, backend: see :func:`cacr_loss`;
-            ``reduction="none"`` gives [V, B], or [B].
+        tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, backend: see :func:`cacr_loss`.
+
+    Returns:
+        The loss or :class:`CACRParts`, as :func:`cacr_loss`; values [V, B], or [B] with ``reduction="none"``.
 
     Raises:
         TypeError, ValueError: see :func:`cacr_loss`.
 
     Source: the published MoCo v2 code with ``K`` and ``unif_intra_batch``.
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> basis = torch.eye(8)
+        >>> cacr_kernels.cacr_queue_loss(basis[:4], basis[:4], basis[4:]).item()
+        -2.0
     """
     options = QueueOptions(
         tau_pos, tau_neg, alpha, beta, in_batch, weight_grad, normalize, reduction, return_parts, backend
@@ -272,6 +278,20 @@ def queue_call(
     return QueueCall(q.device, partial(compute, **options_of_queue), arguments, reduced)
 
 
+@overload
+def cacr_momentum_loss(
+    queries: Views, keys: Tensor, *, return_parts: Literal[False] = ..., **options: Unpack[MomentumKeywords]
+) -> Tensor: ...
+@overload
+def cacr_momentum_loss(
+    queries: Views, keys: Tensor, *, return_parts: Literal[True], **options: Unpack[MomentumKeywords]
+) -> CACRParts: ...
+@overload
+def cacr_momentum_loss(
+    queries: Views, keys: Tensor, *, return_parts: bool, **options: Unpack[MomentumKeywords]
+) -> Tensor | CACRParts: ...
+
+
 def cacr_momentum_loss(
     queries: Tensor | Sequence[Tensor],
     keys: Tensor,
@@ -286,11 +306,12 @@ def cacr_momentum_loss(
 ) -> Any:
     """CACR with momentum keys of all ranks, MoCo v3 style, with one temperature T > 0.
 
-    With k+ = keys[key_offset + b] and p_v = softmax_v(|q_v - k+|^2 / T), detached, per instance b::
+    Per instance b, with the positive k+, and with p and w detached::
 
+        k+  = keys[key_offset + b]
+        p_v = softmax_v(|q_v - k+|^2 / T)
         "rbf":          sum_v p_v 2T (logsumexp_j(q_v.k_j / T) - q_v.k+ / T)
         "sqeuclidean":  sum_v p_v (|q_v - k+|^2 - sum_{j != +} w_j |q_v - k_j|^2) / 2,   w = softmax_j(q_v.k_j / T)
-    with w detached too.
 
     Args:
         queries: [V, B, D], V >= 1 (or a sequence of V tensors [B, D], or one tensor [B, D]); unit vectors, or set
@@ -299,12 +320,21 @@ def cacr_momentum_loss(
         temperature: T > 0 (a divisor here, as published), a number, or a 0-dim or one-element tensor.
         cost: ``"rbf"`` or ``"sqeuclidean"``.
         key_offset: index of the key that belongs to query 0 (rank times B).
-        normalize, reduction, return_parts, backend: see :func:`cacr_loss`; ``reduction="none"`` gives [B].
+        normalize, reduction, return_parts, backend: see :func:`cacr_loss`.
+
+    Returns:
+        The loss or :class:`CACRParts`, as :func:`cacr_loss`; values [B] with ``reduction="none"``.
 
     Raises:
         TypeError, ValueError: see :func:`cacr_loss`.
 
     Source: the published ``cacr_rbfloss`` and ``cacr_euclideanloss`` (the latter summed over instances).
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> q = torch.eye(4)
+        >>> round(cacr_kernels.cacr_momentum_loss([q], q, temperature=0.1).item(), 6)
+        2.7e-05
     """
     queries, temperature = refuse_second_derivative_of_compiled(queries, temperature)
     q = checks.views("queries", queries, at_least=1)
@@ -329,6 +359,20 @@ def cacr_momentum_loss(
         return reduce(connected(terms, temperature), reduction, return_parts, q.dtype)
 
 
+@overload
+def supervised_cacr_loss(
+    embeddings: Tensor, labels: Tensor, *, return_parts: Literal[False] = ..., **options: Unpack[SupervisedKeywords]
+) -> Tensor: ...
+@overload
+def supervised_cacr_loss(
+    embeddings: Tensor, labels: Tensor, *, return_parts: Literal[True], **options: Unpack[SupervisedKeywords]
+) -> CACRParts: ...
+@overload
+def supervised_cacr_loss(
+    embeddings: Tensor, labels: Tensor, *, return_parts: bool, **options: Unpack[SupervisedKeywords]
+) -> Tensor | CACRParts: ...
+
+
 def supervised_cacr_loss(
     embeddings: Tensor,
     labels: Tensor,
@@ -346,17 +390,29 @@ def supervised_cacr_loss(
 ) -> Any:
     """CACR with labels: positives share the query's label (not itself), negatives have another.
 
+    ::
+
+        attraction = alpha mean_i sum_j w c(z[i], z[j]),   y[j] == y[i], j != i,   w = softmax_j(+tau_pos c)
+        repulsion  = -beta mean_i sum_j w c(z[i], z[j]),   y[j] != y[i],           w = softmax_j(-tau_neg c)
+
     The attraction is averaged over the queries that have a positive, the repulsion over those that have a negative.
 
     Args:
         embeddings: [N, D], the queries, and the keys too unless a reference set is given.
         labels: [N], of any integer dtype.
         ref_embeddings, ref_labels: [M, D] and [M], the keys; both or none. They receive gradient like the embeddings.
-        tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, backend: see :func:`cacr_loss`;
-            ``reduction="none"`` gives [N].
+        tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, backend: see :func:`cacr_loss`.
+
+    Returns:
+        The loss or :class:`CACRParts`, as :func:`cacr_loss`; values [N] with ``reduction="none"``.
 
     Raises:
         TypeError, ValueError: see :func:`cacr_loss`.
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> cacr_kernels.supervised_cacr_loss(torch.eye(3)[[0, 0, 1, 1]], torch.tensor([7, 7, 8, 8])).item()
+        -2.0
     """
     embeddings, ref_embeddings, tau_pos, tau_neg = refuse_second_derivative_of_compiled(
         embeddings, ref_embeddings, tau_pos, tau_neg

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ Reduction = Literal["mean", "sum", "none"]
 WeightGrad = Literal["in_batch", "full", "none"]
 Enqueue = Literal["all", "last"]
 Temperature = float | Tensor
+Views = Tensor | Sequence[Tensor]
 
 PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)  # the operators take the index
 COSTS: tuple[Cost, ...] = get_args(Cost)
@@ -50,6 +52,66 @@ class Numbers(NamedTuple):
     tau_neg: Temperature
     alpha: Any = 1.0  # a number; while compiling a 0-dim tensor
     beta: Any = 1.0
+
+
+class SharedKeywords(TypedDict, total=False):
+    """For type checkers: what every loss takes by keyword, but ``return_parts``, which decides what it returns."""
+
+    normalize: bool
+    reduction: Reduction
+    backend: str
+
+
+class MomentumModuleKeywords(SharedKeywords, total=False):
+    """For type checkers: the keywords of ``CACRMomentumLoss``."""
+
+    temperature: Temperature
+    cost: Cost
+
+
+class MomentumKeywords(MomentumModuleKeywords, total=False):
+    """For type checkers: the keywords of ``cacr_momentum_loss``."""
+
+    key_offset: int
+
+
+class NumbersKeywords(SharedKeywords, total=False):
+    """For type checkers: the keywords of every other loss, and all of ``SupervisedCACRLoss``."""
+
+    tau_pos: Temperature
+    tau_neg: Temperature
+    alpha: float
+    beta: float
+
+
+class ViewsKeywords(NumbersKeywords, total=False):
+    """For type checkers: the keywords of ``cacr_loss``."""
+
+    pairing: Pairing
+    cost: Cost
+    rbf_scale: float
+
+
+class QueueKeywords(NumbersKeywords, total=False):
+    """For type checkers: the keywords of ``cacr_queue_loss``."""
+
+    in_batch: bool
+    weight_grad: WeightGrad
+
+
+class QueueModuleKeywords(QueueKeywords, total=False):
+    """For type checkers: the keywords of ``CACRQueueLoss``."""
+
+    queue_size: int
+    dim: int | None
+    enqueue: Enqueue
+
+
+class SupervisedKeywords(NumbersKeywords, total=False):
+    """For type checkers: the keywords of ``supervised_cacr_loss``."""
+
+    ref_embeddings: Tensor | None
+    ref_labels: Tensor | None
 
 
 class CACROptions(NamedTuple):
@@ -92,6 +154,12 @@ class CACRParts(NamedTuple):
     ``attraction`` and ``repulsion`` have alpha and beta applied and are means whatever the reduction is;
     under ``reduction="mean"`` they add up to ``loss``. The entropies (in nats) are those of the softmax weights,
     averaged over the queries that have a non-empty set.
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> parts = cacr_kernels.cacr_loss(torch.eye(4).repeat(2, 1, 1), return_parts=True)
+        >>> parts.attraction.item(), parts.repulsion.item(), round(parts.repulsion_entropy.exp().item(), 4)
+        (0.0, -2.0, 3.0)
     """
 
     loss: Tensor

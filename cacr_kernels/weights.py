@@ -46,8 +46,12 @@ def cacr_weights(
 ) -> CACRWeights:
     """The weights that ``cacr_loss`` gives to positives and negatives, as the paper plots them.
 
-    w+ = softmax_u(tau_pos c), u != v, of all queries, and the ``top_k`` largest of w- = softmax_j(-tau_neg c), j != b,
-    of the chosen ones. Keys are read in blocks: beside the inputs and the result, memory is that of one block.
+    Those of all queries among positives, and the ``top_k`` largest of the chosen queries among negatives::
+
+        attraction: w = softmax_u(+tau_pos c(z[v,b], z[u,b])),   u != v
+        repulsion:  w = softmax_j(-tau_neg c(z[x,b], z[y,j])),   j != b
+
+    Keys are read in blocks: beside the inputs and the result, memory is that of one block.
 
     Args:
         views: see :func:`cacr_kernels.cacr_loss`.
@@ -56,10 +60,19 @@ def cacr_weights(
         top_k: how many of the negatives; all, if there are fewer. Equal weights come in any order.
         tau_pos, tau_neg, pairing, normalize: see :func:`cacr_kernels.cacr_loss`.
 
+    Returns:
+        The weights, and whose they are.
+
     Raises:
         TypeError, ValueError: see :func:`cacr_kernels.cacr_loss`.
 
     Source: Zheng et al., TMLR 2023, the conditional distributions pi+ and pi-.
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> found = cacr_kernels.cacr_weights(torch.eye(4).repeat(2, 1, 1), queries=[0], top_k=2)
+        >>> found.pairs, found.repulsion.shape
+        ([(0, 1)], torch.Size([1, 1, 2]))
     """
     z = checks.views("views", views, at_least=2)
     check_backend("torch", z.device)

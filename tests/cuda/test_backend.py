@@ -154,9 +154,9 @@ def test_work(monkeypatch):
 @pytest.mark.parametrize(
     ("dtype", "products"), [("bfloat16", 0), ("float32", backend_cuda.TF32X3), ("float32", backend_cuda.IEEE)]
 )
-def test_size_of_the_readme(monkeypatch, dtype, products):
+def test_size_of_the_docs(monkeypatch, dtype, products):
     """The largest batches of two views of 128 features that "auto" gives to "cuda"."""
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = " ".join((ROOT / "docs" / "backends.md").read_text().split())
     found = re.search(
         r"V = 2 and D = 128 up to B = (\d+) in bfloat16, (\d+) in float32 \((\d+) with three TF32 products\)", text
     )
