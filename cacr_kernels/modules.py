@@ -32,7 +32,7 @@ class _Loss(nn.Module):
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
             else:  # to torch.compile a number of NumPy is an array
-                setattr(self, name, float(value) if isinstance(value, np.number) else value)
+                setattr(self, name, value.item() if isinstance(value, np.number) else value)
 
     def options(self) -> dict[str, Any]:
         """The options as they are now."""
@@ -391,6 +391,7 @@ class SupervisedCACRLoss(_Loss):
         tau_neg: float | Tensor = 1.0,
         alpha: float = 1.0,
         beta: float = 1.0,
+        ignore_index: int | None = None,
         normalize: bool = True,
         reduction: Reduction = "mean",
         return_parts: bool = False,
@@ -401,6 +402,7 @@ class SupervisedCACRLoss(_Loss):
             tau_neg=tau_neg,
             alpha=alpha,
             beta=beta,
+            ignore_index=ignore_index,
             normalize=normalize,
             reduction=reduction,
             return_parts=return_parts,
@@ -413,8 +415,14 @@ class SupervisedCACRLoss(_Loss):
         labels: Tensor,
         ref_embeddings: Tensor | None = None,
         ref_labels: Tensor | None = None,
+        ref_index: Tensor | None = None,
     ) -> Any:
         """The loss of embeddings [N, D] with labels [N]."""
         return functional.supervised_cacr_loss(
-            embeddings, labels, ref_embeddings=ref_embeddings, ref_labels=ref_labels, **self.options()
+            embeddings,
+            labels,
+            ref_embeddings=ref_embeddings,
+            ref_labels=ref_labels,
+            ref_index=ref_index,
+            **self.options(),
         )

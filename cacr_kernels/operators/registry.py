@@ -168,6 +168,12 @@ def place(grads: tuple[Tensor | None, ...], at: tuple[int, ...], count: int) -> 
     return tuple(result)
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether Python may look at the values of a tensor: not while something is traced, nor on another device."""
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not tracing and x.device.type == "cpu" and type(x) is Tensor and not _torch_private.inside_vmap()
+
+
 # ---- vmap ------------------------------------------------------------------------------------------------------------
 def no_vmap(what: str) -> str:
     """Why ``what`` cannot be called inside ``torch.func.vmap``."""

@@ -66,7 +66,7 @@ def statistics(
     index = [x for x, _ in pairs], [y for _, y in pairs]
     k_id = None if k is None else label
     op = operator(f"contrast_{backend}")
-    return op(q, k, label, k_id, tau, kinds, *index, name == "inner", name.endswith("detached"))[:2]
+    return op(q, k, label, k_id, tau, kinds, *index, name == "inner", name.endswith("detached"), None)[:2]
 
 
 def with_gradient(name: str, backend: str, z: Tensor, own: bool, label: Tensor, pairs: Any = PAIRS) -> list[Tensor]:
@@ -130,7 +130,7 @@ def test_gradient_against_differences() -> None:
 
     def f(z: Tensor) -> Any:
         kinds = [SAME_NOT_SELF, OTHER]
-        return operator("contrast_cpu")(z, None, index, None, tau, kinds, [0], [0], False, False)[:2]
+        return operator("contrast_cpu")(z, None, index, None, tau, kinds, [0], [0], False, False, None)[:2]
 
     assert gradcheck(f, (z,), fast_mode=True)
 
