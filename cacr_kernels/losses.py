@@ -240,7 +240,9 @@ def rows_in_sets(
 def compact_ids(
     labels: Tensor, ref_labels: Tensor | None, ignore_index: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """int64 labels as int32 ids that are equal exactly where the labels are; to be ignored: -1, -2, ..., all different.
+    """int64 labels as int32 ids that are equal exactly where the labels are.
+
+    Those of embeddings to ignore are negative and all different.
     """
     both = labels if ref_labels is None else torch.cat([labels, ref_labels])
     # Not torch.unique: its size depends on the data, which synchronises, and torch 2.10 cannot trace it in torch.func.

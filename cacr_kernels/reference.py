@@ -296,8 +296,8 @@ def supervised(
 ) -> Terms:
     """CACR with labels: positives share the label of the query, negatives have another; rows [N].
 
-    embeddings [N, D], labels [N]. The keys are the embeddings themselves, or the reference set [M, D], [M]. A query is in
-    no set of its own: it is key i of the embeddings, key ``ref_index[i]`` of a reference set, none where that is -1.
+    embeddings [N, D], labels [N]. The keys are the embeddings themselves, or the reference set [M, D], [M]. A query is
+    in no set of its own: it is key i of the embeddings, key ``ref_index[i]`` of a reference set, none where that is -1.
     Embeddings with the label ``ignore_index`` are in no set, and theirs are empty. Only the N_pos queries that have a
     positive count in the mean of the attraction, only the N_neg that have a negative in that of the repulsion: the rows
     carry the factors N / N_pos and N / N_neg.
