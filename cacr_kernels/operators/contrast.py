@@ -107,7 +107,7 @@ def second_order(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     q, k, q_id, k_id, q_self, tau, grad_value, grad_lse = ctx.saved_tensors
     symmetric = k is None
     k, k_id = (q.new_empty(0), q_id) if symmetric else (k, k_id)
-    spec = ContrastSpec(q_id, k_id, *ctx.rest, q_self)
+    spec = ContrastSpec(q_id, k_id, *ctx.rest)._replace(q_self=q_self)
 
     def gradient(q: Tensor, k: Tensor, tau: Tensor, gv: Tensor, gl: Tensor) -> tuple[Tensor, ...]:
         (_, lse), pull = vjp(lambda q, k, tau: plain_contrast(q, q if symmetric else k, tau, spec), q, k, tau)
@@ -142,7 +142,7 @@ def gradients(ctx: Any, grad_value: Tensor, grad_lse: Tensor, want: tuple[bool, 
     """The backward of the operator: gradients of q, k and tau, as far as they are wanted."""
     q, k, q_id, k_id, q_self, tau, value, row_state = ctx.saved_tensors
     # The statistics are passed as constants: the second derivative recomputes them from q, k and tau.
-    spec = ContrastSpec(q_id, k_id, *ctx.rest, q_self)
+    spec = ContrastSpec(q_id, k_id, *ctx.rest)._replace(q_self=q_self)
     backward = Backward(spec, value.detach(), row_state.detach(), want, ctx.on)
     grads = ContrastGradient.apply(q, k, tau, grad_value, grad_lse, backward)  # type: ignore[no-untyped-call]
     return tuple(g if w else None for g, w in zip(grads, want, strict=True))

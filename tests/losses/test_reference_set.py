@@ -118,8 +118,8 @@ def test_what_is_in_no_set_is_not_read(backend: str, normalize: bool) -> None:
     alone = {name: t[:1] for name, t in tensors.items()} | {"ref_index": torch.tensor([0])}
     alone["ref_embeddings"], alone["embeddings"] = (torch.full((1, 5), math.nan) for _ in range(2))
     left = {"embeddings": torch.full((3, 5), math.nan), "labels": torch.tensor([1, 0, 1])}
-    for given, ignore in ((tensors, None), (left, 1), (alone, None)):
-        found = run("supervised", given, backend, normalize=normalize, ignore_index=ignore)
+    for case, ignore in ((tensors, None), (left, 1), (alone, None)):
+        found = run("supervised", case, backend, normalize=normalize, ignore_index=ignore)
         assert all(part.isfinite() for part in found.parts)
         assert all(g is not None and g.isfinite().all() for g in found.gradients.values())
     assert all(part == 0 for part in found.parts)

@@ -48,7 +48,7 @@ class Incoming(NamedTuple):
 def contrast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Value, lse and row state: one sweep over the keys."""
     *sets, _detach_weights, q_self = arguments
-    value, lse, row_state = statistics(set_pairs(Arguments(*sets, q_self)))
+    value, lse, row_state = statistics(set_pairs(Arguments(*sets)._replace(q_self=q_self)))
     return value, lse, row_state
 
 
@@ -57,7 +57,7 @@ def contrast_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients: one sweep for the queries (for both, if they are the keys), one for the keys."""
     sets, (detach_weights, q_self, *tensors, want_q, want_k, want_tau) = arguments[:9], arguments[9:]
     value, row_state, grad_value, grad_lse = (t.contiguous() for t in tensors)
-    pairs, incoming = set_pairs(Arguments(*sets, q_self)), Incoming(grad_value, grad_lse)
+    pairs, incoming = set_pairs(Arguments(*sets)._replace(q_self=q_self)), Incoming(grad_value, grad_lse)
     coefficients = row_coefficients(pairs, value, row_state, incoming, detach_weights)
     moments = want_tau and not detach_weights
     grad_q, grad_k, grad_tau = pairs.empty(0), pairs.empty(0), pairs.tau.new_empty(0)
