@@ -254,6 +254,39 @@ def labels(name: str, value: Any, of: str, embeddings: Tensor) -> Tensor:
     return value.view(torch.int64) if value.dtype == torch.uint64 else value.to(torch.int64)
 
 
+def ref_index(value: Any, embeddings: Tensor, ref_embeddings: Tensor | None) -> Tensor:
+    """Rows of the reference set, one for each embedding, as int64."""
+    if ref_embeddings is None:
+        raise ValueError(f"ref_index must be given together with ref_embeddings, got {_what(value)} and None")
+    return labels("ref_index", value, "embeddings", embeddings)
+
+
+def rows_or_none(name: str, value: Tensor, count: int) -> None:
+    """Refuses what is neither -1 nor one of ``count`` rows; it looks at the values."""
+    low, high = (int(x) for x in value.aminmax())
+    if low < -1 or high >= count:
+        raise ValueError(f"{name} must be in [-1, {count - 1}], got {low if low < -1 else high}")
+
+
+def label(name: str, value: Any) -> int | None:
+    """An integer, of NumPy too, or ``None``."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | numbers.Integral):
+        raise TypeError(f"{name} must be an integer or None, got {_what(value)}")
+    return int(value)
+
+
+def ignore_index(value: Any, of: Tensor) -> int | None:
+    """The label to ignore as int64 labels have it; ``None`` where no label ``of`` this dtype can be equal to it."""
+    number = label("ignore_index", value)
+    if number is None:
+        return None
+    if of.dtype == torch.uint64 and 0 <= number < 2**64:
+        return number - 2**64 if number >= 2**63 else number
+    return number if of.dtype != torch.uint64 and -(2**63) <= number < 2**63 else None
+
+
 def comparable(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """int64 cannot hold all of uint64: such labels are compared with their like only."""
     if (value.dtype == torch.uint64) != (other.dtype == torch.uint64):
@@ -301,6 +334,7 @@ _OPTIONS: dict[str, Callable[[str, Any], Any]] = {
     "alpha": real,
     "beta": real,
     "rbf_scale": non_negative,
+    "ignore_index": label,
     "pairing": _one_of(Pairing),
     "cost": _one_of(Cost),
     "weight_grad": _one_of(WeightGrad),

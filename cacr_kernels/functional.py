@@ -17,6 +17,7 @@ from .operators.second_derivative import refuse_second_derivative_of_compiled
 from .steps import (
     as_variables,
     check_shared,
+    checked_ref_index,
     choose_backend,
     connected,
     prepare,
@@ -379,6 +380,8 @@ def supervised_cacr_loss(
     *,
     ref_embeddings: Tensor | None = None,
     ref_labels: Tensor | None = None,
+    ref_index: Tensor | None = None,
+    ignore_index: int | None = None,
     tau_pos: float | Tensor = 1.0,
     tau_neg: float | Tensor = 1.0,
     alpha: float = 1.0,
@@ -401,10 +404,16 @@ def supervised_cacr_loss(
         embeddings: [N, D], the queries, and the keys too unless a reference set is given.
         labels: [N], of any integer dtype.
         ref_embeddings, ref_labels: [M, D] and [M], the keys; both or none. They receive gradient like the embeddings.
+        ref_index: [N], of any integer dtype: the row of the reference set that *is* query i, or -1. Give it where the
+            reference set may hold the queries, as a bank or a gathered batch does: else such a row is a positive of
+            its own query, at distance 0. It is in no set of that query. On a GPU the values are not looked at.
+        ignore_index: embeddings (of the reference set, too) with this label are left out, as if they were not given:
+            they are in no set and not read, and nothing flows to them.
         tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, backend: see :func:`cacr_loss`.
 
     Returns:
-        The loss or :class:`CACRParts`, as :func:`cacr_loss`; values [N] with ``reduction="none"``.
+        The loss or :class:`CACRParts`, as :func:`cacr_loss`; values [N] with ``reduction="none"``, with 0 for ignored
+        embeddings; the mean of the others is the loss.
 
     Raises:
         TypeError, ValueError: see :func:`cacr_loss`.
@@ -424,6 +433,7 @@ def supervised_cacr_loss(
             ("ref_labels", "ref_embeddings") if ref_embeddings is None else ("ref_embeddings", "ref_labels")
         )
         raise ValueError(f"{missing} must be given together with {given}, got None")
+    ignored = checks.ignore_index(ignore_index, labels)
     tensors = [z]
     if ref_embeddings is not None:
         r = checks.embeddings("ref_embeddings", ref_embeddings, "[M, D]", "ref_labels")
@@ -433,17 +443,22 @@ def supervised_cacr_loss(
         checks.comparable("ref_labels", ref_labels, "labels", labels)  # type: ignore[arg-type]
         ref_labels = as_int64
         tensors.append(r)
+    own_rows = checked_ref_index(ref_index, z, ref_embeddings)
     tau_pos = checks.temperature("tau_pos", tau_pos, z.device)
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
     alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
     check_shared(normalize, reduction, return_parts)
     _, on = choose_backend(backend, tensors, normalize, similarities_of_embeddings(tensors))
     with checks.without_autocast(z.device):
+        if own_rows is not None or ignored is not None:
+            read = losses.rows_in_sets(y, ref_labels, own_rows, ignored)
+            tensors = [torch.where(rows[:, None], t, 0.0) for rows, t in zip(read, tensors, strict=True)]
         z, *ref = prepare(tensors, normalize)
         numbers = Numbers(*as_variables(z.device, tau_pos, tau_neg, alpha, beta))
-        arguments: Any = (z, y, ref[0] if ref else None, ref_labels, numbers)
+        arguments: Any = (z, y, ref[0] if ref else None, ref_labels, numbers, own_rows, ignored)
         terms = losses.supervised(on, *arguments) if on.operators else reference.supervised(*arguments)
-        return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype)
+        counted = None if ignored is None else y != ignored
+        return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype, counted)
 
 
 def _fused(on: Target, views: Tensor, given: Sequence[Any], kind: tuple[Pairing, Cost], return_parts: bool) -> Any:

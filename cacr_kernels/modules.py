@@ -23,7 +23,7 @@ from .types import ENQUEUES, Cost, Enqueue, Pairing, Reduction, WeightGrad, arit
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .types import CACRParts, MomentumModuleKeywords, NumbersKeywords, QueueModuleKeywords, ViewsKeywords
+    from .types import CACRParts, MomentumModuleKeywords, QueueModuleKeywords, ViewsKeywords
 
 Result = TypeVar("Result", bound="Tensor | CACRParts")
 
@@ -42,8 +42,7 @@ class _Loss(nn.Module, Generic[Result]):
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
             else:  # to torch.compile a number of NumPy is an array
-                value = bool(value) if isinstance(value, np.bool_) else value
-                setattr(self, name, float(value) if isinstance(value, np.number) else value)
+                setattr(self, name, value.item() if isinstance(value, (np.number, np.bool_)) else value)
 
     def options(self) -> dict[str, Any]:
         """The options as they are now."""
@@ -481,15 +480,18 @@ class SupervisedCACRLoss(_Loss[Result]):
 
     @overload
     def __init__(
-        self: SupervisedCACRLoss[Tensor], *, return_parts: Literal[False] = ..., **options: Unpack[NumbersKeywords]
+        self: SupervisedCACRLoss[Tensor],
+        *,
+        return_parts: Literal[False] = ...,
+        **options: Unpack[SupervisedModuleKeywords],
     ) -> None: ...
     @overload
     def __init__(
-        self: SupervisedCACRLoss[CACRParts], *, return_parts: Literal[True], **options: Unpack[NumbersKeywords]
+        self: SupervisedCACRLoss[CACRParts], *, return_parts: Literal[True], **options: Unpack[SupervisedModuleKeywords]
     ) -> None: ...
     @overload
     def __init__(
-        self: SupervisedCACRLoss[Tensor | CACRParts], *, return_parts: bool, **options: Unpack[NumbersKeywords]
+        self: SupervisedCACRLoss[Tensor | CACRParts], *, return_parts: bool, **options: Unpack[SupervisedModuleKeywords]
     ) -> None: ...
 
     def __init__(
@@ -499,6 +501,7 @@ class SupervisedCACRLoss(_Loss[Result]):
         tau_neg: float | Tensor = 1.0,
         alpha: float = 1.0,
         beta: float = 1.0,
+        ignore_index: int | None = None,
         normalize: bool = True,
         reduction: Reduction = "mean",
         return_parts: bool = False,
@@ -509,6 +512,7 @@ class SupervisedCACRLoss(_Loss[Result]):
             tau_neg=tau_neg,
             alpha=alpha,
             beta=beta,
+            ignore_index=ignore_index,
             normalize=normalize,
             reduction=reduction,
             return_parts=return_parts,
@@ -521,10 +525,16 @@ class SupervisedCACRLoss(_Loss[Result]):
         labels: Tensor,
         ref_embeddings: Tensor | None = None,
         ref_labels: Tensor | None = None,
+        ref_index: Tensor | None = None,
     ) -> Result:
         """The loss of embeddings [N, D] with labels [N]."""
         loss: Result = functional.supervised_cacr_loss(
-            embeddings, labels, ref_embeddings=ref_embeddings, ref_labels=ref_labels, **self.options()
+            embeddings,
+            labels,
+            ref_embeddings=ref_embeddings,
+            ref_labels=ref_labels,
+            ref_index=ref_index,
+            **self.options(),
         )
         return loss
 

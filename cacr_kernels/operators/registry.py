@@ -202,6 +202,12 @@ def place(grads: tuple[Tensor | None, ...], at: tuple[int, ...], count: int) -> 
     return tuple(result)
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether Python may look at the values of a tensor: not while something is traced, nor on another device."""
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return not tracing and x.device.type == "cpu" and type(x) is Tensor and not _torch_private.inside_vmap()
+
+
 # ---- vmap ------------------------------------------------------------------------------------------------------------
 def no_vmap(what: str) -> str:
     """Why ``what`` cannot be called inside ``torch.func.vmap``."""
