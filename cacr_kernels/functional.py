@@ -17,6 +17,7 @@ from .operators.second_derivative import refuse_second_derivative_of_compiled
 from .steps import (
     as_variables,
     check_shared,
+    checked_ref_index,
     choose_backend,
     connected,
     prepare,
@@ -46,16 +47,22 @@ if TYPE_CHECKING:
 
 
 @overload
-def cacr_loss(views: Views, *, return_parts: Literal[False] = ..., **options: Unpack[ViewsKeywords]) -> Tensor: ...
+def cacr_loss(
+    views: Views, *more: Tensor, return_parts: Literal[False] = ..., **options: Unpack[ViewsKeywords]
+) -> Tensor: ...
 @overload
-def cacr_loss(views: Views, *, return_parts: Literal[True], **options: Unpack[ViewsKeywords]) -> CACRParts: ...
+def cacr_loss(
+    views: Views, *more: Tensor, return_parts: Literal[True], **options: Unpack[ViewsKeywords]
+) -> CACRParts: ...
 @overload
-def cacr_loss(views: Views, *, return_parts: bool, **options: Unpack[ViewsKeywords]) -> Tensor | CACRParts: ...
+def cacr_loss(
+    views: Views, *more: Tensor, return_parts: bool, **options: Unpack[ViewsKeywords]
+) -> Tensor | CACRParts: ...
 
 
 def cacr_loss(
     views: Tensor | Sequence[Tensor],
-    *,
+    *more: Tensor,
     tau_pos: float | Tensor = 1.0,
     tau_neg: float | Tensor = 1.0,
     alpha: float = 1.0,
@@ -81,6 +88,7 @@ def cacr_loss(
     Args:
         views: tensor [V, B, D], or a sequence of V >= 2 tensors [B, D], on one device; float16, bfloat16, float32 or
             float64. ``views[v, b]`` is view v of instance b.
+        more: the other views, if ``views`` is only the first: ``cacr_loss(z0, z1)`` is ``cacr_loss([z0, z1])``.
         tau_pos, tau_neg: inverse temperatures >= 0 (per unit of squared distance); numbers, or 0-dim or
             one-element tensors, which receive gradients. 0 gives uniform weights.
         alpha, beta: weights of the two terms.
@@ -108,8 +116,9 @@ def cacr_loss(
         >>> round(cacr_kernels.cacr_loss(z).item(), 4)
         -2.0
     """
-    views, tau_pos, tau_neg = refuse_second_derivative_of_compiled(views, tau_pos, tau_neg)
-    z = checks.views("views", views, at_least=2)
+    given = [views, *more] if more else views
+    given, tau_pos, tau_neg = refuse_second_derivative_of_compiled(given, tau_pos, tau_neg)
+    z = checks.views("views", given, at_least=2)
     tau_pos = checks.temperature("tau_pos", tau_pos, z.device)
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
     alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
@@ -306,7 +315,8 @@ def cacr_momentum_loss(
         "sqeuclidean":  sum_v p_v (|q_v - k+|^2 - sum_{j != +} w_j |q_v - k_j|^2) / 2,   w = softmax_j(q_v.k_j / T)
 
     Args:
-        queries: [V, B, D], V >= 1 (or a sequence of V tensors [B, D]); unit vectors, or set ``normalize``.
+        queries: [V, B, D], V >= 1 (or a sequence of V tensors [B, D], or one tensor [B, D]); unit vectors, or set
+            ``normalize``.
         keys: [M, D], M >= key_offset + B, of all ranks; detached; unit vectors, or set ``normalize``.
         temperature: T > 0 (a divisor here, as published), a number, or a 0-dim or one-element tensor.
         cost: ``"rbf"`` or ``"sqeuclidean"``.
@@ -336,7 +346,7 @@ def cacr_momentum_loss(
     checks.option("cost", cost, COSTS)
     if k.shape[0] < q.shape[1]:
         raise ValueError(f"keys must hold at least the B = {q.shape[1]} keys of the queries, got M = {k.shape[0]}")
-    checks.integer("key_offset", key_offset, 0, k.shape[0] - q.shape[1])
+    key_offset = checks.integer("key_offset", key_offset, 0, k.shape[0] - q.shape[1])
     check_shared(normalize, reduction, return_parts)
     _, on = choose_backend(backend, [q, k], normalize, math.inf)
     with checks.without_autocast(q.device):
@@ -370,6 +380,8 @@ def supervised_cacr_loss(
     *,
     ref_embeddings: Tensor | None = None,
     ref_labels: Tensor | None = None,
+    ref_index: Tensor | None = None,
+    ignore_index: int | None = None,
     tau_pos: float | Tensor = 1.0,
     tau_neg: float | Tensor = 1.0,
     alpha: float = 1.0,
@@ -392,10 +404,16 @@ def supervised_cacr_loss(
         embeddings: [N, D], the queries, and the keys too unless a reference set is given.
         labels: [N], of any integer dtype.
         ref_embeddings, ref_labels: [M, D] and [M], the keys; both or none. They receive gradient like the embeddings.
+        ref_index: [N], of any integer dtype: the row of the reference set that *is* query i, or -1. Give it where the
+            reference set may hold the queries, as a bank or a gathered batch does: else such a row is a positive of
+            its own query, at distance 0. It is in no set of that query. On a GPU the values are not looked at.
+        ignore_index: embeddings (of the reference set, too) with this label are left out, as if they were not given:
+            they are in no set and not read, and nothing flows to them.
         tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, backend: see :func:`cacr_loss`.
 
     Returns:
-        The loss or :class:`CACRParts`, as :func:`cacr_loss`; values [N] with ``reduction="none"``.
+        The loss or :class:`CACRParts`, as :func:`cacr_loss`; values [N] with ``reduction="none"``, with 0 for ignored
+        embeddings; the mean of the others is the loss.
 
     Raises:
         TypeError, ValueError: see :func:`cacr_loss`.
@@ -408,33 +426,39 @@ def supervised_cacr_loss(
     embeddings, ref_embeddings, tau_pos, tau_neg = refuse_second_derivative_of_compiled(
         embeddings, ref_embeddings, tau_pos, tau_neg
     )
-    z = checks.nonempty("embeddings", checks.float_tensor("embeddings", embeddings, "[N, D]"), "[N, D]")
+    z = checks.embeddings("embeddings", embeddings, "[N, D]", "labels")
     y = checks.labels("labels", labels, "embeddings", z)
     if (ref_embeddings is None) != (ref_labels is None):
         given, missing = (
             ("ref_labels", "ref_embeddings") if ref_embeddings is None else ("ref_embeddings", "ref_labels")
         )
         raise ValueError(f"{missing} must be given together with {given}, got None")
+    ignored = checks.ignore_index(ignore_index, labels)
     tensors = [z]
     if ref_embeddings is not None:
-        r = checks.nonempty("ref_embeddings", checks.float_tensor("ref_embeddings", ref_embeddings, "[M, D]"), "[M, D]")
+        r = checks.embeddings("ref_embeddings", ref_embeddings, "[M, D]", "ref_labels")
         checks.same_device("ref_embeddings", r, "embeddings", z)
         checks.same_dim("ref_embeddings", r, "embeddings", z)
         as_int64 = checks.labels("ref_labels", ref_labels, "ref_embeddings", r)
         checks.comparable("ref_labels", ref_labels, "labels", labels)  # type: ignore[arg-type]
         ref_labels = as_int64
         tensors.append(r)
+    own_rows = checked_ref_index(ref_index, z, ref_embeddings)
     tau_pos = checks.temperature("tau_pos", tau_pos, z.device)
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
     alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
     check_shared(normalize, reduction, return_parts)
     _, on = choose_backend(backend, tensors, normalize, similarities_of_embeddings(tensors))
     with checks.without_autocast(z.device):
+        if own_rows is not None or ignored is not None:
+            read = losses.rows_in_sets(y, ref_labels, own_rows, ignored)
+            tensors = [torch.where(rows[:, None], t, 0.0) for rows, t in zip(read, tensors, strict=True)]
         z, *ref = prepare(tensors, normalize)
         numbers = Numbers(*as_variables(z.device, tau_pos, tau_neg, alpha, beta))
-        arguments: Any = (z, y, ref[0] if ref else None, ref_labels, numbers)
+        arguments: Any = (z, y, ref[0] if ref else None, ref_labels, numbers, own_rows, ignored)
         terms = losses.supervised(on, *arguments) if on.operators else reference.supervised(*arguments)
-        return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype)
+        counted = None if ignored is None else y != ignored
+        return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype, counted)
 
 
 def _fused(on: Target, views: Tensor, given: Sequence[Any], kind: tuple[Pairing, Cost], return_parts: bool) -> Any:

@@ -21,6 +21,7 @@ from .reference import Statistics, mean_entropy, rows_of_pairs, statistics, view
 from .types import (
     ALL,
     OTHER,
+    OTHER_NOT_SELF,
     SAME,
     SAME_NOT_SELF,
     ContrastSpec,
@@ -184,8 +185,13 @@ def supervised(
     ref_embeddings: Tensor | None,
     ref_labels: Tensor | None,
     numbers: Numbers,
+    ref_index: Tensor | None = None,
+    ignore_index: int | None = None,
 ) -> Terms:
-    """``reference.supervised``: both sets of a query from one pass over the similarities."""
+    """``reference.supervised``: both sets of a query from one pass over the similarities.
+
+    Embeddings in no set have been replaced by zeros (``rows_in_sets``), but for one that is alone.
+    """
     tau_pos, tau_neg, alpha, beta = numbers
     keys_are_queries = ref_embeddings is None or ref_labels is None
     if keys_are_queries and labels.shape[0] == 1:  # in no set: not read
@@ -193,8 +199,12 @@ def supervised(
             torch.ones_like(embeddings, dtype=torch.bool), 0.0, embeddings
         )
     keys = None if ref_embeddings is None else ref_embeddings[None]
-    kinds = [SAME_NOT_SELF if keys_are_queries else SAME, OTHER]
-    spec = ContrastSpec(*compact_ids(labels, ref_labels), kinds, [0], [0])
+    kinds, q_self = [SAME_NOT_SELF if keys_are_queries else SAME, OTHER], None
+    if ref_index is not None or ignore_index is not None:
+        kinds = [SAME_NOT_SELF, OTHER_NOT_SELF]
+        q_self = None if keys_are_queries else torch.full_like(labels, -1) if ref_index is None else ref_index
+        q_self = q_self if q_self is None else q_self.to(torch.int32)
+    spec = ContrastSpec(*compact_ids(labels, ref_labels, ignore_index), kinds, [0], [0], q_self=q_self)
     value, lse = contrast(on, embeddings[None], keys, vector([tau_pos, -tau_neg], embeddings.device), spec)
     value, lse = value[:, 0], lse[:, 0]
     nonempty = (lse != -torch.inf).sum(-1).clamp(min=1).to(value.dtype)
@@ -207,11 +217,38 @@ def supervised(
     )
 
 
-def compact_ids(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """int64 labels as int32 ids that are equal exactly where the labels are."""
+def rows_in_sets(
+    labels: Tensor, ref_labels: Tensor | None, ref_index: Tensor | None, ignore_index: int | None
+) -> list[Tensor]:
+    """Which embeddings [N] and which of the reference set [M] are in a set, their own or another's; of M without it.
+
+    A query meets all keys that are not ignored but itself.
+    """
+    queries = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+    if ref_labels is None:
+        return [queries & (queries.sum() > 1)]
+    keys = torch.ones_like(ref_labels, dtype=torch.bool) if ignore_index is None else ref_labels != ignore_index
+    met_by, meets = queries.sum(), keys.sum()
+    if ref_index is not None:  # those that are no key stand for a key, and count nothing
+        known = (ref_index >= 0) & (ref_index < ref_labels.shape[0])
+        index = torch.where(known, ref_index, 0)
+        met_by = met_by - torch.zeros_like(ref_labels).index_add(0, index, (known & queries).to(ref_labels.dtype))
+        meets = meets - (known & keys[index]).to(ref_labels.dtype)
+    return [queries & (meets > 0), keys & (met_by > 0)]
+
+
+def compact_ids(
+    labels: Tensor, ref_labels: Tensor | None, ignore_index: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """int64 labels as int32 ids that are equal exactly where the labels are.
+
+    Those of embeddings to ignore are negative and all different.
+    """
     both = labels if ref_labels is None else torch.cat([labels, ref_labels])
     # Not torch.unique: its size depends on the data, which synchronises, and torch 2.10 cannot trace it in torch.func.
     ordered, where = both.sort()
     rank = (ordered != ordered.roll(1)).cumsum(0, dtype=torch.int32)
     ids = torch.zeros_like(rank).scatter(0, where, rank - rank[:1])
+    if ignore_index is not None:
+        ids = torch.where(both == ignore_index, ~instance_ids(both.shape[0], both.device), ids)
     return ids[: labels.shape[0]], None if ref_labels is None else ids[labels.shape[0] :]

@@ -23,7 +23,7 @@ from .types import ENQUEUES, Cost, Enqueue, Pairing, Reduction, WeightGrad, arit
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .types import CACRParts, MomentumModuleKeywords, NumbersKeywords, QueueModuleKeywords, ViewsKeywords
+    from .types import CACRParts, MomentumModuleKeywords, QueueModuleKeywords, ViewsKeywords
 
 Result = TypeVar("Result", bound="Tensor | CACRParts")
 
@@ -42,7 +42,7 @@ class _Loss(nn.Module, Generic[Result]):
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
             else:  # to torch.compile a number of NumPy is an array
-                setattr(self, name, float(value) if isinstance(value, np.number) else value)
+                setattr(self, name, value.item() if isinstance(value, (np.number, np.bool_)) else value)
 
     def options(self) -> dict[str, Any]:
         """The options as they are now."""
@@ -210,14 +210,14 @@ class CACRQueueLoss(_Loss[Result]):
         self.queue_size = checks.integer("queue_size", queue_size, 0, 2**62)
         if (dim is None) != (queue_size == 0):
             raise ValueError(f"dim must be given together with queue_size > 0, got dim={dim}, queue_size={queue_size}")
-        self.dim = dim
+        self.dim: int | None = dim
         checks.option("enqueue", enqueue, ENQUEUES)
         self.enqueue = enqueue
         self._unstored = False  # the last forward in training mode had no gradients; decides about a warning only
         if dim is not None:
-            checks.integer("dim", dim, 1, 2**31)
+            self.dim = checks.integer("dim", dim, 1, 2**31)
             for rows, count in _ROWS:
-                self.register_buffer(rows, torch.zeros(queue_size, dim))
+                self.register_buffer(rows, torch.zeros(self.queue_size, self.dim))
                 self.register_buffer(count, torch.zeros((), dtype=torch.int64))
 
     def forward(
@@ -281,6 +281,8 @@ class CACRQueueLoss(_Loss[Result]):
     def _updates(self, update_queue: bool | None) -> bool:
         """Whether this forward stores its keys; in compiled code, unless it runs inside a backward."""
         wanted = self.training and torch.is_grad_enabled() if update_queue is None else update_queue
+        if torch.jit.is_tracing() and (self.training or update_queue):
+            raise ValueError("CACRQueueLoss that keeps its queue can only be traced in eval(): a trace keeps no queue")
         if torch.compiler.is_compiling():
             if (self.training or update_queue) and torch.compiler.is_exporting():
                 raise ValueError(
@@ -390,8 +392,8 @@ _ROWS = ("queue", "queue_count"), ("incoming", "incoming_count")
 
 
 def _traced(x: Tensor) -> bool:
-    """Whether numbers in ``x`` cannot be read without a cost: while compiling, or on a device."""
-    return torch.compiler.is_compiling() or x.device.type != "cpu"
+    """Whether numbers in ``x`` cannot be read without a cost: while compiling or tracing, or on a device."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu"
 
 
 def _ranks() -> int:
@@ -402,7 +404,9 @@ def _ranks() -> int:
 class CACRMomentumLoss(_Loss[Result]):
     """:func:`cacr_kernels.cacr_momentum_loss` with ``normalize=True``.
 
-    ``CACRMomentumLoss()(queries, keys, key_offset=0)`` takes queries [V, B, D] and the momentum keys [M, D].
+    ``CACRMomentumLoss()(queries, keys, key_offset=0)`` takes queries [V, B, D] or [B, D] and the momentum keys [M, D].
+    Only the queries get a gradient. Where the keys come from an encoder that is to learn, a text tower say, this is not
+    its loss: use :class:`CACRLoss`. Keys that require grad are warned about once.
 
     Example:
         >>> import torch, cacr_kernels
@@ -447,7 +451,13 @@ class CACRMomentumLoss(_Loss[Result]):
         )
 
     def forward(self, queries: Tensor | Sequence[Tensor], keys: Tensor, *, key_offset: int = 0) -> Result:
-        """The loss of queries [V, B, D] with the keys [M, D] of all ranks."""
+        """The loss of queries [V, B, D] or [B, D] with the keys [M, D] of all ranks."""
+        if isinstance(keys, Tensor) and keys.requires_grad and torch.is_grad_enabled():
+            checks.warn_once(
+                "the keys of CACRMomentumLoss get no gradient, but these require one: pass keys.detach(), or take "
+                "CACRLoss if their encoder is to learn",
+                kind="keys",
+            )
         loss: Result = functional.cacr_momentum_loss(queries, keys, key_offset=key_offset, **self.options())
         return loss
 
@@ -470,15 +480,18 @@ class SupervisedCACRLoss(_Loss[Result]):
 
     @overload
     def __init__(
-        self: SupervisedCACRLoss[Tensor], *, return_parts: Literal[False] = ..., **options: Unpack[NumbersKeywords]
+        self: SupervisedCACRLoss[Tensor],
+        *,
+        return_parts: Literal[False] = ...,
+        **options: Unpack[SupervisedModuleKeywords],
     ) -> None: ...
     @overload
     def __init__(
-        self: SupervisedCACRLoss[CACRParts], *, return_parts: Literal[True], **options: Unpack[NumbersKeywords]
+        self: SupervisedCACRLoss[CACRParts], *, return_parts: Literal[True], **options: Unpack[SupervisedModuleKeywords]
     ) -> None: ...
     @overload
     def __init__(
-        self: SupervisedCACRLoss[Tensor | CACRParts], *, return_parts: bool, **options: Unpack[NumbersKeywords]
+        self: SupervisedCACRLoss[Tensor | CACRParts], *, return_parts: bool, **options: Unpack[SupervisedModuleKeywords]
     ) -> None: ...
 
     def __init__(
@@ -488,6 +501,7 @@ class SupervisedCACRLoss(_Loss[Result]):
         tau_neg: float | Tensor = 1.0,
         alpha: float = 1.0,
         beta: float = 1.0,
+        ignore_index: int | None = None,
         normalize: bool = True,
         reduction: Reduction = "mean",
         return_parts: bool = False,
@@ -498,6 +512,7 @@ class SupervisedCACRLoss(_Loss[Result]):
             tau_neg=tau_neg,
             alpha=alpha,
             beta=beta,
+            ignore_index=ignore_index,
             normalize=normalize,
             reduction=reduction,
             return_parts=return_parts,
@@ -510,10 +525,16 @@ class SupervisedCACRLoss(_Loss[Result]):
         labels: Tensor,
         ref_embeddings: Tensor | None = None,
         ref_labels: Tensor | None = None,
+        ref_index: Tensor | None = None,
     ) -> Result:
         """The loss of embeddings [N, D] with labels [N]."""
         loss: Result = functional.supervised_cacr_loss(
-            embeddings, labels, ref_embeddings=ref_embeddings, ref_labels=ref_labels, **self.options()
+            embeddings,
+            labels,
+            ref_embeddings=ref_embeddings,
+            ref_labels=ref_labels,
+            ref_index=ref_index,
+            **self.options(),
         )
         return loss
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import checks, reference
 from .backends.entry import Backend, Size
 from .backends.table import choose
-from .operators.registry import Target
+from .operators.registry import Target, has_values
 from .types import (
     REDUCTIONS,
     CACRParts,
@@ -83,6 +83,16 @@ def prepare(tensors: list[Tensor], normalize: bool) -> list[Tensor]:
     return [reference.unit_rows(t) for t in tensors] if normalize else tensors
 
 
+def checked_ref_index(value: Any, embeddings: Tensor, ref_embeddings: Tensor | None) -> Tensor | None:
+    """``ref_index`` of the supervised loss as int64. Its values are looked at where that waits for no device."""
+    if value is None:
+        return None
+    index = checks.ref_index(value, embeddings, ref_embeddings)
+    if has_values(index) and ref_embeddings is not None:
+        checks.rows_or_none("ref_index", index, ref_embeddings.shape[0])
+    return index
+
+
 def connected(terms: Terms, *temperatures: float | Tensor) -> Terms:
     """The same terms, in whose graph every temperature is: one without effect gets zero, not ``None``.
 
@@ -91,18 +101,24 @@ def connected(terms: Terms, *temperatures: float | Tensor) -> Terms:
     """
     attraction = terms.attraction
     for tau in temperatures:
-        if isinstance(tau, Tensor) and tau.requires_grad:
+        if isinstance(tau, Tensor) and (tau.requires_grad or torch.jit.is_tracing()):
             attraction = attraction + tau.expand(0).sum().to(attraction)
     return terms._replace(attraction=attraction)
 
 
-def reduce(terms: Terms, reduction: Reduction, return_parts: bool, dtype: torch.dtype) -> Any:
-    """The terms cancel in their sum: it is taken in the dtype they come in, float64 from ``contrast``."""
+def reduce(
+    terms: Terms, reduction: Reduction, return_parts: bool, dtype: torch.dtype, counted: Tensor | None = None
+) -> Any:
+    """The terms cancel in their sum: it is taken in the dtype they come in, float64 from ``contrast``.
+
+    ``counted``: which rows there are, the others being 0 and left out of the mean of ``"none"``; by default all.
+    """
     attraction, repulsion = terms.attraction.mean(), terms.repulsion.mean()
     if reduction == "mean":
         loss = attraction + repulsion
     else:
         loss = terms.attraction + terms.repulsion
+        loss = loss if counted is None else loss * counted.to(loss.dtype).mean()
         loss = loss.sum() if reduction == "sum" else loss
     if not return_parts:
         return loss.to(dtype)

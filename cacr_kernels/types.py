@@ -22,8 +22,9 @@ REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 WEIGHT_GRADS: tuple[WeightGrad, ...] = get_args(WeightGrad)
 ENQUEUES: tuple[Enqueue, ...] = get_args(Enqueue)
 
-# Kinds of key sets: all keys, those with the id of the query, those with another id, those with its id but not itself.
-ALL, SAME, OTHER, SAME_NOT_SELF = range(4)
+# Kinds of key sets: all keys, those with the id of the query, those with another id; the last two again without the
+# query itself, the second of them also without rows that have a negative id.
+ALL, SAME, OTHER, SAME_NOT_SELF, OTHER_NOT_SELF = range(5)
 POSITIVE_KINDS = SAME, SAME_NOT_SELF
 
 
@@ -76,7 +77,7 @@ class MomentumKeywords(MomentumModuleKeywords, total=False):
 
 
 class NumbersKeywords(SharedKeywords, total=False):
-    """For type checkers: the keywords of every other loss, and all of ``SupervisedCACRLoss``."""
+    """For type checkers: the keywords of every other loss."""
 
     tau_pos: Temperature
     tau_neg: Temperature
@@ -107,11 +108,18 @@ class QueueModuleKeywords(QueueKeywords, total=False):
     enqueue: Enqueue
 
 
-class SupervisedKeywords(NumbersKeywords, total=False):
+class SupervisedModuleKeywords(NumbersKeywords, total=False):
+    """For type checkers: the keywords of ``SupervisedCACRLoss``."""
+
+    ignore_index: int | None
+
+
+class SupervisedKeywords(SupervisedModuleKeywords, total=False):
     """For type checkers: the keywords of ``supervised_cacr_loss``."""
 
     ref_embeddings: Tensor | None
     ref_labels: Tensor | None
+    ref_index: Tensor | None
 
 
 class CACROptions(NamedTuple):
@@ -136,7 +144,11 @@ class ContrastSpec(NamedTuple):
 
     Softmax s of pair p compares the queries of view ``q_index[p]`` with the keys of view ``k_index[p]`` that are in the
     set of kind ``kinds[s]``. ``inner_product``: the cost is -2 q.k, not |q - k|^2. ``detach_weights``: the weights are
-    constants.
+    constants. The kinds without the query itself leave out key ``q_self[i]`` of query i, none where that is -1;
+    without ``q_self`` they leave out key i. Only ``contrast`` has them.
+
+    A row whose negative id no other row has is in no set of SAME_NOT_SELF and OTHER_NOT_SELF: nobody's, and its own
+    are empty. OTHER takes negative ids as any others.
     """
 
     q_id: Tensor | None  # [N] int32, with k_id [M] needed by every kind but ALL
@@ -146,6 +158,7 @@ class ContrastSpec(NamedTuple):
     k_index: list[int]
     inner_product: bool = False
     detach_weights: bool = False
+    q_self: Tensor | None = None  # [N] int32
 
 
 class CACRParts(NamedTuple):

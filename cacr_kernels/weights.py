@@ -80,7 +80,7 @@ def cacr_weights(
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
     checks.option("pairing", pairing, PAIRINGS)
     checks.flag("normalize", normalize)
-    checks.integer("top_k", top_k, 1, 2**31)
+    top_k = checks.integer("top_k", top_k, 1, 2**31)
     pooled = pairing == "pooled"
     num_views, batch, dim = z.shape
     chosen = _chosen(queries, num_views * batch if pooled else batch, z.device)
@@ -104,7 +104,7 @@ def _chosen(queries: Tensor | Sequence[int] | None, rows: int, device: torch.dev
         return torch.arange(rows, dtype=torch.int64, device=device)
     if isinstance(queries, Tensor):
         index = queries.to(device)
-    elif isinstance(queries, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in queries):
+    elif isinstance(queries, Sequence) and all(checks.is_integer(i) for i in queries):
         numbers = [checks.integer(f"queries[{n}]", i, 0, rows - 1) for n, i in enumerate(queries)]
         index = torch.tensor(numbers, dtype=torch.int64, device=device)
     else:

@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.host import quantile
+
 from . import results
 from .cases import BROADCASTING, COMPILED, EAGER
 from .goals import GOALS
 from .machine import ROOT
-from .measure import quantile
 from .results import SINGLE, TIMED, problem_label, where
 from .tables import milliseconds
 

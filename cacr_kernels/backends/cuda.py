@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..operators import cacr, contrast
-from ..operators.registry import implement
+from ..operators.registry import define, implement
 from ..types import Pairing, view_pair_count
 from . import library
 from .entry import Backend, Size
@@ -109,7 +109,7 @@ def probe(index: int) -> str | None:
 def _implement(name: str) -> None:
     """Declares the compiled operator, and lets that of the package call it."""
     schema = (cacr.SCHEMAS | contrast.SCHEMAS)[name].replace(") ->", ", int float_products) ->")
-    torch.library.define(f"{COMPILED}::{name}", schema)
+    define(f"{COMPILED}::{name}", schema)
     compiled: Callable[..., Any] = getattr(getattr(torch.ops, COMPILED), name).default
     implement(f"{name}_cuda", lambda *arguments: compiled(*arguments, float_products()), "CUDA")
 

@@ -19,6 +19,7 @@ __all__ = [
     "FunctionalTensorMode",  # the mode in which torch.compile asks an operator what it consists of
     "backward_keeps_graph",
     "below_autograd",
+    "destroy",
     "inside_backward",
     "inside_vmap",
     "is_batched",
@@ -112,6 +113,11 @@ def needs_functorch(x: Tensor, y: Tensor | None) -> bool:
 def plain_apply(function: type[Function]) -> Any:
     """``function.apply`` without its search for transforms of torch.func, which takes 15 us a call."""
     return super(Function, function).apply  # type: ignore[misc]
+
+
+def destroy(library: torch.library.Library) -> None:
+    """Takes back all that was registered through a library."""
+    library._destroy()
 
 
 def operators_stay_whole() -> bool:

@@ -66,7 +66,7 @@ def test_period_that_breaks_at_the_last_row(side: str) -> None:
     q, k = (torch.randn(1, len(rows), 5, dtype=torch.float64, generator=g) for rows in (q_id, k_id))
     tau = torch.tensor([-0.5], dtype=torch.float64)
     found, expected = (
-        operator(f"contrast_{backend}")(q, k, q_id, k_id, tau, [OTHER], [0], [0], False, False)[:2]
+        operator(f"contrast_{backend}")(q, k, q_id, k_id, tau, [OTHER], [0], [0], False, False, None)[:2]
         for backend in ("cpu", "torch")
     )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -202,7 +202,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(operator("cacr_cuda"), (z, numbers, *floats, 0, True, 0.0, True, True))
     torch.library.opcheck(operator("cacr_cuda"), (z, None, 0.7, 1.3, 0.9, 1.1, 2, False, 2.0, True, False))
     ids, tau = torch.arange(5, dtype=torch.int32) % 3, torch.tensor([0.7, -1.3], dtype=torch.float64)
-    given = z, None, ids, None, tau.requires_grad_(), [SAME_NOT_SELF, OTHER], [0], [1], False, False
+    given = z, None, ids, None, tau.requires_grad_(), [SAME_NOT_SELF, OTHER], [0], [1], False, False, None
     torch.library.opcheck(operator("contrast_cuda"), given)
     value, _, row_state = (t.detach() for t in operator("contrast_cuda")(*given))
     incoming = torch.ones_like(value).requires_grad_(), torch.full_like(value, 0.5).requires_grad_()
