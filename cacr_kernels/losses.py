@@ -20,6 +20,7 @@ from .operators.registry import Target
 from .reference import Statistics, mean_entropy, rows_of_pairs, statistics, view_pairs
 from .types import (
     ALL,
+    ALONE,
     OTHER,
     SAME,
     SAME_NOT_SELF,
@@ -27,6 +28,7 @@ from .types import (
     Cost,
     Numbers,
     Pairing,
+    Ranks,
     Temperature,
     Terms,
     WeightGrad,
@@ -74,6 +76,8 @@ def cacr(
     pairing: Pairing,
     cost: Cost,
     rbf_scale: float,
+    keys: Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> Terms:
     """``reference.cacr``, with the repulsion from one call of ``contrast``."""
     tau_pos, tau_neg, alpha, beta = numbers
@@ -81,23 +85,28 @@ def cacr(
     c = aligned_cost(views, views)
     attracted = attraction(c, tau_pos * c)
     zero = views.new_zeros(())
-    if batch == 1:  # no negatives
+    if batch == 1 and keys is None:  # no negatives
         rows = zero if cost == "rbf" else torch.zeros_like(attracted.value)
         return Terms(alpha * attracted.value, rows, mean_entropy(attracted), zero)
     taus = [-tau_neg, -(tau_neg + rbf_scale)] if cost == "rbf" else [-tau_neg]
-    z, ids, pairs = views, instance_ids(batch, views.device), view_pairs(num_views, pairing)
+    q, q_id, pairs = views, instance_ids(batch, views.device), view_pairs(num_views, pairing)
+    k_id = None if keys is None else instance_ids(keys.shape[1], views.device)
     if pairing == "pooled":
-        z, ids, pairs = views.reshape(1, num_views * batch, dim), ids.repeat(num_views), [(0, 0)]
-    spec = ContrastSpec(ids, None, [OTHER] * len(taus), [x for x, _ in pairs], [y for _, y in pairs])
-    value, lse = contrast(on, z, None, vector(taus, views.device), spec)
+        q, q_id, pairs = views.reshape(1, num_views * batch, dim), q_id.repeat(num_views), [(0, 0)]
+        if keys is not None and k_id is not None:
+            keys, k_id = keys.reshape(1, -1, dim), k_id.repeat(num_views)
+    spec = ContrastSpec(q_id, k_id, [OTHER] * len(taus), [x for x, _ in pairs], [y for _, y in pairs])
+    value, lse = contrast(on, q, keys, vector(taus, views.device), spec)
+    pulled = alpha * attracted.value
     if cost == "rbf":
         log_value = lse[1] - lse[0] + 0.0 * value[0].detach()
         log_mean = log_value.logsumexp(-1) - math.log(log_value.shape[-1])
+        pulled, log_mean = ranks.rbf(pulled, log_mean)
         repulsion = beta * log_mean.mean()
     else:
         repulsion = -beta * rows_of_pairs(value[0], num_views, pairing)
     entropy = entropy_of(value[0], lse[0], -tau_neg)
-    return Terms(alpha * attracted.value, repulsion, mean_entropy(attracted), entropy)
+    return Terms(pulled, repulsion, mean_entropy(attracted), entropy)
 
 
 def queue(
@@ -107,7 +116,7 @@ def queue(
     queue: Tensor,
     numbers: Numbers,
     *,
-    in_batch: bool,
+    in_batch: bool | Tensor,
     weight_grad: WeightGrad,
     valid: Tensor | None = None,
 ) -> Terms:
@@ -131,11 +140,13 @@ def queue(
         kind = ALL if valid is None else OTHER
         spec = ContrastSpec(*ids, [kind], every, [0] * num_views, detach_weights=weight_grad != "full")
         (value,), (lse,) = detached_keys(on, queries, queue[None], vector([-tau_neg], queries.device), spec)
-    if in_batch and batch > 1:
+    every_query = in_batch if isinstance(in_batch, Tensor) else None
+    if every_query is not None or (in_batch and batch > 1):
         detached, tau = weight_grad == "none", vector([-tau_neg], queries.device)
         instances = instance_ids(batch, queries.device)
-        spec = ContrastSpec(instances, None, [OTHER], every, every, detach_weights=detached)
-        (batch_value,), (batch_lse,) = contrast(on, queries, None, tau.detach() if detached else tau, spec)
+        among = None if every_query is None else instance_ids(every_query.shape[1], queries.device)
+        spec = ContrastSpec(instances, among, [OTHER], every, every, detach_weights=detached)
+        (batch_value,), (batch_lse,) = contrast(on, queries, every_query, tau.detach() if detached else tau, spec)
         batch_lse = batch_lse.detach() if detached else batch_lse
         if queue.shape[0] and valid is not None:  # the queue may be empty
             some = lse != -torch.inf
@@ -184,6 +195,9 @@ def supervised(
     ref_embeddings: Tensor | None,
     ref_labels: Tensor | None,
     numbers: Numbers,
+    *,
+    queries_first: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Terms:
     """``reference.supervised``: both sets of a query from one pass over the similarities."""
     tau_pos, tau_neg, alpha, beta = numbers
@@ -193,12 +207,12 @@ def supervised(
             torch.ones_like(embeddings, dtype=torch.bool), 0.0, embeddings
         )
     keys = None if ref_embeddings is None else ref_embeddings[None]
-    kinds = [SAME_NOT_SELF if keys_are_queries else SAME, OTHER]
+    kinds = [SAME_NOT_SELF if keys_are_queries or queries_first else SAME, OTHER]
     spec = ContrastSpec(*compact_ids(labels, ref_labels), kinds, [0], [0])
     value, lse = contrast(on, embeddings[None], keys, vector([tau_pos, -tau_neg], embeddings.device), spec)
     value, lse = value[:, 0], lse[:, 0]
-    nonempty = (lse != -torch.inf).sum(-1).clamp(min=1).to(value.dtype)
-    factor = value.shape[1] / nonempty
+    nonempty = ranks.total((lse != -torch.inf).sum(-1)).clamp(min=1).to(value.dtype)
+    factor = value.shape[1] * ranks.size / nonempty
     return Terms(
         alpha * value[0] * factor[0],
         -beta * value[1] * factor[1],

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import checks, functional, ring
+from . import checks, distributed, functional, ring
 from .operators import state
 from .operators.second_derivative import refuse_second_derivative_of_compiled
 from .reference import unit_rows
@@ -68,6 +68,8 @@ class CACRLoss(_Loss):
         normalize: bool = True,
         reduction: Reduction = "mean",
         return_parts: bool = False,
+        gather_distributed: bool = False,
+        process_group: Any = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -81,6 +83,8 @@ class CACRLoss(_Loss):
             normalize=normalize,
             reduction=reduction,
             return_parts=return_parts,
+            gather_distributed=gather_distributed,
+            process_group=process_group,
             backend=backend,
         )
         checks.reduction_of_rbf(cost, reduction)
@@ -112,8 +116,10 @@ class CACRQueueLoss(_Loss):
     Activation checkpointing is exact where the backward runs before the next call in training; if it does not, pass
     the queue. A reentrant checkpoint runs its forward without gradients: pass ``update_queue=True`` there.
 
-    Under ``DistributedDataParallel`` every rank keeps its own queue: pass ``broadcast_buffers=False``, or the queue of
-    rank 0 replaces the others at every forward. (Its successor ``forward_sync_buffers=False`` copies the buffers of
+    With ``gather_distributed=True`` every rank keeps the same queue: the keys of all ranks, as one process would store
+    them, so that a checkpoint of it serves any number of ranks. Without, every rank keeps its own: pass
+    ``broadcast_buffers=False`` to ``DistributedDataParallel``, or the queue of rank 0 replaces the others at every
+    forward. (Its successor ``forward_sync_buffers=False`` copies the buffers of
     rank 0 once, when wrapping: load a rank's checkpoint after that.) The replicas of ``nn.DataParallel`` cannot fill
     the queue.
 
@@ -152,6 +158,8 @@ class CACRQueueLoss(_Loss):
         normalize: bool = True,
         reduction: Reduction = "mean",
         return_parts: bool = False,
+        gather_distributed: bool = False,
+        process_group: Any = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -164,6 +172,8 @@ class CACRQueueLoss(_Loss):
             normalize=normalize,
             reduction=reduction,
             return_parts=return_parts,
+            gather_distributed=gather_distributed,
+            process_group=process_group,
             backend=backend,
         )
         self.queue_size = checks.integer("queue_size", queue_size, 0, 2**62)
@@ -206,7 +216,7 @@ class CACRQueueLoss(_Loss):
         q, k = checks.queries_and_keys(queries, keys)
         if k.shape[-1] != self.dim:
             raise ValueError(f"keys must have dim = {self.dim} features, got {k.shape[-1]}")
-        k = k.detach()
+        given = k = k.detach()
         self._follow(k.device)
         update = self._updates(update_queue)
         own, valid = self._traced_queue(update) if _traced(self.queue) else self._queue_of_host(update)
@@ -219,7 +229,7 @@ class CACRQueueLoss(_Loss):
         with checks.without_autocast(call.device):
             loss = call.reduced(call.compute(*call.arguments))
         if update:
-            self._store(k)
+            self._store(self._of_all_ranks(given, k))
         return loss
 
     def reset_parameters(self) -> None:
@@ -257,10 +267,10 @@ class CACRQueueLoss(_Loss):
                 "forward: use DistributedDataParallel, or call the loss outside"
             )
             return False
-        if wanted and _ranks() > 1:
+        if wanted and not self.gather_distributed and distributed.count() > 1:
             checks.warn_once(
                 "each rank keeps a queue of its own keys, and DistributedDataParallel overwrites it with that of rank "
-                "0 unless it is made with broadcast_buffers=False",
+                "0 unless it is made with broadcast_buffers=False; gather_distributed=True keeps the keys of all ranks",
                 kind="ranks",
             )
         return wanted
@@ -284,6 +294,14 @@ class CACRQueueLoss(_Loss):
                     self._writable("incoming_count").zero_()
             filled = int(ring.filled_rows(self.queue_count, self.queue_size))
         return self.queue.detach()[:filled], None
+
+    def _of_all_ranks(self, given: Tensor, prepared: Tensor) -> Tensor:
+        """The keys that are stored, with ``gather_distributed`` those of all ranks, as one process would have them."""
+        group = distributed.find(self.gather_distributed, self.process_group)
+        if group is None:
+            return prepared
+        keys = distributed.in_order_of_ranks(given if self.enqueue == "all" else given[-1:], group)
+        return unit_rows(keys.to(prepared.dtype)) if self.normalize else keys
 
     def _writable(self, name: str) -> Tensor:
         """The buffer for writing: moved to new memory first where a graph or a snapshot uses the old.
@@ -349,11 +367,6 @@ def _traced(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or x.device.type != "cpu"
 
 
-def _ranks() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
 class CACRMomentumLoss(_Loss):
     """:func:`cacr_kernels.cacr_momentum_loss` with ``normalize=True``."""
 
@@ -365,6 +378,8 @@ class CACRMomentumLoss(_Loss):
         normalize: bool = True,
         reduction: Reduction = "mean",
         return_parts: bool = False,
+        gather_distributed: bool = False,
+        process_group: Any = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -373,11 +388,13 @@ class CACRMomentumLoss(_Loss):
             normalize=normalize,
             reduction=reduction,
             return_parts=return_parts,
+            gather_distributed=gather_distributed,
+            process_group=process_group,
             backend=backend,
         )
 
     def forward(self, queries: Tensor | Sequence[Tensor], keys: Tensor, *, key_offset: int = 0) -> Any:
-        """The loss of queries [V, B, D] with the keys [M, D] of all ranks."""
+        """The loss of queries [V, B, D] with the keys [M, D]; with ``gather_distributed`` those of this rank."""
         return functional.cacr_momentum_loss(queries, keys, key_offset=key_offset, **self.options())
 
 
@@ -394,6 +411,8 @@ class SupervisedCACRLoss(_Loss):
         normalize: bool = True,
         reduction: Reduction = "mean",
         return_parts: bool = False,
+        gather_distributed: bool = False,
+        process_group: Any = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -404,6 +423,8 @@ class SupervisedCACRLoss(_Loss):
             normalize=normalize,
             reduction=reduction,
             return_parts=return_parts,
+            gather_distributed=gather_distributed,
+            process_group=process_group,
             backend=backend,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -113,3 +114,18 @@ class Terms(NamedTuple):
     repulsion: Tensor
     attraction_entropy: Tensor
     repulsion_entropy: Tensor
+
+
+class Ranks(NamedTuple):
+    """What makes numbers of this rank's queries those of all ``size`` ranks; the ranks have equally many queries.
+
+    ``total`` adds counts. ``rbf`` takes the attraction of this rank's queries and the logs [P] of their mean repulsion,
+    and gives the mean attraction and the logs of all.
+    """
+
+    size: int
+    total: Callable[[Tensor], Tensor]
+    rbf: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+ALONE = Ranks(1, lambda counts: counts, lambda attraction, log_mean: (attraction, log_mean))
