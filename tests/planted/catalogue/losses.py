@@ -314,7 +314,7 @@ FAULTS = (
     Fault(
         "losses-sum-of-those-that-count",
         PACKAGE + "functional.py",
-        text="counted = None if ignored is None else y != ignored",
+        text="counted = None if ignored is None else ranks.total((y != ignored).sum()) / (len(y) * ranks.size)",
         replacement="counted = None",
         why="ignored embeddings count in the sum",
         tests=REFERENCE_SET,
