@@ -238,6 +238,13 @@ def flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {_what(value)}")
 
 
+def process_group(name: str, value: Any) -> None:
+    """Refuses what is neither ``None`` nor a group of processes; without ``torch.distributed`` there is none."""
+    distributed = torch.distributed
+    if value is not None and not (distributed.is_available() and isinstance(value, distributed.ProcessGroup)):
+        raise TypeError(f"{name} must be a torch.distributed.ProcessGroup or None, got {_what(value)}")
+
+
 def labels(name: str, value: Any, of: str, embeddings: Tensor) -> Tensor:
     """Integer labels, one for each embedding, as int64."""
     if not isinstance(value, Tensor):
@@ -342,5 +349,7 @@ _OPTIONS: dict[str, Callable[[str, Any], Any]] = {
     "in_batch": flag,
     "normalize": flag,
     "return_parts": flag,
+    "gather_distributed": flag,
+    "process_group": process_group,
     "backend": lambda _, value: check_backend(value),
 }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checks, losses, reference
+from .distributed import averaged, group_of, ranks_of, rows_of_all
 from .operators.cacr import cacr
 from .operators.registry import Target
 from .operators.second_derivative import refuse_second_derivative_of_compiled
@@ -32,6 +33,7 @@ from .types import (
     CACROptions,
     CACRParts,
     Cost,
+    KeySets,
     Numbers,
     Pairing,
     Reduction,
@@ -73,6 +75,8 @@ def cacr_loss(
     normalize: bool = False,
     reduction: Reduction = "mean",
     return_parts: bool = False,
+    gather_distributed: bool = False,
+    process_group: Any = None,
     backend: str = "auto",
 ) -> Any:
     """Contrastive attraction and contrastive repulsion of V views of B instances.
@@ -99,6 +103,8 @@ def cacr_loss(
         normalize: L2-normalise the features first.
         reduction: ``"mean"``, ``"sum"``, or ``"none"``: values [V, B] whose mean is the loss. rbf is mean only.
         return_parts: return :class:`CACRParts` instead of the loss alone.
+        gather_distributed: the instances of all ranks are one batch, see *Several processes* below.
+        process_group: whose ranks; by default those of all processes.
         backend: ``"auto"``, or a name from :func:`cacr_kernels.available_backends`.
 
     Returns:
@@ -107,6 +113,17 @@ def cacr_loss(
     Raises:
         TypeError: wrong type or dtype.
         ValueError: anything else, naming the argument, what was given and what is accepted.
+
+    Several processes: with ``gather_distributed=True`` the queries of a rank meet the keys of all W ranks, which pass
+    equal shapes and dtypes. A rank returns W times the share of its own queries in the mean-reduced loss of the whole
+    batch (under rbf that loss), so that the mean over the ranks is what one process would return, and the gradient that
+    ``DistributedDataParallel`` or ``fully_shard`` averages is its gradient. ``"none"`` gives rows whose mean over all
+    ranks is the loss, ``"sum"`` their sum; parts and entropies are those of this rank's queries (under rbf attraction
+    and repulsion are those of all). The backward averages gradients of temperatures over the ranks, inside and outside
+    the wrapped module. Who *adds* gradients over the ranks (Megatron-LM with a loss per token, an all-reduce by hand)
+    divides the loss by W. Forward and backward have to run on every rank. Shapes are compared first where the ranks
+    communicate on the host (gloo) or ``torch.distributed.get_debug_level()`` is not ``OFF``, but not in compiled code
+    or while a CUDA graph is captured.
 
     Source: Zheng et al., TMLR 2023 (arXiv 2105.03746), L_CA + L_CR; published code ``our_loss1`` + ``our_loss2``.
 
@@ -127,14 +144,17 @@ def cacr_loss(
     rbf_scale = checks.non_negative("rbf_scale", rbf_scale)
     check_shared(normalize, reduction, return_parts)
     checks.reduction_of_rbf(cost, reduction)
-    chosen, on = choose_backend(backend, [z], normalize, similarities_of_views(z, pairing))
+    group = group_of(gather_distributed, process_group, {"views": z})
+    chosen, on = choose_backend(backend, [z], normalize, similarities_of_views(z, pairing), group)
     with checks.without_autocast(z.device):
-        (z,) = prepare([z], normalize)
+        (z,), (keys,) = prepare([z], normalize, group, gathered=[0])
+        tau_pos, tau_neg = averaged(group, z.device, tau_pos, tau_neg)
         tau_pos, tau_neg, alpha, beta, rbf_scale = as_variables(z.device, tau_pos, tau_neg, alpha, beta, rbf_scale)
-        if reduction == "mean" and "cacr" in on.operators and chosen.fuses(z.shape, pairing):
+        if keys is None and reduction == "mean" and "cacr" in on.operators and chosen.fuses(z.shape, pairing):
             return _fused(on, z, (tau_pos, tau_neg, alpha, beta, rbf_scale), (pairing, cost), return_parts)
         numbers = Numbers(tau_pos, tau_neg, alpha, beta)
         options: Any = {"pairing": pairing, "cost": cost, "rbf_scale": rbf_scale}
+        options |= {"keys": keys, "ranks": ranks_of(group)}
         if on.operators:
             terms = losses.cacr(on, z.contiguous(), numbers, **options)
         else:
@@ -170,6 +190,8 @@ def cacr_queue_loss(
     normalize: bool = False,
     reduction: Reduction = "mean",
     return_parts: bool = False,
+    gather_distributed: bool = False,
+    process_group: Any = None,
     backend: str = "auto",
 ) -> Any:
     """CACR with momentum keys and a queue of negatives, MoCo v2 style.
@@ -187,7 +209,8 @@ def cacr_queue_loss(
         in_batch: whether the other queries of the batch and view are negatives too.
         weight_grad: which softmax logits of the repulsion are differentiated: ``"in_batch"`` (published; those of the
             queue are not), ``"full"``, ``"none"``.
-        tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, backend: see :func:`cacr_loss`.
+        tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, gather_distributed, process_group, backend:
+            see :func:`cacr_loss`. Queries are gathered, the queue is not: it has to be the same on all ranks.
 
     Returns:
         The loss or :class:`CACRParts`, as :func:`cacr_loss`; values [V, B], or [B] with ``reduction="none"``.
@@ -203,9 +226,9 @@ def cacr_queue_loss(
         >>> cacr_kernels.cacr_queue_loss(basis[:4], basis[:4], basis[4:]).item()
         -2.0
     """
-    options = QueueOptions(
-        tau_pos, tau_neg, alpha, beta, in_batch, weight_grad, normalize, reduction, return_parts, backend
-    )
+    numbers = tau_pos, tau_neg, alpha, beta
+    ranks = gather_distributed, process_group
+    options = QueueOptions(*numbers, in_batch, weight_grad, normalize, reduction, return_parts, *ranks, backend)
     call = queue_call(queries, keys, queue, None, options)
     with checks.without_autocast(call.device):
         return call.reduced(call.compute(*call.arguments))
@@ -223,6 +246,8 @@ class QueueOptions(NamedTuple):
     normalize: bool
     reduction: Reduction
     return_parts: bool
+    gather_distributed: bool
+    process_group: Any
     backend: str
 
 
@@ -246,7 +271,7 @@ def queue_call(
 
     The caller computes, so that from a loss to its operator there are few calls.
     """
-    tau_pos, tau_neg, alpha, beta, in_batch, weight_grad, normalize, reduction, return_parts, backend = options
+    tau_pos, tau_neg, alpha, beta, in_batch, weight_grad, normalize, reduction, return_parts, *ranks, backend = options
     queries, tau_pos, tau_neg = refuse_second_derivative_of_compiled(queries, tau_pos, tau_neg)
     one_direction = isinstance(queries, Tensor) and queries.dim() == 2
     q, k = checks.queries_and_keys(queries, keys)
@@ -261,9 +286,12 @@ def queue_call(
     checks.flag("in_batch", in_batch)
     checks.option("weight_grad", weight_grad, WEIGHT_GRADS)
     check_shared(normalize, reduction, return_parts)
+    gather_distributed, process_group = ranks
+    group = group_of(gather_distributed, process_group, {"queries": q})
     _, on = choose_backend(backend, [q, k, n], normalize, math.inf)
     with checks.without_autocast(q.device):
-        q, k, n = prepare([q, k.detach(), n.detach()], normalize)
+        (q, k, n), (batch,) = prepare([q, k.detach(), n.detach()], normalize, group, gathered=[0] * in_batch)
+        tau_pos, tau_neg = averaged(group, q.device, tau_pos, tau_neg)
         numbers = Numbers(*as_variables(q.device, tau_pos, tau_neg, alpha, beta))
     arguments: tuple[Any, ...] = q, k, n, numbers
     compute: Callable[..., Terms] = reference.queue
@@ -275,7 +303,8 @@ def queue_call(
             terms = terms._replace(attraction=terms.attraction[0], repulsion=terms.repulsion[0])
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, q.dtype)
 
-    options_of_queue: Any = {"in_batch": in_batch, "weight_grad": weight_grad, "valid": valid}
+    negatives = in_batch if batch is None else batch
+    options_of_queue: Any = {"in_batch": negatives, "weight_grad": weight_grad, "valid": valid}
     return QueueCall(q.device, partial(compute, **options_of_queue), arguments, reduced)
 
 
@@ -303,6 +332,8 @@ def cacr_momentum_loss(
     normalize: bool = False,
     reduction: Reduction = "mean",
     return_parts: bool = False,
+    gather_distributed: bool = False,
+    process_group: Any = None,
     backend: str = "auto",
 ) -> Any:
     """CACR with momentum keys of all ranks, MoCo v3 style, with one temperature T > 0.
@@ -320,8 +351,10 @@ def cacr_momentum_loss(
         keys: [M, D], M >= key_offset + B, of all ranks; detached; unit vectors, or set ``normalize``.
         temperature: T > 0 (a divisor here, as published), a number, or a 0-dim or one-element tensor.
         cost: ``"rbf"`` or ``"sqeuclidean"``.
-        key_offset: index of the key that belongs to query 0 (rank times B).
-        normalize, reduction, return_parts, backend: see :func:`cacr_loss`.
+        key_offset: index of the key that belongs to query 0 (rank times B, if the caller gathered the keys).
+        normalize, reduction, return_parts, gather_distributed, process_group, backend: see :func:`cacr_loss`. With
+            ``gather_distributed=True`` the keys are those of this rank, in which ``key_offset`` counts; the keys of all
+            ranks are gathered.
 
     Returns:
         The loss or :class:`CACRParts`, as :func:`cacr_loss`; values [B] with ``reduction="none"``.
@@ -348,9 +381,12 @@ def cacr_momentum_loss(
         raise ValueError(f"keys must hold at least the B = {q.shape[1]} keys of the queries, got M = {k.shape[0]}")
     key_offset = checks.integer("key_offset", key_offset, 0, k.shape[0] - q.shape[1])
     check_shared(normalize, reduction, return_parts)
+    group = group_of(gather_distributed, process_group, {"queries": q, "keys": k})
     _, on = choose_backend(backend, [q, k], normalize, math.inf)
     with checks.without_autocast(q.device):
-        q, k = prepare([q, k.detach()], normalize)
+        (q, k), (keys_of_all,) = prepare([q, k.detach()], normalize, group, gathered=[1])
+        k = k if keys_of_all is None else keys_of_all
+        (temperature,) = averaged(group, q.device, temperature)
         (temperature,) = as_variables(q.device, temperature)
         options: Any = {"cost": cost, "key_offset": key_offset}
         if on.operators:
@@ -389,6 +425,8 @@ def supervised_cacr_loss(
     normalize: bool = False,
     reduction: Reduction = "mean",
     return_parts: bool = False,
+    gather_distributed: bool = False,
+    process_group: Any = None,
     backend: str = "auto",
 ) -> Any:
     """CACR with labels: positives share the query's label (not itself), negatives have another.
@@ -409,7 +447,9 @@ def supervised_cacr_loss(
             its own query, at distance 0. It is in no set of that query. On a GPU the values are not looked at.
         ignore_index: embeddings (of the reference set, too) with this label are left out, as if they were not given:
             they are in no set and not read, and nothing flows to them.
-        tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, backend: see :func:`cacr_loss`.
+        tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, gather_distributed, process_group, backend:
+            see :func:`cacr_loss`. Embeddings and labels are gathered, or the parts of a reference set that the ranks
+            pass, in which ``ref_index`` counts; queries with positives or negatives are counted over all ranks.
 
     Returns:
         The loss or :class:`CACRParts`, as :func:`cacr_loss`; values [N] with ``reduction="none"``, with 0 for ignored
@@ -448,16 +488,25 @@ def supervised_cacr_loss(
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
     alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
     check_shared(normalize, reduction, return_parts)
-    _, on = choose_backend(backend, tensors, normalize, similarities_of_embeddings(tensors))
+    group = group_of(
+        gather_distributed, process_group, {"embeddings": z, "ref_embeddings": tensors[1] if tensors[1:] else None}
+    )
+    _, on = choose_backend(backend, tensors, normalize, similarities_of_embeddings(tensors), group)
     with checks.without_autocast(z.device):
         if own_rows is not None or ignored is not None:
-            read = losses.rows_in_sets(y, ref_labels, own_rows, ignored)
+            read = losses.rows_in_sets(y, ref_labels, own_rows, ignored, everywhere=group is None)
             tensors = [torch.where(rows[:, None], t, 0.0) for rows, t in zip(read, tensors, strict=True)]
-        z, *ref = prepare(tensors, normalize)
+        (z, *ref), (keys,) = prepare(tensors, normalize, group, gathered=[len(tensors) - 1])
+        tau_pos, tau_neg = averaged(group, z.device, tau_pos, tau_neg)
         numbers = Numbers(*as_variables(z.device, tau_pos, tau_neg, alpha, beta))
-        arguments: Any = (z, y, ref[0] if ref else None, ref_labels, numbers, own_rows, ignored)
-        terms = losses.supervised(on, *arguments) if on.operators else reference.supervised(*arguments)
-        counted = None if ignored is None else y != ignored
+        ranks = ranks_of(group)
+        sets = KeySets(own_rows, ignored, queries_first=keys is not None and not ref)
+        if group is not None and keys is not None:
+            ref, ref_labels = [keys], rows_of_all(y if ref_labels is None else ref_labels, group, dim=0)
+        arguments: Any = (z, y, ref[0] if ref else None, ref_labels, numbers)
+        supervised = partial(losses.supervised, on) if on.operators else reference.supervised
+        terms = supervised(*arguments, sets=sets, ranks=ranks)
+        counted = None if ignored is None else ranks.total((y != ignored).sum()) / (len(y) * ranks.size)
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype, counted)
 
 

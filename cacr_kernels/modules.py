@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import checks, functional, ring
+from . import checks, distributed, functional, ring
 from .operators import state
 from .operators.second_derivative import refuse_second_derivative_of_compiled
 from .reference import unit_rows
@@ -23,7 +23,7 @@ from .types import ENQUEUES, Cost, Enqueue, Pairing, Reduction, WeightGrad, arit
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .types import CACRParts, MomentumModuleKeywords, QueueModuleKeywords, ViewsKeywords
+    from .types import CACRParts, MomentumModuleKeywords, QueueModuleKeywords, SupervisedModuleKeywords, ViewsKeywords
 
 Result = TypeVar("Result", bound="Tensor | CACRParts")
 
@@ -91,6 +91,8 @@ class CACRLoss(_Loss[Result]):
         normalize: bool = True,
         reduction: Reduction = "mean",
         return_parts: bool = False,
+        gather_distributed: bool = False,
+        process_group: Any = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -104,6 +106,8 @@ class CACRLoss(_Loss[Result]):
             normalize=normalize,
             reduction=reduction,
             return_parts=return_parts,
+            gather_distributed=gather_distributed,
+            process_group=process_group,
             backend=backend,
         )
         checks.reduction_of_rbf(cost, reduction)
@@ -140,8 +144,10 @@ class CACRQueueLoss(_Loss[Result]):
     Activation checkpointing is exact where the backward runs before the next call in training; if it does not, pass
     the queue. A reentrant checkpoint runs its forward without gradients: pass ``update_queue=True`` there.
 
-    Under ``DistributedDataParallel`` every rank keeps its own queue: pass ``broadcast_buffers=False``, or the queue of
-    rank 0 replaces the others at every forward. (Its successor ``forward_sync_buffers=False`` copies the buffers of
+    With ``gather_distributed=True`` every rank keeps the same queue: the keys of all ranks, as one process would store
+    them, so that a checkpoint of it serves any number of ranks. Without, every rank keeps its own: pass
+    ``broadcast_buffers=False`` to ``DistributedDataParallel``, or the queue of rank 0 replaces the others at every
+    forward. (Its successor ``forward_sync_buffers=False`` copies the buffers of
     rank 0 once, when wrapping: load a rank's checkpoint after that.) The replicas of ``nn.DataParallel`` cannot fill
     the queue.
 
@@ -193,6 +199,8 @@ class CACRQueueLoss(_Loss[Result]):
         normalize: bool = True,
         reduction: Reduction = "mean",
         return_parts: bool = False,
+        gather_distributed: bool = False,
+        process_group: Any = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -205,6 +213,8 @@ class CACRQueueLoss(_Loss[Result]):
             normalize=normalize,
             reduction=reduction,
             return_parts=return_parts,
+            gather_distributed=gather_distributed,
+            process_group=process_group,
             backend=backend,
         )
         self.queue_size = checks.integer("queue_size", queue_size, 0, 2**62)
@@ -248,7 +258,7 @@ class CACRQueueLoss(_Loss[Result]):
         q, k = checks.queries_and_keys(queries, keys)
         if k.shape[-1] != self.dim:
             raise ValueError(f"keys must have dim = {self.dim} features, got {k.shape[-1]}")
-        k = k.detach()
+        given = k = k.detach()
         self._follow(k.device)
         update = self._updates(update_queue)
         own, valid = self._traced_queue(update) if _traced(self.queue) else self._queue_of_host(update)
@@ -261,7 +271,7 @@ class CACRQueueLoss(_Loss[Result]):
         with checks.without_autocast(call.device):
             loss = call.reduced(call.compute(*call.arguments))
         if update:
-            self._store(k)
+            self._store(self._of_all_ranks(given, k))
         return loss
 
     if TYPE_CHECKING:
@@ -304,10 +314,10 @@ class CACRQueueLoss(_Loss[Result]):
                 "forward: use DistributedDataParallel, or call the loss outside"
             )
             return False
-        if wanted and _ranks() > 1:
+        if wanted and not self.gather_distributed and distributed.count() > 1:
             checks.warn_once(
                 "each rank keeps a queue of its own keys, and DistributedDataParallel overwrites it with that of rank "
-                "0 unless it is made with broadcast_buffers=False",
+                "0 unless it is made with broadcast_buffers=False; gather_distributed=True keeps the keys of all ranks",
                 kind="ranks",
             )
         return wanted
@@ -331,6 +341,14 @@ class CACRQueueLoss(_Loss[Result]):
                     self._writable("incoming_count").zero_()
             filled = int(ring.filled_rows(self.queue_count, self.queue_size))
         return self.queue.detach()[:filled], None
+
+    def _of_all_ranks(self, given: Tensor, prepared: Tensor) -> Tensor:
+        """The keys that are stored, with ``gather_distributed`` those of all ranks, as one process would have them."""
+        group = distributed.find(self.gather_distributed, self.process_group)
+        if group is None:
+            return prepared
+        keys = distributed.in_order_of_ranks(given if self.enqueue == "all" else given[-1:], group)
+        return unit_rows(keys.to(prepared.dtype)) if self.normalize else keys
 
     def _writable(self, name: str) -> Tensor:
         """The buffer for writing: moved to new memory first where a graph or a snapshot uses the old.
@@ -396,11 +414,6 @@ def _traced(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu"
 
 
-def _ranks() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
 class CACRMomentumLoss(_Loss[Result]):
     """:func:`cacr_kernels.cacr_momentum_loss` with ``normalize=True``.
 
@@ -439,6 +452,8 @@ class CACRMomentumLoss(_Loss[Result]):
         normalize: bool = True,
         reduction: Reduction = "mean",
         return_parts: bool = False,
+        gather_distributed: bool = False,
+        process_group: Any = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -447,11 +462,13 @@ class CACRMomentumLoss(_Loss[Result]):
             normalize=normalize,
             reduction=reduction,
             return_parts=return_parts,
+            gather_distributed=gather_distributed,
+            process_group=process_group,
             backend=backend,
         )
 
     def forward(self, queries: Tensor | Sequence[Tensor], keys: Tensor, *, key_offset: int = 0) -> Result:
-        """The loss of queries [V, B, D] or [B, D] with the keys [M, D] of all ranks."""
+        """The loss of queries [V, B, D] or [B, D] with the keys [M, D]: of all ranks, or to be gathered."""
         if isinstance(keys, Tensor) and keys.requires_grad and torch.is_grad_enabled():
             checks.warn_once(
                 "the keys of CACRMomentumLoss get no gradient, but these require one: pass keys.detach(), or take "
@@ -505,6 +522,8 @@ class SupervisedCACRLoss(_Loss[Result]):
         normalize: bool = True,
         reduction: Reduction = "mean",
         return_parts: bool = False,
+        gather_distributed: bool = False,
+        process_group: Any = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -516,6 +535,8 @@ class SupervisedCACRLoss(_Loss[Result]):
             normalize=normalize,
             reduction=reduction,
             return_parts=return_parts,
+            gather_distributed=gather_distributed,
+            process_group=process_group,
             backend=backend,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import torch
@@ -60,6 +60,8 @@ class SharedKeywords(TypedDict, total=False):
 
     normalize: bool
     reduction: Reduction
+    gather_distributed: bool
+    process_group: Any
     backend: str
 
 
@@ -194,3 +196,27 @@ class Terms(NamedTuple):
     repulsion: Tensor
     attraction_entropy: Tensor
     repulsion_entropy: Tensor
+
+
+class Ranks(NamedTuple):
+    """What makes numbers of this rank's queries those of all ``size`` ranks; the ranks have equally many queries.
+
+    ``total`` adds counts. ``rbf`` takes the attraction of this rank's queries and the logs [P] of their mean repulsion,
+    and gives the mean attraction and the logs of all.
+    """
+
+    size: int
+    total: Callable[[Tensor], Tensor]
+    rbf: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class KeySets(NamedTuple):
+    """What the supervised loss leaves out of the sets of its queries, see ``reference.supervised``."""
+
+    ref_index: Tensor | None = None  # [N] int64, -1: none
+    ignore_index: int | None = None
+    queries_first: bool = False
+
+
+WHOLE_SETS = KeySets()
+ALONE = Ranks(1, lambda counts: counts, lambda attraction, log_mean: (attraction, log_mean))

@@ -17,6 +17,8 @@ from torch.autograd import Function
 
 __all__ = [
     "FunctionalTensorMode",  # the mode in which torch.compile asks an operator what it consists of
+    "all_gather",
+    "all_reduce",
     "backward_keeps_graph",
     "below_autograd",
     "destroy",
@@ -29,6 +31,7 @@ __all__ = [
     "operators_stay_whole",
     "plain_apply",
     "positional",
+    "reduce_scatter",
     "transforms_are_active",
     "unwrapped",
     "without_transforms",
@@ -159,3 +162,26 @@ def positional(forward: F) -> F:
     signature = _Positional(list(inspect.signature(forward).parameters.values()))
     forward.__signature__ = signature  # type: ignore[attr-defined]
     return forward
+
+
+# ---- collectives that a compiler traces; ``group`` is the name of a process group ------------------------------------
+def _collective(name: str, *arguments: Any) -> Tensor:
+    """Calls a functional collective and waits for it: the host on a CPU, the current stream on a GPU."""
+    operators = torch.ops._c10d_functional
+    result: Tensor = operators.wait_tensor(getattr(operators, name)(*arguments))
+    return result
+
+
+def all_gather(x: Tensor, size: int, group: str) -> Tensor:
+    """``x`` [n, ...] of all ``size`` ranks as [size n, ...]."""
+    return _collective("all_gather_into_tensor", x, size, group)
+
+
+def reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:
+    """Of ``x`` [size n, ...] the part [n, ...] of this rank, added over all ranks."""
+    return _collective("reduce_scatter_tensor", x, "sum", size, group)
+
+
+def all_reduce(x: Tensor, group: str) -> Tensor:
+    """The sum over all ranks."""
+    return _collective("all_reduce", x, "sum", group)

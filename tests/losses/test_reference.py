@@ -16,7 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import normalize
 
 from cacr_kernels import reference
-from cacr_kernels.types import Numbers, Terms
+from cacr_kernels.types import KeySets, Numbers, Terms
 from tests.vectors_io import Vector, load_vectors, vector_id
 
 TOLERANCE = 1e-10
@@ -260,7 +260,7 @@ def test_supervised_is_the_scalar_loop(
     reference_set = (refs, torch.tensor(ref_labels)) if ref_labels else (None, None)
     options: dict[str, Any] = {"ref_index": torch.tensor(index) if ref_labels and holds_queries else None}
     options["ignore_index"] = ignored
-    terms = supervised(z, torch.tensor(labels), *reference_set, 1.1, 0.9, alpha=2.0, beta=3.0, **options)
+    terms = supervised(z, torch.tensor(labels), *reference_set, 1.1, 0.9, alpha=2.0, beta=3.0, sets=KeySets(**options))
     assert terms.attraction.shape == terms.repulsion.shape == (len(labels),)
     for n, sets, factor, tau in ((0, positives, 2, 1.1), (1, negatives, -3, -0.9)):
         actual, sets_read = terms[n], [costs for costs in sets if costs]

@@ -82,8 +82,8 @@ FAULTS = (
     Fault(
         "losses-pooled-instances",
         PACKAGE + "losses.py",
-        text="ids.repeat(num_views), [(0, 0)]",
-        replacement="ids.repeat_interleave(num_views), [(0, 0)]",
+        text="q_id.repeat(num_views), [(0, 0)]",
+        replacement="q_id.repeat_interleave(num_views), [(0, 0)]",
         why="pooled: other instances pass for views of one",
         tests=(LOSSES, INPUTS),
     ),
@@ -106,7 +106,7 @@ FAULTS = (
     Fault(
         "losses-references-are-not-the-queries",
         PACKAGE + "losses.py",
-        text="kinds, q_self = [SAME_NOT_SELF if keys_are_queries else SAME, OTHER], None",
+        text="kinds, q_self = [SAME_NOT_SELF if keys_are_queries or queries_first else SAME, OTHER], None",
         replacement="kinds, q_self = [SAME_NOT_SELF, OTHER], None",
         why="supervised: reference i is no positive of query i",
         tests=(LOSSES, INPUTS),
@@ -314,7 +314,7 @@ FAULTS = (
     Fault(
         "losses-sum-of-those-that-count",
         PACKAGE + "functional.py",
-        text="counted = None if ignored is None else y != ignored",
+        text="counted = None if ignored is None else ranks.total((y != ignored).sum()) / (len(y) * ranks.size)",
         replacement="counted = None",
         why="ignored embeddings count in the sum",
         tests=REFERENCE_SET,

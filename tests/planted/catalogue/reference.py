@@ -91,8 +91,8 @@ FAULTS = (
     Fault(
         "reference-nonempty-factor",
         FILE,
-        text="return stats.nonempty.numel() / count",
-        replacement="return count / stats.nonempty.numel()",
+        text="factor = len(embeddings) * ranks.size / counts.to(c.dtype)",
+        replacement="factor = counts.to(c.dtype) / (len(embeddings) * ranks.size)",
         why="supervised rows carry the share of queries with a set instead of its inverse",
         tests=TESTS,
     ),
