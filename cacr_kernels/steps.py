@@ -119,14 +119,15 @@ def reduce(
 ) -> Any:
     """The terms cancel in their sum: it is taken in the dtype they come in, float64 from ``contrast``.
 
-    ``counted``: which rows there are, the others being 0 and left out of the mean of ``"none"``; by default all.
+    ``counted``: the share of the rows of all ranks that count, 0-dim; the others are 0 and left out of the mean of
+    ``"none"``. By default all count.
     """
     attraction, repulsion = terms.attraction.mean(), terms.repulsion.mean()
     if reduction == "mean":
         loss = attraction + repulsion
     else:
         loss = terms.attraction + terms.repulsion
-        loss = loss if counted is None else loss * counted.to(loss.dtype).mean()
+        loss = loss if counted is None else loss * counted.to(loss.dtype)
         loss = loss.sum() if reduction == "sum" else loss
     if not return_parts:
         return loss.to(dtype)

@@ -231,8 +231,8 @@ CUDA_FAULTS = (
     Foreign(
         "foreign-cuda-self-of-the-second-row",
         CUDA + "tile/similarities.cuh",
-        text="if (column == at.row + 8 + diagonal) found.self |= 4u << bit_of(n, e);",
-        replacement="if (column == at.row + diagonal) found.self |= 4u << bit_of(n, e);",
+        text="if (tag.key == row[h].key ||",
+        replacement="if (tag.key == row[0].key ||",
         why="supervised, 9 embeddings of one class: the ninth is its own positive",
         tests=OF_CUDA,
     ),
@@ -242,8 +242,8 @@ PYTHON_FAULTS = (
     Foreign(
         "foreign-python-mixed-precision-of-the-queue",
         PACKAGE + "steps.py",
-        text="    dtype = arithmetic_dtype(*tensors)\n",
-        replacement="    dtype = arithmetic_dtype(tensors[0])\n",
+        text="given, dtype = tensors, arithmetic_dtype(*tensors)\n",
+        replacement="given, dtype = tensors, arithmetic_dtype(tensors[0])\n",
         why="float32 queries with a float64 queue: the loss is float32, float64 is promised",
         tests=OF_PYTHON,
     ),
