@@ -248,7 +248,7 @@ FAULTS = (
         tests=CONTRAST,
     ),
     Fault(
-        "contrast-given-self",
+        "operators-given-self",
         OPERATORS + "contrast.py",
         text="        i = i if spec.q_self is None else spec.q_self[rows]\n",
         replacement="",
@@ -256,7 +256,7 @@ FAULTS = (
         tests=REFERENCE_SET,
     ),
     Fault(
-        "contrast-ignored",
+        "operators-ignored",
         OPERATORS + "contrast.py",
         text=" & (spec.k_id[None, keys] >= 0)",
         replacement="",
