@@ -119,8 +119,7 @@ def reduce(
 ) -> Any:
     """The terms cancel in their sum: it is taken in the dtype they come in, float64 from ``contrast``.
 
-    ``counted``: the share of the rows of all ranks that count, 0-dim; the others are 0 and left out of the mean of
-    ``"none"``. By default all count.
+    ``counted``: the share of the rows that the mean of ``"none"`` is taken over, the others being 0; by default all.
     """
     attraction, repulsion = terms.attraction.mean(), terms.repulsion.mean()
     if reduction == "mean":
