@@ -49,7 +49,7 @@ FAULTS = (
     Fault(
         "losses-positive-among-negatives",
         PACKAGE + "losses.py",
-        text="ContrastSpec(ids[key_offset : key_offset + batch], ids, [OTHER]",
+        text="ContrastSpec(ids[positives], ids, [OTHER]",
         replacement="ContrastSpec(ids[:batch], ids, [OTHER]",
         why="momentum loss with a key offset: the positive is among the negatives",
         tests=INPUTS,
@@ -277,5 +277,13 @@ FAULTS = (
         replacement="if not isinstance(value, int | float | numbers.Real):",
         why="True is taken for a temperature",
         tests=REFUSALS,
+    ),
+    Fault(
+        "losses-zero-keys",
+        "cacr_kernels/losses.py",
+        text="logit = tau * (length + 1).detach()",
+        replacement="logit = tau * length.detach()",
+        why="momentum, sqeuclidean: zero keys weigh as if the others were no unit vectors",
+        tests=("tests/losses/test_zero_vectors.py",),
     ),
 )
