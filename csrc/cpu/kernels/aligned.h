@@ -63,7 +63,7 @@ struct Aligned {
       if (u == v) continue;
       V d = load(at(cost, v, u)) - top_cost - delta, w = load(at(gradient, v, u)) * inverse;
       variance += w * d * d;
-      store<T>(at(gradient, v, u), scale * w * (tau * d + T(1)));
+      store<T>(at(gradient, v, u), cost_gradient(scale, w, tau, d));
     }
     for (idx l = 0; l < n; l++) {
       const idx i = v * t.B + b + l;
