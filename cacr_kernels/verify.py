@@ -2,7 +2,7 @@
 
 For each backend and dtype, every case of :mod:`cacr_kernels.testing`: loss and gradients against the float64 reference,
 beside the error of the eager form; then ``gradcheck`` of the backend itself in float64. Exit status: 0 all right, 1 a
-check failed, 2 the arguments cannot be used.
+check failed, 2 the arguments cannot be used. With ``--distributed`` see :mod:`cacr_kernels.verify_distributed`.
 """
 
 from __future__ import annotations
@@ -274,7 +274,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.json:
             Path(options.json).touch()  # now, not after minutes
         if options.distributed or options.processes is not None:
-            return verify_distributed.main(names, options.device, options.processes, options.json)
+            order = verify_distributed.Order(names, options.device, options.quick, options.json)
+            return verify_distributed.main(order, options.processes)
     except (ValueError, RuntimeError, OSError, AssertionError) as error:  # torch asserts that it knows CUDA
         print(f"cacr-verify: {error}", file=sys.stderr)
         return 2

@@ -171,18 +171,27 @@ def _share(error: float, limit: float) -> float:
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
-def main(backends: list[str], device: str, processes: int | None, report: str | None) -> int:
+class Order(NamedTuple):
+    """What is to be checked: ``quick`` is every fourth case; ``report`` is a file, if one is wanted."""
+
+    backends: list[str]
+    device: str
+    quick: bool = False
+    report: str | None = None
+
+
+def main(order: Order, processes: int | None) -> int:
     """Compares in the processes of torchrun, or in ``processes`` that it starts; returns the exit status."""
     if processes is None:
         missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
         if missing:
             raise ValueError("--distributed: start it with torchrun --nproc-per-node N -m, or give --processes N")
-        return _of_rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), None, backends, device, report)
+        return run_rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), None, order)
     if processes < 1:
         raise ValueError(f"--processes must be at least 1, got {processes}")
     multiprocessing: Any = torch.multiprocessing
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (processes, Path(folder) / "store", backends, device, report)
+        arguments = (processes, Path(folder) / "store", order)
         try:
             multiprocessing.spawn(_process, arguments, nprocs=processes)
         except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException) as error:
@@ -194,21 +203,21 @@ def main(backends: list[str], device: str, processes: int | None, report: str | 
 
 def _process(rank: int, *arguments: Any) -> None:
     torch.set_num_threads(1)
-    sys.exit(_of_rank(rank, *arguments))
+    sys.exit(run_rank(rank, *arguments))
 
 
-def _of_rank(rank: int, size: int, store: Path | None, backends: list[str], device: str, report: str | None) -> int:
+def run_rank(rank: int, size: int, store: Path | None, order: Order) -> int:
     """What one process does; the exit status is the same on all ranks."""
-    where = torch.device(device)
+    where = torch.device(order.device)
     if where.type == "cuda":
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
         torch.cuda.set_device(where)
     with distributed.connected(where, store, rank, size) as group, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rows: list[Row] = []
-        for backend in backends:
+        for backend in order.backends:
             for dtype in (torch.float64, torch.float32):
-                for case in cases_in(dtype, size):
+                for case in cases_in(dtype, size)[:: 4 if order.quick else 1]:
                     try:
                         rows.append(compare(case, backend, dtype, group, where))
                     except Exception:  # the others wait in a collective: they end with this process
@@ -219,9 +228,9 @@ def _of_rank(rank: int, size: int, store: Path | None, backends: list[str], devi
         failures = distributed.stacked(torch.tensor([failed], dtype=torch.int64, device=where), group)
         if rank == 0:
             print_rows(rows, size)
-            if report:
+            if order.report:
                 found = {"processes": size, "ok": not failed, "checks": [r._asdict() | {"ok": r.ok} for r in rows]}
-                Path(report).write_text(json.dumps(found, indent=1), encoding="utf-8")
+                Path(order.report).write_text(json.dumps(found, indent=1), encoding="utf-8")
     return int(failures.sum().item() > 0)
 
 
