@@ -62,6 +62,12 @@ def cases(world: int) -> list[Case]:
         for reduction in ("mean", "sum", "none"):
             shape = {"B": world * B, "D": D, "M": world * references, "C": 3}
             found.append(Case("supervised_cacr_loss", shape, taus | {"reduction": reduction}))
+    for reduction in ("mean", "none"):
+        shape = {"B": world * B, "D": D, "M": 0, "C": 3}
+        found.append(Case("supervised_cacr_loss", shape, taus | {"ignore_index": 1, "reduction": reduction}))
+        shape |= {"M": world * 6, "S": 1}  # queries in the reference set
+        found.append(Case("supervised_cacr_loss", shape, taus | {"reduction": reduction}))
+        found.append(Case("supervised_cacr_loss", shape, taus | {"ignore_index": 2, "reduction": reduction}))
     # labels that one rank alone has, and queries without a positive
     found.append(Case("supervised_cacr_loss", {"B": world * B, "D": D, "M": 0, "C": world * B}, taus))
     found.append(Case("supervised_cacr_loss", {"B": world, "D": D, "M": 0, "C": 2}, taus))
@@ -95,6 +101,17 @@ def _of_queues(world: int) -> Iterator[Case]:
 
 
 # ---- the parts of a batch --------------------------------------------------------------------------------------------
+def batch(case: Case, dtype: torch.dtype, device: torch.device, size: int) -> dict[str, Tensor]:
+    """The whole batch of a case, in which a query that is in the reference set is in the part of its own rank."""
+    inputs = testing.rounded(testing.make_inputs(case), dtype, device)
+    if "ref_index" in inputs:
+        queries, references = (inputs[name].shape[0] // size for name in ("ref_index", "ref_labels"))
+        i = torch.arange(size * queries, dtype=torch.int64, device=device)
+        within = 5 * i % (references + 1) - 1
+        inputs["ref_index"] = torch.where(within < 0, -1, within + i // queries * references)
+    return inputs
+
+
 def part(name: str, x: Tensor, group: distributed.Group) -> Tensor:
     """What this rank holds of an argument of the whole batch."""
     if name == "queue":
@@ -114,6 +131,9 @@ def momentum_part(keys: Tensor, group: distributed.Group) -> tuple[Tensor, int]:
 def quantities(case: Case, inputs: dict[str, Tensor], backend: str, group: distributed.Group) -> dict[str, Tensor]:
     """Loss and gradients of the batch ``inputs`` as the ranks find them together; compare ``actual_quantities``."""
     own = {name: part(name, x, group) for name, x in inputs.items()}
+    if "ref_index" in own:
+        first = group.rank * own["ref_labels"].shape[0]
+        own["ref_index"] = torch.where(own["ref_index"] < 0, -1, own["ref_index"] - first)
     options = dict(case.options)
     if case.loss == "cacr_momentum_loss":
         own["keys"], options["key_offset"] = momentum_part(inputs["keys"], group)
@@ -139,8 +159,10 @@ def quantities(case: Case, inputs: dict[str, Tensor], backend: str, group: distr
 
 
 def cases_in(dtype: torch.dtype, world: int) -> list[Case]:
-    """The rule for float32 knows rows and their mean, not their sum."""
-    return [case for case in cases(world) if dtype == torch.float64 or case.options.get("reduction") != "sum"]
+    """The rule for float32 knows rows and their mean, not their sum, and reference sets of one process."""
+    if dtype == torch.float64:
+        return cases(world)
+    return [case for case in cases(world) if case.options.get("reduction") != "sum" and not case.shape.get("S")]
 
 
 # ---- comparison ------------------------------------------------------------------------------------------------------
@@ -149,7 +171,7 @@ def compare(case: Case, backend: str, dtype: torch.dtype, group: distributed.Gro
     first = group.rank == 0
     errors: dict[str, tuple[float, float]] = {}
     if dtype == torch.float64:
-        inputs = testing.rounded(testing.make_inputs(case), dtype, device)
+        inputs = batch(case, dtype, device, group.size)
         found = quantities(case, inputs, backend, group)
         if first:
             truth = testing.actual_quantities(case, inputs, backend)
