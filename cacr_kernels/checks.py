@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .backends.table import check_option as check_backend
+from .operators.registry import constant_while_compiling
 from .types import Cost, Pairing, Reduction, WeightGrad, widest_dtype
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -117,7 +118,7 @@ def _stacked(name: str, value: Sequence[Any], at_least: int) -> Tensor:
         return torch.stack([z.to(dtype) for z in parts])
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_compiling
 def _autocast_available(device_type: str) -> bool:
     """Whether there is an autocast to leave; Dynamo of torch 2.11 cannot ask."""
     available: bool = torch.amp.is_autocast_available(device_type)

@@ -390,7 +390,7 @@ def cacr_momentum_loss(
         (temperature,) = as_variables(q.device, temperature)
         options: Any = {"cost": cost, "key_offset": key_offset}
         if on.operators:
-            terms = losses.momentum(on, q.contiguous(), k.contiguous(), temperature, **options)
+            terms = losses.momentum(on, q.contiguous(), k.contiguous(), temperature, **options, zero_keys=normalize)
         else:
             terms = reference.momentum(q, k, temperature, **options)
         return reduce(connected(terms, temperature), reduction, return_parts, q.dtype)
@@ -506,7 +506,7 @@ def supervised_cacr_loss(
         arguments: Any = (z, y, ref[0] if ref else None, ref_labels, numbers)
         supervised = partial(losses.supervised, on) if on.operators else reference.supervised
         terms = supervised(*arguments, sets=sets, ranks=ranks)
-        counted = None if ignored is None else ranks.total((y != ignored).sum()) / (len(y) * ranks.size)
+        counted = None if ignored is None else ranks.total((y != ignored).sum()).to(z.dtype) / (len(y) * ranks.size)
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype, counted)
 
 

@@ -16,6 +16,7 @@ from cacr_kernels.types import OTHER, SAME_NOT_SELF
 from tests.agreement import assert_agree, assert_within_budget, cast, run, small_inputs
 from tests.cuda.emulated_backend import emulated_cuda
 from tests.cuda.emulated_cuda import Emulation
+from tests.losses.test_reference_set import with_index
 from tests.vectors_io import load_vectors, vector_id
 
 TOLERANCE = 1e-10
@@ -191,6 +192,17 @@ def test_many_views():
     losses = [cacr_kernels.cacr_loss(z, backend=name, pairing="ordered") for name in ("cuda", "reference")]
     close(losses[0].detach(), losses[1].detach())
     close(*(torch.autograd.grad(loss, z)[0] for loss in losses))
+
+
+@pytest.mark.parametrize("ignore", [None, 1])
+@pytest.mark.parametrize("refs", [False, True])
+def test_queries_in_the_reference_set(refs, ignore):
+    """Rows that are queries themselves, and rows in no set, in several tiles."""
+    tensors = with_index(66, 70, 9, seed=1)
+    tensors = tensors if refs else {name: tensors[name] for name in ("embeddings", "labels")}
+    options = {"reduction": "none", "ignore_index": ignore, "tau_neg": 2.0}
+    expected = run("supervised", tensors, "reference", **options)
+    assert_agree(run_emulated("supervised", tensors, **options), expected, TOLERANCE)
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------

@@ -329,7 +329,7 @@ def test_rows_that_are_none_are_nobodys() -> None:
     """Where the values of ``ref_index`` are not looked at, one that is out of range stands for no row."""
     labels = torch.tensor([0, 1])
     for index in ([5, -9], [0, 2], [-1, -1]):
-        read = losses.rows_in_sets(labels, labels, torch.tensor(index), None)
+        read = losses.rows_in_sets(labels, labels, torch.tensor(index), None, everywhere=True)
         assert all(rows.all() for rows in read)
     labels, index = (t.to("meta") for t in (labels, torch.tensor(index)))
-    assert [rows.shape for rows in losses.rows_in_sets(labels, labels, index, 1)] == [(2,), (2,)]
+    assert [rows.shape for rows in losses.rows_in_sets(labels, labels, index, 1, everywhere=True)] == [(2,), (2,)]

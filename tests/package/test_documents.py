@@ -31,9 +31,12 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@each_page
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/several_processes.md"])
 def test_snippets_run(page: str) -> None:
-    """One after the other, as a reader would type them; what a reader has already stands in a comment before."""
+    """One after the other, as a reader would type them; what a reader has already stands in a comment before.
+
+    The example of several processes is run by ``tests/distributed/test_verify.py``.
+    """
     text = text_of(page)
     names: dict[str, object] = {"__name__": page}
     found = list(SNIPPET.finditer(text))

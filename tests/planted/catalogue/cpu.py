@@ -245,8 +245,8 @@ FAULTS = (
     Fault(
         "cpu-tail-of-views",
         KERNELS + "aligned.h",
-        text="for (; d < t.D; d++) s0[d % W] +=",
-        replacement="for (d++; d < t.D; d++) s0[d % W] +=",
+        text="for (; d < t.D; d++) r[l][d % W] +=",
+        replacement="for (d++; d < t.D; d++) r[l][d % W] +=",
         why="costs between views lack a feature",
         tests=(CACR,),
     ),
