@@ -11,7 +11,7 @@ from torch import Tensor
 from . import checks, reference
 from .backends.entry import Backend, Size
 from .backends.table import choose
-from .operators.registry import Target
+from .operators.registry import Target, tracing
 from .types import (
     REDUCTIONS,
     CACRParts,
@@ -91,7 +91,7 @@ def connected(terms: Terms, *temperatures: float | Tensor) -> Terms:
     """
     attraction = terms.attraction
     for tau in temperatures:
-        if isinstance(tau, Tensor) and (tau.requires_grad or torch.jit.is_tracing()):
+        if isinstance(tau, Tensor) and (tau.requires_grad or tracing()):
             attraction = attraction + tau.expand(0).sum().to(attraction)
     return terms._replace(attraction=attraction)
 
