@@ -167,6 +167,7 @@ struct Kernels {
 
   size_t (*aligned_scratch)(int64_t views);
   void (*aligned)(const AlignedParams<T>&);
+  void (*positives)(const PositivesParams<T>&);
 
   size_t (*detached_keys_scratch)(const DetachedKeysParams<T>&);
   size_t (*detached_keys_state)(const DetachedKeysParams<T>&);
