@@ -208,24 +208,24 @@ def _process(rank: int, *arguments: Any) -> None:
 
 def run_rank(rank: int, size: int, store: Path | None, order: Order) -> int:
     """What one process does; the exit status is the same on all ranks."""
-    where = torch.device(order.device)
-    if where.type == "cuda":
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
-        torch.cuda.set_device(where)
-    with distributed.connected(where, store, rank, size) as group, warnings.catch_warnings():
+    device = torch.device(order.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
+        torch.cuda.set_device(device)
+    with distributed.connected(device, store, rank, size) as group, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rows: list[Row] = []
         for backend in order.backends:
             for dtype in (torch.float64, torch.float32):
                 for case in cases_in(dtype, size)[:: 4 if order.quick else 1]:
                     try:
-                        rows.append(compare(case, backend, dtype, group, where))
+                        rows.append(compare(case, backend, dtype, group, device))
                     except Exception:  # the others wait in a collective: they end with this process
                         print(f"FAILED on rank {rank}: {backend} {dtype} {case.name}", file=sys.stderr)
                         traceback.print_exc()
                         os._exit(1)
         failed = sum(not row.ok for row in rows)
-        failures = distributed.stacked(torch.tensor([failed], dtype=torch.int64, device=where), group)
+        failures = distributed.stacked(torch.tensor([failed], dtype=torch.int64, device=device), group)
         if rank == 0:
             print_rows(rows, size)
             if order.report:
