@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .operators.second_derivative import refuse_second_derivative_of_compiled
 from .steps import (
     as_variables,
     check_shared,
+    checked_ref_index,
     choose_backend,
     connected,
     prepare,
@@ -32,57 +33,38 @@ from .types import (
     CACROptions,
     CACRParts,
     Cost,
+    KeySets,
     Numbers,
     Pairing,
     Reduction,
     Terms,
+    Views,
     WeightGrad,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .types import MomentumKeywords, QueueKeywords, SupervisedKeywords, ViewsKeywords
+
 
 @overload
 def cacr_loss(
-    views: Tensor | Sequence[Tensor],
-    *,
-    tau_pos: float | Tensor = ...,
-    tau_neg: float | Tensor = ...,
-    alpha: float = ...,
-    beta: float = ...,
-    pairing: Pairing = ...,
-    cost: Cost = ...,
-    rbf_scale: float = ...,
-    normalize: bool = ...,
-    reduction: Reduction = ...,
-    return_parts: Literal[False] = ...,
-    gather_distributed: bool = ...,
-    process_group: Any = ...,
-    backend: str = ...,
+    views: Views, *more: Tensor, return_parts: Literal[False] = ..., **options: Unpack[ViewsKeywords]
 ) -> Tensor: ...
-
-
 @overload
 def cacr_loss(
-    views: Tensor | Sequence[Tensor],
-    *,
-    tau_pos: float | Tensor = ...,
-    tau_neg: float | Tensor = ...,
-    alpha: float = ...,
-    beta: float = ...,
-    pairing: Pairing = ...,
-    cost: Cost = ...,
-    rbf_scale: float = ...,
-    normalize: bool = ...,
-    reduction: Reduction = ...,
-    return_parts: bool,
-    gather_distributed: bool = ...,
-    process_group: Any = ...,
-    backend: str = ...,
-) -> Any: ...
+    views: Views, *more: Tensor, return_parts: Literal[True], **options: Unpack[ViewsKeywords]
+) -> CACRParts: ...
+@overload
+def cacr_loss(
+    views: Views, *more: Tensor, return_parts: bool, **options: Unpack[ViewsKeywords]
+) -> Tensor | CACRParts: ...
 
 
 def cacr_loss(
     views: Tensor | Sequence[Tensor],
-    *,
+    *more: Tensor,
     tau_pos: float | Tensor = 1.0,
     tau_neg: float | Tensor = 1.0,
     alpha: float = 1.0,
@@ -110,6 +92,7 @@ def cacr_loss(
     Args:
         views: tensor [V, B, D], or a sequence of V >= 2 tensors [B, D], on one device; float16, bfloat16, float32 or
             float64. ``views[v, b]`` is view v of instance b.
+        more: the other views, if ``views`` is only the first: ``cacr_loss(z0, z1)`` is ``cacr_loss([z0, z1])``.
         tau_pos, tau_neg: inverse temperatures >= 0 (per unit of squared distance); numbers, or 0-dim or
             one-element tensors, which receive gradients. 0 gives uniform weights.
         alpha, beta: weights of the two terms.
@@ -125,7 +108,7 @@ def cacr_loss(
         backend: ``"auto"``, or a name from :func:`cacr_kernels.available_backends`.
 
     Returns:
-        The loss, float32 or, if an input is, float64.
+        The loss, float32 or, if an input is, float64; :class:`CACRParts` if ``return_parts``.
 
     Raises:
         TypeError: wrong type or dtype.
@@ -150,8 +133,9 @@ def cacr_loss(
         >>> round(cacr_kernels.cacr_loss(z).item(), 4)
         -2.0
     """
-    views, tau_pos, tau_neg = refuse_second_derivative_of_compiled(views, tau_pos, tau_neg)
-    z = checks.views("views", views, at_least=2)
+    given = [views, *more] if more else views
+    given, tau_pos, tau_neg = refuse_second_derivative_of_compiled(given, tau_pos, tau_neg)
+    z = checks.views("views", given, at_least=2)
     tau_pos = checks.temperature("tau_pos", tau_pos, z.device)
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
     alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
@@ -176,6 +160,20 @@ def cacr_loss(
         else:
             terms = reference.cacr(z, numbers, **options)
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype)
+
+
+@overload
+def cacr_queue_loss(
+    queries: Views, keys: Views, queue: Tensor, *, return_parts: Literal[False] = ..., **options: Unpack[QueueKeywords]
+) -> Tensor: ...
+@overload
+def cacr_queue_loss(
+    queries: Views, keys: Views, queue: Tensor, *, return_parts: Literal[True], **options: Unpack[QueueKeywords]
+) -> CACRParts: ...
+@overload
+def cacr_queue_loss(
+    queries: Views, keys: Views, queue: Tensor, *, return_parts: bool, **options: Unpack[QueueKeywords]
+) -> Tensor | CACRParts: ...
 
 
 def cacr_queue_loss(
@@ -212,13 +210,21 @@ def cacr_queue_loss(
         weight_grad: which softmax logits of the repulsion are differentiated: ``"in_batch"`` (published; those of the
             queue are not), ``"full"``, ``"none"``.
         tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, gather_distributed, process_group, backend:
-            see :func:`cacr_loss`; ``reduction="none"`` gives [V, B], or [B]. Queries are gathered, the queue is not: it
-            has to be the same on all ranks.
+            see :func:`cacr_loss`. Queries are gathered, the queue is not: it has to be the same on all ranks.
+
+    Returns:
+        The loss or :class:`CACRParts`, as :func:`cacr_loss`; values [V, B], or [B] with ``reduction="none"``.
 
     Raises:
         TypeError, ValueError: see :func:`cacr_loss`.
 
     Source: the published MoCo v2 code with ``K`` and ``unif_intra_batch``.
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> basis = torch.eye(8)
+        >>> cacr_kernels.cacr_queue_loss(basis[:4], basis[:4], basis[4:]).item()
+        -2.0
     """
     numbers = tau_pos, tau_neg, alpha, beta
     ranks = gather_distributed, process_group
@@ -302,6 +308,20 @@ def queue_call(
     return QueueCall(q.device, partial(compute, **options_of_queue), arguments, reduced)
 
 
+@overload
+def cacr_momentum_loss(
+    queries: Views, keys: Tensor, *, return_parts: Literal[False] = ..., **options: Unpack[MomentumKeywords]
+) -> Tensor: ...
+@overload
+def cacr_momentum_loss(
+    queries: Views, keys: Tensor, *, return_parts: Literal[True], **options: Unpack[MomentumKeywords]
+) -> CACRParts: ...
+@overload
+def cacr_momentum_loss(
+    queries: Views, keys: Tensor, *, return_parts: bool, **options: Unpack[MomentumKeywords]
+) -> Tensor | CACRParts: ...
+
+
 def cacr_momentum_loss(
     queries: Tensor | Sequence[Tensor],
     keys: Tensor,
@@ -318,26 +338,37 @@ def cacr_momentum_loss(
 ) -> Any:
     """CACR with momentum keys of all ranks, MoCo v3 style, with one temperature T > 0.
 
-    With k+ = keys[key_offset + b] and p_v = softmax_v(|q_v - k+|^2 / T), detached, per instance b::
+    Per instance b, with the positive k+, and with p and w detached::
 
+        k+  = keys[key_offset + b]
+        p_v = softmax_v(|q_v - k+|^2 / T)
         "rbf":          sum_v p_v 2T (logsumexp_j(q_v.k_j / T) - q_v.k+ / T)
         "sqeuclidean":  sum_v p_v (|q_v - k+|^2 - sum_{j != +} w_j |q_v - k_j|^2) / 2,   w = softmax_j(q_v.k_j / T)
-    with w detached too.
 
     Args:
-        queries: [V, B, D], V >= 1 (or a sequence of V tensors [B, D]); unit vectors, or set ``normalize``.
+        queries: [V, B, D], V >= 1 (or a sequence of V tensors [B, D], or one tensor [B, D]); unit vectors, or set
+            ``normalize``.
         keys: [M, D], M >= key_offset + B, of all ranks; detached; unit vectors, or set ``normalize``.
         temperature: T > 0 (a divisor here, as published), a number, or a 0-dim or one-element tensor.
         cost: ``"rbf"`` or ``"sqeuclidean"``.
         key_offset: index of the key that belongs to query 0 (rank times B, if the caller gathered the keys).
-        normalize, reduction, return_parts, gather_distributed, process_group, backend: see :func:`cacr_loss`;
-            ``reduction="none"`` gives [B]. With ``gather_distributed=True`` the keys are those of this rank, in which
-            ``key_offset`` counts; the keys of all ranks are gathered.
+        normalize, reduction, return_parts, gather_distributed, process_group, backend: see :func:`cacr_loss`. With
+            ``gather_distributed=True`` the keys are those of this rank, in which ``key_offset`` counts; the keys of all
+            ranks are gathered.
+
+    Returns:
+        The loss or :class:`CACRParts`, as :func:`cacr_loss`; values [B] with ``reduction="none"``.
 
     Raises:
         TypeError, ValueError: see :func:`cacr_loss`.
 
     Source: the published ``cacr_rbfloss`` and ``cacr_euclideanloss`` (the latter summed over instances).
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> q = torch.eye(4)
+        >>> round(cacr_kernels.cacr_momentum_loss([q], q, temperature=0.1).item(), 6)
+        2.7e-05
     """
     queries, temperature = refuse_second_derivative_of_compiled(queries, temperature)
     q = checks.views("queries", queries, at_least=1)
@@ -348,7 +379,7 @@ def cacr_momentum_loss(
     checks.option("cost", cost, COSTS)
     if k.shape[0] < q.shape[1]:
         raise ValueError(f"keys must hold at least the B = {q.shape[1]} keys of the queries, got M = {k.shape[0]}")
-    checks.integer("key_offset", key_offset, 0, k.shape[0] - q.shape[1])
+    key_offset = checks.integer("key_offset", key_offset, 0, k.shape[0] - q.shape[1])
     check_shared(normalize, reduction, return_parts)
     group = group_of(gather_distributed, process_group, {"queries": q, "keys": k})
     _, on = choose_backend(backend, [q, k], normalize, math.inf)
@@ -359,10 +390,24 @@ def cacr_momentum_loss(
         (temperature,) = as_variables(q.device, temperature)
         options: Any = {"cost": cost, "key_offset": key_offset}
         if on.operators:
-            terms = losses.momentum(on, q.contiguous(), k.contiguous(), temperature, **options)
+            terms = losses.momentum(on, q.contiguous(), k.contiguous(), temperature, **options, zero_keys=normalize)
         else:
             terms = reference.momentum(q, k, temperature, **options)
         return reduce(connected(terms, temperature), reduction, return_parts, q.dtype)
+
+
+@overload
+def supervised_cacr_loss(
+    embeddings: Tensor, labels: Tensor, *, return_parts: Literal[False] = ..., **options: Unpack[SupervisedKeywords]
+) -> Tensor: ...
+@overload
+def supervised_cacr_loss(
+    embeddings: Tensor, labels: Tensor, *, return_parts: Literal[True], **options: Unpack[SupervisedKeywords]
+) -> CACRParts: ...
+@overload
+def supervised_cacr_loss(
+    embeddings: Tensor, labels: Tensor, *, return_parts: bool, **options: Unpack[SupervisedKeywords]
+) -> Tensor | CACRParts: ...
 
 
 def supervised_cacr_loss(
@@ -371,6 +416,8 @@ def supervised_cacr_loss(
     *,
     ref_embeddings: Tensor | None = None,
     ref_labels: Tensor | None = None,
+    ref_index: Tensor | None = None,
+    ignore_index: int | None = None,
     tau_pos: float | Tensor = 1.0,
     tau_neg: float | Tensor = 1.0,
     alpha: float = 1.0,
@@ -384,38 +431,59 @@ def supervised_cacr_loss(
 ) -> Any:
     """CACR with labels: positives share the query's label (not itself), negatives have another.
 
+    ::
+
+        attraction = alpha mean_i sum_j w c(z[i], z[j]),   y[j] == y[i], j != i,   w = softmax_j(+tau_pos c)
+        repulsion  = -beta mean_i sum_j w c(z[i], z[j]),   y[j] != y[i],           w = softmax_j(-tau_neg c)
+
     The attraction is averaged over the queries that have a positive, the repulsion over those that have a negative.
 
     Args:
         embeddings: [N, D], the queries, and the keys too unless a reference set is given.
         labels: [N], of any integer dtype.
         ref_embeddings, ref_labels: [M, D] and [M], the keys; both or none. They receive gradient like the embeddings.
+        ref_index: [N], of any integer dtype: the row of the reference set that *is* query i, or -1. Give it where the
+            reference set may hold the queries, as a bank or a gathered batch does: else such a row is a positive of
+            its own query, at distance 0. It is in no set of that query. On a GPU the values are not looked at.
+        ignore_index: embeddings (of the reference set, too) with this label are left out, as if they were not given:
+            they are in no set and not read, and nothing flows to them.
         tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, gather_distributed, process_group, backend:
-            see :func:`cacr_loss`; ``reduction="none"`` gives [N]. Embeddings and labels are gathered, or the parts of a
-            reference set that the ranks pass; queries with positives or negatives are counted over all ranks.
+            see :func:`cacr_loss`. Embeddings and labels are gathered, or the parts of a reference set that the ranks
+            pass, in which ``ref_index`` counts; queries with positives or negatives are counted over all ranks.
+
+    Returns:
+        The loss or :class:`CACRParts`, as :func:`cacr_loss`; values [N] with ``reduction="none"``, with 0 for ignored
+        embeddings; the mean of the others is the loss.
 
     Raises:
         TypeError, ValueError: see :func:`cacr_loss`.
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> cacr_kernels.supervised_cacr_loss(torch.eye(3)[[0, 0, 1, 1]], torch.tensor([7, 7, 8, 8])).item()
+        -2.0
     """
     embeddings, ref_embeddings, tau_pos, tau_neg = refuse_second_derivative_of_compiled(
         embeddings, ref_embeddings, tau_pos, tau_neg
     )
-    z = checks.nonempty("embeddings", checks.float_tensor("embeddings", embeddings, "[N, D]"), "[N, D]")
+    z = checks.embeddings("embeddings", embeddings, "[N, D]", "labels")
     y = checks.labels("labels", labels, "embeddings", z)
     if (ref_embeddings is None) != (ref_labels is None):
         given, missing = (
             ("ref_labels", "ref_embeddings") if ref_embeddings is None else ("ref_embeddings", "ref_labels")
         )
         raise ValueError(f"{missing} must be given together with {given}, got None")
+    ignored = checks.ignore_index(ignore_index, labels)
     tensors = [z]
     if ref_embeddings is not None:
-        r = checks.nonempty("ref_embeddings", checks.float_tensor("ref_embeddings", ref_embeddings, "[M, D]"), "[M, D]")
+        r = checks.embeddings("ref_embeddings", ref_embeddings, "[M, D]", "ref_labels")
         checks.same_device("ref_embeddings", r, "embeddings", z)
         checks.same_dim("ref_embeddings", r, "embeddings", z)
         as_int64 = checks.labels("ref_labels", ref_labels, "ref_embeddings", r)
         checks.comparable("ref_labels", ref_labels, "labels", labels)  # type: ignore[arg-type]
         ref_labels = as_int64
         tensors.append(r)
+    own_rows = checked_ref_index(ref_index, z, ref_embeddings)
     tau_pos = checks.temperature("tau_pos", tau_pos, z.device)
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
     alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
@@ -425,16 +493,21 @@ def supervised_cacr_loss(
     )
     _, on = choose_backend(backend, tensors, normalize, similarities_of_embeddings(tensors), group)
     with checks.without_autocast(z.device):
+        if own_rows is not None or ignored is not None:
+            read = losses.rows_in_sets(y, ref_labels, own_rows, ignored, everywhere=group is None)
+            tensors = [torch.where(rows[:, None], t, 0.0) for rows, t in zip(read, tensors, strict=True)]
         (z, *ref), (keys,) = prepare(tensors, normalize, group, gathered=[len(tensors) - 1])
         tau_pos, tau_neg = averaged(group, z.device, tau_pos, tau_neg)
         numbers = Numbers(*as_variables(z.device, tau_pos, tau_neg, alpha, beta))
-        options: Any = {"queries_first": keys is not None and not ref, "ranks": ranks_of(group)}
+        ranks = ranks_of(group)
+        sets = KeySets(own_rows, ignored, queries_first=keys is not None and not ref)
         if group is not None and keys is not None:
             ref, ref_labels = [keys], rows_of_all(y if ref_labels is None else ref_labels, group, dim=0)
         arguments: Any = (z, y, ref[0] if ref else None, ref_labels, numbers)
         supervised = partial(losses.supervised, on) if on.operators else reference.supervised
-        terms = supervised(*arguments, **options)
-        return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype)
+        terms = supervised(*arguments, sets=sets, ranks=ranks)
+        counted = None if ignored is None else ranks.total((y != ignored).sum()).to(z.dtype) / (len(y) * ranks.size)
+        return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype, counted)
 
 
 def _fused(on: Target, views: Tensor, given: Sequence[Any], kind: tuple[Pairing, Cost], return_parts: bool) -> Any:

@@ -22,10 +22,13 @@ from .types import (
     ALL,
     ALONE,
     OTHER,
+    OTHER_NOT_SELF,
     SAME,
     SAME_NOT_SELF,
+    WHOLE_SETS,
     ContrastSpec,
     Cost,
+    KeySets,
     Numbers,
     Pairing,
     Ranks,
@@ -163,13 +166,29 @@ def merge(value_a: Tensor, lse_a: Tensor, value_b: Tensor, lse_b: Tensor) -> tup
     return (lse_a - lse).exp() * value_a + (lse_b - lse).exp() * value_b, lse
 
 
+FAR = 1e8  # so long that a key has no weight, its square in the range of float32
+
+
 def momentum(
-    on: Target, queries: Tensor, keys: Tensor, temperature: Temperature, *, cost: Cost, key_offset: int
+    on: Target,
+    queries: Tensor,
+    keys: Tensor,
+    temperature: Temperature,
+    *,
+    cost: Cost,
+    key_offset: int,
+    zero_keys: bool = False,
 ) -> Terms:
-    """``reference.momentum``: q.k / T is -1 / (2T) times the inner cost -2 q.k."""
+    """``reference.momentum``: q.k / T is -1 / (2T) times the inner cost -2 q.k, or the cost of unit keys.
+
+    ``zero_keys``: some may be 0, as normalised rows can be. These have the weight exp(0), not that of their cost |q|^2:
+    they are moved out of reach, which waits for no GPU, and merged again. (Rows that the loss found between 1e-34 and
+    1e-12 long, which it does not make unit vectors, keep the weight of their cost.)
+    """
     keys = keys.detach()
     batch = queries.shape[1]
-    positive = keys[key_offset : key_offset + batch]
+    positives = slice(key_offset, key_offset + batch)
+    positive = keys[positives]
     c_pos = aligned_cost(queries, positive[None])[:, 0].mT  # [B, V]
     attracted = statistics((c_pos / temperature).detach(), c_pos, torch.ones_like(c_pos, dtype=torch.bool))
     p = attracted.weights.mT  # [V, B]
@@ -178,14 +197,37 @@ def momentum(
     if cost == "rbf":
         spec = ContrastSpec(None, None, [ALL], *index, inner_product=True)
         (value,), (lse,) = detached_keys(on, queries, keys[None], taus, spec, detach_value=True)
+        entropy = entropy_of(value, lse, tau)
         inner_product = (queries * positive).sum(-1)
         rows = -2 * (p * inner_product).sum(0), 2 * temperature * (p * (lse + 0.0 * value)).sum(0)
     else:
         ids = instance_ids(keys.shape[0], keys.device)
-        spec = ContrastSpec(ids[key_offset : key_offset + batch], ids, [OTHER], *index, detach_weights=True)
-        (value,), (lse,) = detached_keys(on, queries, keys[None], taus, spec)
+        spec = ContrastSpec(ids[positives], ids, [OTHER], *index, detach_weights=True)
+        zero = torch.linalg.vector_norm(keys, dim=-1) == 0 if zero_keys else None
+        others = keys if zero is None else torch.where(zero[:, None], FAR, keys)
+        (value,), (lse,) = detached_keys(on, queries, others[None], taus, spec)
+        if zero is None:
+            entropy = entropy_of(value, lse, tau)
+        else:
+            value, entropy = _with_zero_keys(value, lse, queries, zero.sum() - zero[positives].long(), tau)
         rows = attracted.value / 2, -(p * value).sum(0) / 2
-    return Terms(*rows, mean_entropy(attracted), entropy_of(value, lse, tau))
+    return Terms(*rows, mean_entropy(attracted), entropy)
+
+
+def _with_zero_keys(
+    value: Tensor, lse: Tensor, queries: Tensor, count: Tensor, tau: Temperature
+) -> tuple[Tensor, Tensor]:
+    """Mean cost [V, B] of the other keys and of ``count`` [B] zero keys, and the entropy of their weights.
+
+    The cost of a zero key is |q|^2, its logit tau (|q|^2 + 1): as far above q.0 / T as those of unit keys are.
+    """
+    length = queries.square().sum(-1)  # [V, B]
+    logit = tau * (length + 1).detach()
+    some, log_count = count > 0, count.to(value.dtype).log()
+    both = torch.where(some, torch.logaddexp(lse, logit + log_count), lse)
+    share = torch.where(some, (logit + log_count - both).exp().detach(), 0.0)
+    value = torch.where(some, (1 - share) * value, value) + share * length
+    return value, entropy_of(value + share, both, tau)
 
 
 def supervised(
@@ -196,10 +238,13 @@ def supervised(
     ref_labels: Tensor | None,
     numbers: Numbers,
     *,
-    queries_first: bool = False,
+    sets: KeySets = WHOLE_SETS,
     ranks: Ranks = ALONE,
 ) -> Terms:
-    """``reference.supervised``: both sets of a query from one pass over the similarities."""
+    """``reference.supervised``: both sets of a query from one pass over the similarities.
+
+    Embeddings in no set have been replaced by zeros (``rows_in_sets``), but for one that is alone.
+    """
     tau_pos, tau_neg, alpha, beta = numbers
     keys_are_queries = ref_embeddings is None or ref_labels is None
     if keys_are_queries and labels.shape[0] == 1:  # in no set: not read
@@ -207,8 +252,13 @@ def supervised(
             torch.ones_like(embeddings, dtype=torch.bool), 0.0, embeddings
         )
     keys = None if ref_embeddings is None else ref_embeddings[None]
-    kinds = [SAME_NOT_SELF if keys_are_queries or queries_first else SAME, OTHER]
-    spec = ContrastSpec(*compact_ids(labels, ref_labels), kinds, [0], [0])
+    ref_index, ignore_index, queries_first = sets
+    kinds, q_self = [SAME_NOT_SELF if keys_are_queries or queries_first else SAME, OTHER], None
+    if ref_index is not None or ignore_index is not None:
+        kinds = [SAME_NOT_SELF, OTHER_NOT_SELF]
+        if not keys_are_queries and not queries_first:
+            q_self = (torch.full_like(labels, -1) if ref_index is None else ref_index).to(torch.int32)
+    spec = ContrastSpec(*compact_ids(labels, ref_labels, ignore_index), kinds, [0], [0], q_self=q_self)
     value, lse = contrast(on, embeddings[None], keys, vector([tau_pos, -tau_neg], embeddings.device), spec)
     value, lse = value[:, 0], lse[:, 0]
     nonempty = ranks.total((lse != -torch.inf).sum(-1)).clamp(min=1).to(value.dtype)
@@ -221,11 +271,41 @@ def supervised(
     )
 
 
-def compact_ids(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """int64 labels as int32 ids that are equal exactly where the labels are."""
+def rows_in_sets(
+    labels: Tensor, ref_labels: Tensor | None, ref_index: Tensor | None, ignore_index: int | None, everywhere: bool
+) -> list[Tensor]:
+    """Which embeddings [N] and which of the reference set [M] are in a set, their own or another's; of M without it.
+
+    A query meets all keys that are not ignored but itself. Without ``everywhere`` there are queries and keys of other
+    ranks, and only what is ignored is in no set.
+    """
+    queries = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+    if ref_labels is None:
+        return [queries & (queries.sum() > 1) if everywhere else queries]
+    keys = torch.ones_like(ref_labels, dtype=torch.bool) if ignore_index is None else ref_labels != ignore_index
+    if not everywhere:
+        return [queries, keys]
+    met_by, meets = queries.sum(), keys.sum()
+    if ref_index is not None:  # those that are no key stand for a key, and count nothing
+        known = (ref_index >= 0) & (ref_index < ref_labels.shape[0])
+        index = torch.where(known, ref_index, 0)
+        met_by = met_by - torch.zeros_like(ref_labels).index_add(0, index, (known & queries).to(ref_labels.dtype))
+        meets = meets - (known & keys[index]).to(ref_labels.dtype)
+    return [queries & (meets > 0), keys & (met_by > 0)]
+
+
+def compact_ids(
+    labels: Tensor, ref_labels: Tensor | None, ignore_index: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """int64 labels as int32 ids that are equal exactly where the labels are.
+
+    Those of embeddings to ignore are negative and all different.
+    """
     both = labels if ref_labels is None else torch.cat([labels, ref_labels])
     # Not torch.unique: its size depends on the data, which synchronises, and torch 2.10 cannot trace it in torch.func.
     ordered, where = both.sort()
     rank = (ordered != ordered.roll(1)).cumsum(0, dtype=torch.int32)
     ids = torch.zeros_like(rank).scatter(0, where, rank - rank[:1])
+    if ignore_index is not None:
+        ids = torch.where(both == ignore_index, ~instance_ids(both.shape[0], both.device), ids)
     return ids[: labels.shape[0]], None if ref_labels is None else ids[labels.shape[0] :]

@@ -56,7 +56,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .types import ALONE, Cost, Numbers, Pairing, Ranks, Temperature, Terms, WeightGrad
+from .types import ALONE, WHOLE_SETS, Cost, KeySets, Numbers, Pairing, Ranks, Temperature, Terms, WeightGrad
 
 SHORTEST = 1e-12  # rows at least this long become unit vectors
 
@@ -303,31 +303,36 @@ def supervised(
     ref_labels: Tensor | None,
     numbers: Numbers,
     *,
-    queries_first: bool = False,
+    sets: KeySets = WHOLE_SETS,
     ranks: Ranks = ALONE,
 ) -> Terms:
     """CACR with labels: positives share the label of the query, negatives have another; rows [N].
 
-    embeddings [N, D], labels [N]. The keys are the embeddings themselves, a query not being its own positive, or the
-    reference set [M, D], [M] (``queries_first``: its first N are the queries themselves). Only the N_pos queries that
-    have a positive count in the mean of the attraction, only the N_neg that have a negative in that of the repulsion:
-    the rows carry the factors N / N_pos and N / N_neg.
+    embeddings [N, D], labels [N]. The keys are the embeddings themselves, or the reference set [M, D], [M]. A query is
+    in no set of its own: it is key i of the embeddings, key ``ref_index[i]`` of a reference set, none where that is -1;
+    with ``queries_first`` key i of the reference set. Embeddings with the label ``ignore_index`` are in no set, and
+    theirs are empty. Only the N_pos queries that have a positive count in the mean of the attraction, only the N_neg
+    that have a negative in that of the repulsion: the rows carry the factors N / N_pos and N / N_neg.
 
     The costs of positives are differences: this holds an [N, M, D] array.
     """
     tau_pos, tau_neg, alpha, beta = numbers
-    if ref_embeddings is None or ref_labels is None:
-        same = labels[:, None] == labels
-        other = ~same
-        same = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-        # A query alone in its batch is in no set: it is not read, not even multiplied by a zero gradient.
-        k = embeddings = torch.where((same | other).any(-1, keepdim=True), embeddings, 0.0)
-    else:
-        same = labels[:, None] == ref_labels
-        other = ~same
-        if queries_first:
-            same = same & ~torch.eye(len(labels), len(ref_labels), dtype=torch.bool, device=labels.device)
-        k = ref_embeddings
+    self, ignore_index, queries_first = sets
+    k, k_labels = ref_embeddings, ref_labels
+    if k is None or k_labels is None:
+        k, k_labels = embeddings, labels
+    if ref_embeddings is None or queries_first:
+        self = torch.arange(len(labels), dtype=torch.int64, device=labels.device)
+    same = labels[:, None] == k_labels
+    met = torch.ones_like(same)  # the keys that are in a set of the query
+    if self is not None:
+        met = self[:, None] != torch.arange(len(k_labels), dtype=torch.int64, device=labels.device)
+    if ignore_index is not None:
+        met = met & (labels != ignore_index)[:, None] & (k_labels != ignore_index)
+    same, other = same & met, ~same & met
+    # What is in no set is not read, not even multiplied by a zero gradient.
+    embeddings = torch.where(met.any(1)[:, None], embeddings, 0.0)
+    k = embeddings if ref_embeddings is None else torch.where(met.any(0)[:, None], k, 0.0)
 
     c = difference_cost(embeddings[:, None], k)
     attracted = statistics(tau_pos * c, c, same)

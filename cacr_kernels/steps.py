@@ -12,7 +12,7 @@ from . import checks, reference
 from .backends.entry import Backend, Size
 from .backends.table import choose
 from .distributed import Group, rows_of_all
-from .operators.registry import Target
+from .operators.registry import Target, has_values
 from .types import (
     REDUCTIONS,
     CACRParts,
@@ -91,6 +91,16 @@ def prepare(
     return tensors, [t.contiguous() for t in keys] or [None]
 
 
+def checked_ref_index(value: Any, embeddings: Tensor, ref_embeddings: Tensor | None) -> Tensor | None:
+    """``ref_index`` of the supervised loss as int64. Its values are looked at where that waits for no device."""
+    if value is None:
+        return None
+    index = checks.ref_index(value, embeddings, ref_embeddings)
+    if has_values(index) and ref_embeddings is not None:
+        checks.rows_or_none("ref_index", index, ref_embeddings.shape[0])
+    return index
+
+
 def connected(terms: Terms, *temperatures: float | Tensor) -> Terms:
     """The same terms, in whose graph every temperature is: one without effect gets zero, not ``None``.
 
@@ -99,18 +109,24 @@ def connected(terms: Terms, *temperatures: float | Tensor) -> Terms:
     """
     attraction = terms.attraction
     for tau in temperatures:
-        if isinstance(tau, Tensor) and tau.requires_grad:
+        if isinstance(tau, Tensor) and (tau.requires_grad or torch.jit.is_tracing()):
             attraction = attraction + tau.expand(0).sum().to(attraction)
     return terms._replace(attraction=attraction)
 
 
-def reduce(terms: Terms, reduction: Reduction, return_parts: bool, dtype: torch.dtype) -> Any:
-    """The terms cancel in their sum: it is taken in the dtype they come in, float64 from ``contrast``."""
+def reduce(
+    terms: Terms, reduction: Reduction, return_parts: bool, dtype: torch.dtype, counted: Tensor | None = None
+) -> Any:
+    """The terms cancel in their sum: it is taken in the dtype they come in, float64 from ``contrast``.
+
+    ``counted``: the share of the rows that the mean of ``"none"`` is taken over, the others being 0; by default all.
+    """
     attraction, repulsion = terms.attraction.mean(), terms.repulsion.mean()
     if reduction == "mean":
         loss = attraction + repulsion
     else:
         loss = terms.attraction + terms.repulsion
+        loss = loss if counted is None else loss * counted.to(loss.dtype)
         loss = loss.sum() if reduction == "sum" else loss
     if not return_parts:
         return loss.to(dtype)

@@ -58,7 +58,7 @@ from torch.nn.functional import normalize
 
 from . import functional, reference
 from .cases import NEAR, Case, cases, make_inputs
-from .types import Numbers, Terms
+from .types import KeySets, Numbers, Terms
 
 FACTOR = 2.0  # tolerance = FACTOR yardstick + EPSILONS eps
 EPSILONS = 8.0
@@ -156,6 +156,8 @@ def _terms(case: Case, inputs: dict[str, Tensor], dtype: torch.dtype) -> tuple[d
     if arguments.pop("normalize", False):
         floats = [n for n, t in tensors.items() if t.is_floating_point() and t.dim()]
         arguments |= {n: normalize(tensors[n], dim=-1) for n in floats}
+    if case.loss == "supervised_cacr_loss":
+        arguments["sets"] = KeySets(arguments.pop("ref_index", None), arguments.pop("ignore_index", None))
     if "tau_pos" in arguments:
         arguments["numbers"] = Numbers(*(arguments.pop(n, 1.0) for n in Numbers._fields))
     return tensors, function(**arguments)

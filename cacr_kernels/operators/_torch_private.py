@@ -21,6 +21,8 @@ __all__ = [
     "all_reduce",
     "backward_keeps_graph",
     "below_autograd",
+    "constant_while_compiling",
+    "destroy",
     "inside_backward",
     "inside_vmap",
     "is_batched",
@@ -117,11 +119,22 @@ def plain_apply(function: type[Function]) -> Any:
     return super(Function, function).apply  # type: ignore[misc]
 
 
+def destroy(library: torch.library.Library) -> None:
+    """Takes back all that was registered through a library."""
+    library._destroy()
+
+
 def operators_stay_whole() -> bool:
     """Whether ``torch.export`` wants the Triton operators as they are, and not the kernels they consist of."""
     from torch.export._trace import custom_triton_ops_decomposition_disabled
 
     return bool(custom_triton_ops_decomposition_disabled())
+
+
+def constant_while_compiling(function: F) -> F:
+    """As ``torch.compiler.assume_constant_result``, which imports Dynamo: that takes as long as importing torch."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def let_inductor_keep(functions: list[str], key: Callable[[], str]) -> None:

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from cacr_kernels import cacr_loss, supervised_cacr_loss
 from cacr_kernels.operators.registry import operator
 
-OTHER = 2
+ALL, OTHER = 0, 2
 
 
 # ---- means over rows -------------------------------------------------------------------------------------------------
@@ -42,6 +42,25 @@ def test_weights_below_the_range_of_float32(dtype: torch.dtype) -> None:
 
 
 # ---- near positives --------------------------------------------------------------------------------------------------
+# ---- products of many features --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dims", [(257, 300, 541), (700, 769, 1001), (16001, 20000)], ids=str)
+def test_costs_of_equal_rows_of_one_size(dims: tuple[int, ...]) -> None:
+    """Codes: all products of two features are alike, so that one long chain of additions errs to one side."""
+    mine, eager = [], []
+    for dim in dims:
+        g = torch.Generator().manual_seed(dim)
+        signs = torch.randn(dim, generator=g).sign()
+        for size in torch.rand(4, generator=g) + 0.5:
+            row = signs * (size / dim**0.5)
+            z = row.repeat(1, 40, 1)
+            cost = row.square().sum() + row.square().sum() - 2 * (z[0] @ z[0].T)[0, 0]
+            eager.append(cost.abs() / size**2)
+            tau = torch.tensor([-1.0], dtype=torch.float64)
+            (((value,),),), *_ = operator("contrast_cpu")(z[:, :1], z, None, None, tau, [ALL], [0], [0], False, False)
+            mine.append(value.abs() / size**2)
+    assert max(mine) <= 2 * max(eager) + 8 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("noise", [0.3, 0.1, 0.05, 0.01])
 def test_positives_of_tight_classes(noise: float) -> None:
     """Their costs come from differences: the product form would lose digits."""
@@ -66,7 +85,7 @@ def test_period_that_breaks_at_the_last_row(side: str) -> None:
     q, k = (torch.randn(1, len(rows), 5, dtype=torch.float64, generator=g) for rows in (q_id, k_id))
     tau = torch.tensor([-0.5], dtype=torch.float64)
     found, expected = (
-        operator(f"contrast_{backend}")(q, k, q_id, k_id, tau, [OTHER], [0], [0], False, False)[:2]
+        operator(f"contrast_{backend}")(q, k, q_id, k_id, tau, [OTHER], [0], [0], False, False, None)[:2]
         for backend in ("cpu", "torch")
     )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

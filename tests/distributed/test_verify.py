@@ -1,4 +1,4 @@
-"""``verify --distributed``, and the example of the README, as a user starts them."""
+"""``verify --distributed``, and the example of the documents, as a user starts them."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def test_what_it_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert "--processes must be at least 1, got 0" in capsys.readouterr().err
 
 
-def test_the_example_of_the_readme(tmp_path: Path) -> None:
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("### Several processes\n")[1]
+def test_the_example_of_the_documents(tmp_path: Path) -> None:
+    section = (ROOT / "docs" / "several_processes.md").read_text(encoding="utf-8")
     example = tmp_path / "train.py"
     example.write_text(section.split("```python\n")[1].split("```")[0], encoding="utf-8")
     done = run(*TORCHRUN, str(example))

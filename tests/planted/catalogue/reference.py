@@ -75,8 +75,8 @@ FAULTS = (
     Fault(
         "reference-supervised-self",
         FILE,
-        text="same = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)",
-        replacement="same = same | torch.eye(len(labels), dtype=torch.bool, device=labels.device)",
+        text="self = torch.arange(len(labels), dtype=torch.int64, device=labels.device)",
+        replacement="self = None",
         why="an embedding is its own positive",
         tests=TESTS,
     ),
@@ -102,6 +102,22 @@ FAULTS = (
         text="masked = torch.where(members | ~nonempty[..., None], logit, -math.inf)",
         replacement="masked = torch.where(members, logit, -math.inf)",
         why="an empty set makes NaN on the way, which a second derivative meets",
+        tests=TESTS,
+    ),
+    Fault(
+        "reference-ignored-keys",
+        FILE,
+        text="(labels != ignore_index)[:, None] & (k_labels != ignore_index)",
+        replacement="(labels != ignore_index)[:, None]",
+        why="embeddings to ignore are negatives",
+        tests=TESTS,
+    ),
+    Fault(
+        "reference-negative-of-itself",
+        FILE,
+        text="same, other = same & met, ~same & met",
+        replacement="same, other = same & met, ~same",
+        why="a query of another label in the reference set is its own negative",
         tests=TESTS,
     ),
 )
