@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 
 from . import distributed, functional, testing
+from .cases import Maker
 from .report import group_of, print_columns
 from .testing import DIFFERENTIABLE, TEMPERATURES, Case
 
 EXACT = 1e-12  # in float64, relative to the largest entry
-V, B, D, K, EXTRA = 3, 4, 5, 7, 2  # of one rank; B, the embeddings; EXTRA, momentum keys beside those of the queries
+V, B, D, K = 3, 4, 5, 7  # of one rank
+REFERENCES, EXTRA = 6, 2  # of one rank; momentum keys beside those of the queries
 
 
 class Row(NamedTuple):
@@ -58,14 +60,33 @@ def cases(world: int) -> list[Case]:
             shape = {"V": V, "B": world * B, "D": D, "M": world * (B + EXTRA)}
             options = {"temperature": 0.8, "cost": cost, "reduction": reduction}
             found.append(Case("cacr_momentum_loss", shape, options))
-    for references in (0, 6):
+    for references in (0, REFERENCES):
         for reduction in ("mean", "sum", "none"):
             shape = {"B": world * B, "D": D, "M": world * references, "C": 3}
             found.append(Case("supervised_cacr_loss", shape, taus | {"reduction": reduction}))
+    for reduction in ("mean", "sum", "none"):
+        shape, options = {"B": world * B, "D": D, "M": 0, "C": 3}, taus | {"reduction": reduction, "ignore_index": 1}
+        found.append(Case("supervised_cacr_loss", shape, options))
+    shape = {"B": world * B, "D": D, "M": world * REFERENCES, "C": 3}
+    for options in (taus, taus | {"ignore_index": 2}):
+        found.append(Case("supervised_cacr_loss", shape, options, data=_with_queries_in_the_reference_set(world)))
     # labels that one rank alone has, and queries without a positive
     found.append(Case("supervised_cacr_loss", {"B": world * B, "D": D, "M": 0, "C": world * B}, taus))
     found.append(Case("supervised_cacr_loss", {"B": world, "D": D, "M": 0, "C": 2}, taus))
     return found
+
+
+def _with_queries_in_the_reference_set(world: int) -> Maker:
+    """Every other query is a row of the part of the reference set that its rank holds."""
+
+    def inputs(seed: int) -> dict[str, Tensor]:
+        shape = {"B": world * B, "D": D, "M": world * REFERENCES, "C": 3}
+        i = torch.arange(world * B, dtype=torch.int64)
+        rows = i // B * REFERENCES + i % B
+        found = testing.make_inputs(Case("supervised_cacr_loss", shape, {}), seed)
+        return found | {"ref_index": torch.where(i % 2 == 0, rows, -1)}
+
+    return inputs
 
 
 def _of_views(world: int) -> Iterator[Case]:
@@ -118,6 +139,9 @@ def quantities(case: Case, inputs: dict[str, Tensor], backend: str, group: distr
     options = dict(case.options)
     if case.loss == "cacr_momentum_loss":
         own["keys"], options["key_offset"] = momentum_part(inputs["keys"], group)
+    if "ref_index" in own:
+        rows = own["ref_index"]
+        own["ref_index"] = torch.where(rows < 0, rows, rows - group.rank * len(own["ref_embeddings"]))
     tensors, options = testing.leaves_of(case._replace(options=options), own)
     loss = getattr(functional, case.loss)(**tensors, **options, backend=backend, gather_distributed=True)
     whole = loss.new_empty((*loss.shape[:-1], group.size * loss.shape[-1]) if loss.dim() else ())
@@ -140,8 +164,13 @@ def quantities(case: Case, inputs: dict[str, Tensor], backend: str, group: distr
 
 
 def cases_in(dtype: torch.dtype, world: int) -> list[Case]:
-    """The rule for float32 knows rows and their mean, not their sum."""
-    return [case for case in cases(world) if dtype == torch.float64 or case.options.get("reduction") != "sum"]
+    """The rule for float32 knows rows and their mean, not their sum, nor rows that are ignored."""
+
+    def known(case: Case) -> bool:
+        reduction = case.options.get("reduction", "mean")
+        return reduction == "mean" or (reduction == "none" and "ignore_index" not in case.options)
+
+    return [case for case in cases(world) if dtype == torch.float64 or known(case)]
 
 
 # ---- comparison ------------------------------------------------------------------------------------------------------
