@@ -241,7 +241,9 @@ def flag(name: str, value: Any) -> None:
 
 def process_group(name: str, value: Any) -> None:
     """Refuses what is neither ``None`` nor a group of processes; without ``torch.distributed`` there is none."""
-    distributed = torch.distributed
+    distributed: Any = torch.distributed
+    if distributed.is_available() and value is distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{name} must be one that this process belongs to")
     if value is not None and not (distributed.is_available() and isinstance(value, distributed.ProcessGroup)):
         raise TypeError(f"{name} must be a torch.distributed.ProcessGroup or None, got {_what(value)}")
 
