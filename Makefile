@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f)
 CLANG_FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test test-all test-old planted demo bench gpu-check lint format build clean
+.PHONY: test test-all test-old planted demo bench gpu-check docs lint format build clean
 .DELETE_ON_ERROR:
 
 # Threads that spin while others need the processor take many times as long.
@@ -53,6 +53,10 @@ demo: $(VENV)/.with-demo $(VENV)/.built
 bench: $(VENV)/.with-$(strip $(BENCH)) $(VENV)/.built
 	$(BIN)/python -m benchmarks $(BENCH_FLAGS)
 
+# The pages, docs/_build/html/index.html; a warning is an error.
+docs: $(VENV)/.with-docs $(VENV)/.built
+	$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going -b html docs docs/_build/html
+
 # For the owner of a GPU: a report to attach to an issue. With the Python at hand where that has torch, else with $(VENV).
 gpu-check:
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then $(PYTHON) -m benchmarks.gpu_check $(GPU_CHECK_FLAGS); \
@@ -62,6 +66,7 @@ lint: $(VENV)/.with-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=. $(BIN)/mypy tests/package/typed_script.py
 	$(if $(CLANG_FORMATTED),$(BIN)/clang-format --dry-run -Werror $(CLANG_FORMATTED))
 
 format: $(VENV)/.with-dev
@@ -72,7 +77,7 @@ format: $(VENV)/.with-dev
 build: $(VENV)/.with-test $(VENV)/.built
 
 clean:
-	rm -rf $(VENV) $(VENV)-old build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis cacr_kernels/*.so
+	rm -rf $(VENV) $(VENV)-old build dist docs/_build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis cacr_kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The package in editable form with the extra named by the stamp; the libraries are compiled beside it.

@@ -72,7 +72,7 @@ def check_binding() -> None:
     q, ids = torch.zeros(2, 5, 3), torch.zeros(5, dtype=torch.int32)
     tau, rows = torch.ones(1, dtype=torch.float64), torch.zeros(1, 1, 5, dtype=torch.float64)
     contrast: dict[str, Any] = {"q": q, "k": None, "q_id": ids, "k_id": None, "tau": tau, "kinds": [2]}
-    contrast |= {"q_index": [0], "k_index": [1], "inner": False, "detach_weights": False}
+    contrast |= {"q_index": [0], "k_index": [1], "inner": False, "detach_weights": False, "q_self": None}
     products = {"float_products": 0}
     backward = contrast | {"value": rows, "row_state": torch.zeros(3, *rows.shape, dtype=torch.float64)}
     backward |= {"grad_value": rows, "grad_lse": rows, "want_q": True, "want_k": False, "want_tau": True}
@@ -88,7 +88,8 @@ def check_binding() -> None:
         ("contrast", "tau", tau.float(), "tau [softmaxes] of float64"),
         ("contrast", "q_id", ids.long(), "of int32"),
         ("contrast", "q_id", ids[:4], "q_id [N]"),
-        ("contrast", "kinds", [4], "kind of a softmax"),
+        ("contrast", "q_self", ids.long(), "q_self [N] of int32"),
+        ("contrast", "kinds", [5], "kind of a softmax"),
         ("contrast", "kinds", [-1], "kind of a softmax"),
         ("contrast", "kinds", [], "one or two softmaxes"),
         ("contrast", "k_index", [2], "view index out of range"),

@@ -8,14 +8,13 @@
 
 from ._version import __version__
 from .backends.table import available_backends
+from .chunked import chunked_backward
 from .functional import cacr_loss, cacr_momentum_loss, cacr_queue_loss, supervised_cacr_loss
 from .modules import CACRLoss, CACRMomentumLoss, CACRQueueLoss, SupervisedCACRLoss
-from .operators.cacr import CACRFunction
 from .types import CACRParts
 from .weights import CACRWeights, cacr_weights
 
 __all__ = [
-    "CACRFunction",
     "CACRLoss",
     "CACRMomentumLoss",
     "CACRParts",
@@ -28,5 +27,6 @@ __all__ = [
     "cacr_momentum_loss",
     "cacr_queue_loss",
     "cacr_weights",
+    "chunked_backward",
     "supervised_cacr_loss",
 ]

@@ -141,6 +141,7 @@ def _momentum_cases() -> list[Case]:
 
 def _supervised_cases() -> list[Case]:
     case = _cases_of("supervised_cacr_loss", "BDCM", **_taus(1.0, 2.0))
+    holding = _cases_of("supervised_cacr_loss", "BDCMS", **_taus(1.0, 2.0))  # S = 1: queries in the reference set
     return [
         case(21, 5, 4, 0, quick=True),
         case(1, 3, 1, 0),
@@ -155,6 +156,9 @@ def _supervised_cases() -> list[Case]:
         case(23, 7, 3, 0, data="tiny"),
         case(307, 9, 9, 0, data="clustered", quick=True, **_taus(2.0, 5.0)),
         case(151, 300, 3, 211, **_taus(2.0, 5.0)),
+        case(33, 9, 4, 0, ignore_index=2),
+        holding(35, 12, 5, 43, 1, quick=True, ignore_index=3),
+        holding(71, 18, 3, 69, 1, **_taus(2.0, 5.0)),
     ]
 
 
@@ -170,7 +174,7 @@ def make_inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
     if not isinstance(case.data, str):
         return case.data(seed)
     generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()) + seed)
-    sizes = {"V": 1, "K": 0, "M": 0, "C": 1} | case.shape
+    sizes = {"V": 1, "K": 0, "M": 0, "C": 1, "S": 0} | case.shape
     V, B, D, M = (sizes[axis] for axis in "VBDM")
     centres = torch.randn(max(B + sizes["K"], M, 5), D, dtype=torch.float64, generator=generator)
 
@@ -198,4 +202,5 @@ def make_inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
     own = {"embeddings": make(B, owner=labels % len(centres)), "labels": labels}
     if not M:
         return own
-    return own | {"ref_embeddings": make(M), "ref_labels": torch.randint(sizes["C"], (M,), generator=generator)}
+    own |= {"ref_embeddings": make(M), "ref_labels": torch.randint(sizes["C"], (M,), generator=generator)}
+    return own | ({"ref_index": 7 * torch.arange(B, dtype=torch.int64) % (M + 1) - 1} if sizes["S"] else {})

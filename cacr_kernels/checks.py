@@ -10,10 +10,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .backends.table import check_option as check_backend
+from .operators.registry import constant_while_compiling
 from .types import Cost, Pairing, Reduction, WeightGrad, widest_dtype
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -24,21 +26,28 @@ INTEGERS = (*SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 def _what(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {list(value.shape)}"
+        return "a nested tensor" if value.is_nested else f"a {value.dtype} tensor of shape {list(value.shape)}"
     return f"{type(value).__name__} {reprlib.repr(value)}"  # not all the data that may be in it
 
 
-def float_tensor(name: str, x: Any, shape: str) -> Tensor:
-    """A floating-point tensor with the dimensions that ``shape`` names, as in ``"[V, B, D]"``."""
+def float_tensor(name: str, x: Any, shape: str, hint: str = "") -> Tensor:
+    """A floating-point tensor with the dimensions that ``shape`` names, as in ``"[V, B, D]"``; ``hint`` if not so."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor {shape}, got {_what(x)}")
+    not_nested(name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
     if x.dim() != shape.count(",") + 1:
-        raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}")
+        raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}{hint}")
     return x
+
+
+def not_nested(name: str, x: Tensor) -> None:
+    """Refuses a nested tensor, which has no sizes to speak of."""
+    if x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested tensor of layout {x.layout}")
 
 
 def nonempty(name: str, x: Tensor, shape: str) -> Tensor:
@@ -48,36 +57,24 @@ def nonempty(name: str, x: Tensor, shape: str) -> Tensor:
     return x
 
 
+def embeddings(name: str, value: Any, shape: str, labels_name: str) -> Tensor:
+    """One row for each label; of several views how to make rows."""
+    hint = ""
+    if isinstance(value, Tensor) and not value.is_nested and value.dim() == 3:
+        first, second, _ = value.shape
+        hint = (
+            f"; pass {name}.flatten(0, 1) with {labels_name}.repeat({first}) if it is [V, B, D], "
+            f"with {labels_name}.repeat_interleave({second}) if it is [B, V, D]"
+        )
+    return nonempty(name, float_tensor(name, value, shape, hint), shape)
+
+
 def views(name: str, value: Any, at_least: int) -> Tensor:
-    """One tensor [V, B, D], or a sequence of V tensors [B, D], as one tensor."""
+    """One tensor [V, B, D], or a sequence of V tensors [B, D], as one tensor; where one view is enough also [B, D]."""
     if isinstance(value, Tensor):
-        if value.dim() == 2:
-            raise ValueError(
-                f"{name} must have shape [V, B, D], got {list(value.shape)}; "
-                "if it is [2B, D], the second views after the first, pass .view(2, B, D)"
-            )
-        x = float_tensor(name, value, "[V, B, D]")
-        if x.shape[0] > x.shape[1] > 1:
-            warn_once(
-                f"{name} [V, B, D] hold V = {x.shape[0]} views of B = {x.shape[1]} instances; "
-                "if they are [B, V, D], pass .transpose(0, 1)",
-                kind="axis order",
-            )
+        x = _views_in_one(name, value, at_least)
     elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        if not value:
-            raise ValueError(f"{name} must hold at least {at_least} views, got an empty {type(value).__name__}")
-        parts = [float_tensor(f"{name}[{i}]", z, "[B, D]") for i, z in enumerate(value)]
-        for i, z in enumerate(parts):
-            if z.shape != parts[0].shape:
-                raise ValueError(
-                    f"{name}[{i}] must have the shape of {name}[0], {list(parts[0].shape)}, got {list(z.shape)}"
-                )
-            same_device(f"{name}[{i}]", z, f"{name}[0]", parts[0])
-        dtype = parts[0].dtype
-        for z in parts[1:]:
-            dtype = torch.promote_types(dtype, z.dtype)
-        with without_autocast(parts[0].device):  # whose rule for stack refuses float16 on a CPU
-            x = torch.stack([z.to(dtype) for z in parts])
+        x = _stacked(name, value, at_least)
     else:
         raise TypeError(f"{name} must be a tensor [V, B, D] or a sequence of tensors [B, D], got {_what(value)}")
     if x.shape[0] < at_least:
@@ -85,7 +82,43 @@ def views(name: str, value: Any, at_least: int) -> Tensor:
     return nonempty(name, x, "[V, B, D]")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _views_in_one(name: str, value: Tensor, at_least: int) -> Tensor:
+    not_nested(name, value)
+    if value.dim() == 2 and at_least == 1:
+        value = value[None]
+    if value.dim() == 2:
+        raise ValueError(
+            f"{name} must have shape [V, B, D], got {list(value.shape)}; "
+            "if it is [2B, D], the second views after the first, pass .view(2, B, D)"
+        )
+    x = float_tensor(name, value, "[V, B, D]")
+    if x.shape[0] > x.shape[1] > 1:
+        warn_once(
+            f"{name} [V, B, D] hold V = {x.shape[0]} views of B = {x.shape[1]} instances; "
+            "if they are [B, V, D], pass .transpose(0, 1)",
+            kind="axis order",
+        )
+    return x
+
+
+def _stacked(name: str, value: Sequence[Any], at_least: int) -> Tensor:
+    if not value:
+        raise ValueError(f"{name} must hold at least {at_least} views, got an empty {type(value).__name__}")
+    parts = [float_tensor(f"{name}[{i}]", z, "[B, D]") for i, z in enumerate(value)]
+    for i, z in enumerate(parts):
+        if z.shape != parts[0].shape:
+            raise ValueError(
+                f"{name}[{i}] must have the shape of {name}[0], {list(parts[0].shape)}, got {list(z.shape)}"
+            )
+        same_device(f"{name}[{i}]", z, f"{name}[0]", parts[0])
+    dtype = parts[0].dtype
+    for z in parts[1:]:
+        dtype = torch.promote_types(dtype, z.dtype)
+    with without_autocast(parts[0].device):  # whose rule for stack refuses float16 on a CPU
+        return torch.stack([z.to(dtype) for z in parts])
+
+
+@constant_while_compiling
 def _autocast_available(device_type: str) -> bool:
     """Whether there is an autocast to leave; Dynamo of torch 2.11 cannot ask."""
     available: bool = torch.amp.is_autocast_available(device_type)
@@ -95,7 +128,7 @@ def _autocast_available(device_type: str) -> bool:
 def queries_and_keys(queries: Any, keys: Any) -> tuple[Tensor, Tensor]:
     """Of the queue loss: two or more views, or one tensor [B, D] each as one view."""
     if isinstance(queries, Tensor) and queries.dim() == 2:
-        if isinstance(keys, Tensor) and keys.dim() != 2:
+        if isinstance(keys, Tensor) and not keys.is_nested and keys.dim() != 2:
             raise ValueError(
                 f"keys must have shape [B, D], got {list(keys.shape)}, as queries have {list(queries.shape)}; or give "
                 "both as [V, B, D]"
@@ -114,7 +147,7 @@ def warn_once(message: str, kind: str | None = None) -> None:
     if torch.compiler.is_compiling() or (kind or message) in _warned:
         return
     _warned.add(kind or message)
-    warnings.warn(f"cacr_kernels: {message}", UserWarning, stacklevel=4)
+    warnings.warn(f"cacr_kernels: {message}", UserWarning, stacklevel=5)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -148,6 +181,7 @@ def temperature(name: str, value: Any, device: torch.device, *, positive: bool =
     The value of a tensor is not looked at: that would synchronise.
     """
     if isinstance(value, Tensor):
+        not_nested(name, value)
         if value.dtype not in FLOATS:
             raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
         if value.numel() != 1:
@@ -155,7 +189,8 @@ def temperature(name: str, value: Any, device: torch.device, *, positive: bool =
                 f"{name} must be a number, or a 0-dim or one-element tensor, got shape {list(value.shape)}"
             )
         if value.device != device and value.device.type != "cpu":
-            raise ValueError(f"{name} must be on {device} or the CPU, got {value.device}")
+            accepted = "cpu" if device.type == "cpu" else f"{device} or the CPU"
+            raise ValueError(f"{name} must be on {accepted}, got {value.device}")
         return value.reshape(()).to(widest_dtype(device))  # 0-dim: does not promote what it multiplies
     if positive and not real(name, value) > 0:
         raise ValueError(f"{name} must be > 0, got {value!r}")
@@ -177,12 +212,17 @@ def real(name: str, value: Any) -> float:
 
 
 def integer(name: str, value: Any, low: int, high: int) -> int:
-    """A Python integer in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """An integer in [low, high] as a Python one."""
+    if not is_integer(value):
         raise TypeError(f"{name} must be an integer, got {_what(value)}")
     if not low <= value <= high:
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
-    return value
+    return int(value)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether ``value`` is an integer, of Python or NumPy; ``True`` and ``False`` are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def option(name: str, value: Any, accepted: Sequence[str]) -> None:
@@ -194,23 +234,65 @@ def option(name: str, value: Any, accepted: Sequence[str]) -> None:
 
 
 def flag(name: str, value: Any) -> None:
-    """Refuses what is neither ``True`` nor ``False``."""
-    if not isinstance(value, bool):
+    """Refuses what is neither ``True`` nor ``False``, of Python or NumPy."""
+    if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {_what(value)}")
+
+
+def process_group(name: str, value: Any) -> None:
+    """Refuses what is neither ``None`` nor a group of processes; without ``torch.distributed`` there is none."""
+    distributed = torch.distributed
+    if value is not None and not (distributed.is_available() and isinstance(value, distributed.ProcessGroup)):
+        raise TypeError(f"{name} must be a torch.distributed.ProcessGroup or None, got {_what(value)}")
 
 
 def labels(name: str, value: Any, of: str, embeddings: Tensor) -> Tensor:
     """Integer labels, one for each embedding, as int64."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be an integer tensor, got {_what(value)}")
+    not_nested(name, value)
     if value.dtype not in INTEGERS:
-        raise TypeError(f"{name} must have an integer dtype, got {value.dtype}")
+        how = "" if value.is_complex() else f"; pass {name}.long()"
+        raise TypeError(f"{name} must have an integer dtype, got {value.dtype}{how}")
     if value.dim() != 1 or value.shape[0] != embeddings.shape[0]:
         raise ValueError(
             f"{name} must have shape [{embeddings.shape[0]}], one for each of {of}, got {list(value.shape)}"
         )
     same_device(name, value, of, embeddings)
     return value.view(torch.int64) if value.dtype == torch.uint64 else value.to(torch.int64)
+
+
+def ref_index(value: Any, embeddings: Tensor, ref_embeddings: Tensor | None) -> Tensor:
+    """Rows of the reference set, one for each embedding, as int64."""
+    if ref_embeddings is None:
+        raise ValueError(f"ref_index must be given together with ref_embeddings, got {_what(value)} and None")
+    return labels("ref_index", value, "embeddings", embeddings)
+
+
+def rows_or_none(name: str, value: Tensor, count: int) -> None:
+    """Refuses what is neither -1 nor one of ``count`` rows; it looks at the values."""
+    low, high = (int(x) for x in value.aminmax())
+    if low < -1 or high >= count:
+        raise ValueError(f"{name} must be in [-1, {count - 1}], got {low if low < -1 else high}")
+
+
+def label(name: str, value: Any) -> int | None:
+    """An integer, of NumPy too, or ``None``."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | numbers.Integral):
+        raise TypeError(f"{name} must be an integer or None, got {_what(value)}")
+    return int(value)
+
+
+def ignore_index(value: Any, of: Tensor) -> int | None:
+    """The label to ignore as int64 labels have it; ``None`` where no label ``of`` this dtype can be equal to it."""
+    number = label("ignore_index", value)
+    if number is None:
+        return None
+    if of.dtype == torch.uint64 and 0 <= number < 2**64:
+        return number - 2**64 if number >= 2**63 else number
+    return number if of.dtype != torch.uint64 and -(2**63) <= number < 2**63 else None
 
 
 def comparable(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -260,6 +342,7 @@ _OPTIONS: dict[str, Callable[[str, Any], Any]] = {
     "alpha": real,
     "beta": real,
     "rbf_scale": non_negative,
+    "ignore_index": label,
     "pairing": _one_of(Pairing),
     "cost": _one_of(Cost),
     "weight_grad": _one_of(WeightGrad),
@@ -267,5 +350,7 @@ _OPTIONS: dict[str, Callable[[str, Any], Any]] = {
     "in_batch": flag,
     "normalize": flag,
     "return_parts": flag,
+    "gather_distributed": flag,
+    "process_group": process_group,
     "backend": lambda _, value: check_backend(value),
 }

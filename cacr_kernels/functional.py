@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from . import checks, losses, reference
+from .distributed import averaged, group_of, ranks_of, rows_of_all
 from .operators.cacr import cacr
 from .operators.registry import Target
 from .operators.second_derivative import refuse_second_derivative_of_compiled
 from .steps import (
     as_variables,
     check_shared,
+    checked_ref_index,
     choose_backend,
     connected,
     prepare,
@@ -31,53 +33,38 @@ from .types import (
     CACROptions,
     CACRParts,
     Cost,
+    KeySets,
     Numbers,
     Pairing,
     Reduction,
     Terms,
+    Views,
     WeightGrad,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .types import MomentumKeywords, QueueKeywords, SupervisedKeywords, ViewsKeywords
+
 
 @overload
 def cacr_loss(
-    views: Tensor | Sequence[Tensor],
-    *,
-    tau_pos: float | Tensor = ...,
-    tau_neg: float | Tensor = ...,
-    alpha: float = ...,
-    beta: float = ...,
-    pairing: Pairing = ...,
-    cost: Cost = ...,
-    rbf_scale: float = ...,
-    normalize: bool = ...,
-    reduction: Reduction = ...,
-    return_parts: Literal[False] = ...,
-    backend: str = ...,
+    views: Views, *more: Tensor, return_parts: Literal[False] = ..., **options: Unpack[ViewsKeywords]
 ) -> Tensor: ...
-
-
 @overload
 def cacr_loss(
-    views: Tensor | Sequence[Tensor],
-    *,
-    tau_pos: float | Tensor = ...,
-    tau_neg: float | Tensor = ...,
-    alpha: float = ...,
-    beta: float = ...,
-    pairing: Pairing = ...,
-    cost: Cost = ...,
-    rbf_scale: float = ...,
-    normalize: bool = ...,
-    reduction: Reduction = ...,
-    return_parts: bool,
-    backend: str = ...,
-) -> Any: ...
+    views: Views, *more: Tensor, return_parts: Literal[True], **options: Unpack[ViewsKeywords]
+) -> CACRParts: ...
+@overload
+def cacr_loss(
+    views: Views, *more: Tensor, return_parts: bool, **options: Unpack[ViewsKeywords]
+) -> Tensor | CACRParts: ...
 
 
 def cacr_loss(
     views: Tensor | Sequence[Tensor],
-    *,
+    *more: Tensor,
     tau_pos: float | Tensor = 1.0,
     tau_neg: float | Tensor = 1.0,
     alpha: float = 1.0,
@@ -88,6 +75,8 @@ def cacr_loss(
     normalize: bool = False,
     reduction: Reduction = "mean",
     return_parts: bool = False,
+    gather_distributed: bool = False,
+    process_group: Any = None,
     backend: str = "auto",
 ) -> Any:
     """Contrastive attraction and contrastive repulsion of V views of B instances.
@@ -103,6 +92,7 @@ def cacr_loss(
     Args:
         views: tensor [V, B, D], or a sequence of V >= 2 tensors [B, D], on one device; float16, bfloat16, float32 or
             float64. ``views[v, b]`` is view v of instance b.
+        more: the other views, if ``views`` is only the first: ``cacr_loss(z0, z1)`` is ``cacr_loss([z0, z1])``.
         tau_pos, tau_neg: inverse temperatures >= 0 (per unit of squared distance); numbers, or 0-dim or
             one-element tensors, which receive gradients. 0 gives uniform weights.
         alpha, beta: weights of the two terms.
@@ -113,14 +103,27 @@ def cacr_loss(
         normalize: L2-normalise the features first.
         reduction: ``"mean"``, ``"sum"``, or ``"none"``: values [V, B] whose mean is the loss. rbf is mean only.
         return_parts: return :class:`CACRParts` instead of the loss alone.
+        gather_distributed: the instances of all ranks are one batch, see *Several processes* below.
+        process_group: whose ranks; by default those of all processes.
         backend: ``"auto"``, or a name from :func:`cacr_kernels.available_backends`.
 
     Returns:
-        The loss, float32 or, if an input is, float64.
+        The loss, float32 or, if an input is, float64; :class:`CACRParts` if ``return_parts``.
 
     Raises:
         TypeError: wrong type or dtype.
         ValueError: anything else, naming the argument, what was given and what is accepted.
+
+    Several processes: with ``gather_distributed=True`` the queries of a rank meet the keys of all W ranks, which pass
+    equal shapes and dtypes. A rank returns W times the share of its own queries in the mean-reduced loss of the whole
+    batch (under rbf that loss), so that the mean over the ranks is what one process would return, and the gradient that
+    ``DistributedDataParallel`` or ``fully_shard`` averages is its gradient. ``"none"`` gives rows whose mean over all
+    ranks is the loss, ``"sum"`` their sum; parts and entropies are those of this rank's queries (under rbf attraction
+    and repulsion are those of all). The backward averages gradients of temperatures over the ranks, inside and outside
+    the wrapped module. Who *adds* gradients over the ranks (Megatron-LM with a loss per token, an all-reduce by hand)
+    divides the loss by W. Forward and backward have to run on every rank. Shapes are compared first where the ranks
+    communicate on the host (gloo) or ``torch.distributed.get_debug_level()`` is not ``OFF``, but not in compiled code
+    or while a CUDA graph is captured.
 
     Source: Zheng et al., TMLR 2023 (arXiv 2105.03746), L_CA + L_CR; published code ``our_loss1`` + ``our_loss2``.
 
@@ -130,8 +133,9 @@ def cacr_loss(
         >>> round(cacr_kernels.cacr_loss(z).item(), 4)
         -2.0
     """
-    views, tau_pos, tau_neg = refuse_second_derivative_of_compiled(views, tau_pos, tau_neg)
-    z = checks.views("views", views, at_least=2)
+    given = [views, *more] if more else views
+    given, tau_pos, tau_neg = refuse_second_derivative_of_compiled(given, tau_pos, tau_neg)
+    z = checks.views("views", given, at_least=2)
     tau_pos = checks.temperature("tau_pos", tau_pos, z.device)
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
     alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
@@ -140,19 +144,36 @@ def cacr_loss(
     rbf_scale = checks.non_negative("rbf_scale", rbf_scale)
     check_shared(normalize, reduction, return_parts)
     checks.reduction_of_rbf(cost, reduction)
-    chosen, on = choose_backend(backend, [z], normalize, similarities_of_views(z, pairing))
+    group = group_of(gather_distributed, process_group, {"views": z})
+    chosen, on = choose_backend(backend, [z], normalize, similarities_of_views(z, pairing), group)
     with checks.without_autocast(z.device):
-        (z,) = prepare([z], normalize)
+        (z,), (keys,) = prepare([z], normalize, group, gathered=[0])
+        tau_pos, tau_neg = averaged(group, z.device, tau_pos, tau_neg)
         tau_pos, tau_neg, alpha, beta, rbf_scale = as_variables(z.device, tau_pos, tau_neg, alpha, beta, rbf_scale)
-        if reduction == "mean" and "cacr" in on.operators and chosen.fuses(z.shape, pairing):
+        if keys is None and reduction == "mean" and "cacr" in on.operators and chosen.fuses(z.shape, pairing):
             return _fused(on, z, (tau_pos, tau_neg, alpha, beta, rbf_scale), (pairing, cost), return_parts)
         numbers = Numbers(tau_pos, tau_neg, alpha, beta)
         options: Any = {"pairing": pairing, "cost": cost, "rbf_scale": rbf_scale}
+        options |= {"keys": keys, "ranks": ranks_of(group)}
         if on.operators:
             terms = losses.cacr(on, z.contiguous(), numbers, **options)
         else:
             terms = reference.cacr(z, numbers, **options)
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype)
+
+
+@overload
+def cacr_queue_loss(
+    queries: Views, keys: Views, queue: Tensor, *, return_parts: Literal[False] = ..., **options: Unpack[QueueKeywords]
+) -> Tensor: ...
+@overload
+def cacr_queue_loss(
+    queries: Views, keys: Views, queue: Tensor, *, return_parts: Literal[True], **options: Unpack[QueueKeywords]
+) -> CACRParts: ...
+@overload
+def cacr_queue_loss(
+    queries: Views, keys: Views, queue: Tensor, *, return_parts: bool, **options: Unpack[QueueKeywords]
+) -> Tensor | CACRParts: ...
 
 
 def cacr_queue_loss(
@@ -169,6 +190,8 @@ def cacr_queue_loss(
     normalize: bool = False,
     reduction: Reduction = "mean",
     return_parts: bool = False,
+    gather_distributed: bool = False,
+    process_group: Any = None,
     backend: str = "auto",
 ) -> Any:
     """CACR with momentum keys and a queue of negatives, MoCo v2 style.
@@ -186,17 +209,26 @@ def cacr_queue_loss(
         in_batch: whether the other queries of the batch and view are negatives too.
         weight_grad: which softmax logits of the repulsion are differentiated: ``"in_batch"`` (published; those of the
             queue are not), ``"full"``, ``"none"``.
-        tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, backend: see :func:`cacr_loss`;
-            ``reduction="none"`` gives [V, B], or [B].
+        tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, gather_distributed, process_group, backend:
+            see :func:`cacr_loss`. Queries are gathered, the queue is not: it has to be the same on all ranks.
+
+    Returns:
+        The loss or :class:`CACRParts`, as :func:`cacr_loss`; values [V, B], or [B] with ``reduction="none"``.
 
     Raises:
         TypeError, ValueError: see :func:`cacr_loss`.
 
     Source: the published MoCo v2 code with ``K`` and ``unif_intra_batch``.
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> basis = torch.eye(8)
+        >>> cacr_kernels.cacr_queue_loss(basis[:4], basis[:4], basis[4:]).item()
+        -2.0
     """
-    options = QueueOptions(
-        tau_pos, tau_neg, alpha, beta, in_batch, weight_grad, normalize, reduction, return_parts, backend
-    )
+    numbers = tau_pos, tau_neg, alpha, beta
+    ranks = gather_distributed, process_group
+    options = QueueOptions(*numbers, in_batch, weight_grad, normalize, reduction, return_parts, *ranks, backend)
     call = queue_call(queries, keys, queue, None, options)
     with checks.without_autocast(call.device):
         return call.reduced(call.compute(*call.arguments))
@@ -214,6 +246,8 @@ class QueueOptions(NamedTuple):
     normalize: bool
     reduction: Reduction
     return_parts: bool
+    gather_distributed: bool
+    process_group: Any
     backend: str
 
 
@@ -237,7 +271,7 @@ def queue_call(
 
     The caller computes, so that from a loss to its operator there are few calls.
     """
-    tau_pos, tau_neg, alpha, beta, in_batch, weight_grad, normalize, reduction, return_parts, backend = options
+    tau_pos, tau_neg, alpha, beta, in_batch, weight_grad, normalize, reduction, return_parts, *ranks, backend = options
     queries, tau_pos, tau_neg = refuse_second_derivative_of_compiled(queries, tau_pos, tau_neg)
     one_direction = isinstance(queries, Tensor) and queries.dim() == 2
     q, k = checks.queries_and_keys(queries, keys)
@@ -252,9 +286,12 @@ def queue_call(
     checks.flag("in_batch", in_batch)
     checks.option("weight_grad", weight_grad, WEIGHT_GRADS)
     check_shared(normalize, reduction, return_parts)
+    gather_distributed, process_group = ranks
+    group = group_of(gather_distributed, process_group, {"queries": q})
     _, on = choose_backend(backend, [q, k, n], normalize, math.inf)
     with checks.without_autocast(q.device):
-        q, k, n = prepare([q, k.detach(), n.detach()], normalize)
+        (q, k, n), (batch,) = prepare([q, k.detach(), n.detach()], normalize, group, gathered=[0] * in_batch)
+        tau_pos, tau_neg = averaged(group, q.device, tau_pos, tau_neg)
         numbers = Numbers(*as_variables(q.device, tau_pos, tau_neg, alpha, beta))
     arguments: tuple[Any, ...] = q, k, n, numbers
     compute: Callable[..., Terms] = reference.queue
@@ -266,8 +303,23 @@ def queue_call(
             terms = terms._replace(attraction=terms.attraction[0], repulsion=terms.repulsion[0])
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, q.dtype)
 
-    options_of_queue: Any = {"in_batch": in_batch, "weight_grad": weight_grad, "valid": valid}
+    negatives = in_batch if batch is None else batch
+    options_of_queue: Any = {"in_batch": negatives, "weight_grad": weight_grad, "valid": valid}
     return QueueCall(q.device, partial(compute, **options_of_queue), arguments, reduced)
+
+
+@overload
+def cacr_momentum_loss(
+    queries: Views, keys: Tensor, *, return_parts: Literal[False] = ..., **options: Unpack[MomentumKeywords]
+) -> Tensor: ...
+@overload
+def cacr_momentum_loss(
+    queries: Views, keys: Tensor, *, return_parts: Literal[True], **options: Unpack[MomentumKeywords]
+) -> CACRParts: ...
+@overload
+def cacr_momentum_loss(
+    queries: Views, keys: Tensor, *, return_parts: bool, **options: Unpack[MomentumKeywords]
+) -> Tensor | CACRParts: ...
 
 
 def cacr_momentum_loss(
@@ -280,28 +332,43 @@ def cacr_momentum_loss(
     normalize: bool = False,
     reduction: Reduction = "mean",
     return_parts: bool = False,
+    gather_distributed: bool = False,
+    process_group: Any = None,
     backend: str = "auto",
 ) -> Any:
     """CACR with momentum keys of all ranks, MoCo v3 style, with one temperature T > 0.
 
-    With k+ = keys[key_offset + b] and p_v = softmax_v(|q_v - k+|^2 / T), detached, per instance b::
+    Per instance b, with the positive k+, and with p and w detached::
 
+        k+  = keys[key_offset + b]
+        p_v = softmax_v(|q_v - k+|^2 / T)
         "rbf":          sum_v p_v 2T (logsumexp_j(q_v.k_j / T) - q_v.k+ / T)
         "sqeuclidean":  sum_v p_v (|q_v - k+|^2 - sum_{j != +} w_j |q_v - k_j|^2) / 2,   w = softmax_j(q_v.k_j / T)
-    with w detached too.
 
     Args:
-        queries: [V, B, D], V >= 1 (or a sequence of V tensors [B, D]); unit vectors, or set ``normalize``.
+        queries: [V, B, D], V >= 1 (or a sequence of V tensors [B, D], or one tensor [B, D]); unit vectors, or set
+            ``normalize``.
         keys: [M, D], M >= key_offset + B, of all ranks; detached; unit vectors, or set ``normalize``.
         temperature: T > 0 (a divisor here, as published), a number, or a 0-dim or one-element tensor.
         cost: ``"rbf"`` or ``"sqeuclidean"``.
-        key_offset: index of the key that belongs to query 0 (rank times B).
-        normalize, reduction, return_parts, backend: see :func:`cacr_loss`; ``reduction="none"`` gives [B].
+        key_offset: index of the key that belongs to query 0 (rank times B, if the caller gathered the keys).
+        normalize, reduction, return_parts, gather_distributed, process_group, backend: see :func:`cacr_loss`. With
+            ``gather_distributed=True`` the keys are those of this rank, in which ``key_offset`` counts; the keys of all
+            ranks are gathered.
+
+    Returns:
+        The loss or :class:`CACRParts`, as :func:`cacr_loss`; values [B] with ``reduction="none"``.
 
     Raises:
         TypeError, ValueError: see :func:`cacr_loss`.
 
     Source: the published ``cacr_rbfloss`` and ``cacr_euclideanloss`` (the latter summed over instances).
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> q = torch.eye(4)
+        >>> round(cacr_kernels.cacr_momentum_loss([q], q, temperature=0.1).item(), 6)
+        2.7e-05
     """
     queries, temperature = refuse_second_derivative_of_compiled(queries, temperature)
     q = checks.views("queries", queries, at_least=1)
@@ -312,11 +379,14 @@ def cacr_momentum_loss(
     checks.option("cost", cost, COSTS)
     if k.shape[0] < q.shape[1]:
         raise ValueError(f"keys must hold at least the B = {q.shape[1]} keys of the queries, got M = {k.shape[0]}")
-    checks.integer("key_offset", key_offset, 0, k.shape[0] - q.shape[1])
+    key_offset = checks.integer("key_offset", key_offset, 0, k.shape[0] - q.shape[1])
     check_shared(normalize, reduction, return_parts)
+    group = group_of(gather_distributed, process_group, {"queries": q, "keys": k})
     _, on = choose_backend(backend, [q, k], normalize, math.inf)
     with checks.without_autocast(q.device):
-        q, k = prepare([q, k.detach()], normalize)
+        (q, k), (keys_of_all,) = prepare([q, k.detach()], normalize, group, gathered=[1])
+        k = k if keys_of_all is None else keys_of_all
+        (temperature,) = averaged(group, q.device, temperature)
         (temperature,) = as_variables(q.device, temperature)
         options: Any = {"cost": cost, "key_offset": key_offset}
         if on.operators:
@@ -326,12 +396,28 @@ def cacr_momentum_loss(
         return reduce(connected(terms, temperature), reduction, return_parts, q.dtype)
 
 
+@overload
+def supervised_cacr_loss(
+    embeddings: Tensor, labels: Tensor, *, return_parts: Literal[False] = ..., **options: Unpack[SupervisedKeywords]
+) -> Tensor: ...
+@overload
+def supervised_cacr_loss(
+    embeddings: Tensor, labels: Tensor, *, return_parts: Literal[True], **options: Unpack[SupervisedKeywords]
+) -> CACRParts: ...
+@overload
+def supervised_cacr_loss(
+    embeddings: Tensor, labels: Tensor, *, return_parts: bool, **options: Unpack[SupervisedKeywords]
+) -> Tensor | CACRParts: ...
+
+
 def supervised_cacr_loss(
     embeddings: Tensor,
     labels: Tensor,
     *,
     ref_embeddings: Tensor | None = None,
     ref_labels: Tensor | None = None,
+    ref_index: Tensor | None = None,
+    ignore_index: int | None = None,
     tau_pos: float | Tensor = 1.0,
     tau_neg: float | Tensor = 1.0,
     alpha: float = 1.0,
@@ -339,9 +425,16 @@ def supervised_cacr_loss(
     normalize: bool = False,
     reduction: Reduction = "mean",
     return_parts: bool = False,
+    gather_distributed: bool = False,
+    process_group: Any = None,
     backend: str = "auto",
 ) -> Any:
     """CACR with labels: positives share the query's label (not itself), negatives have another.
+
+    ::
+
+        attraction = alpha mean_i sum_j w c(z[i], z[j]),   y[j] == y[i], j != i,   w = softmax_j(+tau_pos c)
+        repulsion  = -beta mean_i sum_j w c(z[i], z[j]),   y[j] != y[i],           w = softmax_j(-tau_neg c)
 
     The attraction is averaged over the queries that have a positive, the repulsion over those that have a negative.
 
@@ -349,42 +442,72 @@ def supervised_cacr_loss(
         embeddings: [N, D], the queries, and the keys too unless a reference set is given.
         labels: [N], of any integer dtype.
         ref_embeddings, ref_labels: [M, D] and [M], the keys; both or none. They receive gradient like the embeddings.
-        tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, backend: see :func:`cacr_loss`;
-            ``reduction="none"`` gives [N].
+        ref_index: [N], of any integer dtype: the row of the reference set that *is* query i, or -1. Give it where the
+            reference set may hold the queries, as a bank or a gathered batch does: else such a row is a positive of
+            its own query, at distance 0. It is in no set of that query. On a GPU the values are not looked at.
+        ignore_index: embeddings (of the reference set, too) with this label are left out, as if they were not given:
+            they are in no set and not read, and nothing flows to them.
+        tau_pos, tau_neg, alpha, beta, normalize, reduction, return_parts, gather_distributed, process_group, backend:
+            see :func:`cacr_loss`. Embeddings and labels are gathered, or the parts of a reference set that the ranks
+            pass, in which ``ref_index`` counts; queries with positives or negatives are counted over all ranks.
+
+    Returns:
+        The loss or :class:`CACRParts`, as :func:`cacr_loss`; values [N] with ``reduction="none"``, with 0 for ignored
+        embeddings; the mean of the others is the loss.
 
     Raises:
         TypeError, ValueError: see :func:`cacr_loss`.
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> cacr_kernels.supervised_cacr_loss(torch.eye(3)[[0, 0, 1, 1]], torch.tensor([7, 7, 8, 8])).item()
+        -2.0
     """
     embeddings, ref_embeddings, tau_pos, tau_neg = refuse_second_derivative_of_compiled(
         embeddings, ref_embeddings, tau_pos, tau_neg
     )
-    z = checks.nonempty("embeddings", checks.float_tensor("embeddings", embeddings, "[N, D]"), "[N, D]")
+    z = checks.embeddings("embeddings", embeddings, "[N, D]", "labels")
     y = checks.labels("labels", labels, "embeddings", z)
     if (ref_embeddings is None) != (ref_labels is None):
         given, missing = (
             ("ref_labels", "ref_embeddings") if ref_embeddings is None else ("ref_embeddings", "ref_labels")
         )
         raise ValueError(f"{missing} must be given together with {given}, got None")
+    ignored = checks.ignore_index(ignore_index, labels)
     tensors = [z]
     if ref_embeddings is not None:
-        r = checks.nonempty("ref_embeddings", checks.float_tensor("ref_embeddings", ref_embeddings, "[M, D]"), "[M, D]")
+        r = checks.embeddings("ref_embeddings", ref_embeddings, "[M, D]", "ref_labels")
         checks.same_device("ref_embeddings", r, "embeddings", z)
         checks.same_dim("ref_embeddings", r, "embeddings", z)
         as_int64 = checks.labels("ref_labels", ref_labels, "ref_embeddings", r)
         checks.comparable("ref_labels", ref_labels, "labels", labels)  # type: ignore[arg-type]
         ref_labels = as_int64
         tensors.append(r)
+    own_rows = checked_ref_index(ref_index, z, ref_embeddings)
     tau_pos = checks.temperature("tau_pos", tau_pos, z.device)
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
     alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
     check_shared(normalize, reduction, return_parts)
-    _, on = choose_backend(backend, tensors, normalize, similarities_of_embeddings(tensors))
+    group = group_of(
+        gather_distributed, process_group, {"embeddings": z, "ref_embeddings": tensors[1] if tensors[1:] else None}
+    )
+    _, on = choose_backend(backend, tensors, normalize, similarities_of_embeddings(tensors), group)
     with checks.without_autocast(z.device):
-        z, *ref = prepare(tensors, normalize)
+        if own_rows is not None or ignored is not None:
+            read = losses.rows_in_sets(y, ref_labels, own_rows, ignored, everywhere=group is None)
+            tensors = [torch.where(rows[:, None], t, 0.0) for rows, t in zip(read, tensors, strict=True)]
+        (z, *ref), (keys,) = prepare(tensors, normalize, group, gathered=[len(tensors) - 1])
+        tau_pos, tau_neg = averaged(group, z.device, tau_pos, tau_neg)
         numbers = Numbers(*as_variables(z.device, tau_pos, tau_neg, alpha, beta))
+        ranks = ranks_of(group)
+        sets = KeySets(own_rows, ignored, queries_first=keys is not None and not ref)
+        if group is not None and keys is not None:
+            ref, ref_labels = [keys], rows_of_all(y if ref_labels is None else ref_labels, group, dim=0)
         arguments: Any = (z, y, ref[0] if ref else None, ref_labels, numbers)
-        terms = losses.supervised(on, *arguments) if on.operators else reference.supervised(*arguments)
-        return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype)
+        supervised = partial(losses.supervised, on) if on.operators else reference.supervised
+        terms = supervised(*arguments, sets=sets, ranks=ranks)
+        counted = None if ignored is None else ranks.total((y != ignored).sum()).to(z.dtype) / (len(y) * ranks.size)
+        return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype, counted)
 
 
 def _fused(on: Target, views: Tensor, given: Sequence[Any], kind: tuple[Pairing, Cost], return_parts: bool) -> Any:

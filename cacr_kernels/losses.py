@@ -20,13 +20,18 @@ from .operators.registry import Target
 from .reference import Statistics, mean_entropy, rows_of_pairs, statistics, view_pairs
 from .types import (
     ALL,
+    ALONE,
     OTHER,
+    OTHER_NOT_SELF,
     SAME,
     SAME_NOT_SELF,
+    WHOLE_SETS,
     ContrastSpec,
     Cost,
+    KeySets,
     Numbers,
     Pairing,
+    Ranks,
     Temperature,
     Terms,
     WeightGrad,
@@ -74,6 +79,8 @@ def cacr(
     pairing: Pairing,
     cost: Cost,
     rbf_scale: float,
+    keys: Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> Terms:
     """``reference.cacr``, with the repulsion from one call of ``contrast``."""
     tau_pos, tau_neg, alpha, beta = numbers
@@ -81,23 +88,28 @@ def cacr(
     c = aligned_cost(views, views)
     attracted = attraction(c, tau_pos * c)
     zero = views.new_zeros(())
-    if batch == 1:  # no negatives
+    if batch == 1 and keys is None:  # no negatives
         rows = zero if cost == "rbf" else torch.zeros_like(attracted.value)
         return Terms(alpha * attracted.value, rows, mean_entropy(attracted), zero)
     taus = [-tau_neg, -(tau_neg + rbf_scale)] if cost == "rbf" else [-tau_neg]
-    z, ids, pairs = views, instance_ids(batch, views.device), view_pairs(num_views, pairing)
+    q, q_id, pairs = views, instance_ids(batch, views.device), view_pairs(num_views, pairing)
+    k_id = None if keys is None else instance_ids(keys.shape[1], views.device)
     if pairing == "pooled":
-        z, ids, pairs = views.reshape(1, num_views * batch, dim), ids.repeat(num_views), [(0, 0)]
-    spec = ContrastSpec(ids, None, [OTHER] * len(taus), [x for x, _ in pairs], [y for _, y in pairs])
-    value, lse = contrast(on, z, None, vector(taus, views.device), spec)
+        q, q_id, pairs = views.reshape(1, num_views * batch, dim), q_id.repeat(num_views), [(0, 0)]
+        if keys is not None and k_id is not None:
+            keys, k_id = keys.reshape(1, -1, dim), k_id.repeat(num_views)
+    spec = ContrastSpec(q_id, k_id, [OTHER] * len(taus), [x for x, _ in pairs], [y for _, y in pairs])
+    value, lse = contrast(on, q, keys, vector(taus, views.device), spec)
+    pulled = alpha * attracted.value
     if cost == "rbf":
         log_value = lse[1] - lse[0] + 0.0 * value[0].detach()
         log_mean = log_value.logsumexp(-1) - math.log(log_value.shape[-1])
+        pulled, log_mean = ranks.rbf(pulled, log_mean)
         repulsion = beta * log_mean.mean()
     else:
         repulsion = -beta * rows_of_pairs(value[0], num_views, pairing)
     entropy = entropy_of(value[0], lse[0], -tau_neg)
-    return Terms(alpha * attracted.value, repulsion, mean_entropy(attracted), entropy)
+    return Terms(pulled, repulsion, mean_entropy(attracted), entropy)
 
 
 def queue(
@@ -107,7 +119,7 @@ def queue(
     queue: Tensor,
     numbers: Numbers,
     *,
-    in_batch: bool,
+    in_batch: bool | Tensor,
     weight_grad: WeightGrad,
     valid: Tensor | None = None,
 ) -> Terms:
@@ -131,11 +143,13 @@ def queue(
         kind = ALL if valid is None else OTHER
         spec = ContrastSpec(*ids, [kind], every, [0] * num_views, detach_weights=weight_grad != "full")
         (value,), (lse,) = detached_keys(on, queries, queue[None], vector([-tau_neg], queries.device), spec)
-    if in_batch and batch > 1:
+    every_query = in_batch if isinstance(in_batch, Tensor) else None
+    if every_query is not None or (in_batch and batch > 1):
         detached, tau = weight_grad == "none", vector([-tau_neg], queries.device)
         instances = instance_ids(batch, queries.device)
-        spec = ContrastSpec(instances, None, [OTHER], every, every, detach_weights=detached)
-        (batch_value,), (batch_lse,) = contrast(on, queries, None, tau.detach() if detached else tau, spec)
+        among = None if every_query is None else instance_ids(every_query.shape[1], queries.device)
+        spec = ContrastSpec(instances, among, [OTHER], every, every, detach_weights=detached)
+        (batch_value,), (batch_lse,) = contrast(on, queries, every_query, tau.detach() if detached else tau, spec)
         batch_lse = batch_lse.detach() if detached else batch_lse
         if queue.shape[0] and valid is not None:  # the queue may be empty
             some = lse != -torch.inf
@@ -223,8 +237,14 @@ def supervised(
     ref_embeddings: Tensor | None,
     ref_labels: Tensor | None,
     numbers: Numbers,
+    *,
+    sets: KeySets = WHOLE_SETS,
+    ranks: Ranks = ALONE,
 ) -> Terms:
-    """``reference.supervised``: both sets of a query from one pass over the similarities."""
+    """``reference.supervised``: both sets of a query from one pass over the similarities.
+
+    Embeddings in no set have been replaced by zeros (``rows_in_sets``), but for one that is alone.
+    """
     tau_pos, tau_neg, alpha, beta = numbers
     keys_are_queries = ref_embeddings is None or ref_labels is None
     if keys_are_queries and labels.shape[0] == 1:  # in no set: not read
@@ -232,12 +252,17 @@ def supervised(
             torch.ones_like(embeddings, dtype=torch.bool), 0.0, embeddings
         )
     keys = None if ref_embeddings is None else ref_embeddings[None]
-    kinds = [SAME_NOT_SELF if keys_are_queries else SAME, OTHER]
-    spec = ContrastSpec(*compact_ids(labels, ref_labels), kinds, [0], [0])
+    ref_index, ignore_index, queries_first = sets
+    kinds, q_self = [SAME_NOT_SELF if keys_are_queries or queries_first else SAME, OTHER], None
+    if ref_index is not None or ignore_index is not None:
+        kinds = [SAME_NOT_SELF, OTHER_NOT_SELF]
+        if not keys_are_queries and not queries_first:
+            q_self = (torch.full_like(labels, -1) if ref_index is None else ref_index).to(torch.int32)
+    spec = ContrastSpec(*compact_ids(labels, ref_labels, ignore_index), kinds, [0], [0], q_self=q_self)
     value, lse = contrast(on, embeddings[None], keys, vector([tau_pos, -tau_neg], embeddings.device), spec)
     value, lse = value[:, 0], lse[:, 0]
-    nonempty = (lse != -torch.inf).sum(-1).clamp(min=1).to(value.dtype)
-    factor = value.shape[1] / nonempty
+    nonempty = ranks.total((lse != -torch.inf).sum(-1)).clamp(min=1).to(value.dtype)
+    factor = value.shape[1] * ranks.size / nonempty
     return Terms(
         alpha * value[0] * factor[0],
         -beta * value[1] * factor[1],
@@ -246,11 +271,41 @@ def supervised(
     )
 
 
-def compact_ids(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """int64 labels as int32 ids that are equal exactly where the labels are."""
+def rows_in_sets(
+    labels: Tensor, ref_labels: Tensor | None, ref_index: Tensor | None, ignore_index: int | None, everywhere: bool
+) -> list[Tensor]:
+    """Which embeddings [N] and which of the reference set [M] are in a set, their own or another's; of M without it.
+
+    A query meets all keys that are not ignored but itself. Without ``everywhere`` there are queries and keys of other
+    ranks, and only what is ignored is in no set.
+    """
+    queries = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+    if ref_labels is None:
+        return [queries & (queries.sum() > 1) if everywhere else queries]
+    keys = torch.ones_like(ref_labels, dtype=torch.bool) if ignore_index is None else ref_labels != ignore_index
+    if not everywhere:
+        return [queries, keys]
+    met_by, meets = queries.sum(), keys.sum()
+    if ref_index is not None:  # those that are no key stand for a key, and count nothing
+        known = (ref_index >= 0) & (ref_index < ref_labels.shape[0])
+        index = torch.where(known, ref_index, 0)
+        met_by = met_by - torch.zeros_like(ref_labels).index_add(0, index, (known & queries).to(ref_labels.dtype))
+        meets = meets - (known & keys[index]).to(ref_labels.dtype)
+    return [queries & (meets > 0), keys & (met_by > 0)]
+
+
+def compact_ids(
+    labels: Tensor, ref_labels: Tensor | None, ignore_index: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """int64 labels as int32 ids that are equal exactly where the labels are.
+
+    Those of embeddings to ignore are negative and all different.
+    """
     both = labels if ref_labels is None else torch.cat([labels, ref_labels])
     # Not torch.unique: its size depends on the data, which synchronises, and torch 2.10 cannot trace it in torch.func.
     ordered, where = both.sort()
     rank = (ordered != ordered.roll(1)).cumsum(0, dtype=torch.int32)
     ids = torch.zeros_like(rank).scatter(0, where, rank - rank[:1])
+    if ignore_index is not None:
+        ids = torch.where(both == ignore_index, ~instance_ids(both.shape[0], both.device), ids)
     return ids[: labels.shape[0]], None if ref_labels is None else ids[labels.shape[0] :]

@@ -8,21 +8,31 @@ Python numbers may follow a schedule, also under ``torch.compile``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import checks, functional, ring
+from . import checks, distributed, functional, ring
 from .operators import state
 from .operators.second_derivative import refuse_second_derivative_of_compiled
 from .reference import unit_rows
 from .types import ENQUEUES, Cost, Enqueue, Pairing, Reduction, WeightGrad, arithmetic_dtype
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-class _Loss(nn.Module):
-    """Options by name, checked; numbers and strings as attributes, parameters and tensors registered."""
+    from .types import CACRParts, MomentumModuleKeywords, QueueModuleKeywords, SupervisedModuleKeywords, ViewsKeywords
+
+Result = TypeVar("Result", bound="Tensor | CACRParts")
+
+
+class _Loss(nn.Module, Generic[Result]):
+    """Options by name, checked; numbers and strings as attributes, parameters and tensors registered.
+
+    To type checkers a loss is generic in what it returns, which ``return_parts`` decides.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -32,7 +42,7 @@ class _Loss(nn.Module):
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
             else:  # to torch.compile a number of NumPy is an array
-                setattr(self, name, float(value) if isinstance(value, np.number) else value)
+                setattr(self, name, value.item() if isinstance(value, (np.number, np.bool_)) else value)
 
     def options(self) -> dict[str, Any]:
         """The options as they are now."""
@@ -43,7 +53,7 @@ class _Loss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
 
 
-class CACRLoss(_Loss):
+class CACRLoss(_Loss[Result]):
     """:func:`cacr_kernels.cacr_loss` with ``normalize=True``.
 
     ``CACRLoss()(z0, z1, ...)`` takes the views as arguments [B, D], or one tensor [V, B, D], or one list of views.
@@ -54,6 +64,19 @@ class CACRLoss(_Loss):
         >>> loss_fn(torch.randn(8, 16), torch.randn(8, 16)).shape
         torch.Size([])
     """
+
+    @overload
+    def __init__(
+        self: CACRLoss[Tensor], *, return_parts: Literal[False] = ..., **options: Unpack[ViewsKeywords]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: CACRLoss[CACRParts], *, return_parts: Literal[True], **options: Unpack[ViewsKeywords]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: CACRLoss[Tensor | CACRParts], *, return_parts: bool, **options: Unpack[ViewsKeywords]
+    ) -> None: ...
 
     def __init__(
         self,
@@ -68,6 +91,8 @@ class CACRLoss(_Loss):
         normalize: bool = True,
         reduction: Reduction = "mean",
         return_parts: bool = False,
+        gather_distributed: bool = False,
+        process_group: Any = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -81,16 +106,23 @@ class CACRLoss(_Loss):
             normalize=normalize,
             reduction=reduction,
             return_parts=return_parts,
+            gather_distributed=gather_distributed,
+            process_group=process_group,
             backend=backend,
         )
         checks.reduction_of_rbf(cost, reduction)
 
-    def forward(self, *views: Tensor | Sequence[Tensor]) -> Any:
+    def forward(self, *views: Tensor | Sequence[Tensor]) -> Result:
         """The loss of the views."""
-        return functional.cacr_loss(views[0] if len(views) == 1 else views, **self.options())  # type: ignore[arg-type]
+        given: Any = views[0] if len(views) == 1 else views
+        loss: Result = functional.cacr_loss(given, **self.options())
+        return loss
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
-class CACRQueueLoss(_Loss):
+class CACRQueueLoss(_Loss[Result]):
     """:func:`cacr_kernels.cacr_queue_loss` with ``normalize=True``, which keeps its queue if asked to.
 
     ``CACRQueueLoss()(queries, keys, queue)`` uses the caller's queue [K, D]. ``CACRQueueLoss(queue_size=K, dim=D)``
@@ -112,8 +144,10 @@ class CACRQueueLoss(_Loss):
     Activation checkpointing is exact where the backward runs before the next call in training; if it does not, pass
     the queue. A reentrant checkpoint runs its forward without gradients: pass ``update_queue=True`` there.
 
-    Under ``DistributedDataParallel`` every rank keeps its own queue: pass ``broadcast_buffers=False``, or the queue of
-    rank 0 replaces the others at every forward. (Its successor ``forward_sync_buffers=False`` copies the buffers of
+    With ``gather_distributed=True`` every rank keeps the same queue: the keys of all ranks, as one process would store
+    them, so that a checkpoint of it serves any number of ranks. Without, every rank keeps its own: pass
+    ``broadcast_buffers=False`` to ``DistributedDataParallel``, or the queue of rank 0 replaces the others at every
+    forward. (Its successor ``forward_sync_buffers=False`` copies the buffers of
     rank 0 once, when wrapping: load a rank's checkpoint after that.) The replicas of ``nn.DataParallel`` cannot fill
     the queue.
 
@@ -137,6 +171,19 @@ class CACRQueueLoss(_Loss):
     incoming: Tensor
     incoming_count: Tensor
 
+    @overload
+    def __init__(
+        self: CACRQueueLoss[Tensor], *, return_parts: Literal[False] = ..., **options: Unpack[QueueModuleKeywords]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: CACRQueueLoss[CACRParts], *, return_parts: Literal[True], **options: Unpack[QueueModuleKeywords]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: CACRQueueLoss[Tensor | CACRParts], *, return_parts: bool, **options: Unpack[QueueModuleKeywords]
+    ) -> None: ...
+
     def __init__(
         self,
         *,
@@ -152,6 +199,8 @@ class CACRQueueLoss(_Loss):
         normalize: bool = True,
         reduction: Reduction = "mean",
         return_parts: bool = False,
+        gather_distributed: bool = False,
+        process_group: Any = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -164,19 +213,21 @@ class CACRQueueLoss(_Loss):
             normalize=normalize,
             reduction=reduction,
             return_parts=return_parts,
+            gather_distributed=gather_distributed,
+            process_group=process_group,
             backend=backend,
         )
         self.queue_size = checks.integer("queue_size", queue_size, 0, 2**62)
         if (dim is None) != (queue_size == 0):
             raise ValueError(f"dim must be given together with queue_size > 0, got dim={dim}, queue_size={queue_size}")
-        self.dim = dim
+        self.dim: int | None = dim
         checks.option("enqueue", enqueue, ENQUEUES)
         self.enqueue = enqueue
         self._unstored = False  # the last forward in training mode had no gradients; decides about a warning only
         if dim is not None:
-            checks.integer("dim", dim, 1, 2**31)
+            self.dim = checks.integer("dim", dim, 1, 2**31)
             for rows, count in _ROWS:
-                self.register_buffer(rows, torch.zeros(queue_size, dim))
+                self.register_buffer(rows, torch.zeros(self.queue_size, self.dim))
                 self.register_buffer(count, torch.zeros((), dtype=torch.int64))
 
     def forward(
@@ -186,7 +237,7 @@ class CACRQueueLoss(_Loss):
         queue: Tensor | None = None,
         *,
         update_queue: bool | None = None,
-    ) -> Any:
+    ) -> Result:
         """The loss of queries and keys [V, B, D] (or both [B, D]) with a queue [K, D]: the caller's, or the module's.
 
         ``update_queue``: whether a queue that the module keeps takes these keys; by default in training mode with
@@ -199,14 +250,15 @@ class CACRQueueLoss(_Loss):
                 raise ValueError("queue must be a tensor [K, D], got None; or let the module keep one with queue_size=")
             if update_queue:
                 raise ValueError("update_queue=True needs a module that keeps its queue, with queue_size=")
-            return functional.cacr_queue_loss(queries, keys, queue, **self.options())
+            loss: Result = functional.cacr_queue_loss(queries, keys, queue, **self.options())
+            return loss
         if queue is not None:
             raise ValueError(f"queue must not be given: this module keeps its own of queue_size={self.queue_size}")
         (queries,) = refuse_second_derivative_of_compiled(queries)
         q, k = checks.queries_and_keys(queries, keys)
         if k.shape[-1] != self.dim:
             raise ValueError(f"keys must have dim = {self.dim} features, got {k.shape[-1]}")
-        k = k.detach()
+        given = k = k.detach()
         self._follow(k.device)
         update = self._updates(update_queue)
         own, valid = self._traced_queue(update) if _traced(self.queue) else self._queue_of_host(update)
@@ -219,8 +271,11 @@ class CACRQueueLoss(_Loss):
         with checks.without_autocast(call.device):
             loss = call.reduced(call.compute(*call.arguments))
         if update:
-            self._store(k)
+            self._store(self._of_all_ranks(given, k))
         return loss
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def reset_parameters(self) -> None:
         """An empty queue, as after construction; whatever makes modules on the meta device calls this."""
@@ -236,6 +291,8 @@ class CACRQueueLoss(_Loss):
     def _updates(self, update_queue: bool | None) -> bool:
         """Whether this forward stores its keys; in compiled code, unless it runs inside a backward."""
         wanted = self.training and torch.is_grad_enabled() if update_queue is None else update_queue
+        if torch.jit.is_tracing() and (self.training or update_queue):
+            raise ValueError("CACRQueueLoss that keeps its queue can only be traced in eval(): a trace keeps no queue")
         if torch.compiler.is_compiling():
             if (self.training or update_queue) and torch.compiler.is_exporting():
                 raise ValueError(
@@ -257,10 +314,10 @@ class CACRQueueLoss(_Loss):
                 "forward: use DistributedDataParallel, or call the loss outside"
             )
             return False
-        if wanted and _ranks() > 1:
+        if wanted and not self.gather_distributed and distributed.count() > 1:
             checks.warn_once(
                 "each rank keeps a queue of its own keys, and DistributedDataParallel overwrites it with that of rank "
-                "0 unless it is made with broadcast_buffers=False",
+                "0 unless it is made with broadcast_buffers=False; gather_distributed=True keeps the keys of all ranks",
                 kind="ranks",
             )
         return wanted
@@ -284,6 +341,14 @@ class CACRQueueLoss(_Loss):
                     self._writable("incoming_count").zero_()
             filled = int(ring.filled_rows(self.queue_count, self.queue_size))
         return self.queue.detach()[:filled], None
+
+    def _of_all_ranks(self, given: Tensor, prepared: Tensor) -> Tensor:
+        """The keys that are stored, with ``gather_distributed`` those of all ranks, as one process would have them."""
+        group = distributed.find(self.gather_distributed, self.process_group)
+        if group is None:
+            return prepared
+        keys = distributed.in_order_of_ranks(given if self.enqueue == "all" else given[-1:], group)
+        return unit_rows(keys.to(prepared.dtype)) if self.normalize else keys
 
     def _writable(self, name: str) -> Tensor:
         """The buffer for writing: moved to new memory first where a graph or a snapshot uses the old.
@@ -345,17 +410,39 @@ _ROWS = ("queue", "queue_count"), ("incoming", "incoming_count")
 
 
 def _traced(x: Tensor) -> bool:
-    """Whether numbers in ``x`` cannot be read without a cost: while compiling, or on a device."""
-    return torch.compiler.is_compiling() or x.device.type != "cpu"
+    """Whether numbers in ``x`` cannot be read without a cost: while compiling or tracing, or on a device."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu"
 
 
-def _ranks() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+class CACRMomentumLoss(_Loss[Result]):
+    """:func:`cacr_kernels.cacr_momentum_loss` with ``normalize=True``.
 
+    ``CACRMomentumLoss()(queries, keys, key_offset=0)`` takes queries [V, B, D] or [B, D] and the momentum keys [M, D].
+    Only the queries get a gradient. Where the keys come from an encoder that is to learn, a text tower say, this is not
+    its loss: use :class:`CACRLoss`. Keys that require grad are warned about once.
 
-class CACRMomentumLoss(_Loss):
-    """:func:`cacr_kernels.cacr_momentum_loss` with ``normalize=True``."""
+    Example:
+        >>> import torch, cacr_kernels
+        >>> loss_fn = cacr_kernels.CACRMomentumLoss(temperature=0.2)
+        >>> loss_fn(torch.randn(2, 8, 16), torch.randn(8, 16)).shape
+        torch.Size([])
+    """
+
+    @overload
+    def __init__(
+        self: CACRMomentumLoss[Tensor],
+        *,
+        return_parts: Literal[False] = ...,
+        **options: Unpack[MomentumModuleKeywords],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: CACRMomentumLoss[CACRParts], *, return_parts: Literal[True], **options: Unpack[MomentumModuleKeywords]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: CACRMomentumLoss[Tensor | CACRParts], *, return_parts: bool, **options: Unpack[MomentumModuleKeywords]
+    ) -> None: ...
 
     def __init__(
         self,
@@ -365,6 +452,8 @@ class CACRMomentumLoss(_Loss):
         normalize: bool = True,
         reduction: Reduction = "mean",
         return_parts: bool = False,
+        gather_distributed: bool = False,
+        process_group: Any = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -373,16 +462,54 @@ class CACRMomentumLoss(_Loss):
             normalize=normalize,
             reduction=reduction,
             return_parts=return_parts,
+            gather_distributed=gather_distributed,
+            process_group=process_group,
             backend=backend,
         )
 
-    def forward(self, queries: Tensor | Sequence[Tensor], keys: Tensor, *, key_offset: int = 0) -> Any:
-        """The loss of queries [V, B, D] with the keys [M, D] of all ranks."""
-        return functional.cacr_momentum_loss(queries, keys, key_offset=key_offset, **self.options())
+    def forward(self, queries: Tensor | Sequence[Tensor], keys: Tensor, *, key_offset: int = 0) -> Result:
+        """The loss of queries [V, B, D] or [B, D] with the keys [M, D]: of all ranks, or to be gathered."""
+        if isinstance(keys, Tensor) and keys.requires_grad and torch.is_grad_enabled():
+            checks.warn_once(
+                "the keys of CACRMomentumLoss get no gradient, but these require one: pass keys.detach(), or take "
+                "CACRLoss if their encoder is to learn",
+                kind="keys",
+            )
+        loss: Result = functional.cacr_momentum_loss(queries, keys, key_offset=key_offset, **self.options())
+        return loss
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
-class SupervisedCACRLoss(_Loss):
-    """:func:`cacr_kernels.supervised_cacr_loss` with ``normalize=True``."""
+class SupervisedCACRLoss(_Loss[Result]):
+    """:func:`cacr_kernels.supervised_cacr_loss` with ``normalize=True``.
+
+    ``SupervisedCACRLoss()(embeddings, labels)`` takes embeddings [N, D] and labels [N]; or also a reference set [M, D]
+    and its labels [M], which are the keys then.
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> loss_fn = cacr_kernels.SupervisedCACRLoss()
+        >>> loss_fn(torch.randn(8, 16), torch.arange(8) % 3).shape
+        torch.Size([])
+    """
+
+    @overload
+    def __init__(
+        self: SupervisedCACRLoss[Tensor],
+        *,
+        return_parts: Literal[False] = ...,
+        **options: Unpack[SupervisedModuleKeywords],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: SupervisedCACRLoss[CACRParts], *, return_parts: Literal[True], **options: Unpack[SupervisedModuleKeywords]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: SupervisedCACRLoss[Tensor | CACRParts], *, return_parts: bool, **options: Unpack[SupervisedModuleKeywords]
+    ) -> None: ...
 
     def __init__(
         self,
@@ -391,9 +518,12 @@ class SupervisedCACRLoss(_Loss):
         tau_neg: float | Tensor = 1.0,
         alpha: float = 1.0,
         beta: float = 1.0,
+        ignore_index: int | None = None,
         normalize: bool = True,
         reduction: Reduction = "mean",
         return_parts: bool = False,
+        gather_distributed: bool = False,
+        process_group: Any = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -401,9 +531,12 @@ class SupervisedCACRLoss(_Loss):
             tau_neg=tau_neg,
             alpha=alpha,
             beta=beta,
+            ignore_index=ignore_index,
             normalize=normalize,
             reduction=reduction,
             return_parts=return_parts,
+            gather_distributed=gather_distributed,
+            process_group=process_group,
             backend=backend,
         )
 
@@ -413,8 +546,18 @@ class SupervisedCACRLoss(_Loss):
         labels: Tensor,
         ref_embeddings: Tensor | None = None,
         ref_labels: Tensor | None = None,
-    ) -> Any:
+        ref_index: Tensor | None = None,
+    ) -> Result:
         """The loss of embeddings [N, D] with labels [N]."""
-        return functional.supervised_cacr_loss(
-            embeddings, labels, ref_embeddings=ref_embeddings, ref_labels=ref_labels, **self.options()
+        loss: Result = functional.supervised_cacr_loss(
+            embeddings,
+            labels,
+            ref_embeddings=ref_embeddings,
+            ref_labels=ref_labels,
+            ref_index=ref_index,
+            **self.options(),
         )
+        return loss
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -56,7 +56,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .types import Cost, Numbers, Pairing, Temperature, Terms, WeightGrad
+from .types import ALONE, WHOLE_SETS, Cost, KeySets, Numbers, Pairing, Ranks, Temperature, Terms, WeightGrad
 
 SHORTEST = 1e-12  # rows at least this long become unit vectors
 
@@ -66,6 +66,8 @@ def unit_rows(x: Tensor) -> Tensor:
 
     Theirs would be the incoming one times 1e12: no information, and more than a half type can hold.
     """
+    if not (x.requires_grad or torch.compiler.is_compiling()):  # while compiling, requires_grad may be wrong
+        return normalize(x, dim=-1, eps=SHORTEST)
     short = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True) < SHORTEST
     return normalize(torch.where(short, x.detach(), x), dim=-1, eps=SHORTEST)
 
@@ -127,6 +129,8 @@ def cacr(
     pairing: Pairing,
     cost: Cost,
     rbf_scale: float,
+    keys: Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> Terms:
     """CACR of ``views`` [V, B, D], V >= 2 (paper: L_CA + L_CR; published: ``our_loss1`` + ``our_loss2``).
 
@@ -136,16 +140,19 @@ def cacr(
     ``"unordered"`` (x < y) and ``"ordered"`` (x != y) have P pairs of views and one softmax per pair and instance; the
     value of a pair stands on row x with the factor V / P, so that the mean of the rows is the mean of the pairs.
     ``"pooled"`` has one softmax per query over all views. Rows [V, B]; under rbf ``repulsion`` is 0-dimensional.
+    ``keys`` [V, M, D]: the views of more instances, of which those of ``views`` come first; by default ``views``.
     """
     tau_pos, tau_neg, alpha, beta = numbers
     attracted = attraction_statistics(views, tau_pos)
-    c, members = negative_costs(views, pairing)
+    c, members = negative_costs(views, pairing, keys)
     repelled = statistics(-tau_neg * c, c, members)
+    attraction = alpha * attracted.value
     if cost == "rbf":
-        repulsion = beta * rbf_log_mean(c, members, repelled, tau_neg, rbf_scale).mean()
+        attraction, log_mean = ranks.rbf(attraction, rbf_log_mean(c, members, repelled, tau_neg, rbf_scale))
+        repulsion = beta * log_mean.mean()
     else:
         repulsion = -beta * rows_of_pairs(repelled.value, views.shape[0], pairing)
-    return Terms(alpha * attracted.value, repulsion, mean_entropy(attracted), mean_entropy(repelled))
+    return Terms(attraction, repulsion, mean_entropy(attracted), mean_entropy(repelled))
 
 
 def attraction_statistics(views: Tensor, tau_pos: Temperature) -> Statistics:
@@ -156,17 +163,21 @@ def attraction_statistics(views: Tensor, tau_pos: Temperature) -> Statistics:
     return statistics(tau_pos * c, c, others[:, None, :])
 
 
-def negative_costs(views: Tensor, pairing: Pairing) -> tuple[Tensor, Tensor]:
-    """Costs [P, N, M] of queries and keys, and the mask [N, M] of negatives: P pairs of views, or P = 1 and N = V B."""
+def negative_costs(views: Tensor, pairing: Pairing, keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Costs [P, N, M] of queries and keys, and the mask [N, M] of negatives: P pairs of views, or P = 1 and N = V B.
+
+    ``keys``: see :func:`cacr`.
+    """
+    keys = views if keys is None else keys
     num_views, batch, dim = views.shape
+    instance = torch.arange(keys.shape[1], dtype=torch.int64, device=views.device)
     if pairing == "pooled":
-        z = views.reshape(1, num_views * batch, dim)
-        instance = torch.arange(batch, dtype=torch.int64, device=views.device).repeat(num_views)
-        return pairwise_cost(z, z), instance[:, None] != instance
+        q, k = views.reshape(1, -1, dim), keys.reshape(1, -1, dim)
+        return pairwise_cost(q, k), instance[:batch].repeat(num_views)[:, None] != instance.repeat(num_views)
     pairs = view_pairs(num_views, pairing)
     q = torch.stack([views[x] for x, _ in pairs])
-    k = torch.stack([views[y] for _, y in pairs])
-    return pairwise_cost(q, k), ~torch.eye(batch, dtype=torch.bool, device=views.device)
+    k = torch.stack([keys[y] for _, y in pairs])
+    return pairwise_cost(q, k), instance[:batch, None] != instance
 
 
 def view_pairs(num_views: int, pairing: Pairing) -> list[tuple[int, int]]:
@@ -204,7 +215,7 @@ def queue(
     queue: Tensor,
     numbers: Numbers,
     *,
-    in_batch: bool,
+    in_batch: bool | Tensor,
     weight_grad: WeightGrad,
     valid: Tensor | None = None,
 ) -> Terms:
@@ -216,7 +227,8 @@ def queue(
     ``weight_grad`` says which logits are differentiated: with "in_batch" those of the queue entries are detached inside
     the softmax, so dF/dc = w for them and w (1 + tau (c - F)) for in-batch negatives, where F is that of the whole set,
     and dF/dtau is the sum over the in-batch negatives alone. "full" differentiates all of them, "none" none.
-    Of the queue the first ``valid`` rows count, all if it is ``None``.
+    Of the queue the first ``valid`` rows count, all if it is ``None``. ``in_batch`` is whether other queries of the
+    batch are negatives, or the queries [V, M, D] of a larger batch, of which these come first.
     """
     tau_pos, tau_neg, alpha, beta = numbers
     keys, queue = keys.detach(), queue.detach()
@@ -228,10 +240,11 @@ def queue(
     others = torch.ones_like(others) if num_views == 1 else others
     attracted = statistics((tau_pos * c).detach(), c, others[:, None, :])
 
-    k = torch.cat([queue.expand(num_views, *queue.shape), queries], dim=1)  # [V, K + B, D]
-    c = pairwise_cost(queries, k)  # [V, B, K + B]
+    own = in_batch if isinstance(in_batch, Tensor) else queries
+    k = torch.cat([queue.expand(num_views, *queue.shape), own], dim=1)  # [V, K + M, D]
+    c = pairwise_cost(queries, k)  # [V, B, K + M]
     # of the keys in the batch; negative in the queue
-    index = torch.arange(-queue.shape[0], batch, dtype=torch.int64, device=device)
+    index = torch.arange(-queue.shape[0], own.shape[1], dtype=torch.int64, device=device)
     in_queue = index < 0
     not_self = index != torch.arange(batch, dtype=torch.int64, device=device)[:, None]
     logit = -tau_neg * c
@@ -239,7 +252,7 @@ def queue(
         logit = logit.detach()
     elif weight_grad == "in_batch":
         logit = torch.where(in_queue, logit.detach(), logit)
-    members = not_self if in_batch else in_queue
+    members = in_queue if in_batch is False else not_self
     if valid is not None:
         members = members & (~in_queue | (index + queue.shape[0] < valid))
     repelled = statistics(logit, c, members)
@@ -291,40 +304,47 @@ def supervised(
     ref_embeddings: Tensor | None,
     ref_labels: Tensor | None,
     numbers: Numbers,
+    *,
+    sets: KeySets = WHOLE_SETS,
+    ranks: Ranks = ALONE,
 ) -> Terms:
     """CACR with labels: positives share the label of the query, negatives have another; rows [N].
 
-    embeddings [N, D], labels [N]. The keys are the embeddings themselves, a query not being its own positive, or the
-    reference set [M, D], [M]. Only the N_pos queries that have a positive count in the mean of the attraction, only the
-    N_neg that have a negative in that of the repulsion: the rows carry the factors N / N_pos and N / N_neg.
+    embeddings [N, D], labels [N]. The keys are the embeddings themselves, or the reference set [M, D], [M]. A query is
+    in no set of its own: it is key i of the embeddings, key ``ref_index[i]`` of a reference set, none where that is -1;
+    with ``queries_first`` key i of the reference set. Embeddings with the label ``ignore_index`` are in no set, and
+    theirs are empty. Only the N_pos queries that have a positive count in the mean of the attraction, only the N_neg
+    that have a negative in that of the repulsion: the rows carry the factors N / N_pos and N / N_neg.
 
     The costs of positives are differences: this holds an [N, M, D] array.
     """
     tau_pos, tau_neg, alpha, beta = numbers
-    if ref_embeddings is None or ref_labels is None:
-        same = labels[:, None] == labels
-        other = ~same
-        same = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-        # A query alone in its batch is in no set: it is not read, not even multiplied by a zero gradient.
-        k = embeddings = torch.where((same | other).any(-1, keepdim=True), embeddings, 0.0)
-    else:
-        same = labels[:, None] == ref_labels
-        other = ~same
-        k = ref_embeddings
+    self, ignore_index, queries_first = sets
+    k, k_labels = ref_embeddings, ref_labels
+    if k is None or k_labels is None:
+        k, k_labels = embeddings, labels
+    if ref_embeddings is None or queries_first:
+        self = torch.arange(len(labels), dtype=torch.int64, device=labels.device)
+    same = labels[:, None] == k_labels
+    met = torch.ones_like(same)  # the keys that are in a set of the query
+    if self is not None:
+        met = self[:, None] != torch.arange(len(k_labels), dtype=torch.int64, device=labels.device)
+    if ignore_index is not None:
+        met = met & (labels != ignore_index)[:, None] & (k_labels != ignore_index)
+    same, other = same & met, ~same & met
+    # What is in no set is not read, not even multiplied by a zero gradient.
+    embeddings = torch.where(met.any(1)[:, None], embeddings, 0.0)
+    k = embeddings if ref_embeddings is None else torch.where(met.any(0)[:, None], k, 0.0)
 
     c = difference_cost(embeddings[:, None], k)
     attracted = statistics(tau_pos * c, c, same)
     c = pairwise_cost(embeddings, k)
     repelled = statistics(-tau_neg * c, c, other)
+    counts = ranks.total(torch.stack([attracted.nonempty.sum(), repelled.nonempty.sum()])).clamp(min=1)
+    factor = len(embeddings) * ranks.size / counts.to(c.dtype)
     return Terms(
-        alpha * attracted.value * nonempty_factor(attracted),
-        -beta * repelled.value * nonempty_factor(repelled),
+        alpha * attracted.value * factor[0],
+        -beta * repelled.value * factor[1],
         mean_entropy(attracted),
         mean_entropy(repelled),
     )
-
-
-def nonempty_factor(stats: Statistics) -> Tensor:
-    """Number of queries over the number of those with a non-empty set (0-dimensional, in the dtype of the values)."""
-    count = stats.nonempty.sum().clamp(min=1).to(stats.value.dtype)
-    return stats.nonempty.numel() / count

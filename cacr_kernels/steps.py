@@ -11,7 +11,8 @@ from torch import Tensor
 from . import checks, reference
 from .backends.entry import Backend, Size
 from .backends.table import choose
-from .operators.registry import Target
+from .distributed import Group, rows_of_all
+from .operators.registry import Target, has_values
 from .types import (
     REDUCTIONS,
     CACRParts,
@@ -32,12 +33,13 @@ def check_shared(normalize: object, reduction: object, return_parts: object) -> 
 
 
 def choose_backend(
-    backend: object, tensors: Sequence[Tensor], normalize: bool, similarities: float
+    backend: object, tensors: Sequence[Tensor], normalize: bool, similarities: float, group: Group | None = None
 ) -> tuple[Backend, Target]:
     """The entry of the backend that computes the loss, and where its operators run.
 
-    ``similarities``: how many are computed; infinite against keys that get no gradient.
+    ``similarities``: how many are computed, against the keys of one rank; infinite against keys that get no gradient.
     """
+    similarities *= 1 if group is None else group.size
     first, dtype = tensors[0], tensors[0].dtype
     halves = dtype in (torch.float16, torch.bfloat16) and not normalize and all(t.dtype == dtype for t in tensors)
     size = Size(similarities, first.shape[-1], dtype if halves else arithmetic_dtype(*tensors))
@@ -68,19 +70,35 @@ def as_variables(device: torch.device, *values: float | Tensor) -> tuple[Any, ..
     return tuple(x if isinstance(x, Tensor) else x * one for x in values)
 
 
-def prepare(tensors: list[Tensor], normalize: bool) -> list[Tensor]:
+def prepare(
+    tensors: list[Tensor], normalize: bool, group: Group | None = None, *, gathered: Sequence[int] = ()
+) -> tuple[list[Tensor], list[Tensor | None]]:
     """One dtype for all: float64 if any input is, else float32; half types are computed in float32.
 
     Temperatures, being 0-dimensional, do not count. Keys of an encoder that ran in inference mode are copied: autograd
-    would not keep them.
+    would not keep them. Then those whose index is in ``gathered``, of all ranks of the group and contiguous; ``[None]``
+    without a group.
     """
-    dtype = arithmetic_dtype(*tensors)
+    given, dtype = tensors, arithmetic_dtype(*tensors)
     # Dynamo takes an argument of torch.func.grad for one that needs no gradient; of a cast it knows better.
     tracing = torch.compiler.is_compiling()
     tensors = [t.to(dtype) if tracing or t.dtype != dtype else t for t in tensors]
     if not tracing and not torch.is_inference_mode_enabled():
         tensors = [t.clone() if t.is_inference() else t for t in tensors]
-    return [reference.unit_rows(t) for t in tensors] if normalize else tensors
+    keys = [] if group is None else [rows_of_all(tensors[i], group, wire=given[i].dtype) for i in gathered]
+    if normalize:
+        tensors, keys = ([reference.unit_rows(t) for t in some] for some in (tensors, keys))
+    return tensors, [t.contiguous() for t in keys] or [None]
+
+
+def checked_ref_index(value: Any, embeddings: Tensor, ref_embeddings: Tensor | None) -> Tensor | None:
+    """``ref_index`` of the supervised loss as int64. Its values are looked at where that waits for no device."""
+    if value is None:
+        return None
+    index = checks.ref_index(value, embeddings, ref_embeddings)
+    if has_values(index) and ref_embeddings is not None:
+        checks.rows_or_none("ref_index", index, ref_embeddings.shape[0])
+    return index
 
 
 def connected(terms: Terms, *temperatures: float | Tensor) -> Terms:
@@ -91,18 +109,24 @@ def connected(terms: Terms, *temperatures: float | Tensor) -> Terms:
     """
     attraction = terms.attraction
     for tau in temperatures:
-        if isinstance(tau, Tensor) and tau.requires_grad:
+        if isinstance(tau, Tensor) and (tau.requires_grad or torch.jit.is_tracing()):
             attraction = attraction + tau.expand(0).sum().to(attraction)
     return terms._replace(attraction=attraction)
 
 
-def reduce(terms: Terms, reduction: Reduction, return_parts: bool, dtype: torch.dtype) -> Any:
-    """The terms cancel in their sum: it is taken in the dtype they come in, float64 from ``contrast``."""
+def reduce(
+    terms: Terms, reduction: Reduction, return_parts: bool, dtype: torch.dtype, counted: Tensor | None = None
+) -> Any:
+    """The terms cancel in their sum: it is taken in the dtype they come in, float64 from ``contrast``.
+
+    ``counted``: the share of the rows that the mean of ``"none"`` is taken over, the others being 0; by default all.
+    """
     attraction, repulsion = terms.attraction.mean(), terms.repulsion.mean()
     if reduction == "mean":
         loss = attraction + repulsion
     else:
         loss = terms.attraction + terms.repulsion
+        loss = loss if counted is None else loss * counted.to(loss.dtype)
         loss = loss.sum() if reduction == "sum" else loss
     if not return_parts:
         return loss.to(dtype)

@@ -58,7 +58,7 @@ from torch.nn.functional import normalize
 
 from . import functional, reference
 from .cases import NEAR, Case, cases, make_inputs
-from .types import Numbers, Terms
+from .types import KeySets, Numbers, Terms
 
 FACTOR = 2.0  # tolerance = FACTOR yardstick + EPSILONS eps
 EPSILONS = 8.0
@@ -107,7 +107,7 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _leaves(case: Case, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def leaves_of(case: Case, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Arguments made of fresh leaves (temperatures rounded to float32, whatever the dtype), and other keywords."""
     tensors = {n: t.detach().clone().requires_grad_(n in DIFFERENTIABLE) for n, t in inputs.items()}
     options = dict(case.options)
@@ -121,7 +121,7 @@ def _leaves(case: Case, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], d
     return tensors, options
 
 
-def _incoming(case: Case, inputs: dict[str, Tensor], value: Tensor) -> Tensor:
+def incoming_gradient(case: Case, inputs: dict[str, Tensor], value: Tensor) -> Tensor:
     """The gradient that flows into a loss or a term under test, see the head of this file."""
     if case.per_query:
         weights = torch.rand(value.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(value.numel()))
@@ -130,7 +130,7 @@ def _incoming(case: Case, inputs: dict[str, Tensor], value: Tensor) -> Tensor:
     return torch.full_like(value, (queries[1:] if case.loss == "cacr_momentum_loss" else queries).numel())
 
 
-def _gradients(value: Tensor, tensors: dict[str, Tensor], incoming: Tensor) -> dict[str, Tensor]:
+def gradients_of(value: Tensor, tensors: dict[str, Tensor], incoming: Tensor) -> dict[str, Tensor]:
     """Gradients of every leaf that asks for one, in the order of the arguments; zeros where nothing flows."""
     wanted = {n: tensors[n] for n in (*DIFFERENTIABLE, *TEMPERATURES) if n in tensors}
     if not value.requires_grad:
@@ -142,20 +142,22 @@ def _gradients(value: Tensor, tensors: dict[str, Tensor], incoming: Tensor) -> d
 # ---- evaluations -----------------------------------------------------------------------------------------------------
 def actual_quantities(case: Case, inputs: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
     """The loss and its gradients as a user gets them, dtypes included, with the incoming gradient of this file."""
-    tensors, options = _leaves(case, inputs)
+    tensors, options = leaves_of(case, inputs)
     loss = getattr(functional, case.loss)(**tensors, **options, backend=backend)
-    return {"loss": loss.detach(), **_gradients(loss, tensors, _incoming(case, inputs, loss))}
+    return {"loss": loss.detach(), **gradients_of(loss, tensors, incoming_gradient(case, inputs, loss))}
 
 
 def _terms(case: Case, inputs: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], Terms]:
     """Leaves, and the two terms by the definition in ``dtype``."""
-    tensors, options = _leaves(case, rounded(inputs, dtype, next(iter(inputs.values())).device))
+    tensors, options = leaves_of(case, rounded(inputs, dtype, next(iter(inputs.values())).device))
     function, defaults = DEFINITIONS[case.loss]
     arguments = defaults | tensors | options
     arguments.pop("reduction", None)
     if arguments.pop("normalize", False):
         floats = [n for n, t in tensors.items() if t.is_floating_point() and t.dim()]
         arguments |= {n: normalize(tensors[n], dim=-1) for n in floats}
+    if case.loss == "supervised_cacr_loss":
+        arguments["sets"] = KeySets(arguments.pop("ref_index", None), arguments.pop("ignore_index", None))
     if "tau_pos" in arguments:
         arguments["numbers"] = Numbers(*(arguments.pop(n, 1.0) for n in Numbers._fields))
     return tensors, function(**arguments)
@@ -172,7 +174,7 @@ def eager_quantities(case: Case, inputs: dict[str, Tensor], dtype: torch.dtype) 
     """The loss and its gradients by the definition in ``dtype``."""
     tensors, terms = _terms(case, inputs, dtype)
     loss = _loss(case, terms)
-    return {"loss": loss.detach(), **_gradients(loss, tensors, _incoming(case, inputs, loss))}
+    return {"loss": loss.detach(), **gradients_of(loss, tensors, incoming_gradient(case, inputs, loss))}
 
 
 def true_quantities(case: Case, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -191,8 +193,8 @@ def _contribution(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """What one term contributes to the loss and each gradient, and the size of that: see Scale above."""
     part = rows if case.per_query else rows.mean()
-    incoming = _incoming(case, inputs, part)
-    values = {"loss": part.detach(), **_gradients(part, tensors, incoming)}
+    incoming = incoming_gradient(case, inputs, part)
+    values = {"loss": part.detach(), **gradients_of(part, tensors, incoming)}
     sizes = {name: x.abs().max().item() for name, x in values.items()}
     if not case.per_query:
         sizes["loss"] = rows.abs().mean().item()
@@ -208,7 +210,7 @@ def _rbf_sizes(case: Case, inputs: dict[str, Tensor], terms: Terms) -> dict[str,
         return {"loss": abs(case.options.get("beta", 1.0)) * math.log(max(1, negatives))}
     if case.loss == "cacr_momentum_loss" and case.options.get("cost", "rbf") == "rbf":
         part = terms.repulsion if case.per_query else terms.repulsion.mean()
-        summand = (part * _incoming(case, inputs, part)).sum().abs() / case.options.get("temperature", 1.0)
+        summand = (part * incoming_gradient(case, inputs, part)).sum().abs() / case.options.get("temperature", 1.0)
         return {"temperature": summand.item()}
     return {}
 
@@ -222,7 +224,7 @@ def _in_opposite_order(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tenso
     tensors, terms = _terms(case._replace(options=options), turned, torch.float64)
     loss = _loss(case, terms)
     loss = loss.flip(-1) if case.per_query else loss
-    found = _gradients(loss, tensors, _incoming(case, inputs, loss))
+    found = gradients_of(loss, tensors, incoming_gradient(case, inputs, loss))
     return {"loss": loss.detach(), **{n: g.flip(-2) if g.dim() else g for n, g in found.items()}}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ Reduction = Literal["mean", "sum", "none"]
 WeightGrad = Literal["in_batch", "full", "none"]
 Enqueue = Literal["all", "last"]
 Temperature = float | Tensor
+Views = Tensor | Sequence[Tensor]
 
 PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)  # the operators take the index
 COSTS: tuple[Cost, ...] = get_args(Cost)
@@ -20,8 +22,9 @@ REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 WEIGHT_GRADS: tuple[WeightGrad, ...] = get_args(WeightGrad)
 ENQUEUES: tuple[Enqueue, ...] = get_args(Enqueue)
 
-# Kinds of key sets: all keys, those with the id of the query, those with another id, those with its id but not itself.
-ALL, SAME, OTHER, SAME_NOT_SELF = range(4)
+# Kinds of key sets: all keys, those with the id of the query, those with another id; the last two again without the
+# query itself, the second of them also without rows that have a negative id.
+ALL, SAME, OTHER, SAME_NOT_SELF, OTHER_NOT_SELF = range(5)
 POSITIVE_KINDS = SAME, SAME_NOT_SELF
 
 
@@ -52,6 +55,75 @@ class Numbers(NamedTuple):
     beta: Any = 1.0
 
 
+class SharedKeywords(TypedDict, total=False):
+    """For type checkers: what every loss takes by keyword, but ``return_parts``, which decides what it returns."""
+
+    normalize: bool
+    reduction: Reduction
+    gather_distributed: bool
+    process_group: Any
+    backend: str
+
+
+class MomentumModuleKeywords(SharedKeywords, total=False):
+    """For type checkers: the keywords of ``CACRMomentumLoss``."""
+
+    temperature: Temperature
+    cost: Cost
+
+
+class MomentumKeywords(MomentumModuleKeywords, total=False):
+    """For type checkers: the keywords of ``cacr_momentum_loss``."""
+
+    key_offset: int
+
+
+class NumbersKeywords(SharedKeywords, total=False):
+    """For type checkers: the keywords of every other loss."""
+
+    tau_pos: Temperature
+    tau_neg: Temperature
+    alpha: float
+    beta: float
+
+
+class ViewsKeywords(NumbersKeywords, total=False):
+    """For type checkers: the keywords of ``cacr_loss``."""
+
+    pairing: Pairing
+    cost: Cost
+    rbf_scale: float
+
+
+class QueueKeywords(NumbersKeywords, total=False):
+    """For type checkers: the keywords of ``cacr_queue_loss``."""
+
+    in_batch: bool
+    weight_grad: WeightGrad
+
+
+class QueueModuleKeywords(QueueKeywords, total=False):
+    """For type checkers: the keywords of ``CACRQueueLoss``."""
+
+    queue_size: int
+    dim: int | None
+    enqueue: Enqueue
+
+
+class SupervisedModuleKeywords(NumbersKeywords, total=False):
+    """For type checkers: the keywords of ``SupervisedCACRLoss``."""
+
+    ignore_index: int | None
+
+
+class SupervisedKeywords(SupervisedModuleKeywords, total=False):
+    """For type checkers: the keywords of ``supervised_cacr_loss``."""
+
+    ref_embeddings: Tensor | None
+    ref_labels: Tensor | None
+    ref_index: Tensor | None
+
+
 class CACROptions(NamedTuple):
     """The arguments of the operator ``cacr`` that are no tensors; its numbers count only without the tensor of them."""
 
@@ -74,7 +146,11 @@ class ContrastSpec(NamedTuple):
 
     Softmax s of pair p compares the queries of view ``q_index[p]`` with the keys of view ``k_index[p]`` that are in the
     set of kind ``kinds[s]``. ``inner_product``: the cost is -2 q.k, not |q - k|^2. ``detach_weights``: the weights are
-    constants.
+    constants. The kinds without the query itself leave out key ``q_self[i]`` of query i, none where that is -1;
+    without ``q_self`` they leave out key i. Only ``contrast`` has them.
+
+    A row whose negative id no other row has is in no set of SAME_NOT_SELF and OTHER_NOT_SELF: nobody's, and its own
+    are empty. OTHER takes negative ids as any others.
     """
 
     q_id: Tensor | None  # [N] int32, with k_id [M] needed by every kind but ALL
@@ -84,6 +160,7 @@ class ContrastSpec(NamedTuple):
     k_index: list[int]
     inner_product: bool = False
     detach_weights: bool = False
+    q_self: Tensor | None = None  # [N] int32
 
 
 class CACRParts(NamedTuple):
@@ -92,6 +169,12 @@ class CACRParts(NamedTuple):
     ``attraction`` and ``repulsion`` have alpha and beta applied and are means whatever the reduction is;
     under ``reduction="mean"`` they add up to ``loss``. The entropies (in nats) are those of the softmax weights,
     averaged over the queries that have a non-empty set.
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> parts = cacr_kernels.cacr_loss(torch.eye(4).repeat(2, 1, 1), return_parts=True)
+        >>> parts.attraction.item(), parts.repulsion.item(), round(parts.repulsion_entropy.exp().item(), 4)
+        (0.0, -2.0, 3.0)
     """
 
     loss: Tensor
@@ -113,3 +196,27 @@ class Terms(NamedTuple):
     repulsion: Tensor
     attraction_entropy: Tensor
     repulsion_entropy: Tensor
+
+
+class Ranks(NamedTuple):
+    """What makes numbers of this rank's queries those of all ``size`` ranks; the ranks have equally many queries.
+
+    ``total`` adds counts. ``rbf`` takes the attraction of this rank's queries and the logs [P] of their mean repulsion,
+    and gives the mean attraction and the logs of all.
+    """
+
+    size: int
+    total: Callable[[Tensor], Tensor]
+    rbf: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class KeySets(NamedTuple):
+    """What the supervised loss leaves out of the sets of its queries, see ``reference.supervised``."""
+
+    ref_index: Tensor | None = None  # [N] int64, -1: none
+    ignore_index: int | None = None
+    queries_first: bool = False
+
+
+WHOLE_SETS = KeySets()
+ALONE = Ranks(1, lambda counts: counts, lambda attraction, log_mean: (attraction, log_mean))

@@ -13,6 +13,7 @@ from .backends.table import check as check_backend
 from .backends.torch import BLOCK, block_cost
 from .losses import attraction
 from .operators.aligned import aligned_cost
+from .operators.registry import prepare_compilers
 from .reference import unit_rows, view_pairs
 from .types import PAIRINGS, Pairing, arithmetic_dtype
 
@@ -46,8 +47,12 @@ def cacr_weights(
 ) -> CACRWeights:
     """The weights that ``cacr_loss`` gives to positives and negatives, as the paper plots them.
 
-    w+ = softmax_u(tau_pos c), u != v, of all queries, and the ``top_k`` largest of w- = softmax_j(-tau_neg c), j != b,
-    of the chosen ones. Keys are read in blocks: beside the inputs and the result, memory is that of one block.
+    Those of all queries among positives, and the ``top_k`` largest of the chosen queries among negatives::
+
+        attraction: w = softmax_u(+tau_pos c(z[v,b], z[u,b])),   u != v
+        repulsion:  w = softmax_j(-tau_neg c(z[x,b], z[y,j])),   j != b
+
+    Keys are read in blocks: beside the inputs and the result, memory is that of one block.
 
     Args:
         views: see :func:`cacr_kernels.cacr_loss`.
@@ -56,18 +61,29 @@ def cacr_weights(
         top_k: how many of the negatives; all, if there are fewer. Equal weights come in any order.
         tau_pos, tau_neg, pairing, normalize: see :func:`cacr_kernels.cacr_loss`.
 
+    Returns:
+        The weights, and whose they are.
+
     Raises:
         TypeError, ValueError: see :func:`cacr_kernels.cacr_loss`.
 
     Source: Zheng et al., TMLR 2023, the conditional distributions pi+ and pi-.
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> found = cacr_kernels.cacr_weights(torch.eye(4).repeat(2, 1, 1), queries=[0], top_k=2)
+        >>> found.pairs, found.repulsion.shape
+        ([(0, 1)], torch.Size([1, 1, 2]))
     """
+    if torch.compiler.is_compiling():
+        prepare_compilers()
     z = checks.views("views", views, at_least=2)
     check_backend("torch", z.device)
     tau_pos = checks.temperature("tau_pos", tau_pos, z.device)
     tau_neg = checks.temperature("tau_neg", tau_neg, z.device)
     checks.option("pairing", pairing, PAIRINGS)
     checks.flag("normalize", normalize)
-    checks.integer("top_k", top_k, 1, 2**31)
+    top_k = checks.integer("top_k", top_k, 1, 2**31)
     pooled = pairing == "pooled"
     num_views, batch, dim = z.shape
     chosen = _chosen(queries, num_views * batch if pooled else batch, z.device)
@@ -91,7 +107,7 @@ def _chosen(queries: Tensor | Sequence[int] | None, rows: int, device: torch.dev
         return torch.arange(rows, dtype=torch.int64, device=device)
     if isinstance(queries, Tensor):
         index = queries.to(device)
-    elif isinstance(queries, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in queries):
+    elif isinstance(queries, Sequence) and all(checks.is_integer(i) for i in queries):
         numbers = [checks.integer(f"queries[{n}]", i, 0, rows - 1) for n, i in enumerate(queries)]
         index = torch.tensor(numbers, dtype=torch.int64, device=device)
     else:

@@ -6,14 +6,14 @@ in its two main loops (``cuda_way.py``): a row for the phase of the statistics a
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+
+from benchmarks.host import nvcc
 
 from . import cuda_code, sass
 from .cuda_way import THREADS, TILE, UnreadableError, needs, per_similarity
@@ -30,14 +30,6 @@ NOTE = (
     "multiplications alone are counted there. Where the compiler gave the loops a form that the count does not "
     "understand there is none."
 )
-
-
-def nvcc() -> Path | None:
-    """The compiler that ``setup.py`` would take, or ``None``."""
-    homes = [Path(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    given = [Path(os.environ["NVCC"])] if "NVCC" in os.environ else []
-    found = [Path(path) for path in [shutil.which("nvcc")] if path]
-    return next((path for path in (*given, *homes, *found) if path.exists()), None)
 
 
 def why_not() -> str | None:

@@ -29,8 +29,8 @@ from . import cuda_kernels, triton_kernels
 from .rows import CODE, DEVICES, KernelCase, Row, describe, problems
 
 OUT = Path(__file__).parents[1] / "results" / "codegen"
-README = Path(__file__).resolve().parents[2] / "README.md"
-START, END = "<!-- codegen: made by `python -m benchmarks.codegen --readme` -->", "<!-- codegen: end -->"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "backends.md"
+START, END = "<!-- codegen: made by `python -m benchmarks.codegen --docs` -->", "<!-- codegen: end -->"
 
 
 class Source(NamedTuple):
@@ -200,16 +200,16 @@ def sentences(rows: list[Row]) -> str:
     )
 
 
-def write_readme(rows: dict[str, Row]) -> None:
-    """Writes the sentences between their marks in README.md."""
-    text = README.read_text(encoding="utf-8")
+def write_page(rows: dict[str, Row]) -> None:
+    """Writes the sentences between their marks in docs/backends.md."""
+    text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(START)
     _, after = rest.split(END)
-    README.write_text(before + START + "\n" + wrapped(rows) + "\n" + END + after, encoding="utf-8")
+    PAGE.write_text(before + START + "\n" + wrapped(rows) + "\n" + END + after, encoding="utf-8")
 
 
 def wrapped(rows: dict[str, Row]) -> str:
-    """The sentences as an item of a list in README.md."""
+    """The sentences as an item of a list."""
     text = sentences(list(rows.values()))
     return textwrap.fill(text, 118, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
 
@@ -221,13 +221,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that compile")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for codegen.json and codegen.png")
     parser.add_argument(
-        "--readme", action="store_true", help="compile nothing, put what the report says into README.md"
+        "--docs", action="store_true", help="compile nothing, put what the report says into docs/backends.md"
     )
     options = parser.parse_args(argv)
     console = Console(highlight=False)
     report = options.out / "codegen.json"
-    if options.readme:
-        write_readme(load(report))
+    if options.docs:
+        write_page(load(report))
         return 0
     console.print("Compiled and inspected, not timed: there is no GPU in this.")
     known = matrix()

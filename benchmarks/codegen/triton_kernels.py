@@ -162,7 +162,9 @@ def compile_variant(variant: Variant, case: KernelCase, known: dict[str, Any]) -
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     product = dtype if dtype in ("tf32", "tf32x3") else "ieee"
     several = min(2, tile.chunks(D))  # all that a kernel asks
-    constants |= {"INNER_PRODUCT": False} | variant.constants | {"PRECISION": product, "CHUNKS": several}
+    constants |= (
+        {"INNER_PRODUCT": False, "GIVEN_SELF": False} | variant.constants | {"PRECISION": product, "CHUNKS": several}
+    )
     key = str((constants, options))
     if key not in known:
         element = dtype if half or dtype == "fp64" else "fp32"

@@ -13,9 +13,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from benchmarks.host import cores
+
 from . import report, supervise
 from .lines import ABSENT, Lines, read, tally
-from .steps import CORES, MINUTES, ONLY, STEPS, Step, cores, workers
+from .steps import CORES, MINUTES, ONLY, STEPS, Step, workers
 from .supervise import RUNNING, SKIPPED, Outcome
 
 FILES = ("report.md", "report.json", "results.jsonl", "log.txt")

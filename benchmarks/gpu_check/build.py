@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.host import nvcc
 from cacr_kernels.backends.library import cuda_library
 from cacr_kernels.backends.table import named
 
@@ -22,15 +23,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc"
 SETUPTOOLS = 77  # of pyproject.toml
 NO_NVCC = "no nvcc here (NVCC, CUDA_HOME or PATH): the CUDA library is not built"
-
-
-def nvcc_is_there() -> bool:
-    """As ``setup.py`` looks for it."""
-    import shutil
-
-    homes = [Path(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    given = [Path(os.environ["NVCC"])] if "NVCC" in os.environ else []
-    return shutil.which("nvcc") is not None or any(path.exists() for path in (*given, *homes))
 
 
 def newest(folder: Path) -> float:
@@ -55,7 +47,7 @@ def why_not(sources: Path) -> str | None:
         return "torch finds no GPU here, so there is nothing to build for"
     if torch.version.cuda is None:
         return "torch is no CUDA build: the CUDA library cannot be built for it"
-    if not nvcc_is_there():
+    if nvcc() is None:
         return NO_NVCC
     if missing := missing_tools():
         return f"the CUDA library is not built: {' and '.join(missing)} missing"

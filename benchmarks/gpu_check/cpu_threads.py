@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.host import cores, quantile
 from cacr_kernels.backends.table import select
 
 from . import child
 from .child import Context, Task
-from .steps import cores
-from .times import flop, library_step, quantile, seconds_of, views
+from .times import flop, library_step, seconds_of, views
 
 THREADS = (1, 2, 4, 8, 16)
 B = 2048

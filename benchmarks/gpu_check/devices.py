@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from cacr_kernels.backends.table import TABLE, device_type_of
+from cacr_kernels.backends.triton.ops import interpreted
 
 GPU = "cuda"  # the type of device
 GPU_BACKENDS = tuple(backend.name for backend in TABLE if backend.device == GPU)
-
-
-def interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def reasons() -> dict[str, str | None]:

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.host import cores
 from cacr_kernels.__main__ import report
 
 from . import child, devices
 from .child import Context, Task
 from .lines import ABSENT, NOTE
-from .steps import GPU, KERNELS, cores
+from .steps import GPU, KERNELS
 
 ROOT = Path(__file__).resolve().parents[2]
 NVIDIA = "name,driver_version,clocks.sm,clocks.max.sm,power.limit,temperature.gpu,memory.used,mig.mode.current"

@@ -5,10 +5,11 @@ The first limit is generous: on a machine that has just started, importing torch
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from benchmarks.host import cores
 
 MINUTES = 9.0
 GPU, KERNELS, CORES = "gpu", "kernels", "cores"
@@ -53,11 +54,6 @@ STEPS = (
     Step("device_tests", 70, "Tests on the backends of the GPU", ("tests",), processes=True, needs=GPU),
     Step("cpu_threads", 30, "CPU threads", ("times",), needs=CORES),
 )
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def workers() -> int:

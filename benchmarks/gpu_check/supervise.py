@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.host import cores
+
 from . import sessions
 from .lines import ENOUGH, SKIP, START, Lines
-from .steps import Step, cores
+from .steps import Step
 
 ROOT = Path(__file__).resolve().parents[2]
 TRIES = 20  # processes that one share of a step may use up

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import cacr_kernels
+from benchmarks.host import quantile
 from benchmarks.suite import eager
 from cacr_kernels import testing
 
@@ -56,10 +57,6 @@ def _timed(call: Callable[[], Any]) -> float:
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
-
-
-def quantile(ordered: list[float], q: float) -> float:
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import torch
 from torch.utils.benchmark.utils.timer import timer as clock  # waits for the GPU, where there is one
 
 import cacr_kernels
+from benchmarks.host import cores
 from cacr_kernels.__main__ import cpu_model
 from cacr_kernels.backends.library import active_isa
 
@@ -36,7 +37,7 @@ def environment(device: str) -> dict[str, Any]:
     cuda = device != "cpu"
     return {
         "machine": torch.cuda.get_device_name(device) if cuda else cpu_model(),
-        "cores": torch.get_num_threads() if cuda else (len_affinity() or 1),
+        "cores": torch.get_num_threads() if cuda else cores(),
         "platform": platform.platform(),
         "isa": active_isa() or "none",
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
@@ -47,11 +48,6 @@ def environment(device: str) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def len_affinity() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def available_bytes(device: str) -> int:

@@ -10,12 +10,14 @@ import gc
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from torch.utils.benchmark import Measurement
 from torch.utils.benchmark.utils.common import TaskSpec
 from torch.utils.benchmark.utils.timer import timer as clock  # waits for the GPU, where there is one
+
+from benchmarks.host import quantile
 
 from .gate import threads
 from .rows import Step
@@ -46,15 +48,6 @@ class Timing(NamedTuple):
     def quantile(self, q: float) -> float:
         """The quantile ``q`` of the seconds per call, interpolated."""
         return quantile(list(self.rounds.values()), q)
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """The ``q`` quantile, linear between neighbours."""
-    ordered = sorted(values)
-    at = q * (len(ordered) - 1)
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
 
 
 def ratios(timing: Timing, ours: Timing) -> list[float]:

@@ -16,10 +16,11 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.host import quantile
 from cacr_kernels import cacr_loss
 
 from .cases import TEMPERATURES, BenchmarkCase, cacr
-from .measure import Budget, interleave, quantile, ratios
+from .measure import Budget, interleave, ratios
 
 OPERATOR, FORWARD, WHOLE = "operator: loss and gradients", "loss, with its graph", "loss and backward"
 SUM_FORWARD, SUM = "z.sum(), with its graph", "z.sum() and backward"

@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.host import quantile
+
 from . import results
 from .cases import BROADCASTING, COMPILED, EAGER
 from .goals import GOALS
 from .machine import ROOT
-from .measure import quantile
 from .results import SINGLE, TIMED, problem_label, where
 from .tables import milliseconds
 
@@ -78,7 +79,7 @@ def _caption(rows: list[dict[str, Any]]) -> list[str]:
         [row["peak_gflops"] for row in rows if row["status"] == TIMED and row["case"] == first["case"]], 0.5
     )
     lines = [
-        "Times of other ways to the same numbers are multiples of ours (medians of interleaved rounds). Measured with",
+        "The other columns are multiples of our time: 2 × took twice as long. Medians of interleaved rounds, by",
         f"`python -m benchmarks` on {first['machine']} ({first['cores']} cores, {where(first)}, {peak:.0f} GFLOP/s),",
         f"{first['isa']} kernels, torch {first['torch']}, commit {first['commit']}, {first['date'][:10]}.",
     ]

@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.host import quantile
 from cacr_kernels.backends.table import TABLE
 
 from .cases import TEMPERATURES, BenchmarkCase
-from .measure import Timing, quantile, ratios
+from .measure import Timing, ratios
 from .rows import OURS, Row
 
 SCHEMA = 2

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks.host import quantile
+
 from .gate import Check
 from .goals import GOALS, Verdict
-from .measure import quantile
 from .results import SINGLE, SKIPPED, TIMED, Comparison, label, where
 from .rows import BASELINE, OURS
 from .runner import NOT_WANTED

@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.host import quantile
 from cacr_kernels import CACRLoss
 
 from ..demo.config import Config
@@ -28,7 +29,6 @@ from ..demo.data import Split, augment, load_split
 from ..demo.training import Objective, Run, make_encoder, make_objective, optimiser_step
 from . import eager, machine
 from .gate import threads
-from .measure import quantile
 
 BEFORE, AFTER, LOGGING = "PyTorch, matmul form", "cacr_kernels", "cacr_kernels with parts"
 WARM_UP = 3

@@ -15,7 +15,7 @@ def fp32_products() -> Products:
     """As PyTorch makes its own, ``torch.backends.cuda.matmul.fp32_precision``: IEEE unless TF32 was allowed.
 
     With ``CACR_TF32X3=1`` in the environment three TF32 products stand in for IEEE, on tensor cores. Those cut off what
-    they add up: with backend "triton" the error grows with the number of keys (README, Limits).
+    they add up: with backend "triton" the error grows with the number of keys (docs/precision.md).
     """
     if torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"

@@ -18,15 +18,19 @@ TABLE = tuple(
 
 
 def available_backends() -> dict[str, str | None]:
-    """Every backend by name, from the slowest to the fastest; ``None`` if it can run here, else the reason why not.
+    """What can run on this machine.
 
     ``"auto"`` takes the last that can run on the tensors' device. Where both can, it takes ``"cuda"`` for losses of up
     to 2^35 multiply-adds of bfloat16, or what takes as long, and ``"triton"`` for larger ones, for float64 and for keys
     without a gradient (queue, momentum). That is reckoned, not timed.
 
-    >>> import cacr_kernels
-    >>> cacr_kernels.available_backends()["torch"] is None
-    True
+    Returns:
+        Every backend by name, from the slowest to the fastest, with the reason why it cannot run here, or ``None``.
+
+    Example:
+        >>> import cacr_kernels
+        >>> cacr_kernels.available_backends()["torch"] is None
+        True
     """
     return {backend.name: backend.why_not(None) for backend in TABLE}
 

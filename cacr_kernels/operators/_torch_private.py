@@ -17,8 +17,12 @@ from torch.autograd import Function
 
 __all__ = [
     "FunctionalTensorMode",  # the mode in which torch.compile asks an operator what it consists of
+    "all_gather",
+    "all_reduce",
     "backward_keeps_graph",
     "below_autograd",
+    "constant_while_compiling",
+    "destroy",
     "inside_backward",
     "inside_vmap",
     "is_batched",
@@ -28,6 +32,7 @@ __all__ = [
     "operators_stay_whole",
     "plain_apply",
     "positional",
+    "reduce_scatter",
     "transforms_are_active",
     "unwrapped",
     "without_transforms",
@@ -114,11 +119,22 @@ def plain_apply(function: type[Function]) -> Any:
     return super(Function, function).apply  # type: ignore[misc]
 
 
+def destroy(library: torch.library.Library) -> None:
+    """Takes back all that was registered through a library."""
+    library._destroy()
+
+
 def operators_stay_whole() -> bool:
     """Whether ``torch.export`` wants the Triton operators as they are, and not the kernels they consist of."""
     from torch.export._trace import custom_triton_ops_decomposition_disabled
 
     return bool(custom_triton_ops_decomposition_disabled())
+
+
+def constant_while_compiling(function: F) -> F:
+    """As ``torch.compiler.assume_constant_result``, which imports Dynamo: that takes as long as importing torch."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def let_inductor_keep(functions: list[str], key: Callable[[], str]) -> None:
@@ -153,3 +169,26 @@ def positional(forward: F) -> F:
     signature = _Positional(list(inspect.signature(forward).parameters.values()))
     forward.__signature__ = signature  # type: ignore[attr-defined]
     return forward
+
+
+# ---- collectives that a compiler traces; ``group`` is the name of a process group ------------------------------------
+def _collective(name: str, *arguments: Any) -> Tensor:
+    """Calls a functional collective and waits for it: the host on a CPU, the current stream on a GPU."""
+    operators = torch.ops._c10d_functional
+    result: Tensor = operators.wait_tensor(getattr(operators, name)(*arguments))
+    return result
+
+
+def all_gather(x: Tensor, size: int, group: str) -> Tensor:
+    """``x`` [n, ...] of all ``size`` ranks as [size n, ...]."""
+    return _collective("all_gather_into_tensor", x, size, group)
+
+
+def reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:
+    """Of ``x`` [size n, ...] the part [n, ...] of this rank, added over all ranks."""
+    return _collective("reduce_scatter_tensor", x, "sum", size, group)
+
+
+def all_reduce(x: Tensor, group: str) -> Tensor:
+    """The sum over all ranks."""
+    return _collective("all_reduce", x, "sum", group)

@@ -49,5 +49,7 @@ def _pull(grad: Tensor, x: Tensor, others: Tensor) -> Tensor:
 @opaque
 def aligned_cost(q: Tensor, k: Tensor) -> Tensor:
     """Costs [V, U, B] between the views of the same instances."""
+    if torch.jit.is_tracing():  # which cannot record a Function
+        return AlignedCost.forward(q, k)
     cost: Tensor = AlignedCost.apply(q, k)  # type: ignore[no-untyped-call]
     return cost

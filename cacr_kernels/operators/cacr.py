@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import reference
 from ..types import COSTS, PAIRINGS, CACROptions, Numbers, arithmetic_dtype
 from . import _torch_private
-from .registry import SingleProblem, Target, declare, differentiate, opaque, own_precision, place, vjp
+from .registry import SingleProblem, Target, declare, differentiate, opaque, own_precision, place, traced, vjp
 
 SCHEMA = (
     "(Tensor views, Tensor? numbers, float tau_pos, float tau_neg, float alpha, float beta, int pairing, bool rbf,"
@@ -231,6 +231,9 @@ def cacr(
     on: Target, views: Tensor, numbers: Tensor | None, options: CACROptions, wanted: Wanted
 ) -> tuple[Tensor, Tensor]:
     """Loss [] and parts [4] by ``cacr_<backend>``."""
+    if (where := traced(on)) is not None:
+        loss, parts, _, _ = where.operator("cacr")(views, numbers, *options, True, numbers is not None)
+        return loss, parts
     plain = not _torch_private.needs_functorch(views, numbers)
     apply = _torch_private.plain_apply(CACRFunction) if plain else CACRFunction.apply
     loss, parts, _, _ = apply(views, numbers, options, wanted, on)

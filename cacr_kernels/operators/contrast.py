@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..reference import pairwise_cost, statistics
-from ..types import ALL, OTHER, SAME_NOT_SELF, ContrastSpec, arithmetic_dtype
+from ..types import ALL, OTHER, OTHER_NOT_SELF, SAME_NOT_SELF, ContrastSpec, arithmetic_dtype
 from . import _torch_private
-from .registry import SingleProblem, Target, declare, differentiate, opaque, own_precision, place, vjp
+from .registry import SingleProblem, Target, declare, differentiate, opaque, own_precision, place, traced, vjp
 
 ARGUMENTS = (
     "Tensor q, Tensor? k, Tensor? q_id, Tensor? k_id, Tensor tau, int[] kinds, int[] q_index, int[] k_index,"
-    " bool inner_product, bool detach_weights"
+    " bool inner_product, bool detach_weights, Tensor? q_self"
 )
 SCHEMAS = {
     "contrast": f"({ARGUMENTS}) -> (Tensor value, Tensor lse, Tensor row_state)",
@@ -28,19 +28,19 @@ SCHEMAS = {
     ),
 }
 DIFFERENTIABLE = (0, 1, 4)  # q, k, tau
-BACKWARD_DIFFERENTIABLE = (0, 1, 4, 12, 13)  # q, k, tau, grad_value, grad_lse
+BACKWARD_DIFFERENTIABLE = (0, 1, 4, 13, 14)  # q, k, tau, grad_value, grad_lse
 
 
 def pack(q: Tensor, k: Tensor | None, q_id: Tensor | None, k_id: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-    """The first ten arguments of a schema as q, k, tau and the spec, followed by all others."""
+    """The first eleven arguments of a schema as q, k, tau and the spec, followed by all others."""
     tau, *options = rest
-    return q, k, tau, ContrastSpec(q_id, k_id, *options[:5]), *options[5:]
+    return q, k, tau, ContrastSpec(q_id, k_id, *options[:6]), *options[6:]
 
 
 def unpack(q: Tensor, k: Tensor | None, tau: Tensor, spec: ContrastSpec) -> tuple[Any, ...]:
-    """The first ten arguments in the order of the schemas."""
-    q_id, k_id, kinds, q_index, k_index, *flags = spec
-    return q, k, q_id, k_id, tau, list(kinds), list(q_index), list(k_index), *flags
+    """The first eleven arguments in the order of the schemas."""
+    q_id, k_id, kinds, q_index, k_index, *rest = spec
+    return q, k, q_id, k_id, tau, list(kinds), list(q_index), list(k_index), *rest
 
 
 def fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,12 +70,14 @@ def members(kind: int, spec: ContrastSpec, rows: slice, keys: slice) -> Tensor |
     assert spec.q_id is not None
     assert spec.k_id is not None
     same = spec.q_id[rows, None] == spec.k_id[None, keys]
-    if kind == OTHER:
-        return ~same
-    if kind == SAME_NOT_SELF:
+    if kind in (OTHER, OTHER_NOT_SELF):
+        same = ~same
+    if kind in (SAME_NOT_SELF, OTHER_NOT_SELF):
         i = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=same.device)
-        j = torch.arange(keys.start, keys.stop, dtype=torch.int64, device=same.device)
-        same = same & (i[:, None] != j)
+        i = i if spec.q_self is None else spec.q_self[rows]
+        same = same & (i[:, None] != torch.arange(keys.start, keys.stop, dtype=torch.int64, device=same.device))
+    if kind == OTHER_NOT_SELF:
+        same = same & (spec.q_id[rows, None] >= 0) & (spec.k_id[None, keys] >= 0)
     return same
 
 
@@ -102,10 +104,10 @@ def plain_contrast(q: Tensor, k: Tensor, tau: Tensor, spec: ContrastSpec) -> tup
 @own_precision
 def second_order(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """Differentiates the gradient of the plain formula w.r.t. q, k, tau and the incoming gradients."""
-    q, k, q_id, k_id, tau, grad_value, grad_lse = ctx.saved_tensors
+    q, k, q_id, k_id, q_self, tau, grad_value, grad_lse = ctx.saved_tensors
     symmetric = k is None
     k, k_id = (q.new_empty(0), q_id) if symmetric else (k, k_id)
-    spec = ContrastSpec(q_id, k_id, *ctx.rest)
+    spec = ContrastSpec(q_id, k_id, *ctx.rest)._replace(q_self=q_self)
 
     def gradient(q: Tensor, k: Tensor, tau: Tensor, gv: Tensor, gl: Tensor) -> tuple[Tensor, ...]:
         (_, lse), pull = vjp(lambda q, k, tau: plain_contrast(q, q if symmetric else k, tau, spec), q, k, tau)
@@ -131,16 +133,16 @@ class Backward(NamedTuple):
 def keep(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keeps what ``gradients`` needs; ``arguments``: q, k, tau, the spec, and where the operator runs."""
     q, k, tau, spec, ctx.on = arguments
-    q_id, k_id, *ctx.rest = spec
+    q_id, k_id, *ctx.rest, q_self = spec
     value, _, row_state = output
-    ctx.save_for_backward(q, k, q_id, k_id, tau, value, row_state)
+    ctx.save_for_backward(q, k, q_id, k_id, q_self, tau, value, row_state)
 
 
 def gradients(ctx: Any, grad_value: Tensor, grad_lse: Tensor, want: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """The backward of the operator: gradients of q, k and tau, as far as they are wanted."""
-    q, k, q_id, k_id, tau, value, row_state = ctx.saved_tensors
+    q, k, q_id, k_id, q_self, tau, value, row_state = ctx.saved_tensors
     # The statistics are passed as constants: the second derivative recomputes them from q, k and tau.
-    spec = ContrastSpec(q_id, k_id, *ctx.rest)
+    spec = ContrastSpec(q_id, k_id, *ctx.rest)._replace(q_self=q_self)
     backward = Backward(spec, value.detach(), row_state.detach(), want, ctx.on)
     grads = ContrastGradient.apply(q, k, tau, grad_value, grad_lse, backward)  # type: ignore[no-untyped-call]
     return tuple(g if w else None for g, w in zip(grads, want, strict=True))
@@ -149,9 +151,9 @@ def gradients(ctx: Any, grad_value: Tensor, grad_lse: Tensor, want: tuple[bool, 
 def keep_backward(ctx: Any, arguments: tuple[Any, ...], want: tuple[bool, ...]) -> None:
     """Keeps what ``second_order`` needs; ``arguments``: q, k, tau, grad_value, grad_lse and the spec."""
     q, k, tau, grad_value, grad_lse, spec = arguments
-    q_id, k_id, *ctx.rest = spec
+    q_id, k_id, *ctx.rest, q_self = spec
     ctx.want = want
-    ctx.save_for_backward(q, k, q_id, k_id, tau, grad_value, grad_lse)
+    ctx.save_for_backward(q, k, q_id, k_id, q_self, tau, grad_value, grad_lse)
 
 
 class ContrastFunction(SingleProblem):
@@ -221,14 +223,14 @@ def register(backend: str) -> None:
 
     def formula(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         want = tuple(ctx.needs_input_grad[i] for i in DIFFERENTIABLE)
-        return place(gradients(ctx, grads[0], grads[1], want), DIFFERENTIABLE, 10)
+        return place(gradients(ctx, grads[0], grads[1], want), DIFFERENTIABLE, 11)
 
     def backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         q, k, tau, spec, _, _, grad_value, grad_lse, *want = pack(*inputs)
         keep_backward(ctx, (q, k, tau, grad_value, grad_lse, spec), tuple(want))
 
     def backward_formula(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return place(second_order(ctx, *grads), BACKWARD_DIFFERENTIABLE, 17)
+        return place(second_order(ctx, *grads), BACKWARD_DIFFERENTIABLE, 18)
 
     declare(f"contrast_{backend}", SCHEMAS["contrast"], fake)
     declare(f"contrast_backward_{backend}", SCHEMAS["contrast_backward"], backward_fake)
@@ -239,5 +241,8 @@ def register(backend: str) -> None:
 @opaque
 def contrast(on: Target, q: Tensor, k: Tensor | None, tau: Tensor, spec: ContrastSpec) -> tuple[Tensor, Tensor]:
     """Mean cost and log-sum-exp [S, P, N], float64, by ``contrast_<backend>``; no ``k``: the queries are the keys."""
+    if (where := traced(on)) is not None:
+        value, lse, _ = where.operator("contrast")(*unpack(q, k, tau, spec))
+        return value, lse
     value, lse, _ = ContrastFunction.apply(q, k, tau, spec, on)  # type: ignore[no-untyped-call]
     return value, lse

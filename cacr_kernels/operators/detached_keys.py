@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..types import ContrastSpec, arithmetic_dtype
 from . import _torch_private
-from .contrast import contrast, pack, plain_contrast, unpack
+from . import contrast as of_contrast
+from .contrast import contrast, plain_contrast
 from .registry import (
     SingleProblem,
     Target,
@@ -26,6 +27,7 @@ from .registry import (
     operator,
     own_precision,
     place,
+    traced,
     vjp,
 )
 
@@ -41,6 +43,16 @@ BACKWARD_SCHEMA = (
 DIFFERENTIABLE = (0, 4)  # q, tau
 BACKWARD_DIFFERENTIABLE = (0, 4, 15, 16)  # q, tau, grad_value, grad_lse
 Wanted = tuple[bool, ...]  # whether the gradients of q and tau are wanted
+
+
+def pack(*arguments: Any) -> tuple[Any, ...]:
+    """The first ten arguments of a schema as q, k, tau and the spec, followed by all others."""
+    return of_contrast.pack(*arguments[:10], None, *arguments[10:])
+
+
+def unpack(q: Tensor, k: Tensor, tau: Tensor, spec: ContrastSpec) -> tuple[Any, ...]:
+    """The first ten arguments in the order of the schemas."""
+    return of_contrast.unpack(q, k, tau, spec)[:-1]
 
 
 def fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -130,7 +142,7 @@ class Call(NamedTuple):
 def keep(ctx: Any, arguments: tuple[Any, ...], call: Call, output: tuple[Tensor, ...]) -> None:
     """Keeps what ``gradients`` needs; ``arguments``: q, k, tau and the spec."""
     q, k, tau, spec = arguments
-    q_id, k_id, *ctx.rest = spec
+    q_id, k_id, *ctx.rest, _ = spec
     ctx.save_for_backward(q, k, q_id, k_id, tau, *output)
     ctx.call = call
     ctx.set_materialize_grads(False)
@@ -167,7 +179,7 @@ def _detached(x: Tensor | None) -> Tensor | None:
 def keep_backward(ctx: Any, arguments: tuple[Any, ...], detach_value: bool, want: Wanted) -> None:
     """Keeps what ``second_order`` needs; ``arguments``: q, k, tau, grad_value, grad_lse and the spec."""
     q, k, tau, grad_value, grad_lse, spec = arguments
-    q_id, k_id, *ctx.rest = spec
+    q_id, k_id, *ctx.rest, _ = spec
     ctx.detach_value, ctx.want = detach_value, want
     ctx.save_for_backward(q, k, q_id, k_id, tau, grad_value, grad_lse)
 
@@ -290,5 +302,9 @@ def detached_keys(
 @opaque
 def one_sweep(q: Tensor, k: Tensor, tau: Tensor, spec: ContrastSpec, call: Call) -> tuple[Tensor, Tensor]:
     """Mean cost and log-sum-exp [1, P, N], float64, by ``detached_keys_<backend>``."""
+    if (where := traced(call.on)) is not None:
+        want = True, not spec.detach_weights
+        value, lse, _, _ = where.operator("detached_keys")(*unpack(q, k, tau, spec), call.detach_value, *want)
+        return value, lse
     value, lse, _, _ = DetachedKeysFunction.apply(q, k, tau, spec, call)  # type: ignore[no-untyped-call]
     return value, lse

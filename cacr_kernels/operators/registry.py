@@ -40,20 +40,36 @@ def operator(name: str) -> Any:
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+# The library of every operator. The namespace outlives this module where an editor imports the package anew.
+_libraries: dict[str, torch.library.Library] = vars(getattr(torch.ops, NAMESPACE)).setdefault("libraries", {})
+
+
+def define(qualified: str, schema: str) -> None:
+    """A new operator ``namespace::name``; one of an earlier import ends, but for what compiled libraries registered."""
+    if qualified in _libraries:
+        _torch_private.destroy(_libraries.pop(qualified))
+    library = torch.library.Library(qualified.partition("::")[0], "FRAGMENT")
+    torch.library.define(qualified, schema, lib=library)
+    _libraries[qualified] = library
+
+
 def declare(name: str, schema: str, fake: Callable[..., Any]) -> None:
     """A new operator and the shapes of its results."""
-    torch.library.define(f"{NAMESPACE}::{name}", schema)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
+    qualified = f"{NAMESPACE}::{name}"
+    define(qualified, schema)
+    torch.library.register_fake(qualified, fake, lib=_libraries[qualified])
 
 
 def differentiate(name: str, formula: Callable[..., Any], setup: Callable[..., None] | None = None) -> None:
     """``formula(ctx, *grads)`` is the backward of an operator, ``setup(ctx, inputs, output)`` keeps what it needs."""
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", formula, setup_context=setup)
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.register_autograd(qualified, formula, setup_context=setup, lib=_libraries[qualified])
 
 
 def implement(name: str, kernel: Callable[..., Any], keys: str | tuple[str, ...] = "CompositeExplicitAutograd") -> None:
     """Lets an operator be computed by ``kernel``, on the device types or dispatch keys ``keys``; by default on all."""
-    torch.library.impl(f"{NAMESPACE}::{name}", keys, kernel)
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.impl(qualified, keys, kernel, lib=_libraries[qualified])
 
 
 def implement_traceable(name: str, kernel: Callable[..., Any], consists_of: Callable[..., Any]) -> None:
@@ -72,7 +88,8 @@ def implement_traceable(name: str, kernel: Callable[..., Any], consists_of: Call
         return mode.__torch_dispatch__(op, types, args, kwargs)
 
     implement(name, kernel, ("CPU", "CUDA"))
-    torch.library.register_torch_dispatch(f"{NAMESPACE}::{name}", _torch_private.FunctionalTensorMode, decompose)
+    qualified, mode = f"{NAMESPACE}::{name}", _torch_private.FunctionalTensorMode
+    torch.library.register_torch_dispatch(qualified, mode, decompose, lib=_libraries[qualified])
 
 
 class Target(NamedTuple):
@@ -96,14 +113,31 @@ class Target(NamedTuple):
         return tensors if self.half is None else [x if x is None else x.to(self.half) for x in tensors]
 
 
+def traced(on: Target) -> Target | None:
+    """While ``torch.jit.trace`` runs, where the operator itself is to be called, with all gradients; else ``None``.
+
+    A Function cannot be recorded, an operator can, and is differentiated by the formula that it is declared with. What
+    is recorded must not depend on who wants a gradient: the check of the trace wants none.
+    """
+    return on._replace(half=None) if torch.jit.is_tracing() else None
+
+
 # ---- autograd --------------------------------------------------------------------------------------------------------
 class SingleProblem(Function):
-    """A Function that has no rule for batches and says so in words of the public losses (``jacrev`` gets here)."""
+    """A Function that has no rules for batches and forward-mode AD and says so in words of the public losses."""
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         """Raises ``ValueError`` with what to do instead."""
         raise ValueError(no_vmap("this backend"))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Raises ``ValueError`` with what to do instead."""
+        raise ValueError(
+            "this backend has no forward-mode derivatives (torch.func.jvp, jacfwd, torch.autograd.forward_ad): "
+            "take the gradient with backward() or torch.func.grad, or use backend='reference'"
+        )
 
 
 def opaque(function: F) -> F:
@@ -112,10 +146,12 @@ def opaque(function: F) -> F:
     What it would make of the Functions themselves is wrong for derivatives of derivatives: a gradient of
     ``torch.func.grad`` would be zero.
     """
+    _opaque.append(function)
     _in_graphs.append(function)
-    return cast("F", torch.compiler.allow_in_graph(function))
+    return function
 
 
+_opaque: list[Callable[..., Any]] = []
 _in_graphs: list[Callable[..., Any]] = [Target, CACROptions, ContrastSpec]
 
 
@@ -125,13 +161,22 @@ def in_graphs(kind: type[N]) -> type[N]:
     return kind
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def let_compilers_keep_graphs() -> None:
-    """Lets Inductor keep, for later processes, graphs that hold functions of this package; call it while tracing.
+def constant_while_compiling(function: F) -> F:
+    """A compiler calls ``function`` while it traces, and takes the result for a constant."""
+    return _torch_private.constant_while_compiling(function)
 
-    It cannot see what they do, and each process would compile the whole model anew. What was kept is used while sources
-    and environment variables of the package are the same: the code follows from these and from what Inductor knows.
+
+@constant_while_compiling
+def prepare_compilers() -> None:
+    """Tells compilers of the functions of this package; call it while tracing, before any of them.
+
+    Dynamo gets to know those that it takes whole, here and not before, as it should not be imported where nothing is
+    compiled. And Inductor may keep, for later processes, graphs that hold them. It cannot see what they do, and each
+    process would compile the whole model anew. What was kept is used while sources and environment variables of the
+    package are the same: the code follows from these and from what Inductor knows.
     """
+    for function in _opaque:
+        torch.compiler.allow_in_graph(function)
     _torch_private.let_inductor_keep(
         [f"{function.__module__}.{function.__name__}" for function in _in_graphs], _sources
     )
@@ -168,11 +213,18 @@ def place(grads: tuple[Tensor | None, ...], at: tuple[int, ...], count: int) -> 
     return tuple(result)
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether Python may look at the values of a tensor: not while something is traced, nor on another device."""
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return not tracing and x.device.type == "cpu" and type(x) is Tensor and not _torch_private.inside_vmap()
+
+
 # ---- vmap ------------------------------------------------------------------------------------------------------------
 def no_vmap(what: str) -> str:
     """Why ``what`` cannot be called inside ``torch.func.vmap``."""
     return (
-        f"{what} cannot run inside torch.func.vmap: its operators take one problem at a time; "
+        f"{what} cannot run inside torch.func.vmap: its operators take one problem at a time, and jacrev, jacfwd and "
+        "hessian give them several; "
         "call the loss in a loop and stack the results, or use backend='reference'"
     )
 

@@ -95,15 +95,17 @@ struct ContrastArguments {
   const std::vector<int64_t>& kinds;             // [softmaxes]
   const std::vector<int64_t>&q_index, &k_index;  // [pairs]
   bool inner_product;
+  const std::optional<Tensor>& q_self;  // [N] of int32
 };
 
 // The tensors among them, checked and contiguous. They must outlive the problem that points into them.
 struct ContrastTensors {
   Tensor q, k;
-  std::optional<Tensor> q_id, k_id;  // none where every set holds all keys
+  std::optional<Tensor> q_id, k_id, q_self;  // none where every set holds all keys
 
   explicit ContrastTensors(const ContrastArguments& a)
-      : q(packed(a.q)), k(a.k ? packed(*a.k) : q), q_id(packed(a.q_id)), k_id(a.k ? packed(a.k_id) : q_id) {
+      : q(packed(a.q)), k(a.k ? packed(*a.k) : q), q_id(packed(a.q_id)), k_id(a.k ? packed(a.k_id) : q_id),
+        q_self(packed(a.q_self)) {
     STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && q.size(2) == k.size(2) && q.scalar_type() == k.scalar_type(),
                     "cacr_kernels: q [Vq, N, D] and k [Vk, M, D] of one dtype expected");
     STD_TORCH_CHECK(a.q_index.size() == a.k_index.size(), "cacr_kernels: q_index and k_index of one length expected");
@@ -112,10 +114,11 @@ struct ContrastTensors {
       STD_TORCH_CHECK(a.q_index[i] >= 0 && a.q_index[i] < q.size(0) && a.k_index[i] >= 0 && a.k_index[i] < k.size(0),
                       "cacr_kernels: view index out of range");
     bool masked = false;
-    for (int64_t kind : a.kinds) check_option(kind, kSameNotSelf + 1, "kind of a softmax"), masked |= kind != kAll;
+    for (int64_t kind : a.kinds) check_option(kind, kKinds, "kind of a softmax"), masked |= kind != kAll;
     STD_TORCH_CHECK(!masked || (is_id(q_id, q.size(1)) && is_id(k_id, k.size(1))),
                     "cacr_kernels: q_id [N] and k_id [M] of int32 expected");
-    if (!masked) q_id.reset(), k_id.reset();
+    STD_TORCH_CHECK(!q_self || is_id(q_self, q.size(1)), "cacr_kernels: q_self [N] of int32 expected");
+    if (!masked) q_id.reset(), k_id.reset(), q_self.reset();
   }
 
   // Fills in sizes, pairs and sets of a problem: the fields that those of both backends have in common.
@@ -123,7 +126,7 @@ struct ContrastTensors {
   void describe(const ContrastArguments& a, Problem& p) const {
     p.q_views = q.size(0), p.N = q.size(1), p.D = q.size(2), p.k_views = k.size(0), p.M = k.size(1);
     p.pairs = int64_t(a.q_index.size()), p.q_index = a.q_index.data(), p.k_index = a.k_index.data();
-    p.q_id = input<int32_t>(q_id), p.k_id = input<int32_t>(k_id);
+    p.q_id = input<int32_t>(q_id), p.k_id = input<int32_t>(k_id), p.q_self = input<int32_t>(q_self);
     p.softmaxes = int32_t(a.kinds.size());
     for (size_t s = 0; s < a.kinds.size(); s++) p.kind[s] = int32_t(a.kinds[s]);
     p.keys_are_queries = !a.k, p.inner_product = a.inner_product;

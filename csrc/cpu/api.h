@@ -36,6 +36,7 @@ struct Contrast {
   const int64_t* k_index;  // [pairs]
   const int32_t* q_id;     // [N] or null (all kinds are kAll)
   const int32_t* k_id;     // [M] or null
+  const int32_t* q_self;   // [N] the key that is the query itself, -1: none; null: key i
   int64_t period;          // > 0: ids are row % period, so that equal ids lie on diagonals; 0: anything
   int32_t softmaxes;       // 1 or 2
   int32_t kind[kMaxSoftmaxes];

@@ -174,8 +174,8 @@ std::tuple<Tensor, Tensor, Tensor> contrast_cpu(const Tensor& q, std::optional<T
                                                 std::optional<Tensor> k_id, const Tensor& tau,
                                                 std::vector<int64_t> kinds, std::vector<int64_t> q_index,
                                                 std::vector<int64_t> k_index, bool inner_product,
-                                                bool /*detach_weights*/) {
-  const ContrastArguments a{q, k, q_id, k_id, tau, kinds, q_index, k_index, inner_product};
+                                                bool /*detach_weights*/, std::optional<Tensor> q_self) {
+  const ContrastArguments a{q, k, q_id, k_id, tau, kinds, q_index, k_index, inner_product, q_self};
   const ContrastTensors tensors(a);
   return with_dtype(q, [&](auto zero) {
     using T = decltype(zero);
@@ -194,9 +194,9 @@ std::tuple<Tensor, Tensor, Tensor> contrast_cpu(const Tensor& q, std::optional<T
 std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(
     const Tensor& q, std::optional<Tensor> k, std::optional<Tensor> q_id, std::optional<Tensor> k_id, const Tensor& tau,
     std::vector<int64_t> kinds, std::vector<int64_t> q_index, std::vector<int64_t> k_index, bool inner_product,
-    bool detach_weights, const Tensor& any_value, const Tensor& any_row_state, const Tensor& any_grad_value,
-    const Tensor& any_grad_lse, bool want_q, bool want_k, bool want_tau) {
-  const ContrastArguments a{q, k, q_id, k_id, tau, kinds, q_index, k_index, inner_product};
+    bool detach_weights, std::optional<Tensor> q_self, const Tensor& any_value, const Tensor& any_row_state,
+    const Tensor& any_grad_value, const Tensor& any_grad_lse, bool want_q, bool want_k, bool want_tau) {
+  const ContrastArguments a{q, k, q_id, k_id, tau, kinds, q_index, k_index, inner_product, q_self};
   const ContrastTensors tensors(a);
   const Tensor value = packed(any_value), row_state = packed(any_row_state), grad_value = packed(any_grad_value),
                grad_lse = packed(any_grad_lse);
@@ -225,8 +225,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detached_keys_cpu(const Tensor& q, co
                                                              std::vector<int64_t> q_index, std::vector<int64_t> k_index,
                                                              bool inner_product, bool detach_weights, bool detach_value,
                                                              bool want_q, bool want_tau) {
-  const std::optional<Tensor> keys(k);
-  const ContrastArguments a{q, keys, q_id, k_id, tau, kinds, q_index, k_index, inner_product};
+  const std::optional<Tensor> keys(k), q_self;
+  const ContrastArguments a{q, keys, q_id, k_id, tau, kinds, q_index, k_index, inner_product, q_self};
   const ContrastTensors tensors(a);
   STD_TORCH_CHECK(kinds.size() == 1 && (kinds[0] == cacr::kAll || kinds[0] == cacr::kOther),
                   "cacr_kernels: one softmax over all or other keys expected");

@@ -109,10 +109,11 @@ struct ContrastCall {
 std::tuple<Tensor, Tensor, Tensor> contrast(const Tensor& q, std::optional<Tensor> k, std::optional<Tensor> q_id,
                                             std::optional<Tensor> k_id, const Tensor& tau, std::vector<int64_t> kinds,
                                             std::vector<int64_t> q_index, std::vector<int64_t> k_index,
-                                            bool inner_product, bool detach_weights, int64_t float_products) {
-  ContrastCall given({q, k, q_id, k_id, tau, kinds, q_index, k_index, inner_product}, detach_weights);
+                                            bool inner_product, bool detach_weights, std::optional<Tensor> q_self,
+                                            int64_t float_products) {
+  ContrastCall given({q, k, q_id, k_id, tau, kinds, q_index, k_index, inner_product, q_self}, detach_weights);
   check_products(float_products);
-  check_devices(q, {k, given.tensors.q_id, given.tensors.k_id, tau});
+  check_devices(q, {k, given.tensors.q_id, given.tensors.k_id, given.tensors.q_self, tau});
   cacr::Call& call = given.call;
   const Sizes rows{call.softmaxes, call.pairs, call.N};
   const Tensor value = empty_rows(q, rows), lse = empty_rows(q, rows);
@@ -126,9 +127,10 @@ std::tuple<Tensor, Tensor, Tensor> contrast(const Tensor& q, std::optional<Tenso
 std::tuple<Tensor, Tensor, Tensor> contrast_backward(
     const Tensor& q, std::optional<Tensor> k, std::optional<Tensor> q_id, std::optional<Tensor> k_id, const Tensor& tau,
     std::vector<int64_t> kinds, std::vector<int64_t> q_index, std::vector<int64_t> k_index, bool inner_product,
-    bool detach_weights, const Tensor& any_value, const Tensor& any_row_state, const Tensor& any_grad_value,
-    const Tensor& any_grad_lse, bool want_q, bool want_k, bool want_tau, int64_t float_products) {
-  ContrastCall given({q, k, q_id, k_id, tau, kinds, q_index, k_index, inner_product}, detach_weights);
+    bool detach_weights, std::optional<Tensor> q_self, const Tensor& any_value, const Tensor& any_row_state,
+    const Tensor& any_grad_value, const Tensor& any_grad_lse, bool want_q, bool want_k, bool want_tau,
+    int64_t float_products) {
+  ContrastCall given({q, k, q_id, k_id, tau, kinds, q_index, k_index, inner_product, q_self}, detach_weights);
   const ContrastTensors& t = given.tensors;
   cacr::Call& call = given.call;
   const Sizes rows{call.softmaxes, call.pairs, call.N};
@@ -137,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> contrast_backward(
   check_rows(any_grad_value, rows, "grad_value");
   check_rows(any_grad_lse, rows, "grad_lse");
   check_products(float_products);
-  check_devices(q, {k, t.q_id, t.k_id, tau, any_value, any_row_state, any_grad_value, any_grad_lse});
+  check_devices(q, {k, t.q_id, t.k_id, t.q_self, tau, any_value, any_row_state, any_grad_value, any_grad_lse});
   const Tensor value = packed(any_value), row_state = packed(any_row_state), grad_value = packed(any_grad_value),
                grad_lse = packed(any_grad_lse);
   const Tensor dq = empty_on(q, gradient_sizes(t.q, want_q), gradient_dtype(q)),

@@ -30,6 +30,7 @@ struct Call {
   const int64_t* k_index;  // [pairs] on the host
   const int32_t* q_id;     // [N]
   const int32_t* k_id;     // [M]
+  const int32_t* q_self;   // [N] the key that is the query itself, -1: none; null: key i
   const double* tau;       // [softmaxes] signed
   int32_t softmaxes, kind[kMaxSoftmaxes];
   bool keys_are_queries, inner_product, detach_weights;

@@ -57,7 +57,7 @@ template <class Arithmetic>
 __global__ void __launch_bounds__(kThreads) run_phases(const __grid_constant__ JobOf<Arithmetic> job) {
   auto& shared = shared_memory<BuffersOf<Arithmetic>>();
   // One register for the phases that are left: the phases themselves need all others.
-  uint32_t left = job.p.phases >> job.first << job.first & (2u << job.last) - 1;
+  uint32_t left = job.p.phases >> job.first << job.first & ((2u << job.last) - 1);
   while (left) {
     run_phase<Arithmetic>(__ffs(int(left)) - 1, job.p, shared);
     left &= left - 1;

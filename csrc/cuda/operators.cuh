@@ -40,7 +40,7 @@ Params contrast_parameters(const Call& c) {
   p.q = static_cast<decltype(p.q)>(c.q), p.k = static_cast<decltype(p.k)>(c.k);
   p.N = c.N, p.M = c.M, p.D = c.D;
   p.q_views = int32_t(c.q_views), p.k_views = int32_t(c.k_views), p.all_pairs = c.pairs;
-  p.softmaxes = c.softmaxes, p.q_id = c.q_id, p.k_id = c.k_id;
+  p.softmaxes = c.softmaxes, p.q_id = c.q_id, p.k_id = c.k_id, p.q_self = c.q_self;
   for (int s = 0; s < c.softmaxes; s++) p.kind[s] = c.kind[s], p.tau[s] = {c.tau + s, nullptr, 1};
   p.keys_are_queries = c.keys_are_queries, p.inner_product = c.inner_product, p.detach_weights = c.detach_weights;
   const int64_t rows = c.softmaxes * c.pairs * c.N;

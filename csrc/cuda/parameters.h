@@ -75,6 +75,7 @@ struct Parameters {
   int32_t q_index[kMaxPairs], k_index[kMaxPairs];  // [P] views of each pair
   const int32_t* q_id;                             // [N] or null
   const int32_t* k_id;                             // [M] or null
+  const int32_t* q_self;                           // [N] the key that is the query itself; null: key i
   int32_t period;               // without q_id: the id of a row is row % period; 0: nothing is masked
   int32_t kind[kMaxSoftmaxes];  // [S]
   Number tau[kMaxSoftmaxes];    // [S] signed

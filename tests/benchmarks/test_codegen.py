@@ -135,9 +135,9 @@ def test_nothing_in_the_committed_report_is_wrong() -> None:
     assert {name: found for name, row in rows.items() if (found := problems(row))} == {}
 
 
-def test_the_readme_says_what_the_report_says() -> None:
-    """If not: ``python -m benchmarks.codegen --readme``."""
-    text = report.README.read_text(encoding="utf-8")
+def test_the_docs_say_what_the_report_says() -> None:
+    """If not: ``python -m benchmarks.codegen --docs``."""
+    text = report.PAGE.read_text(encoding="utf-8")
     assert text.split(report.START)[1].split(report.END)[0].strip("\n") == report.wrapped(
         report.load(report.OUT / "codegen.json")
     )

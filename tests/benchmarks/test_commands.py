@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "Makefile", "CHANGELOG.md", "benchmarks/NOTES.md", ".ci/run")
+PAGES = tuple(sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")))
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "Makefile", "CHANGELOG.md", "benchmarks/NOTES.md", ".ci/run", *PAGES)
 MODULES = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 

@@ -225,7 +225,7 @@ def test_backward_of_a_penalty_on_a_hidden_gradient_is_refused(name: str) -> Non
         penalty.backward()
 
 
-@pytest.mark.xfail(reason="AOTAutograd: the way to z passes nothing that its backward reads (README, Limits)")
+@pytest.mark.xfail(reason="AOTAutograd: the way to z passes nothing that its backward reads (docs/training.md)")
 @pytest.mark.parametrize("loss", [PENALISED["views"][2], lambda z: z.exp().sum()], ids=["views", "plain PyTorch"])
 def test_gradient_of_a_penalty_on_a_hidden_gradient_is_refused(loss: Callable[..., Tensor]) -> None:
     penalty, z = penalty_of_hidden(loss)

@@ -18,7 +18,7 @@ from cacr_kernels.operators.registry import operator
 from cacr_kernels.types import ContrastSpec
 from tests.covering import covering
 
-ALL, SAME, OTHER, SAME_NOT_SELF = range(4)
+ALL, SAME, OTHER, SAME_NOT_SELF, OTHER_NOT_SELF = range(5)
 PAIRS = [(0, 0), (1, 1)]
 SETS = {
     "other": [(OTHER, -1.3)],
@@ -28,6 +28,8 @@ SETS = {
     "rbf": [(OTHER, -1.3), (OTHER, -3.3)],
     "unbounded": [(SAME_NOT_SELF, 40.0), (OTHER, -300.0)],
     "inner": [(ALL, -4.0)],
+    "not self, some of no set": [(SAME_NOT_SELF, 0.9), (OTHER_NOT_SELF, -1.3)],
+    "given self": [(SAME_NOT_SELF, 0.9), (OTHER_NOT_SELF, -1.3)],
 }
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-5}
 
@@ -64,9 +66,11 @@ def statistics(
 ) -> Any:
     kinds, tau = [kind for kind, _ in SETS[name]], temperatures(name) if tau is None else tau
     index = [x for x, _ in pairs], [y for _, y in pairs]
+    label = label - 1 if name == "not self, some of no set" else label
     k_id = None if k is None else label
+    q_self = torch.arange(len(label), dtype=torch.int32) // 2 - 1 if name == "given self" else None
     op = operator(f"contrast_{backend}")
-    return op(q, k, label, k_id, tau, kinds, *index, name == "inner", name.endswith("detached"))[:2]
+    return op(q, k, label, k_id, tau, kinds, *index, name == "inner", name.endswith("detached"), q_self)[:2]
 
 
 def with_gradient(name: str, backend: str, z: Tensor, own: bool, label: Tensor, pairs: Any = PAIRS) -> list[Tensor]:
@@ -130,7 +134,7 @@ def test_gradient_against_differences() -> None:
 
     def f(z: Tensor) -> Any:
         kinds = [SAME_NOT_SELF, OTHER]
-        return operator("contrast_cpu")(z, None, index, None, tau, kinds, [0], [0], False, False)[:2]
+        return operator("contrast_cpu")(z, None, index, None, tau, kinds, [0], [0], False, False, None)[:2]
 
     assert gradcheck(f, (z,), fast_mode=True)
 

@@ -26,7 +26,7 @@ class Call(ctypes.Structure):
         ("operation", _Int32),
         *((name, _Pointer) for name in ("q", "k")),
         *((name, _Int64) for name in ("q_views", "k_views", "N", "M", "D", "pairs")),
-        *((name, _Pointer) for name in ("q_index", "k_index", "q_id", "k_id", "tau")),
+        *((name, _Pointer) for name in ("q_index", "k_index", "q_id", "k_id", "q_self", "tau")),
         ("softmaxes", _Int32),
         ("kind", _Int32 * 2),
         *((name, _Bool) for name in ("keys_are_queries", "inner_product", "detach_weights")),
@@ -90,24 +90,24 @@ class Emulation:
     def problem(
         self,
         operation: int,
-        tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor],
+        tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor],
         lists: tuple[Sequence[int], Sequence[int], Sequence[int]],
         inner_product: bool,
         detach: bool,
     ) -> tuple[Call, Any]:
         """A call, and what has to stay alive for it."""
-        (q, k, q_id, k_id, tau), (kinds, *index) = tensors, lists
+        (q, k, q_id, k_id, q_self, tau), (kinds, *index) = tensors, lists
         q, k = q.contiguous(), None if k is None else k.contiguous()
         keys, masked = q if k is None else k, any(kinds)
-        q_id, k_id = (q_id, q_id if k is None else k_id) if masked else (None, None)
+        q_id, k_id, q_self = (q_id, q_id if k is None else k_id, q_self) if masked else (None, None, None)
         tau, arrays = tau.contiguous(), [_indices(i) for i in index]
         call = Call(operation=operation, q=_pointer(q), k=_pointer(keys), q_views=q.shape[0], k_views=keys.shape[0])
         call.N, call.M, call.D, call.pairs = q.shape[1], keys.shape[1], q.shape[2], len(index[0])
         call.q_index, call.k_index = (ctypes.cast(a, ctypes.c_void_p) for a in arrays)
-        call.q_id, call.k_id, call.tau = _pointer(q_id), _pointer(k_id), _pointer(tau)
+        call.q_id, call.k_id, call.q_self, call.tau = map(_pointer, (q_id, k_id, q_self, tau))
         call.softmaxes, call.kind = len(kinds), (ctypes.c_int32 * 2)(*kinds)
         call.keys_are_queries, call.inner_product, call.detach_weights = k is None, inner_product, detach
-        return call, (q, k, q_id, k_id, tau, arrays)
+        return call, (q, k, q_id, k_id, q_self, tau, arrays)
 
     def contrast(
         self,
@@ -121,9 +121,11 @@ class Emulation:
         k_index: list[int],
         inner_product: bool,
         detach_weights: bool,
+        q_self: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``contrast_cuda``."""
-        call, keep = self.problem(0, (q, k, q_id, k_id, tau), (kinds, q_index, k_index), inner_product, detach_weights)
+        lists = kinds, q_index, k_index
+        call, keep = self.problem(0, (q, k, q_id, k_id, q_self, tau), lists, inner_product, detach_weights)
         shape = (len(kinds), len(q_index), q.shape[1])
         value, lse, row_state = (torch.full((*n, *shape), torch.nan, dtype=torch.float64) for n in ((), (), (3,)))
         call.value, call.lse, call.row_state = map(_pointer, (value, lse, row_state))
@@ -143,6 +145,7 @@ class Emulation:
         k_index: list[int],
         inner_product: bool,
         detach_weights: bool,
+        q_self: Tensor | None,
         value: Tensor,
         row_state: Tensor,
         grad_value: Tensor,
@@ -152,7 +155,8 @@ class Emulation:
         want_tau: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``contrast_backward_cuda``."""
-        call, keep = self.problem(1, (q, k, q_id, k_id, tau), (kinds, q_index, k_index), inner_product, detach_weights)
+        lists = kinds, q_index, k_index
+        call, keep = self.problem(1, (q, k, q_id, k_id, q_self, tau), lists, inner_product, detach_weights)
         grad_q = _nan(q, *q.shape) if want_q else _nan(q, 0)
         grad_k = _nan(q, *k.shape) if k is not None and want_k else _nan(q, 0)
         grad_tau = torch.full((len(kinds) if want_tau else 0,), torch.nan, dtype=torch.float64)

@@ -154,9 +154,9 @@ def test_work(monkeypatch):
 @pytest.mark.parametrize(
     ("dtype", "products"), [("bfloat16", 0), ("float32", backend_cuda.TF32X3), ("float32", backend_cuda.IEEE)]
 )
-def test_size_of_the_readme(monkeypatch, dtype, products):
+def test_size_of_the_docs(monkeypatch, dtype, products):
     """The largest batches of two views of 128 features that "auto" gives to "cuda"."""
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = " ".join((ROOT / "docs" / "backends.md").read_text().split())
     found = re.search(
         r"V = 2 and D = 128 up to B = (\d+) in bfloat16, (\d+) in float32 \((\d+) with three TF32 products\)", text
     )
@@ -223,6 +223,6 @@ def test_fakes():
         assert (loss.shape, parts.shape, grad.shape, numbers.shape) == ((), (4,), views.shape, (0,))
         assert {loss.dtype, parts.dtype, grad.dtype} == {torch.float32}
         tau, ids = torch.ones(2, dtype=torch.float64), torch.zeros(7, dtype=torch.int32)
-        arguments = views, None, ids, None, tau, [1, 2], [0, 1], [1, 2], False, False
+        arguments = views, None, ids, None, tau, [1, 2], [0, 1], [1, 2], False, False, None
         value, lse, row_state = torch.ops.cacr_kernels.contrast_cuda(*arguments)
         assert (value.shape, lse.shape, row_state.shape) == ((2, 2, 7), (2, 2, 7), (3, 2, 2, 7))

@@ -16,6 +16,7 @@ from cacr_kernels.types import OTHER, SAME_NOT_SELF
 from tests.agreement import assert_agree, assert_within_budget, cast, run, small_inputs
 from tests.cuda.emulated_backend import emulated_cuda
 from tests.cuda.emulated_cuda import Emulation
+from tests.losses.test_reference_set import with_index
 from tests.vectors_io import load_vectors, vector_id
 
 TOLERANCE = 1e-10
@@ -193,6 +194,17 @@ def test_many_views():
     close(*(torch.autograd.grad(loss, z)[0] for loss in losses))
 
 
+@pytest.mark.parametrize("ignore", [None, 1])
+@pytest.mark.parametrize("refs", [False, True])
+def test_queries_in_the_reference_set(refs, ignore):
+    """Rows that are queries themselves, and rows in no set, in several tiles."""
+    tensors = with_index(66, 70, 9, seed=1)
+    tensors = tensors if refs else {name: tensors[name] for name in ("embeddings", "labels")}
+    options = {"reduction": "none", "ignore_index": ignore, "tau_neg": 2.0}
+    expected = run("supervised", tensors, "reference", **options)
+    assert_agree(run_emulated("supervised", tensors, **options), expected, TOLERANCE)
+
+
 # ---- registration ----------------------------------------------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch 2.14 in opcheck
 def test_opcheck() -> None:
@@ -202,7 +214,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(operator("cacr_cuda"), (z, numbers, *floats, 0, True, 0.0, True, True))
     torch.library.opcheck(operator("cacr_cuda"), (z, None, 0.7, 1.3, 0.9, 1.1, 2, False, 2.0, True, False))
     ids, tau = torch.arange(5, dtype=torch.int32) % 3, torch.tensor([0.7, -1.3], dtype=torch.float64)
-    given = z, None, ids, None, tau.requires_grad_(), [SAME_NOT_SELF, OTHER], [0], [1], False, False
+    given = z, None, ids, None, tau.requires_grad_(), [SAME_NOT_SELF, OTHER], [0], [1], False, False, None
     torch.library.opcheck(operator("contrast_cuda"), given)
     value, _, row_state = (t.detach() for t in operator("contrast_cuda")(*given))
     incoming = torch.ones_like(value).requires_grad_(), torch.full_like(value, 0.5).requires_grad_()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import cacr_kernels
 from cacr_kernels.backends import torch as blocks
-from cacr_kernels.types import ALL, OTHER, SAME, SAME_NOT_SELF
+from cacr_kernels.types import ALL, OTHER, OTHER_NOT_SELF, SAME, SAME_NOT_SELF
 from tests.cuda.emulated_backend import emulated_cuda
 from tests.cuda.emulated_cuda import Call, Emulation
 
@@ -36,6 +36,8 @@ class Problem(NamedTuple):
     inner_product: bool = False
     detach: bool = False
     taus: tuple[float, ...] = (1.3, -2.1)
+    given_self: bool = False
+    lowest_id: int = 0
 
 
 def arguments(problem: Problem, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -47,13 +49,16 @@ def arguments(problem: Problem, dtype: torch.dtype) -> tuple[Any, ...]:
         return x.to(dtype)
 
     def ids(rows: int) -> Tensor:
-        return torch.randint(5, (rows,), generator=g, dtype=torch.int32)
+        return torch.randint(problem.lowest_id, 5, (rows,), generator=g, dtype=torch.int32)
 
     q, q_id = embeddings(3, problem.N), ids(problem.N)
     k, k_id = (None, None) if problem.M is None else (embeddings(2, problem.M), ids(problem.M))
     tau = torch.tensor(problem.taus[: len(problem.kinds)], dtype=torch.float64)
     index = [x for x, _ in problem.pairs], [y for _, y in problem.pairs]
-    return q, k, q_id, k_id, tau, list(problem.kinds), *index, problem.inner_product, problem.detach
+    q_self = None
+    if problem.given_self:
+        q_self = torch.randint(-1, problem.M or problem.N, (problem.N,), generator=g, dtype=torch.int32)
+    return q, k, q_id, k_id, tau, list(problem.kinds), *index, problem.inner_product, problem.detach, q_self
 
 
 def everything(forward: Any, backward: Any, given: tuple[Any, ...]) -> list[Tensor]:
@@ -83,6 +88,8 @@ PROBLEMS = {
     "tails": Problem(67, 70, 19, (SAME, OTHER)),
     "aligned": Problem(66, 65, 40, (OTHER, OTHER), taus=(-1.0, -3.0)),
     "symmetric": Problem(71, None, 24, (SAME_NOT_SELF, OTHER), ((0, 1), (2, 1), (1, 1))),
+    "not self": Problem(71, None, 24, (SAME_NOT_SELF, OTHER_NOT_SELF), ((0, 1), (2, 1), (1, 1)), lowest_id=-2),
+    "given self": Problem(67, 70, 19, (SAME_NOT_SELF, OTHER_NOT_SELF), given_self=True, lowest_id=-2),
     "features": Problem(3, 5, 275, (ALL,)),
     "inner product": Problem(65, 5, 16, (OTHER,), inner_product=True),
     "detached": Problem(5, 65, 24, (ALL,), detach=True),
@@ -144,7 +151,7 @@ def test_many_thousand_views(emulation):
     """Indices of views beyond 16 bits."""
     q = torch.randn(40000, 1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     tau = torch.ones(1, dtype=torch.float64)
-    value, _, _ = emulation.contrast(q, q, None, None, tau, [ALL], [39999, 2], [5, 32768], False, False)
+    value, _, _ = emulation.contrast(q, q, None, None, tau, [ALL], [39999, 2], [5, 32768], False, False, None)
     exact = [(q[x] - q[y]).square().sum() for x, y in ((39999, 5), (2, 32768))]
     torch.testing.assert_close(value[0, :, 0], torch.stack(exact))
 
@@ -236,7 +243,8 @@ def test_a_late_top(emulation):
     emulation.resident_blocks = 1
     k = torch.full((1, 64 * 256, 1), -0.03)
     k[0, :8], k[0, -3] = 0.0, 1.0
-    given = torch.ones(1, 3, 1), k, None, None, torch.tensor([-1.0], dtype=torch.float64), [ALL], [0], [0], True, False
+    tau = torch.tensor([-1.0], dtype=torch.float64)
+    given = torch.ones(1, 3, 1), k, None, None, tau, [ALL], [0], [0], True, False, None
     exact = given[0].double(), k.double(), *given[2:]
     value, expected = emulation.contrast(*given)[0], blocks.contrast(*exact)[0]
     torch.testing.assert_close(value, expected, rtol=2e-6, atol=0)

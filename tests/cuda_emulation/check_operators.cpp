@@ -49,6 +49,7 @@ struct Shape {
   std::vector<int64_t> q_index, k_index;
   std::vector<int> kinds;
   bool keys_are_queries, inner_product;
+  bool given_self = false;
 };
 
 using Pairs = std::vector<int64_t>;
@@ -58,6 +59,7 @@ const Shape kShapes[] = {
     {"an odd number of steps", 33, 29, 24, 2, 1, {0, 1}, {0, 0}, {kSame, kOther}, false, false},
     {"one softmax, inner", 3, 131, 8, 1, 2, {0, 0}, {1, 0}, {kAll}, false, true},
     {"queries among themselves", 67, 67, 72, 1, 1, {0}, {0}, {kSameNotSelf, kOther}, true, false},
+    {"given selves", 67, 70, 72, 1, 1, {0}, {0}, {kSameNotSelf, kOtherNotSelf}, false, false, true},
     {"two softmaxes that cancel", 65, 65, 16, 2, 2, {0}, {1}, {kOther, kOther}, true, false},
     {"more pairs than a launch takes", 3, 5, 8, 2, 1, Pairs(65, 1), Pairs(65, 0), {kAll}, false, false},
 };
@@ -101,9 +103,10 @@ Results contrast(const Shape& shape) {
   const float scale = 1 / std::sqrt(float(shape.D));
   const auto q = numbers<Element>(shape.q_views * shape.N * shape.D, random, scale);
   const auto k = shape.keys_are_queries ? q : numbers<Element>(shape.k_views * shape.M * shape.D, random, scale);
-  std::vector<int32_t> q_id, k_id;
+  std::vector<int32_t> q_id, k_id, q_self;
   for (int64_t i = 0; i < shape.N; i++) q_id.push_back(int32_t(random.below(9)));
   for (int64_t j = 0; j < shape.M; j++) k_id.push_back(shape.keys_are_queries ? q_id[j] : int32_t(random.below(9)));
+  for (int64_t i = 0; shape.given_self && i < shape.N; i++) q_self.push_back(int32_t(random.below(int(shape.M))) - 1);
   const std::vector<double> tau = {1.5, -2.5};
   const size_t S = shape.kinds.size(), rows = S * shape.q_index.size() * shape.N;
   const auto grad_value = numbers<double>(int64_t(rows), random, 1),
@@ -120,6 +123,7 @@ Results contrast(const Shape& shape) {
   c.q_views = shape.q_views, c.k_views = shape.k_views, c.N = shape.N, c.M = shape.M, c.D = shape.D;
   c.pairs = int64_t(shape.q_index.size()), c.q_index = shape.q_index.data(), c.k_index = shape.k_index.data();
   c.q_id = masked ? q_id.data() : nullptr, c.k_id = masked ? k_id.data() : nullptr;
+  c.q_self = shape.given_self ? q_self.data() : nullptr;
   c.tau = tau.data(), c.softmaxes = int32_t(S);
   for (size_t s = 0; s < S; s++) c.kind[s] = shape.kinds[s];
   c.keys_are_queries = shape.keys_are_queries, c.inner_product = shape.inner_product;

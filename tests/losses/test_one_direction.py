@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from cacr_kernels import CACRLoss, CACRQueueLoss, cacr_loss, cacr_momentum_loss, cacr_queue_loss, checks
+from cacr_kernels import (
+    CACRLoss,
+    CACRMomentumLoss,
+    CACRQueueLoss,
+    cacr_loss,
+    cacr_momentum_loss,
+    cacr_queue_loss,
+    checks,
+)
 from tests.agreement import device_of, each_backend, randn
 
 OPTIONS: list[dict[str, Any]] = [
@@ -53,6 +61,40 @@ def test_refusals_of_one_direction() -> None:
         cacr_queue_loss(q[:0], q[:0], queue)
     with pytest.raises(ValueError, match="queries must hold at least 2 views, got V = 1"):
         cacr_queue_loss([q], [q], queue)
+
+
+@pytest.mark.parametrize("cost", ["rbf", "sqeuclidean"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
+def test_momentum_queries_of_one_view(backend: str, cost: Any) -> None:
+    q, k, options = randn(7, 5), randn(11, 5, seed=1), {"normalize": True, "cost": cost, "key_offset": 2}
+    one, listed = q.clone().requires_grad_(), q.clone().requires_grad_()
+    rows = cacr_momentum_loss(one, k, reduction="none", backend=backend, **options)
+    expected = cacr_momentum_loss([listed], k, reduction="none", backend=backend, **options)
+    assert rows.shape == (7,)
+    torch.testing.assert_close(rows, expected, rtol=0, atol=0)
+    rows.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(one.grad, listed.grad, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"queries \[V, B, D\] must not have an empty dimension, got \[1, 0, 5\]"):
+        cacr_momentum_loss(q[:0], k)
+
+
+# ---- keys that would learn -------------------------------------------------------------------------------------------
+def test_keys_that_require_grad_are_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_warned", set())
+    loss, q, k = CACRMomentumLoss(), randn(7, 5).requires_grad_(), randn(7, 5, seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(q, k)
+        with torch.no_grad():
+            loss(q, k.requires_grad_())
+        cacr_momentum_loss(q, k)
+    with pytest.warns(UserWarning, match=r"keys of CACRMomentumLoss get no gradient, .*detach\(\), or take CACRLoss"):
+        loss(q, k).backward()
+    assert k.grad is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CACRMomentumLoss()(q, k)
 
 
 # ---- axes ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import normalize
 
 from cacr_kernels import reference
-from cacr_kernels.types import Numbers, Terms
+from cacr_kernels.types import KeySets, Numbers, Terms
 from tests.vectors_io import Vector, load_vectors, vector_id
 
 TOLERANCE = 1e-10
@@ -237,18 +237,30 @@ def test_momentum_is_the_scalar_loop(v: int, b: int, before: int, after: int, t:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=7), st.lists(st.integers(0, 3), max_size=6), st.integers(0, 99))
-def test_supervised_is_the_scalar_loop(labels: list[int], ref_labels: list[int], seed: int) -> None:
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=7),
+    st.lists(st.integers(0, 3), max_size=6),
+    st.integers(0, 99),
+    st.booleans(),
+    st.sampled_from([None, 1]),
+)
+def test_supervised_is_the_scalar_loop(
+    labels: list[int], ref_labels: list[int], seed: int, holds_queries: bool, ignored: int | None
+) -> None:
     z, refs = randn(len(labels), 3, seed=seed), randn(len(ref_labels), 3, seed=seed + 1)
     keys, key_labels = (refs, ref_labels) if ref_labels else (z, labels)
     distances = [[sqdist(query, key) for key in keys] for query in z]
     positives, negatives = [], []
+    index = [(seed + 3 * i) % (len(ref_labels) + 1) - 1 for i in range(len(labels))]
     for i, row in enumerate(distances):
-        own = None if ref_labels else i
-        positives.append([c for j, c in enumerate(row) if key_labels[j] == labels[i] and j != own])
-        negatives.append([c for j, c in enumerate(row) if key_labels[j] != labels[i]])
+        own = i if not ref_labels else index[i] if holds_queries else None
+        met = [j for j in range(len(row)) if j != own and ignored not in (labels[i], key_labels[j])]
+        positives.append([row[j] for j in met if key_labels[j] == labels[i]])
+        negatives.append([row[j] for j in met if key_labels[j] != labels[i]])
     reference_set = (refs, torch.tensor(ref_labels)) if ref_labels else (None, None)
-    terms = supervised(z, torch.tensor(labels), *reference_set, 1.1, 0.9, alpha=2.0, beta=3.0)
+    options: dict[str, Any] = {"ref_index": torch.tensor(index) if ref_labels and holds_queries else None}
+    options["ignore_index"] = ignored
+    terms = supervised(z, torch.tensor(labels), *reference_set, 1.1, 0.9, alpha=2.0, beta=3.0, sets=KeySets(**options))
     assert terms.attraction.shape == terms.repulsion.shape == (len(labels),)
     for n, sets, factor, tau in ((0, positives, 2, 1.1), (1, negatives, -3, -0.9)):
         actual, sets_read = terms[n], [costs for costs in sets if costs]

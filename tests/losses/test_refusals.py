@@ -101,7 +101,7 @@ def of_temperatures() -> list[Refusal]:
         add(torch.ones(2, 3), ValueError, "0-dim", "[2, 3]")
         for dtype in (torch.int64, torch.bool, torch.complex64, torch.uint8):
             add(torch.ones((), dtype=dtype), TypeError, "floating", str(dtype))
-        add(torch.ones((), **META), ValueError, "cpu", "meta")
+        add(torch.ones((), **META), ValueError, f"{name} must be on cpu, got meta")
         add(nn.Parameter(torch.ones(3)), ValueError, "0-dim", "[3]")
     found += [
         Refusal(("momentum",), {"temperature": zero}, ValueError, ("temperature", "> 0")) for zero in (0, 0.0, -0.0)
@@ -287,6 +287,43 @@ def test_numbers_of_numpy_and_integers(loss: str) -> None:
     for two in (2, np.float64(2), np.float32(2), np.int64(2), Fraction(2)):
         value = LOSSES[loss](**small_inputs(loss), **dict.fromkeys(names, two))
         torch.testing.assert_close(value, expected, rtol=0, atol=0)
+
+
+def test_views_as_arguments_of_the_function() -> None:
+    """As the module takes them."""
+    expected = cacr_kernels.cacr_loss(Z, tau_neg=2.0)
+    torch.testing.assert_close(cacr_kernels.cacr_loss(*Z, tau_neg=2.0), expected, rtol=0, atol=0)
+    compiled = torch.compile(cacr_kernels.cacr_loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*Z, tau_neg=2.0), expected)
+    with pytest.raises(TypeError, match=r"views\[1\] must be a tensor \[B, D\], got float 0.5"):
+        cacr_kernels.cacr_loss(X, 0.5)
+
+
+@each_call
+def test_integers_and_flags_of_numpy(call: Callable[..., Any]) -> None:
+    for loss in ALL:
+        for name in ("normalize", "return_parts"):
+            for value in (True, False):
+                found = call(loss, small_inputs(loss) | {name: np.bool_(value)})
+                torch.testing.assert_close(found, call(loss, small_inputs(loss) | {name: value}), rtol=0, atol=0)
+    assert call("queue", small_inputs("queue") | {"in_batch": np.bool_(False)}) == call(
+        "queue", small_inputs("queue") | {"in_batch": False}
+    )
+    for four in (np.int64(4), np.uint8(4)):
+        found = call("momentum", small_inputs("momentum") | {"key_offset": four})
+        assert found == call("momentum", small_inputs("momentum") | {"key_offset": 4})
+    for value, error in ((np.int64(7), ValueError), (np.bool_(True), TypeError), (np.float64(1), TypeError)):
+        refuse(Refusal(("momentum",), {"key_offset": value}, error, ("key_offset", str(value))), "momentum", call)
+
+
+def test_integers_of_numpy_in_a_queue_and_in_weights() -> None:
+    module = cacr_kernels.CACRQueueLoss(queue_size=np.int64(8), dim=np.int32(5), normalize=np.bool_(False))
+    assert (type(module.queue_size), type(module.dim), module.normalize) == (int, int, False)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    assert compiled(X.float(), X.float()).isfinite()
+    assert module(X.float(), X.float(), update_queue=np.bool_(True)).isfinite()
+    found = cacr_kernels.cacr_weights(Z, queries=[np.int64(1), 2], top_k=np.int64(3))
+    assert found.repulsion.shape == (1, 2, 3)
 
 
 def test_a_message_does_not_print_all_the_data() -> None:

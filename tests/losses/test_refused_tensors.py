@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,12 @@ PLACES = [(loss, name, shape) for name, (loss, shape) in TENSORS.items()]
 PLACES += [("momentum", "queries", "[V, B, D]"), ("momentum", "keys", "[M, D]")]
 
 
+def nested(layout: torch.layout) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that strided ones are a prototype
+        return torch.nested.nested_tensor([X, X[:4]], layout=layout)
+
+
 def of_any_tensor() -> list[Refusal]:
     found = []
     for loss, name, shape in PLACES:
@@ -42,12 +49,16 @@ def of_any_tensor() -> list[Refusal]:
         for dtype in (torch.int64, torch.int32, torch.bool, torch.complex64, torch.complex128, torch.uint8):
             add(good.to(dtype), TypeError, str(dtype), "float16", "bfloat16", "float32", "float64")
         for bad in (good[0], good[None], good.sum()):
+            if (loss, name) == ("momentum", "queries") and bad.dim() == 2:
+                continue  # one view
             add(bad, ValueError, shape, str(list(bad.shape)))
         add(good[..., :0], ValueError, "0")
         if name != "queue":  # which may have no entries
             bad = good.narrow(good.dim() - 2, 0, 0)
             add(bad, ValueError, "empty dimension", str(list(bad.shape)))
         add(good.to_sparse(), TypeError, "sparse", "dense")
+        for layout in (torch.strided, torch.jagged):
+            add(nested(layout), TypeError, "dense", "nested", str(layout))
     return found
 
 
@@ -84,6 +95,7 @@ def of_views() -> list[Refusal]:
         add([X, X.tolist()], TypeError, at, "tensor", "list")
         add([X, "x"], TypeError, at, "tensor", "str 'x'")
         add([X, X.long()], TypeError, at, "int64", "float32")
+        add([X, nested(torch.strided)], TypeError, at, "dense", "nested")
         add([1.0, 2.0], TypeError, f"{name}[0]", "tensor", "float")
         add(b"ab", TypeError, "tensor", "bytes")
     return found
@@ -125,6 +137,19 @@ def of_several() -> list[Refusal]:
             for dtype in (torch.float32, torch.float16, torch.bool, torch.complex64)
             for name, y in (("labels", LABELS), ("ref_labels", ref_labels))
         ),
+        *(
+            one("supervised", {name: y.to(dtype)}, f"pass {name}.long()", error=TypeError)
+            for dtype in (torch.float32, torch.bool)
+            for name, y in (("labels", LABELS), ("ref_labels", ref_labels))
+        ),
+        one("supervised", {"labels": nested(torch.strided)}, "labels", "dense", "nested", error=TypeError),
+        one(
+            "supervised",
+            {"embeddings": q},
+            "embeddings must have shape [N, D], got [3, 7, 5]; pass embeddings.flatten(0, 1) with labels.repeat(3)",
+            "with labels.repeat_interleave(7) if it is [B, V, D]",
+        ),
+        one("supervised", {"ref_embeddings": q}, "pass ref_embeddings.flatten(0, 1) with ref_labels.repeat(3)"),
         one("supervised", {"ref_labels": None}, "ref_labels must be given", "ref_embeddings", "None"),
         one("supervised", {"ref_embeddings": None}, "ref_embeddings must be given", "ref_labels", "None"),
         one("supervised", {"ref_labels": ref_labels[:8]}, "ref_labels", "[9]", "[8]"),
@@ -139,6 +164,14 @@ def of_several() -> list[Refusal]:
 @check(of_several())
 def test_tensors_that_do_not_fit(refusal: Refusal, loss: str, call: Callable[..., Any]) -> None:
     refuse(refusal, loss, call)
+
+
+def test_rows_of_several_views() -> None:
+    """What the refusal of [V, B, D] and [B, V, D] says to do."""
+    z, labels = randn(3, 7, 5), LABELS % 2
+    loss = call_function("supervised", {"embeddings": z.flatten(0, 1), "labels": labels.repeat(3)})
+    instances = {"embeddings": z.transpose(0, 1).flatten(0, 1), "labels": labels.repeat_interleave(3)}
+    torch.testing.assert_close(call_function("supervised", instances), loss)
 
 
 @each_loss
@@ -173,4 +206,5 @@ def test_what_is_accepted_is_stated() -> None:
     z: Tensor = randn(1, 7, 5)
     assert call_function("momentum", {"queries": z, "keys": z[0]}).isfinite()
     assert call_function("momentum", {"queries": [z[0]], "keys": z[0]}).isfinite()
+    assert call_function("momentum", {"queries": z[0], "keys": z[0]}).isfinite()
     assert call_function("queue", {"queries": Z, "keys": Z, "queue": z[0, :0]}).isfinite()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import grad, gradcheck
+from torch.autograd import forward_ad, grad, gradcheck
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
@@ -465,3 +466,39 @@ def test_vmap_of_the_reference(loss: Loss) -> None:
         single = [of(*(t[i] for t in batched)) for i in range(3)]
         expected = torch.stack(single) if of is call else tuple(map(torch.stack, zip(*single, strict=True)))
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own rules use it
+@both_backends
+@named([PLAIN, *ROWS, *COMPOSED])
+def test_forward_mode_is_refused(loss: Loss, backend: str) -> None:
+    """With a tangent of any one input the loss is refused with what to do instead, or has the right derivative."""
+    inputs = [t.detach() for t in loss.inputs()]
+    tangents = [torch.ones_like(t) for t in inputs]
+    words = r"no forward-mode derivatives \(torch.func.jvp.*torch.func.grad.* backend='reference'"
+
+    def derivative(i: int, backend: str) -> Tensor:
+        def of(x: Tensor) -> Tensor:
+            return loss.call(*inputs[:i], x, *inputs[i + 1 :], backend=backend).sum()
+
+        return torch.func.jvp(of, (inputs[i],), (tangents[i],))[1]
+
+    refused = 0
+    for i in range(len(inputs)):
+        try:
+            torch.testing.assert_close(derivative(i, backend), derivative(i, "reference"))
+        except ValueError as error:
+            assert re.search(words, str(error))  # noqa: PT017
+            refused += 1
+    assert refused
+    with pytest.raises(ValueError, match=words), forward_ad.dual_level():
+        loss.call(*map(forward_ad.make_dual, inputs, tangents), backend=backend)
+
+
+@both_backends
+def test_jacobians_are_refused(backend: str) -> None:
+    inputs = [t.detach() for t in PLAIN.inputs()]
+    with pytest.raises(ValueError, match=r"inside torch.func.vmap: .*jacfwd.* backend='reference'"):
+        torch.func.jacfwd(lambda x: PLAIN.call(x, *inputs[1:], backend=backend))(inputs[0])
+    with pytest.raises(ValueError, match=r"inside torch.func.vmap: .*jacrev.* backend='reference'"):
+        torch.func.jacrev(lambda x: PLAIN.call(x, *inputs[1:], backend=backend))(inputs[0])

@@ -11,7 +11,7 @@ from torch import Tensor
 from cacr_kernels import functional
 from cacr_kernels.backends import table
 from cacr_kernels.backends import torch as blocks
-from cacr_kernels.types import OTHER, SAME, SAME_NOT_SELF
+from cacr_kernels.types import OTHER, OTHER_NOT_SELF, SAME, SAME_NOT_SELF
 from tests.agreement import LOSSES, each_loss, randn, small_inputs
 
 
@@ -44,12 +44,15 @@ def test_blocks_of_the_torch_backend(own: bool) -> None:
     """With positives, whose close pairs are taken from differences."""
     q, k, tau = randn(1, 5, 3), None if own else randn(1, 7, 3), torch.ones(2, dtype=torch.float64)
     q_id, k_id = torch.arange(5, dtype=torch.int32) % 3, None if own else torch.arange(7, dtype=torch.int32) % 3
-    kinds = [SAME_NOT_SELF if own else SAME, OTHER]
-    arguments = [on_meta(x) for x in (q, k, q_id, k_id, tau, kinds, [0], [0], False, False)]
-    value, lse, row_state = blocks.contrast(*arguments)
-    found = blocks.gradients(*arguments, value, row_state, value, lse, True, not own, True)
-    assert [g.shape for g in found] == [q.shape, torch.Size([0]) if k is None else k.shape, tau.shape]
-    assert {t.device.type for t in (value, lse, row_state, *found)} == {"meta"}
+    for kinds, q_self in (
+        ([SAME_NOT_SELF if own else SAME, OTHER], None),
+        ([SAME_NOT_SELF, OTHER_NOT_SELF], torch.arange(-1, 4, dtype=torch.int32)),
+    ):
+        arguments = [on_meta(x) for x in (q, k, q_id, k_id, tau, kinds, [0], [0], False, False, q_self)]
+        value, lse, row_state = blocks.contrast(*arguments)
+        found = blocks.gradients(*arguments, value, row_state, value, lse, True, not own, True)
+        assert [g.shape for g in found] == [q.shape, torch.Size([0]) if k is None else k.shape, tau.shape]
+        assert {t.device.type for t in (value, lse, row_state, *found)} == {"meta"}
 
 
 def test_differences_of_close_positives_without_counting_them() -> None:

@@ -16,7 +16,7 @@ from cacr_kernels.operators import cacr, contrast
 from cacr_kernels.operators.cacr import loss_and_parts
 from cacr_kernels.operators.contrast import plain_contrast
 from cacr_kernels.operators.registry import NAMESPACE, operator
-from cacr_kernels.types import ALL, OTHER, SAME, SAME_NOT_SELF, CACROptions, ContrastSpec
+from cacr_kernels.types import ALL, OTHER, OTHER_NOT_SELF, SAME, SAME_NOT_SELF, CACROptions, ContrastSpec
 
 BACKENDS = ("cpu", "torch")
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
@@ -121,7 +121,7 @@ def test_autograd_of_every_output_of_cacr(case: tuple[int, bool, bool, bool]) ->
 
 # ---- contrast --------------------------------------------------------------------------------------------------------
 class Problem(NamedTuple):
-    """Arguments of ``contrast``: kinds with temperatures, shapes Vq, Vk, N, M, D, view pairs, ids, flags."""
+    """Arguments of ``contrast``: kinds with temperatures, shapes Vq, Vk, N, M, D, view pairs, ids, flags, q_self."""
 
     sets: tuple[tuple[int, float], ...]
     shape: tuple[int, int, int, int, int] = (1, 1, 5, 7, 3)
@@ -130,6 +130,7 @@ class Problem(NamedTuple):
     k_id: tuple[int, ...] = (0, 1, 2, 0, 1, 2, 0)
     inner: bool = False
     detach: bool = False
+    q_self: tuple[int, ...] | None = None
 
     def arguments(self, dtype: torch.dtype = torch.float64, requires_grad: bool = False) -> tuple[Any, ...]:
         vq, vk, n, m, d = self.shape
@@ -139,7 +140,8 @@ class Problem(NamedTuple):
         ids = [torch.tensor(i, dtype=torch.int32) if masked else None for i in (self.q_id, self.k_id)]
         indices = [kind for kind, _ in self.sets], [x for x, _ in self.pairs], [y for _, y in self.pairs]
         q, k, tau = (t.requires_grad_(requires_grad) for t in (q, k, tau))
-        return q, k, *ids, tau, *indices, self.inner, self.detach
+        q_self = None if self.q_self is None else torch.tensor(self.q_self, dtype=torch.int32)
+        return q, k, *ids, tau, *indices, self.inner, self.detach, q_self
 
 
 def cyclic(n: int, period: int) -> tuple[int, ...]:
@@ -148,6 +150,13 @@ def cyclic(n: int, period: int) -> tuple[int, ...]:
 
 def blocks(n: int, size: int) -> tuple[int, ...]:
     return tuple(i // size for i in range(n))
+
+
+def draws(n: int, low: int, high: int) -> tuple[int, ...]:
+    return tuple(torch.randint(low, high, (n,), generator=torch.Generator().manual_seed(n)).tolist())
+
+
+NOT_SELF = (SAME_NOT_SELF, 1.5), (OTHER_NOT_SELF, -0.7)
 
 
 PROBLEMS = {
@@ -185,6 +194,13 @@ PROBLEMS = {
         ((OTHER, -1.0),), (1, 1, 9, 601, 8), q_id=(0,) * 9, k_id=blocks(601, 600)
     ),
     "short period": Problem(((OTHER, -1.0),), (1, 1, 131, 157, 33), q_id=cyclic(131, 3), k_id=cyclic(157, 3)),
+    "not self": Problem(NOT_SELF, (1, 1, 7, 7, 3), q_id=(0, 1, -1, 1, -3, 0, 2), k_id=(2, 1, -1, 0, -4, 0, 2)),
+    "other not self": Problem(((OTHER_NOT_SELF, -2.0),), q_id=(0, -1, 2, 0, 1), inner=True),
+    "given self": Problem(NOT_SELF, k_id=(-1, 1, 2, 0, -2, 2, 0), q_self=(3, -1, 2, 6, 1)),
+    "given self of another id": Problem(NOT_SELF, (2, 2, 5, 7, 3), ((0, 1), (1, 1)), q_self=(1, 2, 0, 0, 6)),
+    "given self, in all tiles": Problem(
+        NOT_SELF, (1, 1, 67, 301, 17), q_id=draws(67, -2, 4), k_id=draws(301, -2, 4), q_self=draws(67, -1, 301)
+    ),
 }
 problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=list(PROBLEMS))
 
@@ -294,16 +310,20 @@ def test_backward_of_what_is_wanted(backend: str, problem: Problem, wanted: tupl
 def test_any_shape(data: st.DataObject) -> None:
     n, m = (data.draw(st.sampled_from([1, 2, 3, 16, 17, 31, 37, 97, 149]), label=x) for x in "NM")
     d = data.draw(st.sampled_from([1, 2, 3, 7, 16, 19, 33, 64, 65, 128]), label="D")
-    kinds = data.draw(st.lists(st.sampled_from([ALL, SAME, OTHER, SAME_NOT_SELF]), min_size=1, max_size=2))
+    every = [ALL, SAME, OTHER, SAME_NOT_SELF, OTHER_NOT_SELF]
+    kinds = data.draw(st.lists(st.sampled_from(every), min_size=1, max_size=2))
     taus = data.draw(st.lists(st.sampled_from([-30.0, -1.0, 0.0, 0.5, 20.0]), min_size=2, max_size=2))
     period = data.draw(st.sampled_from([1, 2, 8, 33, 1000]), label="period")
-    ids = [torch.tensor(cyclic(size, period)) for size in (n, m)]
+    lowest = data.draw(st.sampled_from([0, 0, -2]), label="lowest id")
+    ids = [torch.tensor(cyclic(size, period)) + lowest for size in (n, m)]
     if data.draw(st.booleans(), label="shuffled"):
         ids = [i[torch.randperm(len(i), generator=torch.Generator().manual_seed(1))] for i in ids]
     views = data.draw(st.sampled_from([((0, 0),), ((0, 1), (1, 1), (0, 1))]), label="pairs")
     shape = (2, 2, n, m, d)
     flags = data.draw(st.booleans(), label="inner"), data.draw(st.booleans(), label="detach")
-    problem = Problem(tuple(zip(kinds, taus, strict=False)), shape, views, *(tuple(i.tolist()) for i in ids), *flags)
+    selves = data.draw(st.sampled_from([None, tuple((7 * i) % (m + 1) - 1 for i in range(n))]), label="q_self")
+    ids = [tuple(i.tolist()) for i in ids]
+    problem = Problem(tuple(zip(kinds, taus, strict=False)), shape, views, *ids, *flags, selves)
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]), label="dtype")
     for backend in BACKENDS:
         test_contrast(backend, dtype, problem)
@@ -317,6 +337,7 @@ CHECKED = [
     ("cpu", torch.float32, "views"),
     ("cpu", torch.float64, "same, inner"),
     ("torch", torch.float32, "some empty"),
+    ("cpu", torch.float32, "given self"),
 ]
 checked = pytest.mark.parametrize(("backend", "dtype", "name"), CHECKED)
 

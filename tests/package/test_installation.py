@@ -119,11 +119,22 @@ def test_command_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str
     assert "--yaml" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["", ".functional", ".modules", ".backends.table"])
+@pytest.mark.parametrize("name", ["", ".functional", ".modules", ".types", ".weights", ".backends.table"])
 def test_examples_of_the_docstrings(name: str) -> None:
     result = doctest.testmod(importlib.import_module(f"cacr_kernels{name}"))
     assert result.failed == 0
     assert result.attempted > 0
+
+
+SECTIONS = {"loss": ("Args:", "Returns:", "Raises:", "Example:", "::\n"), "Loss": ("Example:",)}
+
+
+@pytest.mark.parametrize("name", [name for name in cacr_kernels.__all__ if not name.startswith("__")])
+def test_sections_of_the_docstrings(name: str) -> None:
+    """A loss has its formula, too."""
+    text = getattr(cacr_kernels, name).__doc__
+    wanted = SECTIONS.get(name[-4:], ("Example:",) if name != "CACRWeights" else ())
+    assert [section for section in wanted if section not in text] == []
 
 
 # ---- setup.py with tools that only say what they were asked ----------------------------------------------------------

@@ -65,6 +65,7 @@ def arrays_of(call: Call, element: int, accumulator: int) -> list[np.ndarray]:
         "k": call.k_views * call.M * call.D * element,
         "q_id": call.N * 4,
         "k_id": call.M * 4,
+        "q_self": call.N * 4,
         "tau": call.softmaxes * 8,
         **dict.fromkeys(("value", "lse", "grad_value", "grad_lse"), rows),
         "row_state": 3 * rows,

@@ -167,11 +167,12 @@ def test_constants_are_those_of_the_launches(monkeypatch: pytest.MonkeyPatch) ->
             assert blocks in found, f"{kernel.name}: {blocks} is none of {found}"
             assert all(set(c) == set(constants) for c in launched[kernel.kernel]), kernel.name
     kinds = {
-        (c["FIRST_SET"], c["SECOND_SET"])
+        (c["FIRST_SET"], c["SECOND_SET"], c.get("GIVEN_SELF", False))
         for name in ("statistics", "gradient", "detached_keys")
         for c in launched[f"{name}_kernel"]
     }
-    assert kinds == {(v.constants["FIRST_SET"], v.constants["SECOND_SET"]) for v in codegen_triton.variants()}
+    of_matrix = [v.constants for v in codegen_triton.variants()]
+    assert kinds == {(c["FIRST_SET"], c["SECOND_SET"], c.get("GIVEN_SELF", False)) for c in of_matrix}
 
 
 def run_losses() -> None:
@@ -187,6 +188,6 @@ def run_losses() -> None:
             cacr(z, numbers, 1.0, 1.0, 1.0, 1.0, 0, rbf, 1.0, True, True)
         detached_keys(z, z, None, None, numbers[:1], [0], [0], [0], True, False, False, True, True)
         for kinds in ([1, 2], [3, 2], [2]):  # of few queries, so that keys are split
-            arguments = z[:, :20], z, ids[:20], ids, numbers[: len(kinds)], kinds, [0], [0], False, False
+            arguments = z[:, :20], z, ids[:20], ids, numbers[: len(kinds)], kinds, [0], [0], False, False, None
             value, _, row_state = contrast(*arguments)
             contrast_backward(*arguments, value, row_state, value, value, True, True, True)

@@ -47,17 +47,17 @@ class Incoming(NamedTuple):
 @on_device_of_first
 def contrast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Value, lse and row state: one sweep over the keys."""
-    *sets, _detach_weights = arguments
-    value, lse, row_state = statistics(set_pairs(Arguments(*sets)))
+    *sets, _detach_weights, q_self = arguments
+    value, lse, row_state = statistics(set_pairs(Arguments(*sets)._replace(q_self=q_self)))
     return value, lse, row_state
 
 
 @on_device_of_first
 def contrast_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients: one sweep for the queries (for both, if they are the keys), one for the keys."""
-    sets, (detach_weights, *tensors, want_q, want_k, want_tau) = arguments[:9], arguments[9:]
+    sets, (detach_weights, q_self, *tensors, want_q, want_k, want_tau) = arguments[:9], arguments[9:]
     value, row_state, grad_value, grad_lse = (t.contiguous() for t in tensors)
-    pairs, incoming = set_pairs(Arguments(*sets)), Incoming(grad_value, grad_lse)
+    pairs, incoming = set_pairs(Arguments(*sets)._replace(q_self=q_self)), Incoming(grad_value, grad_lse)
     coefficients = row_coefficients(pairs, value, row_state, incoming, detach_weights)
     moments = want_tau and not detach_weights
     grad_q, grad_k, grad_tau = pairs.empty(0), pairs.empty(0), pairs.tau.new_empty(0)
@@ -79,12 +79,12 @@ def set_pairs(given: Arguments) -> SetPairs:
     q, q_id, tau = readable(given.q), given.q_id, given.tau.contiguous()
     k, k_id = (q, q_id) if given.k is None else (readable(given.k), given.k_id)
     views = view_table(tuple(given.q_index), q.device), view_table(tuple(given.k_index), q.device)
-    ids = views  # not read
+    ids, given_self = views, False  # not read
     if q_id is not None and k_id is not None and any(given.kinds):
-        ids = q_id.contiguous(), k_id.contiguous()
-    return SetPairs(
-        q, k, *norms(q, k, tau), *ids, tau, *views, tuple(given.kinds), given.inner_product, given.k is None
-    )
+        given_self = given.q_self is not None
+        ids = q_id.contiguous() if given.q_self is None else torch.stack([q_id, given.q_self]), k_id.contiguous()
+    flags = given.inner_product, given.k is None, given_self
+    return SetPairs(q, k, *norms(q, k, tau), *ids, tau, *views, tuple(given.kinds), *flags)
 
 
 def readable(x: Tensor) -> Tensor:
@@ -126,6 +126,7 @@ def statistics_sweep(pairs: SetPairs, tile: Tile) -> Tensor:
     start(
         statistics_kernel, (blocks, split.number), *pairs.sides, partial_state, pairs.N, pairs.M, pairs.D, pairs.P,
         split.size, **pairs.constants(), CHUNKS=tile.chunks(pairs.D), **tile.constants(False),
+        GIVEN_SELF=pairs.given_self,
     )  # fmt: skip
     return partial_state
 
@@ -202,6 +203,7 @@ def _sweep(
     start(
         gradient_kernel, grid, *arrays, *coefficients, grads.partial, grads.moment, *sizes, **grads.role,
         **pairs.constants(), CANCELLING=pairs.cancelling, CHUNKS=tile.chunks(D), **tile.constants(True),
+        GIVEN_SELF=pairs.given_self,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...operators.registry import implement_traceable
+from ...operators.registry import constant_while_compiling, implement_traceable
 from ..entry import Backend, any_device
 from . import launch as launching
 from . import table
@@ -26,17 +26,22 @@ _LAUNCHERS = {  # by operator: the module, which imports Triton, and the functio
 }
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_compiling
 def installed() -> bool:
     """Whether there is a Triton to import, which a compiler that traces a loss cannot ask."""
     return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors; the environment says so as Triton reads it."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def why_not(device: torch.device | None) -> str | None:
     """Why the Triton kernels cannot run on that device, if they cannot."""
     if not installed():
         return "Triton is not installed (pip install triton; it comes with torch for CUDA)"
-    if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"):  # as Triton does
+    if interpreted():
         return any_device(device)
     if device is not None and device.type != "cuda":
         how = "; CPU tensors need its interpreter: TRITON_INTERPRET=1 in the environment of Python"

@@ -15,7 +15,7 @@ from .launch import cdiv, recording
 from .table import Precision, Processor, Tile, processor_of, tile_of
 
 # Further key sets of a second softmax; kernels/tile.py.
-SHARED_SET = 4  # the set of the first softmax, with a temperature of the same sign
+SHARED_SET = 5  # the set of the first softmax, with a temperature of the same sign
 NO_SET = -1  # there is no second softmax
 WORKSPACE = 1 << 28  # bytes that all splits of one array may take
 
@@ -32,6 +32,7 @@ class Arguments(NamedTuple):
     q_index: list[int]
     k_index: list[int]
     inner_product: bool
+    q_self: Tensor | None = None  # of contrast alone
 
 
 class Split(NamedTuple):
@@ -53,7 +54,7 @@ class SetPairs:
     k: Tensor  # [views of k, M, D]
     q_norm: Tensor  # [views of q, N] squared lengths
     k_norm: Tensor
-    q_id: Tensor  # [N], anything if all kinds are ALL
+    q_id: Tensor  # [N], anything if all kinds are ALL; [2, N] if given_self: ids, and which keys the queries are
     k_id: Tensor
     tau: Tensor  # [S] float64
     q_view: Tensor  # [P] int32
@@ -61,6 +62,7 @@ class SetPairs:
     kinds: tuple[int, ...]  # the key set of each softmax
     inner_product: bool
     keys_are_queries: bool
+    given_self: bool = False
 
     @property
     def N(self) -> int:  # noqa: N802

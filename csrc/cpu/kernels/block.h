@@ -74,14 +74,15 @@ struct BlockRows {
 
 template <class T>
 struct BlockScratch {
-  T* S;           // [tiles][rows/PW][keys][PW] similarities; one tile where nothing is kept
-  T* H;           // [rows/PW][keys][PW] dL/dS
-  T* q_columns;   // [rows/PW][D][PW]    queries transposed: operand of S
-  T* q_panels;    // [Dp/PW][rows][PW]   queries by panels of features: operand of dK
-  T* dq_panels;   // [Dp/PW][rows][PW]
-  T* columns;     // [keys of the share][W]  sum_i H_ij, by lanes
-  T* q_norm;      // [rows]
-  int32_t* q_id;  // [rows]
+  T* S;             // [tiles][rows/PW][keys][PW] similarities; one tile where nothing is kept
+  T* H;             // [rows/PW][keys][PW] dL/dS
+  T* q_columns;     // [rows/PW][D][PW]    queries transposed: operand of S
+  T* q_panels;      // [Dp/PW][rows][PW]   queries by panels of features: operand of dK
+  T* dq_panels;     // [Dp/PW][rows][PW]
+  T* columns;       // [keys of the share][W]  sum_i H_ij, by lanes
+  T* q_norm;        // [rows]
+  int32_t* q_id;    // [rows]
+  int32_t* q_self;  // [rows]
   BlockRows<T> rows;
 
   // Cuts the memory for one tile, or for as many as the strip keeps, from `at`, which moves behind it.
@@ -101,6 +102,7 @@ struct BlockScratch {
     s.rows.known_sum = carve<T>(at, R);
     s.q_norm = carve<T>(at, R);
     s.q_id = carve<int32_t>(at, R);
+    s.q_self = carve<int32_t>(at, p.q_self ? R : 0);
     for (SoftmaxRows<T>& rows : s.rows.softmax) rows = SoftmaxRows<T>::of(carve<T>(at, SoftmaxRows<T>::kArrays * R), R);
     return s;
   }
@@ -119,6 +121,8 @@ void pack_queries(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<
   load_norms(g, b, s);
   if (p.q_id)
     for (idx i = 0; i < b.panels * PW; i++) s.q_id[i] = i < b.rows ? p.q_id[b.row0 + i] : -1;
+  if (p.q_self)
+    for (idx i = 0; i < b.panels * PW; i++) s.q_self[i] = i < b.rows ? p.q_self[b.row0 + i] : -1;
 }
 
 template <class T>
@@ -145,7 +149,8 @@ void pack_panels(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T
 // The ids of panel i against keys from j on.
 template <class T>
 TileIds<T> tile_ids(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, idx i, idx j) {
-  return {s.q_id + i * kPanel<T>, g.p.k_id ? g.p.k_id + j : nullptr, b.row0 + i * kPanel<T>, j};
+  return {s.q_id + i * kPanel<T>, g.p.k_id ? g.p.k_id + j : nullptr, b.row0 + i * kPanel<T>, j,
+          g.p.q_self ? s.q_self + i * kPanel<T> : nullptr};
 }
 
 // f(first key, count, masked) over the parts of the keys that do and do not need a mask for the panel of queries at

@@ -234,7 +234,7 @@ void meet_tile(const DetachedSetup<T>& g, const DetachedScratch<T>& s, const Det
   constexpr idx PW = kPanel<T>;
   const Contrast<T>& p = g.p;
   similarity<T>(n, p.D, k, p.k_row_stride, panel.columns, s.bias, s.S);
-  const TileIds<T> ids{panel.id, p.k_id + (p.q_id ? j0 : 0), panel.row0, j0};
+  const TileIds<T> ids{panel.id, p.k_id + (p.q_id ? j0 : 0), panel.row0, j0, nullptr};
   TileSums<T> sums;
   const bool masked = needs_mask(p, panel, j0, n);
   (masked ? find_top<T, true> : find_top<T, false>)(n, s.S, g.slope, panel.state.top, sums, ids);

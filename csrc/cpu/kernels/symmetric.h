@@ -139,7 +139,7 @@ void accumulate_keys(const SymmetricSweep<T>& w, const Block<T>& b, const T* S, 
     if (s == 0 || g.positive[s] != g.positive[s - 1]) turn(w, b, S, j, n, !g.positive[s]);
     for_parts(g, j, {b.row0, b.rows}, [&](idx i, idx count, bool masked) {
       add_keys(g, count, w.s.turned + (i - b.row0) * PW, s, w.all.at(s, b.pair, j),
-               {id, g.p.q_id ? g.p.q_id + i : nullptr, j, i}, masked);
+               {id, g.p.q_id ? g.p.q_id + i : nullptr, j, i, nullptr}, masked);
     });
   }
 }

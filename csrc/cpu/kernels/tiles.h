@@ -42,35 +42,41 @@ struct SoftmaxRows {
 // ---- which queries of a panel have a key in their set ---------------------------------------------------------------
 template <class T>
 struct TileIds {
-  const int32_t* q_id;  // [kPanel] of the panel's queries, null where nothing is masked
-  const int32_t* k_id;  // of the tile's first key
-  idx q_row, k_row;     // their row numbers
+  const int32_t* q_id;    // [kPanel] of the panel's queries, null where nothing is masked
+  const int32_t* k_id;    // of the tile's first key
+  idx q_row, k_row;       // their row numbers
+  const int32_t* q_self;  // [kPanel] the keys that are the queries; null: those with their row numbers
 };
 
 template <class T>
 struct Membership {
   using Int = typename Lanes<T>::Int;
-  PanelMask<T> id, row;  // of the queries
+  PanelMask<T> id, row, flip;  // of the queries
   const int32_t* k_id;
+  int32_t least;  // keys with a smaller id are in no set
   idx k_row;
   MembershipTest<Int> test;
 
   CACR_INLINE Membership make(const TileIds<T>& ids, int kind) {
     constexpr int W = Lanes<T>::W;
     Membership m;
-    for (int l = 0; l < W; l++) {
-      m.id.v[0][l] = ids.q_id[l], m.id.v[1][l] = ids.q_id[W + l];
-      m.row.v[0][l] = Int(ids.q_row + l), m.row.v[1][l] = Int(ids.q_row + W + l);
-    }
     m.k_id = ids.k_id, m.k_row = ids.k_row;
+    m.least = kind == kOtherNotSelf ? 0 : INT32_MIN;
     m.test = MembershipTest<Int>::of(kind);
+    for (int h = 0; h < 2; h++)
+      for (int l = 0; l < W; l++) {
+        const idx i = h * W + l;
+        m.id.v[h][l] = ids.q_id[i], m.row.v[h][l] = ids.q_self ? Int(ids.q_self[i]) : Int(ids.q_row + i);
+        m.flip.v[h][l] = ids.q_id[i] < m.least ? 0 : m.test.flip;
+      }
     return m;
   }
 
   inline __attribute__((always_inline)) PanelMask<T> of_key(idx j) const {
+    if (k_id[j] < least) return {};
     const IntVec<T> key = IntVec<T>{} + Int(k_id[j]), key_row = IntVec<T>{} + Int(k_row + j);
-    return {{test.template members<IntVec<T>>(id.v[0] == key, row.v[0] == key_row),
-             test.template members<IntVec<T>>(id.v[1] == key, row.v[1] == key_row)}};
+    return {{test.template members<IntVec<T>>(id.v[0] == key, row.v[0] == key_row, flip.v[0]),
+             test.template members<IntVec<T>>(id.v[1] == key, row.v[1] == key_row, flip.v[1])}};
   }
 };
 

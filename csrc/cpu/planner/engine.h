@@ -33,8 +33,10 @@ struct Engine {
   int64_t padded(int64_t d) const { return (d + kernels.panel - 1) / kernels.panel * kernels.panel; }
   int64_t units() const { return p.pairs * ((p.N + kernels.panel - 1) / kernels.panel); }
 
-  // Are queries and keys the same rows, of the same views in every pair?
-  bool symmetric() const { return p.keys_are_queries && std::equal(p.q_index, p.q_index + p.pairs, p.k_index); }
+  // Are queries and keys the same rows, of the same views in every pair, and each row itself?
+  bool symmetric() const {
+    return p.keys_are_queries && !p.q_self && std::equal(p.q_index, p.q_index + p.pairs, p.k_index);
+  }
 
   // First unit of the i-th of n shares. Symmetric: of equal areas, as the panels of a pair meet fewer and fewer keys,
   // and in whole blocks, so that the same squares lie on the diagonal for any number of threads (symmetric.h says why).

@@ -118,7 +118,7 @@ struct GradientUnit {
     if (x < kTile) {
       const bool exists = x < range.rows;
       shared.unit.norm[x] = exists && !p.inner_product ? norm[range.row0 + x] : Acc(0);
-      shared.unit.id[x] = exists ? id_of(p, is_key_view ? p.k_id : p.q_id, range.row0 + x) : -1;
+      shared.unit.tag[x] = exists ? tag_of(p, !is_key_view, range.row0 + x) : RowTag{-1, -1};
     }
     if (x < kMaxSoftmaxes) shared.unit.slope[x] = x < p.softmaxes ? slope_of<Acc>(p, x) : Acc(0);
     if (x < 2) {
@@ -131,7 +131,7 @@ struct GradientUnit {
   CACR_DEVICE Rows<Element> rows() const { return shared.unit.rows[0]; }
   CACR_DEVICE ThreadRows<Acc> thread_rows() const {
     const int row = ThreadPosition::of_thread().row;
-    return {{shared.unit.id[row], shared.unit.id[row + 8]}, {shared.unit.norm[row], shared.unit.norm[row + 8]}};
+    return {{shared.unit.tag[row], shared.unit.tag[row + 8]}, {shared.unit.norm[row], shared.unit.norm[row + 8]}};
   }
 
   // Coefficients of 64 queries of a pair from `first` on, of which `count` exist.
@@ -199,7 +199,7 @@ struct GradientUnit {
       }
       __syncthreads();  // the columns are there
       const ThreadRows<Acc> thread = thread_rows();
-      const Membership members = find_members(shared.id, thread.id, is_masked(p), range);
+      const Membership members = find_members(shared.tag, thread.tag, is_masked(p), range);
       const Tile<Element, Acc> seen{are_queries, rows(), columns, range, thread, members};
       finish_similarities(p, seen, shared.norm, u);
       are_queries ? differentiate<true>(u, members, sums, squares) : differentiate<false>(u, members, sums, squares);

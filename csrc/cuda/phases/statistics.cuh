@@ -70,7 +70,7 @@ struct StatisticsUnit {
         stage ^= 1;
       }
       __syncthreads();  // the columns are there
-      const Membership members = find_members(shared.id, thread.id, is_masked(p), range);
+      const Membership members = find_members(shared.tag, thread.tag, is_masked(p), range);
       const Tile<Element, Acc> seen{true, queries, keys, range, thread, members};
       finish_similarities(p, seen, shared.norm, u);
 #pragma unroll

@@ -17,12 +17,6 @@ struct Rows {
 struct TileRange {
   int64_t row0, column0;
   int rows, columns;
-
-  // Row i of the tile and its column i + diagonal() are the same row of the batch; beyond the tile if there is none.
-  CACR_DEVICE int diagonal() const {
-    const int64_t shift = row0 - column0;
-    return shift > -kTile && shift < kTile ? int(shift) : 2 * kTile;
-  }
 };
 
 // Starts to copy features [d0, d0 + kChunk) of rows [row0, row0 + 64) into one stage; outside the view there are zeros.

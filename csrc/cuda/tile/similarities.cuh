@@ -10,12 +10,18 @@
 
 namespace cacr {
 
+// What the sets of keys ask of a row: its id, and as what key it counts. A query counts as the key that it is itself.
+struct RowTag {
+  int32_t id;   // -1 where there is no row
+  int32_t key;  // -1: none
+};
+
 // Shared memory of a unit of the gradients: what stays the same for all its tiles. Registers are needed for sums.
 template <class Element, class Acc>
 struct UnitBuffers {
   SharedArray<Rows<Element>, 1> rows;            // the view whose gradient is computed
   SharedArray<Acc, kTile> norm;                  // [64] |x|^2 of the rows of the unit
-  SharedArray<int32_t, kTile> id;                // [64] their ids
+  SharedArray<RowTag, kTile> tag;                // [64] of the same
   SharedArray<int32_t, 2> first_tile, end_tile;  // [2] tiles of the split, where the others are keys, and queries
   SharedArray<Acc, kMaxSoftmaxes> slope;         // [S] 0 beyond the softmaxes there are
   SharedArray<Acc, 1> scale;                     // of the coefficients
@@ -26,7 +32,7 @@ struct Buffers {
   Stages<Element> a;                                                   // rows of the tile
   Stages<Element> b;                                                   // its columns
   SharedArray<Acc, kTile> norm;                                        // [64] |x|^2 of the columns
-  SharedArray<int32_t, kTile> id;                                      // [64] ids of the columns
+  SharedArray<RowTag, kTile> tag;                                      // [64] of the columns
   SharedArray<Coefficients<Acc>, kMaxSoftmaxes * kTile> coefficients;  // [S][64] of the queries, rows or columns
   SharedArray<Acc, kTile> ratio;                                       // [64] of the same
   SharedArray<double, kThreads / 32> reduction;                        // a number per warp
@@ -48,10 +54,15 @@ CACR_DEVICE int32_t id_of(const Params& p, const int32_t* ids, int64_t i) {
   return ids ? ids[i] : p.period > 0 ? int32_t(uint32_t(i) % uint32_t(p.period)) : 0;
 }
 
+template <class Params>
+CACR_DEVICE RowTag tag_of(const Params& p, bool is_query, int64_t i) {
+  return {id_of(p, is_query ? p.q_id : p.k_id, i), is_query && p.q_self ? p.q_self[i] : int32_t(i)};
+}
+
 // The thread's two rows of a tile, 8 rows apart.
 template <class Acc>
 struct ThreadRows {
-  int32_t id[2];
+  RowTag tag[2];
   Acc norm[2];
 };
 
@@ -63,13 +74,13 @@ CACR_DEVICE ThreadRows<Acc> thread_queries(const Params& p, const Acc* norm, int
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const int64_t i = row0 + at.row + 8 * h;
-    rows.id[h] = i < p.N ? id_of(p, p.q_id, i) : -1;
+    rows.tag[h] = i < p.N ? tag_of(p, true, i) : RowTag{-1, -1};
     rows.norm[h] = i < p.N && !p.inner_product ? norm[i] : Acc(0);
   }
   return rows;
 }
 
-// Norms and ids of the columns of a tile into shared memory, by threads 0 ... 63; norm: of all rows of the view.
+// Norms and tags of the columns of a tile into shared memory, by threads 0 ... 63; norm: of all rows of the view.
 template <class Params, class Shared, class Acc>
 CACR_DEVICE void stage_columns(const Params& p, Shared& shared, bool columns_are_queries, const Acc* norm,
                                const TileRange& range) {
@@ -78,7 +89,7 @@ CACR_DEVICE void stage_columns(const Params& p, Shared& shared, bool columns_are
   const int64_t j = range.column0 + column;
   const bool exists = column < range.columns;
   shared.norm[column] = exists && !p.inner_product ? norm[j] : Acc(0);
-  shared.id[column] = exists ? id_of(p, columns_are_queries ? p.q_id : p.k_id, j) : -1;
+  shared.tag[column] = exists ? tag_of(p, columns_are_queries, j) : RowTag{-1, -1};
 }
 
 // ---- sets of keys ---------------------------------------------------------------------------------------------------
@@ -86,18 +97,17 @@ CACR_DEVICE void stage_columns(const Params& p, Shared& shared, bool columns_are
 struct Membership {
   uint32_t valid;  // the column exists
   uint32_t same;   // row and column have the same id
-  uint32_t self;   // row and column are one row
+  uint32_t self;   // row and column are one row, or their ids differ and one of them is negative
 
   CACR_DEVICE uint32_t of_kind(int kind) const {
     return valid & MembershipTest<uint32_t>::of(kind).members(same, self);
   }
 };
 
-// column_id: [64]; row_id: of the thread's two rows.
-CACR_DEVICE Membership find_members(SharedArray<int32_t, kTile>& column_id, const int32_t (&row_id)[2], bool masked,
+// column_tag: [64]; row: of the thread's two rows.
+CACR_DEVICE Membership find_members(SharedArray<RowTag, kTile>& column_tag, const RowTag (&row)[2], bool masked,
                                     const TileRange& range) {
   const ThreadPosition at = ThreadPosition::of_thread();
-  const int diagonal = range.diagonal();
   Membership found{0, 0, 0};
 #pragma unroll
   for (int n = 0; n < kFragments; n++) {
@@ -106,11 +116,13 @@ CACR_DEVICE Membership find_members(SharedArray<int32_t, kTile>& column_id, cons
       const int column = 8 * n + at.column + e;
       if (column < range.columns) found.valid |= 5u << bit_of(n, e);
       if (!masked) continue;
-      const int32_t id = column_id[column];
-      if (id == row_id[0]) found.same |= 1u << bit_of(n, e);
-      if (id == row_id[1]) found.same |= 4u << bit_of(n, e);
-      if (column == at.row + diagonal) found.self |= 1u << bit_of(n, e);
-      if (column == at.row + 8 + diagonal) found.self |= 4u << bit_of(n, e);
+      const RowTag tag = column_tag[column];
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const uint32_t bit = (h ? 4u : 1u) << bit_of(n, e);
+        if (tag.id == row[h].id) found.same |= bit;
+        if (tag.key == row[h].key || (tag.id != row[h].id && min(tag.id, row[h].id) < 0)) found.self |= bit;
+      }
     }
   }
   return found;

@@ -12,7 +12,7 @@ RATIOS = f"{TESTS} -k 'ratios or interleaved or gate or wrong or flop or peak or
 FAULTS = (
     Fault(
         "benchmarks-quantile",
-        SUITE + "measure.py",
+        "benchmarks/host.py",
         text="at = q * (len(ordered) - 1)",
         replacement="at = q * len(ordered)",
         why="all times are the next slower ones",
@@ -20,7 +20,7 @@ FAULTS = (
     ),
     Fault(
         "benchmarks-quantile-without-interpolation",
-        SUITE + "measure.py",
+        "benchmarks/host.py",
         text="return ordered[low] + (at - low) * (ordered[high] - ordered[low])",
         replacement="return ordered[low]",
         why="quantiles are not interpolated",

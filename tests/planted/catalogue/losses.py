@@ -7,6 +7,7 @@ from ..fault import Fault
 PACKAGE = "cacr_kernels/"
 INPUTS = "tests/losses/test_functional_inputs.py"
 LOSSES = "tests/losses/test_functional.py"
+REFERENCE_SET = "tests/losses/test_reference_set.py"
 NUMBERS = "tests/losses/test_functional_numbers.py"
 VECTORS = "tests/losses/test_vectors.py -k 'cpu or torch'"
 REFUSALS = "tests/losses/test_refusals.py tests/losses/test_refused_tensors.py"
@@ -81,8 +82,8 @@ FAULTS = (
     Fault(
         "losses-pooled-instances",
         PACKAGE + "losses.py",
-        text="ids.repeat(num_views), [(0, 0)]",
-        replacement="ids.repeat_interleave(num_views), [(0, 0)]",
+        text="q_id.repeat(num_views), [(0, 0)]",
+        replacement="q_id.repeat_interleave(num_views), [(0, 0)]",
         why="pooled: other instances pass for views of one",
         tests=(LOSSES, INPUTS),
     ),
@@ -105,8 +106,8 @@ FAULTS = (
     Fault(
         "losses-references-are-not-the-queries",
         PACKAGE + "losses.py",
-        text="kinds = [SAME_NOT_SELF if keys_are_queries else SAME, OTHER]",
-        replacement="kinds = [SAME_NOT_SELF, OTHER]",
+        text="kinds, q_self = [SAME_NOT_SELF if keys_are_queries or queries_first else SAME, OTHER], None",
+        replacement="kinds, q_self = [SAME_NOT_SELF, OTHER], None",
         why="supervised: reference i is no positive of query i",
         tests=(LOSSES, INPUTS),
     ),
@@ -279,8 +280,64 @@ FAULTS = (
         tests=REFUSALS,
     ),
     Fault(
+        "losses-ignored-are-no-class",
+        PACKAGE + "losses.py",
+        text="~instance_ids(both.shape[0], both.device)",
+        replacement="torch.full_like(ids, -1)",
+        why="embeddings to ignore are positives of each other",
+        tests=REFERENCE_SET,
+    ),
+    Fault(
+        "losses-alone-but-for-ignored",
+        PACKAGE + "losses.py",
+        text="queries & (queries.sum() > 1)",
+        replacement="queries",
+        why="the only embedding that is not ignored is read",
+        tests=REFERENCE_SET,
+    ),
+    Fault(
+        "losses-met-by-itself-alone",
+        PACKAGE + "losses.py",
+        text="keys & (met_by > 0)",
+        replacement="keys",
+        why="a key that is every query itself is read",
+        tests=REFERENCE_SET,
+    ),
+    Fault(
+        "losses-meets-itself-alone",
+        PACKAGE + "losses.py",
+        text="queries & (meets > 0)",
+        replacement="queries",
+        why="a query whose only key is itself is read",
+        tests=REFERENCE_SET,
+    ),
+    Fault(
+        "losses-sum-of-those-that-count",
+        PACKAGE + "functional.py",
+        text="counted = None if ignored is None else",
+        replacement="counted = None if True else",
+        why="ignored embeddings count in the sum",
+        tests=REFERENCE_SET,
+    ),
+    Fault(
+        "losses-last-row-of-the-reference-set",
+        PACKAGE + "checks.py",
+        text="low < -1 or high >= count",
+        replacement="low < -1 or high > count",
+        why="the row behind the last one is taken",
+        tests=REFERENCE_SET,
+    ),
+    Fault(
+        "losses-ignored-uint64",
+        PACKAGE + "checks.py",
+        text="return number - 2**64 if number >= 2**63 else number",
+        replacement="return number",
+        why="large uint64 labels are not ignored",
+        tests=REFERENCE_SET,
+    ),
+    Fault(
         "losses-zero-keys",
-        "cacr_kernels/losses.py",
+        PACKAGE + "losses.py",
         text="logit = tau * (length + 1).detach()",
         replacement="logit = tau * length.detach()",
         why="momentum, sqeuclidean: zero keys weigh as if the others were no unit vectors",

@@ -92,8 +92,8 @@ FAULTS = (
     Fault(
         "modules-views-as-arguments",
         FILE,
-        text="functional.cacr_loss(views[0] if len(views) == 1 else views,",
-        replacement="functional.cacr_loss(views[0] if len(views) == 1 else views[:2],",
+        text="given: Any = views[0] if len(views) == 1 else views\n",
+        replacement="given: Any = views[0] if len(views) == 1 else views[:2]\n",
         why="of three views given as arguments the third is forgotten",
         tests="tests/losses/test_modules.py",
     ),

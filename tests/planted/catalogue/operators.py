@@ -9,6 +9,7 @@ BACKENDS = "cacr_kernels/backends/"
 CONTRAST = "tests/operators/test_ops.py -k 'contrast and not opcheck'"
 CACR = "tests/operators/test_ops.py -k 'cacr and not opcheck'"
 AUTOGRAD = "tests/operators/test_autograd.py"
+REFERENCE_SET = "tests/losses/test_reference_set.py"
 DETACHED_KEYS = "tests/operators/test_detached_keys.py -k 'not opcheck'"
 FAKES = "tests/operators/test_ops.py -k 'opcheck or fake'"
 HALF_TYPES = "tests/cuda/test_losses.py -k dtypes"
@@ -245,5 +246,21 @@ FAULTS = (
         replacement="(taus[s] * cost - shift)",
         why="backend torch: detached weights are those of temperature 0",
         tests=CONTRAST,
+    ),
+    Fault(
+        "operators-given-self",
+        OPERATORS + "contrast.py",
+        text="        i = i if spec.q_self is None else spec.q_self[rows]\n",
+        replacement="",
+        why="torch: a query in the reference set is its own positive",
+        tests=REFERENCE_SET,
+    ),
+    Fault(
+        "operators-ignored",
+        OPERATORS + "contrast.py",
+        text=" & (spec.k_id[None, keys] >= 0)",
+        replacement="",
+        why="torch: keys with a negative id are negatives",
+        tests=REFERENCE_SET,
     ),
 )

@@ -199,4 +199,28 @@ FAULTS = (
         why="64 features take the tiles of 128",
         tests=("tests/triton/test_interpreter.py", "tests/triton/test_codegen.py"),
     ),
+    Fault(
+        "triton-given-self",
+        KERNELS + "tile.py",
+        text="load_vector(matrix.id + matrix.count, first",
+        replacement="load_vector(matrix.id, first",
+        why="a query is the key of the number of its label",
+        tests=FLOAT64,
+    ),
+    Fault(
+        "triton-given-self-of-columns",
+        KERNELS + "gradient.py",
+        text="options.GIVEN_SELF and not AS_QUERY",
+        replacement="False",
+        why="gradients of keys: queries in the columns are key j",
+        tests=FLOAT64,
+    ),
+    Fault(
+        "triton-ignored",
+        KERNELS + "tile.py",
+        text=" & (y.id[None, :] >= 0)",
+        replacement="",
+        why="keys with a negative id are negatives",
+        tests=FLOAT64,
+    ),
 )

@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 
 from .norms import squared_lengths
-from .tile import load_rows, norm_in_range
+from .tile import COUNTS, load_rows, norm_in_range
 
 TAU_POS, TAU_NEG, ALPHA, BETA, RBF_SCALE = (tl.constexpr(i) for i in range(5))  # places in ``numbers``
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def aligned_kernel(
     # inputs
     z,  # [V, B, D]
@@ -99,7 +99,7 @@ def aligned_coefficient(c, tau, row_state, one, inside):
     return w * (1.0 + tau * (d - tl.load(row_state + 2 * one, mask=inside, other=0.0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def aligned_gradient_kernel(
     # inputs
     z,  # [V, B, D]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .tile import LN2, SHARED_SET, first_row_and_pair, softmaxes_of
+from .tile import COUNTS, LN2, SHARED_SET, first_row_and_pair, softmaxes_of
 
 # The quantities in the array of coefficients.
 BASE = tl.constexpr(0)  # of z; not read of a SHARED_SET
@@ -74,7 +74,7 @@ def scaled_coefficients(row, tau, empty_base, acc_type: tl.constexpr, DETACH: tl
     return Scaled(tl.where(empty, empty_base, new_base), constant, row.grad_value, sum_e, bound)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def coefficients_kernel(
     # inputs
     row_state,  # [3, softmaxes, P, N] float64, of merge_kernel

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 
 from .statistics import base_of, update_max
-from .tile import ALL, LN2, Matrix, key_bias, load_block, load_tile, logits, multiply, similarity, softmax_of
+from .tile import ALL, COUNTS, LN2, Matrix, key_bias, load_block, load_tile, logits, multiply, similarity, softmax_of
 
 RANGE = tl.constexpr(4096.0)  # takes weights of at most 1 into the middle of the range of float16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def detached_keys_kernel(
     # embeddings, and what is known of them
     q,  # [views of q, N, D]
@@ -113,7 +113,7 @@ def detached_keys_kernel(
             tl.store(out + one * D, spread * (1.0 / scale), mask=features)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def detached_keys_merge_kernel(
     # inputs
     partial_state,  # [SPLITS, 4, P, N], of detached_keys_kernel, as is the next one

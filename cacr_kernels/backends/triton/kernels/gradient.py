@@ -18,6 +18,7 @@ import triton.language as tl
 from .coefficients import BASE, MEAN_U, RATIO, A, B
 from .tile import (
     ALL,
+    COUNTS,
     NO_SET,
     SHARED_SET,
     Matrix,
@@ -77,6 +78,7 @@ class Options(NamedTuple):
     BLOCK_N: tl.constexpr
     BLOCK_D: tl.constexpr
     BLOCK_OUT: tl.constexpr
+    GIVEN_SELF: tl.constexpr
 
 
 @triton.jit
@@ -142,7 +144,7 @@ def sweep(sums, x, x_tile, other, rows, first, second, options):
     for j0 in range(other.begin, other.end, options.BLOCK_N):
         columns = j0 + tl.arange(0, options.BLOCK_N)
         y_tile = load_tile(other.matrix, j0, other.d_out, options.BLOCK_N, options.BLOCK_OUT)  # [BLOCK_N, BLOCK_OUT]
-        y = load_block(other.matrix, j0, columns, IDS)
+        y = load_block(other.matrix, j0, columns, IDS, options.GIVEN_SELF and not AS_QUERY)
         queries = x if AS_QUERY else y
         S = similarity(x, x_tile, y, y_tile, options.BLOCK_D, options.CHUNKS, PRECISION, acc_type)
         if uses_cost(FIRST_SET, INNER_PRODUCT) or uses_cost(SECOND_SET, INNER_PRODUCT):
@@ -181,7 +183,7 @@ def sweep(sums, x, x_tile, other, rows, first, second, options):
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gradient_kernel(
     # embeddings, and what is known of them
     x,  # [views of x, N, D]: whose gradient is computed
@@ -220,6 +222,7 @@ def gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_OUT: tl.constexpr,  # features of the gradient that a program writes; BLOCK_D if that is all of them
+    GIVEN_SELF: tl.constexpr = False,  # the ids of the queries are [2, queries]: and which keys they are themselves
 ):
     """Grid: blocks of x, views of x times splits of y, blocks of features."""
     acc_type: tl.constexpr = x_norm.dtype.element_ty
@@ -229,7 +232,7 @@ def gradient_kernel(
     end = min(begin + split_size, M)
     rows = i0 + tl.arange(0, BLOCK_M)
     own = Matrix(x + view * N * D, x_norm + view * N, x_id, N, D)
-    block = load_block(own, i0, rows, FIRST_SET != ALL or SECOND_SET > ALL)
+    block = load_block(own, i0, rows, FIRST_SET != ALL or SECOND_SET > ALL, GIVEN_SELF and QUERY)
     x_tile = load_tile(own, i0, 0, BLOCK_M, BLOCK_D) if CHUNKS == 1 else i0  # [BLOCK_M, BLOCK_D]
     first, second = softmaxes_of(tau, SECOND_SET, acc_type)
     scale = range_scale(bound, BOUNDS, acc_type) if x.dtype.element_ty == tl.float16 else 1.0
@@ -254,7 +257,7 @@ def gradient_kernel(
             second,
             Options(
                 QUERY, FIRST_SET, SECOND_SET, CANCELLING, INNER_PRODUCT, WANT_TAU, PRECISION, CHUNKS,
-                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_OUT,
+                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_OUT, GIVEN_SELF,
             ),
         )  # fmt: skip
         gy, g, lost = sums.gy, sums.g, sums.lost

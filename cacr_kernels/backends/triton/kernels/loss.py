@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .aligned import ALPHA, BETA, TAU_NEG, TAU_POS
 from .coefficients import B as SLOPE
-from .tile import LN2
+from .tile import COUNTS, LN2
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def numbers_kernel(numbers, a0, a1, b0, b1, c0, c1, d0, d1, e0, e1):
     tl.store(numbers + 4, from_halves(e0, e1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def log_total_kernel(
     lse,  # [2, P, N] float64
     log_total,  # [P] float64, the result: log sum_i F_i, log F_i = lse_1 - lse_0
@@ -57,7 +57,7 @@ def log_total_kernel(
     tl.store(log_total + p, largest + tl.log(tl.sum(total * tl.exp(top - largest), 0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def incoming_kernel(
     # inputs
     lse,  # [2, P, N] float64; not read without RBF
@@ -93,7 +93,7 @@ def incoming_kernel(
         tl.store(grad_lse + at, tl.zeros_like(g), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def loss_kernel(
     # attraction: results of aligned_kernel
     positive_value,  # [ROWS] float64, as are the next two

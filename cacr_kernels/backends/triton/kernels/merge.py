@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 
 from .statistics import base_of
-from .tile import LN2, SHARED_SET, first_row_and_pair, softmax_of, softmaxes_of
+from .tile import COUNTS, LN2, SHARED_SET, first_row_and_pair, softmax_of, softmaxes_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def merge_kernel(
     # inputs
     partial_state,  # [SPLITS, 3, softmaxes, P, N], of statistics_kernel

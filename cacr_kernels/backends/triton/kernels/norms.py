@@ -6,7 +6,7 @@ They are NaN for rows that are too long for the temperatures (``norm_in_range`` 
 import triton
 import triton.language as tl
 
-from .tile import load_rows, norm_in_range
+from .tile import COUNTS, load_rows, norm_in_range
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def store_norms(norm, total, i0, rows, tau, SOFTMAXES: tl.constexpr):
     tl.store(norm + i0 + r, total, mask=r < rows - i0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def norms_kernel(
     # inputs
     q,  # [q_rows, D]

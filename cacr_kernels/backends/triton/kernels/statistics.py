@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .tile import (
     ALL,
+    COUNTS,
     NO_SET,
     SHARED_SET,
     Matrix,
@@ -50,7 +51,7 @@ def add_tile(z, shift, sum_e, sum_ez):
     return sum_e, sum_ez
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def statistics_kernel(
     # embeddings, and what is known of them
     q,  # [views of q, N, D]
@@ -79,6 +80,7 @@ def statistics_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GIVEN_SELF: tl.constexpr = False,  # q_id is [2, N]: ids, and which keys the queries are themselves
 ):
     """Grid: blocks of queries of every pair of sets, splits of the keys."""
     acc_type: tl.constexpr = q_norm.dtype.element_ty
@@ -89,7 +91,7 @@ def statistics_kernel(
     q_base, k_base = q + x * N * D, k + y * M * D
     rows = i0 + tl.arange(0, BLOCK_M)
     all_queries = Matrix(q_base, q_norm + x * N, q_id, N, D)
-    queries = load_block(all_queries, i0, rows, IDS)
+    queries = load_block(all_queries, i0, rows, IDS, GIVEN_SELF)
     q_tile = load_tile(all_queries, i0, 0, BLOCK_M, BLOCK_D) if CHUNKS == 1 else i0  # [BLOCK_M, BLOCK_D]
     first, second = softmaxes_of(tau, SECOND_SET, acc_type)
     sum_e0 = tl.zeros((BLOCK_M,), dtype=acc_type)

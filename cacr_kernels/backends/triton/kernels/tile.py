@@ -32,16 +32,21 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-# The key set of a softmax. The first four are the kinds of cacr_kernels::contrast (csrc/common/kinds.h).
+# The key set of a softmax. The first five are the kinds of cacr_kernels::contrast (csrc/common/kinds.h).
 ALL = tl.constexpr(0)
 SAME = tl.constexpr(1)
 OTHER = tl.constexpr(2)
 SAME_NOT_SELF = tl.constexpr(3)
-SHARED_SET = tl.constexpr(4)  # of a second softmax: the set of the first, with a temperature of the same sign
+OTHER_NOT_SELF = tl.constexpr(4)
+SHARED_SET = tl.constexpr(5)  # of a second softmax: the set of the first, with a temperature of the same sign
 NO_SET = tl.constexpr(-1)  # there is no second softmax
 LOG2E = tl.constexpr(1.4426950408889634074)
 LN2 = tl.constexpr(0.69314718055994530942)
 NEAR = tl.constexpr(0.125)  # positives closer than this part of |q|^2 + |k|^2 are recomputed as differences
+
+# Arguments that change with the batch. Triton compiles a kernel anew where such a number is 1 or is no multiple of 16
+# any more; an odd last batch must not. What wide loads depend on, D and pointers, is not among them.
+COUNTS = ["N", "M", "B", "ROWS", "rows", "q_rows", "k_rows", "BOUNDS", "SPLITS"]
 
 
 # ---- values that travel together -------------------------------------------------------------------------------------
@@ -51,7 +56,7 @@ class Matrix(NamedTuple):
 
     base: tl.tensor  # pointer to [count, D]
     norm: tl.tensor  # pointer to [count]: squared lengths
-    id: tl.tensor  # pointer to [count] int32
+    id: tl.tensor  # pointer to [count] int32; of queries with GIVEN_SELF [2, count], the second what they are as keys
     count: tl.tensor
     D: tl.tensor
 
@@ -64,6 +69,7 @@ class Block(NamedTuple):
     index: tl.tensor  # [SIZE] int32: positions in the matrix
     norm: tl.tensor  # [SIZE]
     id: tl.tensor  # [SIZE] int32
+    key: tl.tensor  # [SIZE] int32: positions among the keys; of a query that is none of them -1
 
 
 class Softmax(NamedTuple):
@@ -107,12 +113,16 @@ def load_tile(matrix, first, d0, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_block(matrix, first, index, IDS: tl.constexpr):
-    """The rows ``index`` [SIZE], from ``first`` on, without their features; the ids hold anything unless IDS."""
+def load_block(matrix, first, index, IDS: tl.constexpr, GIVEN_SELF: tl.constexpr = False):
+    """The rows ``index`` [SIZE], from ``first`` on, without their features; the ids hold anything unless IDS.
+
+    Rows are the keys at their positions, queries with GIVEN_SELF those that are given.
+    """
     SIZE: tl.constexpr = index.shape[0]
     norm = load_vector(matrix.norm, first, matrix.count, SIZE, 0.0)
     ids = load_vector(matrix.id, first, matrix.count, SIZE, 0) if IDS else index
-    return Block(matrix=matrix, first=first, index=index, norm=norm, id=ids)
+    key = load_vector(matrix.id + matrix.count, first, matrix.count, SIZE, -1) if GIVEN_SELF else index
+    return Block(matrix=matrix, first=first, index=index, norm=norm, id=ids, key=key)
 
 
 # ---- inner products and costs ----------------------------------------------------------------------------------------
@@ -194,7 +204,7 @@ def logits(S, c, bias, softmax, x, y, SET: tl.constexpr, INNER_PRODUCT: tl.const
 
     ``bias`` is the ``key_bias``, or ``mask_bias`` where there is no key; it broadcasts to the shape of S.
     """
-    if SET == ALL or SET == OTHER or INNER_PRODUCT:
+    if SET == ALL or SET == OTHER or SET == OTHER_NOT_SELF or INNER_PRODUCT:
         v = softmax.slope * S - bias
     else:
         v = -0.5 * softmax.slope * c - bias
@@ -204,7 +214,10 @@ def logits(S, c, bias, softmax, x, y, SET: tl.constexpr, INNER_PRODUCT: tl.const
         v = tl.where(x.id[:, None] == y.id[None, :], v, -softmax.mask_bias)
     if SET == SAME_NOT_SELF:
         same = x.id[:, None] == y.id[None, :]
-        v = tl.where(same & (x.index[:, None] != y.index[None, :]), v, -softmax.mask_bias)
+        v = tl.where(same & (x.key[:, None] != y.key[None, :]), v, -softmax.mask_bias)
+    if SET == OTHER_NOT_SELF:
+        other = (x.id[:, None] != y.id[None, :]) & (x.id[:, None] >= 0) & (y.id[None, :] >= 0)
+        v = tl.where(other & (x.key[:, None] != y.key[None, :]), v, -softmax.mask_bias)
     return v
 
 

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 
 from .coefficients import B
-from .tile import LN2
+from .tile import COUNTS, LN2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def add_splits_kernel(partial, out, size, SPLITS, BLOCK: tl.constexpr):
     """Sum of ``partial`` [SPLITS, size] to ``out`` [size]; grid: blocks."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -20,7 +20,7 @@ def add_splits_kernel(partial, out, size, SPLITS, BLOCK: tl.constexpr):
     tl.store(out + at, total, mask=at < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=["sum_e"])
 def grad_tau_kernel(
     # inputs
     moment,  # [SPLITS, softmaxes, rows], of gradient_kernel

@@ -1,4 +1,4 @@
-"""What the README says of each loss on each backend, checked by calls: its table, and the sentence below it.
+"""What docs/backends.md says of each loss on each backend, checked by calls: its table, and the sentence below it.
 
 The calls run on fake tensors, which have shapes but no data, and every backend is taken to be able to run. So the test
 checks the same cells on every machine. Sizes are large enough for an array of N x M to show.
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cacr_kernels
 from cacr_kernels import cacr_loss, cacr_momentum_loss, cacr_queue_loss, supervised_cacr_loss
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "backends.md"
 N = 4096  # queries, and at least as many keys
 MATRIX = N * N // 4  # no call needs a tensor of so many elements unless it stores an N x M array
 SMALL = 64  # queries of a call whose memory is not looked at
@@ -131,9 +131,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
         yield found
 
 
-def table_of_the_readme() -> dict[str, dict[str, str]]:
+def table_of_the_page() -> dict[str, dict[str, str]]:
     """The cells by the call of their row and the heading of their column."""
-    lines = README.read_text(encoding="utf-8").splitlines()
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("| loss and its gradients | `reference`"))
     rows = []
     for line in lines[start:]:
@@ -144,7 +144,7 @@ def table_of_the_readme() -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in body}
 
 
-TABLE = table_of_the_readme()
+TABLE = table_of_the_page()
 
 
 def gradients_of(call: Call, arguments: dict[str, Any], backend: str, **options: Any) -> dict[str, Tensor]:

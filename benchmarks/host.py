@@ -1,0 +1,31 @@
+"""What several of the programs here ask of the machine, and of a list of times; needs Python alone."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def nvcc() -> Path | None:
+    """The compiler that ``setup.py`` would take, or ``None``."""
+    homes = [Path(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    given = [Path(os.environ["NVCC"])] if "NVCC" in os.environ else []
+    found = [Path(path) for path in [shutil.which("nvcc")] if path]
+    return next((path for path in (*given, *homes, *found) if path.exists()), None)
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The ``q`` quantile, linear between neighbours."""
+    ordered = sorted(values)
+    at = q * (len(ordered) - 1)
+    low = math.floor(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])

@@ -1,0 +1,81 @@
+"""How many variants of a kernel the sizes of batches make: an odd last batch must not compile all of them again."""
+
+from __future__ import annotations
+
+import importlib
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from triton.runtime.driver import driver
+
+from cacr_kernels.backends.triton import table
+from cacr_kernels.backends.triton.cacr import cacr
+from cacr_kernels.backends.triton.contrast import contrast, contrast_backward
+from cacr_kernels.backends.triton.detached_keys import detached_keys
+from tests.ptx.triton_ptx import AbsentGpu
+
+MODULES = ("contrast", "cacr", "detached_keys")
+Variants = dict[str, set[str]]
+
+
+@pytest.fixture
+def variants(monkeypatch: pytest.MonkeyPatch) -> Variants:
+    """What an A100 would compile for the launches inside: by kernel the keys under which Triton keeps the results."""
+    found: Variants = defaultdict(set)
+    binders: dict[Any, Any] = {}
+
+    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        if kernel not in binders:
+            binders[kernel] = kernel.create_binder()[-1]
+        _, specialization, options = binders[kernel](*args, **constants)
+        found[kernel.fn.__name__].add(f"{specialization} {options}")
+
+    for name in MODULES:
+        module = importlib.import_module(f"cacr_kernels.backends.triton.{name}")
+        monkeypatch.setattr(module, "start", record)
+    for name in ("pairs", *MODULES):
+        module = importlib.import_module(f"cacr_kernels.backends.triton.{name}")
+        monkeypatch.setattr(module, "processor_of", lambda device: table.Processor("sm_80", 108), raising=False)
+    monkeypatch.setattr(driver, "_active", AbsentGpu(80))
+    return found
+
+
+def run_losses(batch: int, dim: int, dtype: torch.dtype) -> None:
+    """All operators on empty arrays; without and with a second softmax, with and without a queue."""
+    numbers, ids = torch.ones(5, dtype=torch.float64), torch.zeros(batch, dtype=torch.int32)
+    z, queue = torch.zeros(2, batch, dim, dtype=dtype), torch.zeros(1, 4096, dim, dtype=dtype)
+    for rbf in (False, True):
+        cacr(z, numbers, 1.0, 1.0, 1.0, 1.0, 0, rbf, 1.0, True, True)
+    cacr(z, None, 1.0, 1.0, 1.0, 1.0, 2, False, 1.0, True, False)
+    detached_keys(z, queue, None, None, numbers[:1], [0], [0, 1], [0, 0], False, False, False, True, True)
+    for k in (None, z):
+        arguments = z[:1], k, ids, ids, numbers[:2], [3, 2], [0], [0], False, False
+        value, _, row_state = contrast(*arguments)
+        contrast_backward(*arguments, value, row_state, value, value, True, True, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_odd_last_batch_compiles_nothing(variants: Variants, dtype: torch.dtype) -> None:
+    run_losses(512, 128, dtype)
+    before = {kernel: set(keys) for kernel, keys in variants.items()}
+    assert len(before) > 10
+    for batch in (500, 497, 17, 2):
+        run_losses(batch, 128, dtype)
+        assert {kernel: len(keys - before[kernel]) for kernel, keys in variants.items()} == dict.fromkeys(before, 0)
+
+
+def test_loads_of_features_are_wide(variants: Variants) -> None:
+    """What they depend on stays in the code: whether D is a multiple of 16, and the pointers."""
+    run_losses(497, 128, torch.bfloat16)
+    before = {kernel: set(keys) for kernel, keys in variants.items()}
+    run_losses(497, 72, torch.bfloat16)
+    for kernel in ("statistics_kernel", "gradient_kernel", "detached_keys_kernel", "norms_kernel", "aligned_kernel"):
+        assert variants[kernel] - before[kernel]
+    for keys in before["statistics_kernel"]:
+        assert keys.count("('*bf16', 'D')") == 2
+        assert "('i32', 'D')" in keys
