@@ -217,7 +217,7 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
         raise TypeError(f"{name} must be an integer, got {_what(value)}")
     if not low <= value <= high:
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
-    return int(value)
+    return value if isinstance(value, int) else int(value)
 
 
 def is_integer(value: Any) -> bool:
@@ -241,7 +241,9 @@ def flag(name: str, value: Any) -> None:
 
 def process_group(name: str, value: Any) -> None:
     """Refuses what is neither ``None`` nor a group of processes; without ``torch.distributed`` there is none."""
-    distributed = torch.distributed
+    distributed: Any = torch.distributed
+    if distributed.is_available() and value is distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{name} must be one that this process belongs to")
     if value is not None and not (distributed.is_available() and isinstance(value, distributed.ProcessGroup)):
         raise TypeError(f"{name} must be a torch.distributed.ProcessGroup or None, got {_what(value)}")
 

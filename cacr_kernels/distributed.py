@@ -57,10 +57,7 @@ def _place(process_group: Any) -> tuple[str, int, int]:
     if not (distributed.is_available() and distributed.is_initialized()):
         return "", 0, 1
     group = distributed.group.WORLD if process_group is None else process_group
-    rank = distributed.get_rank(group)
-    if rank < 0:
-        raise ValueError("process_group must be one that this process belongs to")
-    return group.group_name, rank, distributed.get_world_size(group)
+    return group.group_name, distributed.get_rank(group), distributed.get_world_size(group)
 
 
 def world() -> Group:
