@@ -56,7 +56,9 @@ def test_costs_of_equal_rows_of_one_size(dims: tuple[int, ...]) -> None:
             cost = row.square().sum() + row.square().sum() - 2 * (z[0] @ z[0].T)[0, 0]
             eager.append(cost.abs() / size**2)
             tau = torch.tensor([-1.0], dtype=torch.float64)
-            (((value,),),), *_ = operator("contrast_cpu")(z[:, :1], z, None, None, tau, [ALL], [0], [0], False, False)
+            (((value,),),), *_ = operator("contrast_cpu")(
+                z[:, :1], z, None, None, tau, [ALL], [0], [0], False, False, None
+            )
             mine.append(value.abs() / size**2)
     assert max(mine) <= 2 * max(eager) + 8 * torch.finfo(torch.float32).eps
 

@@ -74,13 +74,13 @@ struct BlockRows {
 
 template <class T>
 struct BlockScratch {
-  T* S;           // [tiles][rows/PW][keys][PW] similarities; one tile where nothing is kept
-  T* H;           // [rows/PW][keys][PW] dL/dS
-  T* q_columns;   // [rows/PW][D][PW]    queries transposed: operand of S
-  T* q_panels;    // [Dp/PW][rows][PW]   queries by panels of features: operand of dK
-  T* dq_panels;   // [Dp/PW][rows][PW]
-  T* columns;     // [keys of the share][W]  sum_i H_ij, by lanes
-  T* q_norm;      // [rows]
+  T* S;             // [tiles][rows/PW][keys][PW] similarities; one tile where nothing is kept
+  T* H;             // [rows/PW][keys][PW] dL/dS
+  T* q_columns;     // [rows/PW][D][PW]    queries transposed: operand of S
+  T* q_panels;      // [Dp/PW][rows][PW]   queries by panels of features: operand of dK
+  T* dq_panels;     // [Dp/PW][rows][PW]
+  T* columns;       // [keys of the share][W]  sum_i H_ij, by lanes
+  T* q_norm;        // [rows]
   int32_t* q_id;    // [rows]
   int32_t* q_self;  // [rows]
   BlockRows<T> rows;

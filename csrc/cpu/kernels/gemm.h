@@ -143,16 +143,17 @@ CACR_INLINE void similarity(idx n, idx D, const T* K, idx ldk, const T* q, const
 template <class T, class At>
 CACR_INLINE Vec<T> sum_of_squares(idx D, idx& d, At at) {
   constexpr int W = Lanes<T>::W;
-  Vec<T> sum{};
-  for (d = 0; d + 2 * W <= D;) {
-    const idx end = min_of(D, d + kChain * 2 * W);
+  d = 0;
+  const auto part = [&](idx end) __attribute__((always_inline)) {
     Vec<T> s0{}, s1{};
     for (; d + 2 * W <= end; d += 2 * W) {
       const Vec<T> a = at(d), b = at(d + W);
       s0 += a * a, s1 += b * b;
     }
-    sum += s0 + s1;
-  }
+    return s0 + s1;
+  };
+  Vec<T> sum = part(min_of(D, kChain * 2 * W));
+  while (d + 2 * W <= D) sum += part(min_of(D, d + kChain * 2 * W));
   return sum;
 }
 

@@ -100,7 +100,8 @@ void positives(const PositivesParams<T>& t) {
       count = 0;
     };
     for (idx o = first; o < theirs.count && theirs.id[o] == mine.id[at]; o++) {
-      if (p.kind[t.softmax] == kSameNotSelf && theirs.row[o] == x) continue;
+      const idx y = theirs.row[o], query = t.as_queries ? x : y, key = t.as_queries ? y : x;
+      if (p.kind[t.softmax] == kSameNotSelf && key == (p.q_self ? p.q_self[query] : query)) continue;
       few[count++] = theirs.row[o];
       if (count == FewPositives<T>::kOthers) meet();
     }

@@ -42,7 +42,7 @@ struct SoftmaxRows {
 // ---- which queries of a panel have a key in their set ---------------------------------------------------------------
 template <class T>
 struct TileIds {
-  const int32_t* q_id;  // [kPanel] of the panel's queries, null where nothing is masked
+  const int32_t* q_id;    // [kPanel] of the panel's queries, null where nothing is masked
   const int32_t* k_id;    // of the tile's first key
   idx q_row, k_row;       // their row numbers
   const int32_t* q_self;  // [kPanel] the keys that are the queries; null: those with their row numbers
