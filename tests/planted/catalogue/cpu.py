@@ -525,7 +525,7 @@ FAULTS = (
     Fault(
         "cpu-ignored-keys",
         KERNELS + "tiles.h",
-        text="    if (k_id[j] < least) return {};\n",
+        text="      if (k_id[j] < least) return {};\n",
         replacement="",
         why="keys with a negative id are negatives",
         tests=CONTRAST,
