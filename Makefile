@@ -55,7 +55,7 @@ bench: $(VENV)/.with-$(strip $(BENCH)) $(VENV)/.built
 
 # The pages, docs/_build/html/index.html; a warning is an error.
 docs: $(VENV)/.with-docs $(VENV)/.built
-	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going -b html docs docs/_build/html
 
 # For the owner of a GPU: a report to attach to an issue. With the Python at hand where that has torch, else with $(VENV).
 gpu-check:

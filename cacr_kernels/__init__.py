@@ -8,6 +8,7 @@
 
 from ._version import __version__
 from .backends.table import available_backends
+from .chunked import chunked_backward
 from .functional import cacr_loss, cacr_momentum_loss, cacr_queue_loss, supervised_cacr_loss
 from .modules import CACRLoss, CACRMomentumLoss, CACRQueueLoss, SupervisedCACRLoss
 from .types import CACRParts
@@ -26,5 +27,6 @@ __all__ = [
     "cacr_momentum_loss",
     "cacr_queue_loss",
     "cacr_weights",
+    "chunked_backward",
     "supervised_cacr_loss",
 ]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .backends.table import check_option as check_backend
+from .operators.registry import constant_while_compiling
 from .types import Cost, Pairing, Reduction, WeightGrad, widest_dtype
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -117,7 +118,7 @@ def _stacked(name: str, value: Sequence[Any], at_least: int) -> Tensor:
         return torch.stack([z.to(dtype) for z in parts])
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_compiling
 def _autocast_available(device_type: str) -> bool:
     """Whether there is an autocast to leave; Dynamo of torch 2.11 cannot ask."""
     available: bool = torch.amp.is_autocast_available(device_type)
@@ -216,7 +217,7 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
         raise TypeError(f"{name} must be an integer, got {_what(value)}")
     if not low <= value <= high:
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
-    return int(value)
+    return value if isinstance(value, int) else int(value)
 
 
 def is_integer(value: Any) -> bool:
@@ -240,7 +241,9 @@ def flag(name: str, value: Any) -> None:
 
 def process_group(name: str, value: Any) -> None:
     """Refuses what is neither ``None`` nor a group of processes; without ``torch.distributed`` there is none."""
-    distributed = torch.distributed
+    distributed: Any = torch.distributed
+    if distributed.is_available() and value is distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{name} must be one that this process belongs to")
     if value is not None and not (distributed.is_available() and isinstance(value, distributed.ProcessGroup)):
         raise TypeError(f"{name} must be a torch.distributed.ProcessGroup or None, got {_what(value)}")
 

@@ -14,8 +14,12 @@ in a single process.
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import math
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +31,7 @@ from .operators.registry import SingleProblem, in_graphs, opaque
 from .types import ALONE, Ranks, widest_dtype
 
 ON_HOST = ("gloo", "mpi")  # backends whose collectives wait in any case
+PATIENCE = 120.0  # seconds that the ranks of a command wait for one that has failed
 TENSORS, SIZES = 2, 5  # how many tensors are compared; numbers for each: dimensions, up to three sizes, dtype
 
 
@@ -52,10 +57,7 @@ def _place(process_group: Any) -> tuple[str, int, int]:
     if not (distributed.is_available() and distributed.is_initialized()):
         return "", 0, 1
     group = distributed.group.WORLD if process_group is None else process_group
-    rank = distributed.get_rank(group)
-    if rank < 0:
-        raise ValueError("process_group must be one that this process belongs to")
-    return group.group_name, rank, distributed.get_world_size(group)
+    return group.group_name, distributed.get_rank(group), distributed.get_world_size(group)
 
 
 def world() -> Group:
@@ -77,6 +79,20 @@ def group_of(gather_distributed: object, process_group: Any, tensors: dict[str, 
     if group is not None and not torch.compiler.is_compiling():
         _compare_sizes(group, process_group, tensors)
     return group
+
+
+@contextlib.contextmanager
+def connected(device: torch.device, store: Path | None, rank: int, size: int) -> Iterator[Group]:
+    """Inside, this process is one of ``size`` that find each other by the file ``store``, or as torchrun says."""
+    distributed: Any = torch.distributed
+    method = "env://" if store is None else store.absolute().as_uri()
+    limit = datetime.timedelta(seconds=PATIENCE)
+    backend = distributed.get_default_backend_for_device(device)
+    distributed.init_process_group(backend, init_method=method, rank=rank, world_size=size, timeout=limit)
+    try:
+        yield world()
+    finally:
+        distributed.destroy_process_group()
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------

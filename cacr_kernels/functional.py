@@ -390,7 +390,7 @@ def cacr_momentum_loss(
         (temperature,) = as_variables(q.device, temperature)
         options: Any = {"cost": cost, "key_offset": key_offset}
         if on.operators:
-            terms = losses.momentum(on, q.contiguous(), k.contiguous(), temperature, **options)
+            terms = losses.momentum(on, q.contiguous(), k.contiguous(), temperature, **options, zero_keys=normalize)
         else:
             terms = reference.momentum(q, k, temperature, **options)
         return reduce(connected(terms, temperature), reduction, return_parts, q.dtype)

@@ -166,13 +166,29 @@ def merge(value_a: Tensor, lse_a: Tensor, value_b: Tensor, lse_b: Tensor) -> tup
     return (lse_a - lse).exp() * value_a + (lse_b - lse).exp() * value_b, lse
 
 
+FAR = 1e8  # so long that a key has no weight, its square in the range of float32
+
+
 def momentum(
-    on: Target, queries: Tensor, keys: Tensor, temperature: Temperature, *, cost: Cost, key_offset: int
+    on: Target,
+    queries: Tensor,
+    keys: Tensor,
+    temperature: Temperature,
+    *,
+    cost: Cost,
+    key_offset: int,
+    zero_keys: bool = False,
 ) -> Terms:
-    """``reference.momentum``: q.k / T is -1 / (2T) times the inner cost -2 q.k."""
+    """``reference.momentum``: q.k / T is -1 / (2T) times the inner cost -2 q.k, or the cost of unit keys.
+
+    ``zero_keys``: some may be 0, as normalised rows can be. These have the weight exp(0), not that of their cost |q|^2:
+    they are moved out of reach, which waits for no GPU, and merged again. (Rows that the loss found between 1e-34 and
+    1e-12 long, which it does not make unit vectors, keep the weight of their cost.)
+    """
     keys = keys.detach()
     batch = queries.shape[1]
-    positive = keys[key_offset : key_offset + batch]
+    positives = slice(key_offset, key_offset + batch)
+    positive = keys[positives]
     c_pos = aligned_cost(queries, positive[None])[:, 0].mT  # [B, V]
     attracted = statistics((c_pos / temperature).detach(), c_pos, torch.ones_like(c_pos, dtype=torch.bool))
     p = attracted.weights.mT  # [V, B]
@@ -181,14 +197,37 @@ def momentum(
     if cost == "rbf":
         spec = ContrastSpec(None, None, [ALL], *index, inner_product=True)
         (value,), (lse,) = detached_keys(on, queries, keys[None], taus, spec, detach_value=True)
+        entropy = entropy_of(value, lse, tau)
         inner_product = (queries * positive).sum(-1)
         rows = -2 * (p * inner_product).sum(0), 2 * temperature * (p * (lse + 0.0 * value)).sum(0)
     else:
         ids = instance_ids(keys.shape[0], keys.device)
-        spec = ContrastSpec(ids[key_offset : key_offset + batch], ids, [OTHER], *index, detach_weights=True)
-        (value,), (lse,) = detached_keys(on, queries, keys[None], taus, spec)
+        spec = ContrastSpec(ids[positives], ids, [OTHER], *index, detach_weights=True)
+        zero = torch.linalg.vector_norm(keys, dim=-1) == 0 if zero_keys else None
+        others = keys if zero is None else torch.where(zero[:, None], FAR, keys)
+        (value,), (lse,) = detached_keys(on, queries, others[None], taus, spec)
+        if zero is None:
+            entropy = entropy_of(value, lse, tau)
+        else:
+            value, entropy = _with_zero_keys(value, lse, queries, zero.sum() - zero[positives].long(), tau)
         rows = attracted.value / 2, -(p * value).sum(0) / 2
-    return Terms(*rows, mean_entropy(attracted), entropy_of(value, lse, tau))
+    return Terms(*rows, mean_entropy(attracted), entropy)
+
+
+def _with_zero_keys(
+    value: Tensor, lse: Tensor, queries: Tensor, count: Tensor, tau: Temperature
+) -> tuple[Tensor, Tensor]:
+    """Mean cost [V, B] of the other keys and of ``count`` [B] zero keys, and the entropy of their weights.
+
+    The cost of a zero key is |q|^2, its logit tau (|q|^2 + 1): as far above q.0 / T as those of unit keys are.
+    """
+    length = queries.square().sum(-1)  # [V, B]
+    logit = tau * (length + 1).detach()
+    some, log_count = count > 0, count.to(value.dtype).log()
+    both = torch.where(some, torch.logaddexp(lse, logit + log_count), lse)
+    share = torch.where(some, (logit + log_count - both).exp().detach(), 0.0)
+    value = torch.where(some, (1 - share) * value, value) + share * length
+    return value, entropy_of(value + share, both, tau)
 
 
 def supervised(

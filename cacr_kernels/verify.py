@@ -2,7 +2,7 @@
 
 For each backend and dtype, every case of :mod:`cacr_kernels.testing`: loss and gradients against the float64 reference,
 beside the error of the eager form; then ``gradcheck`` of the backend itself in float64. Exit status: 0 all right, 1 a
-check failed, 2 the arguments cannot be used.
+check failed, 2 the arguments cannot be used. With ``--distributed`` see :mod:`cacr_kernels.verify_distributed`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import functional, testing
+from . import functional, testing, verify_distributed
 from ._version import __version__
 from .backends.library import active_isa
 from .backends.table import TABLE, available_backends
+from .report import group_of, print_columns
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,13 +42,6 @@ class Row(NamedTuple):
     error: float
     yardstick: float
     tolerance: float
-
-
-def group_of(case: testing.Case) -> str:
-    """The loss of a case, for ``cacr_loss`` with pairing and cost: cases of one group share a line of the table."""
-    if case.loss == "cacr_loss":
-        return f"cacr_loss {case.options.get('pairing', 'unordered')} {case.options.get('cost', 'sqeuclidean')}"
-    return case.loss
 
 
 def results_of(case: testing.Case, backend: str, dtype: str, device: str) -> list[testing.Result]:
@@ -232,9 +226,7 @@ def print_table(rows: list[Row]) -> None:
         numbers = (f"{r.error:.1e}", f"{r.yardstick:.1e}", f"{r.tolerance:.1e}")
         verdict = f"{r.failures} FAILED" if r.failures else "ok"
         lines.append((r.backend, r.dtype, r.group, str(r.checks), *numbers, r.quantity, verdict))
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print_columns(lines)
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -255,6 +247,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="device of the tensors (default: cpu)")
     parser.add_argument("--json", metavar="FILE", help="write the report there")
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--distributed", action="store_true", help="compare several processes with one; see torchrun")
+    parser.add_argument("--processes", type=int, metavar="N", help="start N processes for --distributed, no torchrun")
     return parser.parse_args(argv)
 
 
@@ -279,6 +273,9 @@ def main(argv: list[str] | None = None) -> int:
         names, skipped = usable(options.backend, options.device)
         if options.json:
             Path(options.json).touch()  # now, not after minutes
+        if options.distributed or options.processes is not None:
+            order = verify_distributed.Order(names, options.device, options.quick, options.json)
+            return verify_distributed.main(order, options.processes)
     except (ValueError, RuntimeError, OSError, AssertionError) as error:  # torch asserts that it knows CUDA
         print(f"cacr-verify: {error}", file=sys.stderr)
         return 2

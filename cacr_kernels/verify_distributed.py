@@ -10,18 +10,28 @@ one process (to ``EXACT``), in float32 with the definition, by the rule of :mod:
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import sys
+import tempfile
+import traceback
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import distributed, functional, testing
+from .cases import Maker
+from .report import group_of, print_columns
 from .testing import DIFFERENTIABLE, TEMPERATURES, Case
 
 EXACT = 1e-12  # in float64, relative to the largest entry
-V, B, D, K, EXTRA = 3, 4, 5, 7, 2  # of one rank; B, the embeddings; EXTRA, momentum keys beside those of the queries
+V, B, D, K = 3, 4, 5, 7  # of one rank
+REFERENCES, EXTRA = 6, 2  # of one rank; momentum keys beside those of the queries
 
 
 class Row(NamedTuple):
@@ -29,6 +39,7 @@ class Row(NamedTuple):
 
     backend: str
     dtype: str
+    group: str
     case: str
     quantity: str
     error: float
@@ -49,14 +60,33 @@ def cases(world: int) -> list[Case]:
             shape = {"V": V, "B": world * B, "D": D, "M": world * (B + EXTRA)}
             options = {"temperature": 0.8, "cost": cost, "reduction": reduction}
             found.append(Case("cacr_momentum_loss", shape, options))
-    for references in (0, 6):
+    for references in (0, REFERENCES):
         for reduction in ("mean", "sum", "none"):
             shape = {"B": world * B, "D": D, "M": world * references, "C": 3}
             found.append(Case("supervised_cacr_loss", shape, taus | {"reduction": reduction}))
+    for reduction in ("mean", "sum", "none"):
+        shape, options = {"B": world * B, "D": D, "M": 0, "C": 3}, taus | {"reduction": reduction, "ignore_index": 1}
+        found.append(Case("supervised_cacr_loss", shape, options))
+    shape = {"B": world * B, "D": D, "M": world * REFERENCES, "C": 3}
+    for options in (taus, taus | {"ignore_index": 2}):
+        found.append(Case("supervised_cacr_loss", shape, options, data=_with_queries_in_the_reference_set(world)))
     # labels that one rank alone has, and queries without a positive
     found.append(Case("supervised_cacr_loss", {"B": world * B, "D": D, "M": 0, "C": world * B}, taus))
     found.append(Case("supervised_cacr_loss", {"B": world, "D": D, "M": 0, "C": 2}, taus))
     return found
+
+
+def _with_queries_in_the_reference_set(world: int) -> Maker:
+    """Every other query is a row of the part of the reference set that its rank holds."""
+
+    def inputs(seed: int) -> dict[str, Tensor]:
+        shape = {"B": world * B, "D": D, "M": world * REFERENCES, "C": 3}
+        i = torch.arange(world * B, dtype=torch.int64)
+        rows = i // B * REFERENCES + i % B
+        found = testing.make_inputs(Case("supervised_cacr_loss", shape, {}), seed)
+        return found | {"ref_index": torch.where(i % 2 == 0, rows, -1)}
+
+    return inputs
 
 
 def _of_views(world: int) -> Iterator[Case]:
@@ -66,7 +96,8 @@ def _of_views(world: int) -> Iterator[Case]:
             options = taus | {"pairing": pairing, "cost": cost}
             yield Case("cacr_loss", {"V": V, "B": world * B, "D": D}, options)
             yield Case("cacr_loss", {"V": 2, "B": world * B, "D": D}, options | {"normalize": True}, data="long")
-            yield Case("cacr_loss", {"V": 2, "B": world, "D": D}, options)
+            # of two ranks each query has one negative, and temperatures no effect but what is rounded
+            yield Case("cacr_loss", {"V": 2, "B": world, "D": D}, options, learnable=world > 2)
         for reduction in ("sum", "none"):
             yield Case(
                 "cacr_loss", {"V": V, "B": world * B, "D": D}, taus | {"pairing": pairing, "reduction": reduction}
@@ -108,6 +139,9 @@ def quantities(case: Case, inputs: dict[str, Tensor], backend: str, group: distr
     options = dict(case.options)
     if case.loss == "cacr_momentum_loss":
         own["keys"], options["key_offset"] = momentum_part(inputs["keys"], group)
+    if "ref_index" in own:
+        rows = own["ref_index"]
+        own["ref_index"] = torch.where(rows < 0, rows, rows - group.rank * len(own["ref_embeddings"]))
     tensors, options = testing.leaves_of(case._replace(options=options), own)
     loss = getattr(functional, case.loss)(**tensors, **options, backend=backend, gather_distributed=True)
     whole = loss.new_empty((*loss.shape[:-1], group.size * loss.shape[-1]) if loss.dim() else ())
@@ -130,8 +164,13 @@ def quantities(case: Case, inputs: dict[str, Tensor], backend: str, group: distr
 
 
 def cases_in(dtype: torch.dtype, world: int) -> list[Case]:
-    """The rule for float32 knows rows and their mean, not their sum."""
-    return [case for case in cases(world) if dtype == torch.float64 or case.options.get("reduction") != "sum"]
+    """The rule for float32 knows rows and their mean, not their sum, nor rows that are ignored."""
+
+    def known(case: Case) -> bool:
+        reduction = case.options.get("reduction", "mean")
+        return reduction == "mean" or (reduction == "none" and "ignore_index" not in case.options)
+
+    return [case for case in cases(world) if dtype == torch.float64 or known(case)]
 
 
 # ---- comparison ------------------------------------------------------------------------------------------------------
@@ -154,8 +193,93 @@ def compare(case: Case, backend: str, dtype: torch.dtype, group: distributed.Gro
                 measured = [draw.errors(found)[name] for draw, found in zip(expected.draws, actual, strict=True)]
                 errors[name] = max(measured), testing.tolerance(yardstick, dtype)
     name, (error, limit) = max(errors.items(), key=lambda item: _share(*item[1]), default=("loss", (0.0, EXACT)))
-    return Row(backend, str(dtype).removeprefix("torch."), case.name, name, error, limit)
+    return Row(backend, str(dtype).removeprefix("torch."), group_of(case), case.name, name, error, limit)
 
 
 def _share(error: float, limit: float) -> float:
     return math.inf if math.isnan(error) else error / limit
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+class Order(NamedTuple):
+    """What is to be checked: ``quick`` is every fourth case; ``report`` is a file, if one is wanted."""
+
+    backends: list[str]
+    device: str
+    quick: bool = False
+    report: str | None = None
+
+
+def main(order: Order, processes: int | None) -> int:
+    """Compares in the processes of torchrun, or in ``processes`` that it starts; returns the exit status."""
+    if processes is None:
+        missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
+        if missing:
+            raise ValueError("--distributed: start it with torchrun --nproc-per-node N -m, or give --processes N")
+        return run_rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), None, order)
+    if processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {processes}")
+    multiprocessing: Any = torch.multiprocessing
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (processes, Path(folder) / "store", order)
+        try:
+            multiprocessing.spawn(_process, arguments, nprocs=processes)
+        except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException) as error:
+            if "exit code 1" not in str(error):
+                print(f"cacr-verify: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def _process(rank: int, *arguments: Any) -> None:
+    torch.set_num_threads(1)
+    sys.exit(run_rank(rank, *arguments))
+
+
+def run_rank(rank: int, size: int, store: Path | None, order: Order) -> int:
+    """What one process does; the exit status is the same on all ranks."""
+    device = torch.device(order.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
+        torch.cuda.set_device(device)
+    with distributed.connected(device, store, rank, size) as group, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows: list[Row] = []
+        for backend in order.backends:
+            for dtype in (torch.float64, torch.float32):
+                for case in cases_in(dtype, size)[:: 4 if order.quick else 1]:
+                    try:
+                        rows.append(compare(case, backend, dtype, group, device))
+                    except Exception:  # the others wait in a collective: they end with this process
+                        print(f"FAILED on rank {rank}: {backend} {dtype} {case.name}", file=sys.stderr)
+                        traceback.print_exc()
+                        os._exit(1)
+        failed = sum(not row.ok for row in rows)
+        failures = distributed.stacked(torch.tensor([failed], dtype=torch.int64, device=device), group)
+        if rank == 0:
+            print_rows(rows, size)
+            if order.report:
+                found = {"processes": size, "ok": not failed, "checks": [r._asdict() | {"ok": r.ok} for r in rows]}
+                Path(order.report).write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return int(failures.sum().item() > 0)
+
+
+def print_rows(rows: list[Row], size: int) -> None:
+    """A line for each backend, dtype and group of cases, and one for each failure."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.backend, row.dtype, row.group), []).append(row)
+    lines = [("backend", "dtype", "loss", "checks", "worst error", "tolerance", "of", "")]
+    for (backend, dtype, group), some in groups.items():
+        worst = max(some, key=lambda row: _share(row.error, row.tolerance))
+        failed = sum(not row.ok for row in some)
+        error, tolerance = f"{worst.error:.1e}", f"{worst.tolerance:.1e}"
+        verdict = f"{failed} FAILED" if failed else "ok"
+        lines.append((backend, dtype, group, str(len(some)), error, tolerance, worst.quantity, verdict))
+    print_columns(lines)
+    wrong = [row for row in rows if not row.ok]
+    for row in wrong:
+        excess = f"error {row.error:.2e} > {row.tolerance:.2e}"
+        print(f"FAILED {row.backend} {row.dtype}: {row.quantity} of {row.case}: {excess}")
+    verdict = "NOT what one process computes" if wrong else "what one process computes"
+    print(f"{size} processes: {len(rows)} checks: {verdict}")

@@ -13,6 +13,7 @@ from .backends.table import check as check_backend
 from .backends.torch import BLOCK, block_cost
 from .losses import attraction
 from .operators.aligned import aligned_cost
+from .operators.registry import prepare_compilers
 from .reference import unit_rows, view_pairs
 from .types import PAIRINGS, Pairing, arithmetic_dtype
 
@@ -74,6 +75,8 @@ def cacr_weights(
         >>> found.pairs, found.repulsion.shape
         ([(0, 1)], torch.Size([1, 1, 2]))
     """
+    if torch.compiler.is_compiling():
+        prepare_compilers()
     z = checks.views("views", views, at_least=2)
     check_backend("torch", z.device)
     tau_pos = checks.temperature("tau_pos", tau_pos, z.device)

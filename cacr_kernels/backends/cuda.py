@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..operators import cacr, contrast
-from ..operators.registry import define, implement
+from ..operators.registry import constant_while_compiling, define, implement
 from ..types import Pairing, view_pair_count
 from . import library
 from .entry import Backend, Size
@@ -36,7 +36,7 @@ def float_products() -> int:
     return {"ieee": IEEE, "tf32": TF32, "tf32x3": TF32X3}[fp32_products()]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_compiling
 def reckoned_products() -> int:
     """The same for the choice of ``"auto"``: in compiled code those there were when it was traced."""
     return float_products()
@@ -93,7 +93,7 @@ def why_not(device: torch.device | None) -> str | None:
     return reason
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_compiling
 def probe(index: int) -> str | None:
     """What a launch would meet only at run time: a library for other GPUs, a driver older than its CUDA runtime."""
     error = library.cuda_error(index)

@@ -21,6 +21,7 @@ __all__ = [
     "all_reduce",
     "backward_keeps_graph",
     "below_autograd",
+    "constant_while_compiling",
     "destroy",
     "inside_backward",
     "inside_vmap",
@@ -128,6 +129,12 @@ def operators_stay_whole() -> bool:
     from torch.export._trace import custom_triton_ops_decomposition_disabled
 
     return bool(custom_triton_ops_decomposition_disabled())
+
+
+def constant_while_compiling(function: F) -> F:
+    """As ``torch.compiler.assume_constant_result``, which imports Dynamo: that takes as long as importing torch."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def let_inductor_keep(functions: list[str], key: Callable[[], str]) -> None:

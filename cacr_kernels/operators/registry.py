@@ -113,13 +113,19 @@ class Target(NamedTuple):
         return tensors if self.half is None else [x if x is None else x.to(self.half) for x in tensors]
 
 
+def tracing() -> bool:
+    """Whether ``torch.jit.trace`` records what is called."""
+    found: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return found
+
+
 def traced(on: Target) -> Target | None:
     """While ``torch.jit.trace`` runs, where the operator itself is to be called, with all gradients; else ``None``.
 
     A Function cannot be recorded, an operator can, and is differentiated by the formula that it is declared with. What
     is recorded must not depend on who wants a gradient: the check of the trace wants none.
     """
-    return on._replace(half=None) if torch.jit.is_tracing() else None
+    return on._replace(half=None) if tracing() else None
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -146,10 +152,12 @@ def opaque(function: F) -> F:
     What it would make of the Functions themselves is wrong for derivatives of derivatives: a gradient of
     ``torch.func.grad`` would be zero.
     """
+    _opaque.append(function)
     _in_graphs.append(function)
-    return cast("F", torch.compiler.allow_in_graph(function))
+    return function
 
 
+_opaque: list[Callable[..., Any]] = []
 _in_graphs: list[Callable[..., Any]] = [Target, CACROptions, ContrastSpec]
 
 
@@ -159,13 +167,22 @@ def in_graphs(kind: type[N]) -> type[N]:
     return kind
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def let_compilers_keep_graphs() -> None:
-    """Lets Inductor keep, for later processes, graphs that hold functions of this package; call it while tracing.
+def constant_while_compiling(function: F) -> F:
+    """A compiler calls ``function`` while it traces, and takes the result for a constant."""
+    return _torch_private.constant_while_compiling(function)
 
-    It cannot see what they do, and each process would compile the whole model anew. What was kept is used while sources
-    and environment variables of the package are the same: the code follows from these and from what Inductor knows.
+
+@constant_while_compiling
+def prepare_compilers() -> None:
+    """Tells compilers of the functions of this package; call it while tracing, before any of them.
+
+    Dynamo gets to know those that it takes whole, here and not before, as it should not be imported where nothing is
+    compiled. And Inductor may keep, for later processes, graphs that hold them. It cannot see what they do, and each
+    process would compile the whole model anew. What was kept is used while sources and environment variables of the
+    package are the same: the code follows from these and from what Inductor knows.
     """
+    for function in _opaque:
+        torch.compiler.allow_in_graph(function)
     _torch_private.let_inductor_keep(
         [f"{function.__module__}.{function.__name__}" for function in _in_graphs], _sources
     )

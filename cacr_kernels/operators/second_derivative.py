@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _torch_private
-from .registry import SingleProblem, declare, differentiate, implement, let_compilers_keep_graphs, opaque, operator
+from .registry import SingleProblem, declare, differentiate, implement, opaque, operator, prepare_compilers
 
 # The gradient, unchanged; ``x`` is what it is the gradient of. To a compiler the operator reads both.
 declare("gradient_of", "(Tensor grad, Tensor x) -> Tensor", lambda grad, x: torch.empty_like(grad))
@@ -83,5 +83,5 @@ def refuse_second_derivative_of_compiled(*arguments: Any) -> tuple[Any, ...]:
     """
     if not torch.compiler.is_compiling():
         return arguments
-    let_compilers_keep_graphs()
+    prepare_compilers()
     return tuple(_guarded(x) for x in arguments)

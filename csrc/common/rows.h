@@ -65,6 +65,13 @@ CACR_HOST_DEVICE RowResult finish_row(double sum, double sum_d, double top_cost,
   return r;
 }
 
+// Entropy of the weights of a row.
+CACR_HOST_DEVICE double row_entropy(double lse, double tau, double value) { return lse - tau * value; }
+
+// cost="rbf": log F of a row from the two softmaxes, at -tau_neg and at -(tau_neg + s), and what it gains with tau_neg.
+CACR_HOST_DEVICE double rbf_log_value(double lse, double sharper_lse) { return sharper_lse - lse; }
+CACR_HOST_DEVICE double rbf_tau_derivative(double value, double sharper_value) { return value - sharper_value; }
+
 // ---- the way back ---------------------------------------------------------------------------------------------------
 // dL/dc_j = w_j (g_value (1 + tau (c_j - F)) + g_lse tau) with dc_j/du_j = -2 and c_j - F = -2 (d_j - delta), so that
 //
@@ -87,6 +94,12 @@ CACR_HOST_DEVICE RowCoefficients row_coefficients(Normaliser n, double g_value, 
                                                   bool detach_weights) {
   const double t = detach_weights ? 0 : tau, sum = -2 * (g_value + (detach_weights ? 0 : g_lse * t));
   return {n.factor * sum / n.divisor, n.factor * 4 * g_value * t / n.divisor, sum};
+}
+
+// dL/dc of a key in a softmax where the costs are at hand: scale = dL/dF, centred = c - F. Value: as in key_gradient.
+template <class Value, class Number>
+CACR_HOST_DEVICE Value cost_gradient(const Number& scale, const Value& w, const Number& tau, const Value& centred) {
+  return scale * w * (tau * centred + Number(1));
 }
 
 // Two softmaxes over one set, whose gradients nearly cancel (cost="rbf"): A w_0 + B w_1 = B (w_1 - w_0) + (A + B) w_0

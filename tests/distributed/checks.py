@@ -392,3 +392,16 @@ def the_last_view_enters_the_queue() -> None:
         queues.append(loss.queue)
     close(*queues)
     close(queues[0], nn.functional.normalize(keys[-1], dim=-1))
+
+
+@check
+def chunks_of_all_ranks() -> None:
+    """Two-pass gradients under DDP, with a temperature outside; what one process does without chunks."""
+    alone, model = Model("cacr"), Model("cacr", gather_distributed=True)
+    x = whole(V, B, 6)
+    alone(x).backward()
+    wrapped = DistributedDataParallel(model.encoder)
+    cacr_kernels.chunked_backward(wrapped, list(own(x)), model.loss, chunk_size=3)
+    for mine, one in zip(model.parameters(), alone.parameters(), strict=True):
+        assert one.grad is not None
+        close(mine.grad, one.grad)

@@ -40,10 +40,20 @@ def slow() -> dict[str, str]:
 
 
 @functools.cache
+def started(world: int) -> list[tuple[dict[str, list[Row]], dict[str, str]]] | Exception:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return in_processes(world, Path(folder), everything)
+        except Exception as error:
+            return error
+
+
 def found(world: int) -> list[tuple[dict[str, list[Row]], dict[str, str]]]:
     """What the ranks say: the processes of a world start once."""
-    with tempfile.TemporaryDirectory() as folder:
-        return in_processes(world, Path(folder), everything)
+    result = started(world)
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 @pytest.mark.parametrize("world", WORLDS)

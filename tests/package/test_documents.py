@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -30,9 +31,12 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@each_page
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/several_processes.md"])
 def test_snippets_run(page: str) -> None:
-    """One after the other, as a reader would type them; what a reader has already stands in a comment before."""
+    """One after the other, as a reader would type them; what a reader has already stands in a comment before.
+
+    The example of several processes is run by ``tests/distributed/test_verify.py``.
+    """
     text = text_of(page)
     names: dict[str, object] = {"__name__": page}
     found = list(SNIPPET.finditer(text))
@@ -70,3 +74,25 @@ def test_every_variable_of_the_environment_is_explained() -> None:
     explained = text_of("docs/backends.md") + text_of("docs/installing.md")
     assert len(names) > 5
     assert [name for name in sorted(names) if f"`{name}" not in explained] == []
+
+
+def messages(path: Path) -> str:
+    """The strings of a source, a line each; what is put into them as ``{}``."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return "\n".join(found)
+
+
+def test_messages_of_an_installation_that_fails_are_those_of_the_code() -> None:
+    code = [ROOT / "setup.py", *(ROOT / "cacr_kernels" / "backends").glob("*.py")]
+    said = "\n".join(map(messages, code)).replace("cacr_kernels: only", "only")
+    rows = text_of("docs/installing.md").split("| what you see | what to do |\n|---|---|\n")[1].split("\n\n")[0]
+    quoted = [text for row in rows.splitlines() for text in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    assert len(quoted) > 10
+    for text in quoted:
+        written = re.sub(r"cacr_kernels\._C_\w+|^nvcc(?= does)", "{}", text)
+        assert all(part.strip() in said for part in written.split("…")), text

@@ -1,13 +1,16 @@
-"""The package imported again in the same process, as autoreload, Spyder and Gradio do."""
+"""The package imported: what it brings along, and again in the same process, as autoreload, Spyder and Gradio do."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-import textwrap
 
-CODE = """
+import torch
+
+from cacr_kernels.operators.registry import constant_while_compiling
+
+AGAIN = """
 import importlib, sys
 import torch
 import cacr_kernels
@@ -45,9 +48,37 @@ assert set(dir(torch.ops.cacr_kernels)) >= names
 """
 
 
+WITHOUT_DYNAMO = """
+import sys
+import torch
+
+before = {name for name in ("torch._dynamo", "triton", "sympy") if name in sys.modules}
+import cacr_kernels
+
+cacr_kernels.cacr_loss(torch.ones(2, 3, 4, requires_grad=True)).backward()
+assert {name for name in ("torch._dynamo", "triton", "sympy") if name in sys.modules} <= before
+"""
+
+
+def run(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_imported_again_after_its_modules_were_purged() -> None:
     """Operators are declared anew, those of compiled libraries included; modules of the first import work on."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(CODE)], env=os.environ, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    run(AGAIN)
+
+
+def test_a_compiler_is_imported_by_those_who_compile() -> None:
+    """Dynamo takes as long to import as torch itself; and what stands in for its decorator does the same."""
+    run(WITHOUT_DYNAMO)
+
+    def function() -> int:
+        return 1
+
+    def other() -> int:
+        return 1
+
+    torch.compiler.assume_constant_result(function)
+    assert vars(constant_while_compiling(other)) == vars(function) != {}

@@ -14,8 +14,11 @@ import cacr_kernels
 from cacr_kernels import types
 from tests.package import typed_script
 
-SHARED = "normalize={}, reduction='mean', return_parts=False, backend='auto'"
+SHARED = (
+    "normalize={}, reduction='mean', return_parts=False, gather_distributed=False, process_group=None, backend='auto'"
+)
 NUMBERS = "tau_pos=1.0, tau_neg=1.0, alpha=1.0, beta=1.0"
+REFERENCES = "ref_embeddings=None, ref_labels=None, ref_index=None, ignore_index=None"
 QUEUE = "in_batch=True, weight_grad='in_batch'"
 SIGNATURES = {
     "CACRLoss": f"*, {NUMBERS}, pairing='unordered', cost='sqeuclidean', rbf_scale=2.0, {SHARED}",
@@ -27,20 +30,21 @@ SIGNATURES = {
     "CACRQueueLoss.forward": "self, queries, keys, queue=None, *, update_queue=None",
     "CACRQueueLoss.reset_parameters": "self",
     "CACRWeights": "attraction, repulsion, indices, pairs",
-    "SupervisedCACRLoss": f"*, {NUMBERS}, {SHARED}",
-    "SupervisedCACRLoss.forward": "self, embeddings, labels, ref_embeddings=None, ref_labels=None",
+    "SupervisedCACRLoss": f"*, {NUMBERS}, ignore_index=None, {SHARED}",
+    "SupervisedCACRLoss.forward": "self, embeddings, labels, ref_embeddings=None, ref_labels=None, ref_index=None",
     "available_backends": "",
-    "cacr_loss": f"views, *, {NUMBERS}, pairing='unordered', cost='sqeuclidean', rbf_scale=2.0, {SHARED}",
+    "cacr_loss": f"views, *more, {NUMBERS}, pairing='unordered', cost='sqeuclidean', rbf_scale=2.0, {SHARED}",
     "cacr_momentum_loss": f"queries, keys, *, temperature=1.0, cost='rbf', key_offset=0, {SHARED}",
     "cacr_queue_loss": f"queries, keys, queue, *, {NUMBERS}, {QUEUE}, {SHARED}",
     "cacr_weights": "views, *, queries=None, top_k=10, tau_pos=1.0, tau_neg=1.0, pairing='unordered', normalize=False",
-    "supervised_cacr_loss": f"embeddings, labels, *, ref_embeddings=None, ref_labels=None, {NUMBERS}, {SHARED}",
+    "chunked_backward": "encoder, views, loss, *, chunk_size",
+    "supervised_cacr_loss": f"embeddings, labels, *, {REFERENCES}, {NUMBERS}, {SHARED}",
 }
 KEYWORDS = {  # the declarations for type checkers
     "CACRLoss": types.ViewsKeywords,
     "CACRMomentumLoss": types.MomentumModuleKeywords,
     "CACRQueueLoss": types.QueueModuleKeywords,
-    "SupervisedCACRLoss": types.NumbersKeywords,
+    "SupervisedCACRLoss": types.SupervisedModuleKeywords,
     "cacr_loss": types.ViewsKeywords,
     "cacr_momentum_loss": types.MomentumKeywords,
     "cacr_queue_loss": types.QueueKeywords,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...operators.registry import implement_traceable
+from ...operators.registry import constant_while_compiling, implement_traceable
 from ..entry import Backend, any_device
 from . import launch as launching
 from . import table
@@ -26,7 +26,7 @@ _LAUNCHERS = {  # by operator: the module, which imports Triton, and the functio
 }
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_compiling
 def installed() -> bool:
     """Whether there is a Triton to import, which a compiler that traces a loss cannot ask."""
     return importlib.util.find_spec("triton") is not None

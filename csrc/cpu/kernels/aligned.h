@@ -63,7 +63,7 @@ struct Aligned {
       if (u == v) continue;
       V d = load(at(cost, v, u)) - top_cost - delta, w = load(at(gradient, v, u)) * inverse;
       variance += w * d * d;
-      store<T>(at(gradient, v, u), scale * w * (tau * d + T(1)));
+      store<T>(at(gradient, v, u), cost_gradient(scale, w, tau, d));
     }
     for (idx l = 0; l < n; l++) {
       const idx i = v * t.B + b + l;
@@ -77,14 +77,9 @@ struct Aligned {
     Vec<T> r[W] = {};
     for (idx l = 0; l < n; l++) {
       const T *x = row(v, b + l), *y = row(u, b + l);
-      Vec<T> s0{}, s1{};
-      idx d = 0;
-      for (; d + 2 * W <= t.D; d += 2 * W) {
-        const Vec<T> d0 = load(x + d) - load(y + d), d1 = load(x + d + W) - load(y + d + W);
-        s0 += d0 * d0, s1 += d1 * d1;
-      }
-      for (; d < t.D; d++) s0[d % W] += (x[d] - y[d]) * (x[d] - y[d]);
-      r[l] = s0 + s1;
+      idx d;
+      r[l] = sum_of_squares<T>(t.D, d, [&](idx i) { return load(x + i) - load(y + i); });
+      for (; d < t.D; d++) r[l][d % W] += (x[d] - y[d]) * (x[d] - y[d]);
     }
     transpose_lanes<T>(r);
     Vec<T> sum = r[0];

@@ -68,6 +68,29 @@ CACR_NOINLINE void similarity_panel(idx n, idx D, const T* K, idx ldk, const T* 
   });
 }
 
+// Additions in one chain, about as many as a BLAS makes: over many features, whose products are all alike in binary
+// codes, a single chain would be off by an eps for every few of them. Up to kOneChain features are one.
+inline constexpr idx kChain = 192, kOneChain = 256;
+
+// The same for many features, part after part: sums of the parts so far stand in S.
+template <class T>
+CACR_NOINLINE void similarity_panel_in_parts(idx n, idx D, const T* K, idx ldk, const T* q, const T* bias, T* S) {
+  const idx parts = (D + kChain - 1) / kChain;
+  for (idx part = 0; part < parts; part++) {
+    const idx d = D * part / parts, count = D * (part + 1) / parts - d;
+    for_tiles(n, [&](idx j, auto rows) __attribute__((always_inline)) {
+      constexpr int R = decltype(rows)::value;
+      Panel<T> c[R] = {};
+      multiply_tile<T, R>(count, K + j * ldk + d, ldk, 1, q + d * kPanel<T>, c);
+      for (int r = 0; r < R; r++) {
+        T* out = S + (j + r) * kPanel<T>;
+        if (part > 0) c[r] = load_panel(out) + c[r];
+        store_panel(out, part + 1 < parts ? c[r] : c[r] + bias[j + r]);
+      }
+    });
+  }
+}
+
 // One panel of queries, one panel of features: dQ[i][:] += sum_j H[j][i] * K[j][:].   K: [n][kPanel]
 template <class T>
 CACR_NOINLINE void query_gradient_panel(idx n, const T* H, const T* K, T* dQ) {
@@ -110,21 +133,34 @@ CACR_INLINE void similarity(idx n, idx D, const T* K, idx ldk, const T* q, const
     similarity_panel<T, 64>(n, D, K, ldk, q, bias, S);
   else if (D == 256 && ldk == 256)
     similarity_panel<T, 256>(n, D, K, ldk, q, bias, S);
+  else if (D > kOneChain)
+    similarity_panel_in_parts<T>(n, D, K, ldk, q, bias, S);
   else
     similarity_panel<T, 0>(n, D, K, ldk, q, bias, S);
+}
+
+// Sum by lanes of the squares of at(d), at(d + 1), ... over whole panels of features; d: the first that is left.
+template <class T, class At>
+CACR_INLINE Vec<T> sum_of_squares(idx D, idx& d, At at) {
+  constexpr int W = Lanes<T>::W;
+  Vec<T> sum{};
+  for (d = 0; d + 2 * W <= D;) {
+    const idx end = min_of(D, d + kChain * 2 * W);
+    Vec<T> s0{}, s1{};
+    for (; d + 2 * W <= end; d += 2 * W) {
+      const Vec<T> a = at(d), b = at(d + W);
+      s0 += a * a, s1 += b * b;
+    }
+    sum += s0 + s1;
+  }
+  return sum;
 }
 
 // sum_d (x_d - y_d)^2, for positives: the product form cancels where they are close.
 template <class T>
 CACR_INLINE T squared_distance(idx D, const T* x, const T* y) {
-  constexpr int W = Lanes<T>::W;
-  Vec<T> s0{}, s1{};
-  idx d = 0;
-  for (; d + 2 * W <= D; d += 2 * W) {
-    Vec<T> a = load(x + d) - load(y + d), b = load(x + d + W) - load(y + d + W);
-    s0 += a * a, s1 += b * b;
-  }
-  T s = sum_lanes<T>(s0 + s1);
+  idx d;
+  T s = sum_lanes<T>(sum_of_squares<T>(D, d, [&](idx i) { return load(x + i) - load(y + i); }));
   for (; d < D; d++) s += (x[d] - y[d]) * (x[d] - y[d]);
   return s;
 }

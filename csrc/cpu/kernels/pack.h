@@ -30,14 +30,8 @@ CACR_INLINE void zero(T* p, idx n) {
 // |x|^2
 template <class T>
 T squared_norm(idx D, const T* x) {
-  constexpr int W = Lanes<T>::W;
-  Vec<T> s0{}, s1{};
-  idx d = 0;
-  for (; d + 2 * W <= D; d += 2 * W) {
-    Vec<T> a = load(x + d), b = load(x + d + W);
-    s0 += a * a, s1 += b * b;
-  }
-  T s = sum_lanes<T>(s0 + s1);
+  idx d;
+  T s = sum_lanes<T>(sum_of_squares<T>(D, d, [&](idx i) { return load(x + i); }));
   for (; d < D; d++) s += x[d] * x[d];
   return s;
 }

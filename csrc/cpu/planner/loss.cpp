@@ -53,7 +53,7 @@ struct LossPlan {
     return sum_rows(0, n, [&](int64_t i) { return x[i]; });
   }
   static double sum_of_entropies(const Statistics& s, int64_t n, double tau) {
-    return sum_rows(0, n, [&](int64_t i) { return s.lse[i] - tau * s.value[i]; });
+    return sum_rows(0, n, [&](int64_t i) { return row_entropy(s.lse[i], tau, s.value[i]); });
   }
 
   // ---- repulsion ---------------------------------------------------------------------------------------------------
@@ -88,13 +88,14 @@ struct LossPlan {
   double sum_rbf_pair(const Contrast<T>& p, const Statistics& s, double* row_weight) {
     double top = -INFINITY;
     for (int64_t i = 0; i < p.N; i++) {
-      row_weight[i] = s.lse[p.N + i] - s.lse[i];
+      row_weight[i] = rbf_log_value(s.lse[i], s.lse[p.N + i]);
       top = std::max(top, row_weight[i]);
       if (std::isnan(row_weight[i])) top = NAN, i = p.N;
     }
     for (int64_t i = 0; i < p.N; i++) row_weight[i] = std::exp(row_weight[i] - top);
     const double sum = sum_of(row_weight, p.N), entropy = sum_of_entropies(s, p.N, -loss.tau_neg);
-    const double d_tau = sum_rows(0, p.N, [&](int64_t i) { return row_weight[i] * (s.value[i] - s.value[p.N + i]); });
+    const double d_tau =
+        sum_rows(0, p.N, [&](int64_t i) { return row_weight[i] * rbf_tau_derivative(s.value[i], s.value[p.N + i]); });
     const double log_sum = top + std::log(sum), pair_count = double(pairs.q_index.size());
     for (int64_t i = 0; i < p.N; i++) row_weight[i] /= sum;
     result.repulsion += loss.beta * (log_sum - std::log(double(p.N))) / pair_count;

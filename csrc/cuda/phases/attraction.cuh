@@ -48,7 +48,7 @@ CACR_DEVICE void attraction_row(const Params& p, int64_t b, int64_t v, const Acc
   for (int64_t u = 0; u < V; u++) {
     const double w = u == v ? 0 : exp(tau * cost[u] - top) / sum, centred = u == v ? 0 : cost[u] - value;
     variance += w * centred * centred;
-    grad_cost[u] = Acc(scale * w * (1 + tau * centred));
+    grad_cost[u] = Acc(cost_gradient(scale, w, tau, centred));
   }
   p.fused.row_value[row] = value, p.fused.row_variance[row] = variance;
   p.fused.row_entropy[row] = log(sum) + top - tau * value;

@@ -14,13 +14,14 @@ CACR_DEVICE void pair_sums_phase(const Params& p, Reduction& reduction) {
     const int64_t first = pair * p.N;
     double top = -double(INFINITY), sum = 0, d_tau = 0, entropy = 0;
 #pragma unroll 1
-    for (int64_t i = first + threadIdx.x; i < first + p.N; i += kThreads) top = fmax(top, p.lse[rows + i] - p.lse[i]);
+    for (int64_t i = first + threadIdx.x; i < first + p.N; i += kThreads)
+      top = fmax(top, rbf_log_value(p.lse[i], p.lse[rows + i]));
     top = block_max(reduction, top);
 #pragma unroll 1
     for (int64_t i = first + threadIdx.x; i < first + p.N; i += kThreads) {
-      const double f = exp(p.lse[rows + i] - p.lse[i] - top);
-      sum += f, d_tau += f * (p.value[i] - p.value[rows + i]);
-      entropy += p.lse[i] - number(p.tau[0]) * p.value[i];
+      const double f = exp(rbf_log_value(p.lse[i], p.lse[rows + i]) - top);
+      sum += f, d_tau += f * rbf_tau_derivative(p.value[i], p.value[rows + i]);
+      entropy += row_entropy(p.lse[i], number(p.tau[0]), p.value[i]);
     }
     sum = block_sum(reduction, sum), d_tau = block_sum(reduction, d_tau), entropy = block_sum(reduction, entropy);
     if (threadIdx.x != 0) continue;
@@ -64,7 +65,7 @@ CACR_DEVICE void add_fused_rows(const Params& p, double (&x)[kScalars]) {
   }
 #pragma unroll 1
   for (int64_t i = threads.first; i < p.pairs * p.N; i += threads.step) {
-    x[kRepulsion] += p.value[i], x[kRepulsionEntropy] += p.lse[i] - number(p.tau[0]) * p.value[i];
+    x[kRepulsion] += p.value[i], x[kRepulsionEntropy] += row_entropy(p.lse[i], number(p.tau[0]), p.value[i]);
     if (p.want_variance) x[kRepulsionTau] += variance_of(p, 0, i);
   }
 }

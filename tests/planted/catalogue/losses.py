@@ -50,7 +50,7 @@ FAULTS = (
     Fault(
         "losses-positive-among-negatives",
         PACKAGE + "losses.py",
-        text="ContrastSpec(ids[key_offset : key_offset + batch], ids, [OTHER]",
+        text="ContrastSpec(ids[positives], ids, [OTHER]",
         replacement="ContrastSpec(ids[:batch], ids, [OTHER]",
         why="momentum loss with a key offset: the positive is among the negatives",
         tests=INPUTS,
@@ -334,5 +334,13 @@ FAULTS = (
         replacement="return number",
         why="large uint64 labels are not ignored",
         tests=REFERENCE_SET,
+    ),
+    Fault(
+        "losses-zero-keys",
+        PACKAGE + "losses.py",
+        text="logit = tau * (length + 1).detach()",
+        replacement="logit = tau * length.detach()",
+        why="momentum, sqeuclidean: zero keys weigh as if the others were no unit vectors",
+        tests=("tests/losses/test_zero_vectors.py",),
     ),
 )
