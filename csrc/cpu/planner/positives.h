@@ -51,7 +51,7 @@ int separate_softmax(const Contrast<T>& p, const BackwardRows& rows) {
   const int s = is_same(p.kind[0]) ? 0 : 1;
   if (s >= p.softmaxes || !is_same(p.kind[s])) return -1;
   if (p.softmaxes == 2 &&  // beside all keys, positives are measured like them (kernels/block.h)
-      (p.kind[1 - s] != kOther || !(largest_gradient(p, rows, 1 - s) < 0.5 * largest_gradient(p, rows, s))))
+      (!is_other(p.kind[1 - s]) || !(largest_gradient(p, rows, 1 - s) < 0.5 * largest_gradient(p, rows, s))))
     return -1;
   return s;
 }
