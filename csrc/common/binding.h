@@ -104,7 +104,10 @@ struct ContrastTensors {
   std::optional<Tensor> q_id, k_id, q_self;  // none where every set holds all keys
 
   explicit ContrastTensors(const ContrastArguments& a)
-      : q(packed(a.q)), k(a.k ? packed(*a.k) : q), q_id(packed(a.q_id)), k_id(a.k ? packed(a.k_id) : q_id),
+      : q(packed(a.q)),
+        k(a.k ? packed(*a.k) : q),
+        q_id(packed(a.q_id)),
+        k_id(a.k ? packed(a.k_id) : q_id),
         q_self(packed(a.q_self)) {
     STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && q.size(2) == k.size(2) && q.scalar_type() == k.scalar_type(),
                     "cacr_kernels: q [Vq, N, D] and k [Vk, M, D] of one dtype expected");

@@ -197,6 +197,7 @@ PROBLEMS = {
     "not self": Problem(NOT_SELF, (1, 1, 7, 7, 3), q_id=(0, 1, -1, 1, -3, 0, 2), k_id=(2, 1, -1, 0, -4, 0, 2)),
     "other not self": Problem(((OTHER_NOT_SELF, -2.0),), q_id=(0, -1, 2, 0, 1), inner=True),
     "given self": Problem(NOT_SELF, k_id=(-1, 1, 2, 0, -2, 2, 0), q_self=(3, -1, 2, 6, 1)),
+    "given self, positives alone": Problem(NOT_SELF[:1], k_id=(0, 1, 0, 1, 0, 2, 0), q_self=(2, -1, 5, 6, 0)),
     "given self of another id": Problem(NOT_SELF, (2, 2, 5, 7, 3), ((0, 1), (1, 1)), q_self=(1, 2, 0, 0, 6)),
     "given self, in all tiles": Problem(
         NOT_SELF, (1, 1, 67, 301, 17), q_id=draws(67, -2, 4), k_id=draws(301, -2, 4), q_self=draws(67, -1, 301)

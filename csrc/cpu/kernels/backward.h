@@ -35,7 +35,9 @@ void tile_gradients(const SweepSetup<T>& g, const Block<T>& b, const BlockScratc
       tile.n = count, tile.S = S + at, tile.H = s.H + at, tile.ids = tile_ids(g, b, s, i, j);
       tile.columns = g.t.want_dk ? s.columns + (j - g.t.share.key0) * W : nullptr;
       with_gradient_flags(g, masked, [&](auto two, auto bounded, auto mask, auto moment) {
-        tile_gradient<T, 1 + two.value, bounded.value, mask.value, moment.value>(tile);
+        if constexpr (mask.value)
+          if (g.holes) return tile_gradient<T, 1 + two.value, bounded.value, true, moment.value, true>(tile);
+        tile_gradient<T, 1 + two.value, bounded.value, mask.value, moment.value, false>(tile);
       });
     });
   }

@@ -22,8 +22,9 @@ struct SweepSetup {
   // A softmax over positives: their entries of S are replaced by -c/2, c from differences where the product form
   // cancels. It then counts as one with |q|^2 = 0.
   bool positive[kMaxSoftmaxes], any_positive = false;
-  bool cancelling;  // two softmaxes over one set (rbf): their sum must carry the rounding errors of H itself
-  idx Dp;           // D rounded up to panels
+  bool holes = false;  // a kind leaves out rows with a negative id
+  bool cancelling;     // two softmaxes over one set (rbf): their sum must carry the rounding errors of H itself
+  idx Dp;              // D rounded up to panels
 
   explicit SweepSetup(const SweepParams<T>& params) : t(params), p(*params.problem), Dp(padded<T>(p.D)) {
     diagonal = p.period >= PW;
@@ -32,6 +33,7 @@ struct SweepSetup {
       diagonal &= p.kind[s] == kOther || p.kind[s] == kAll;
       positive[s] = is_same(p.kind[s]);
       any_positive |= positive[s];
+      holes |= p.kind[s] == kOtherNotSelf;
     }
     for (int s = 0; s < p.softmaxes; s++) any_positive &= p.kind[s] != kAll;  // which reads the same entries
     for (int s = 0; s < p.softmaxes; s++) positive[s] &= any_positive;

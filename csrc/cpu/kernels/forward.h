@@ -17,7 +17,9 @@ template <class T>
 void add_keys(const SweepSetup<T>& g, idx n, const T* S, int s, const SoftmaxRows<T>& rows, const TileIds<T>& ids,
               bool masked) {
   auto add = [&](auto bounded, auto mask) {
-    add_statistics<T, bounded.value, mask.value>(n, S, g.slope[s], rows, g.p.kind[s], ids);
+    if constexpr (mask.value)
+      if (g.holes) return add_statistics<T, bounded.value, true, true>(n, S, g.slope[s], rows, g.p.kind[s], ids);
+    add_statistics<T, bounded.value, mask.value, false>(n, S, g.slope[s], rows, g.p.kind[s], ids);
   };
   with_flags(add, g.t.bounded, masked);
 }

@@ -100,8 +100,8 @@ void positives(const PositivesParams<T>& t) {
       count = 0;
     };
     for (idx o = first; o < theirs.count && theirs.id[o] == mine.id[at]; o++) {
-      const idx y = theirs.row[o], query = t.as_queries ? x : y, key = t.as_queries ? y : x;
-      if (p.kind[t.softmax] == kSameNotSelf && key == (p.q_self ? p.q_self[query] : query)) continue;
+      const idx query = t.as_queries ? x : theirs.row[o], key = t.as_queries ? theirs.row[o] : x;
+      if (p.kind[t.softmax] == kSameNotSelf && (p.q_self ? p.q_self[query] : query) == key) continue;
       few[count++] = theirs.row[o];
       if (count == FewPositives<T>::kOthers) meet();
     }

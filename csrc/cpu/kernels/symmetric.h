@@ -188,7 +188,9 @@ void symmetric_gradients(const SymmetricSweep<T>& w, const Block<T>& b, const Bl
       for (int s = 0; s < g.p.softmaxes; s++) tile.keys[s] = w.all.at(s, b.pair, j);
       tile.k_bias = bias + j, tile.key_moments = w.s.moments + j * W;
       with_gradient_flags(g, masked, [&](auto two, auto bounded, auto mask, auto moment) {
-        tile_gradient_symmetric<T, 1 + two.value, bounded.value, mask.value, moment.value>(tile);
+        if constexpr (mask.value)
+          if (g.holes) return tile_gradient_symmetric<T, 1 + two.value, bounded.value, true, moment.value, true>(tile);
+        tile_gradient_symmetric<T, 1 + two.value, bounded.value, mask.value, moment.value, false>(tile);
       });
     });
   }

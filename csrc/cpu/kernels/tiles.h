@@ -48,12 +48,13 @@ struct TileIds {
   const int32_t* q_self;  // [kPanel] the keys that are the queries; null: those with their row numbers
 };
 
-template <class T>
+// kHoles: a kind may leave out rows with a negative id.
+template <class T, bool kHoles = false>
 struct Membership {
   using Int = typename Lanes<T>::Int;
   PanelMask<T> id, row, flip;  // of the queries
   const int32_t* k_id;
-  int32_t least;  // keys with a smaller id are in no set
+  int32_t least;  // rows with a smaller id are in no set
   idx k_row;
   MembershipTest<Int> test;
 
@@ -67,16 +68,20 @@ struct Membership {
       for (int l = 0; l < W; l++) {
         const idx i = h * W + l;
         m.id.v[h][l] = ids.q_id[i], m.row.v[h][l] = ids.q_self ? Int(ids.q_self[i]) : Int(ids.q_row + i);
-        m.flip.v[h][l] = ids.q_id[i] < m.least ? 0 : m.test.flip;
+        if constexpr (kHoles) m.flip.v[h][l] = ids.q_id[i] < m.least ? 0 : m.test.flip;
       }
     return m;
   }
 
   inline __attribute__((always_inline)) PanelMask<T> of_key(idx j) const {
-    if (k_id[j] < least) return {};
     const IntVec<T> key = IntVec<T>{} + Int(k_id[j]), key_row = IntVec<T>{} + Int(k_row + j);
-    return {{test.template members<IntVec<T>>(id.v[0] == key, row.v[0] == key_row, flip.v[0]),
-             test.template members<IntVec<T>>(id.v[1] == key, row.v[1] == key_row, flip.v[1])}};
+    if constexpr (kHoles) {
+      if (k_id[j] < least) return {};
+      return {{test.template members<IntVec<T>>(id.v[0] == key, row.v[0] == key_row, flip.v[0]),
+               test.template members<IntVec<T>>(id.v[1] == key, row.v[1] == key_row, flip.v[1])}};
+    }
+    return {{test.template members<IntVec<T>>(id.v[0] == key, row.v[0] == key_row),
+             test.template members<IntVec<T>>(id.v[1] == key, row.v[1] == key_row)}};
   }
 };
 
@@ -98,12 +103,12 @@ CACR_INLINE MovedTop<T> move_top(T slope, Panel<T> before, Panel<T> now) {
 
 // Adds keys [0, n) of a tile to the sums of one panel of queries (r: at the panel's first row).
 // kBounded: the caller knows |log2(e) tau c| <= 64 for every pair, so that no exponent leaves the range of 2^x.
-template <class T, bool kBounded, bool kMasked>
+template <class T, bool kBounded, bool kMasked, bool kHoles>
 CACR_NOINLINE void add_statistics(idx n, const T* S, T slope, const SoftmaxRows<T>& r, int kind,
                                   const TileIds<T>& ids) {
   constexpr idx PW = kPanel<T>;
-  Membership<T> member;
-  if constexpr (kMasked) member = Membership<T>::make(ids, kind);
+  Membership<T, kHoles> member;
+  if constexpr (kMasked) member = Membership<T, kHoles>::make(ids, kind);
   const T sign = slope < 0 ? T(-1) : T(1);
   const Panel<T> before = load_panel(r.top), none = splat_panel(-kHuge<T>);
   Panel<T> top = before;
@@ -158,20 +163,20 @@ struct GradientRows {
 
 // H[j][:] = dL/du of key j, summed over the softmaxes. kMoment: the rows' moments are accumulated too (the gradient of
 // tau needs them).
-template <class T, int kSoftmaxes, bool kBounded, bool kMasked, bool kMoment>
+template <class T, int kSoftmaxes, bool kBounded, bool kMasked, bool kMoment, bool kHoles>
 CACR_NOINLINE void tile_gradient(const GradientTile<T>& tile) {
   constexpr idx PW = kPanel<T>, W = Lanes<T>::W;
   const idx n = tile.n;
   const T* const S = tile.S;
   T *const H = tile.H, *const columns = tile.columns;
-  Membership<T> member[kSoftmaxes];
+  Membership<T, kHoles> member[kSoftmaxes];
   GradientRows<T> row[kSoftmaxes];
   Panel<T> moment[kSoftmaxes], ratio{}, sum{};
   T slope[kSoftmaxes];
   if constexpr (kSoftmaxes == 2) ratio = load_panel(tile.rows[1].ratio);
   for (int s = 0; s < kSoftmaxes; s++) {
     slope[s] = tile.slope[s];
-    if constexpr (kMasked) member[s] = Membership<T>::make(tile.ids, tile.kind[s]);
+    if constexpr (kMasked) member[s] = Membership<T, kHoles>::make(tile.ids, tile.kind[s]);
     row[s] = GradientRows<T>::make(tile.rows[s], slope[s]);
     if constexpr (kMoment) moment[s] = load_panel(tile.rows[s].moment);
   }
@@ -219,7 +224,7 @@ struct SymmetricTile {
   idx moment_stride;
 };
 
-template <class T, int kSoftmaxes, bool kBounded, bool kMasked, bool kMoment>
+template <class T, int kSoftmaxes, bool kBounded, bool kMasked, bool kMoment, bool kHoles>
 CACR_NOINLINE void tile_gradient_symmetric(const SymmetricTile<T>& symmetric) {
   using V = Vec<T>;
   constexpr idx PW = kPanel<T>, W = Lanes<T>::W;
@@ -228,12 +233,12 @@ CACR_NOINLINE void tile_gradient_symmetric(const SymmetricTile<T>& symmetric) {
   const T *const S = tile.S, *const k_bias = symmetric.k_bias;
   T *const H = tile.H, *const columns = tile.columns, *const key_moments = symmetric.key_moments;
   const bool total = symmetric.total;
-  Membership<T> member[kSoftmaxes];
+  Membership<T, kHoles> member[kSoftmaxes];
   SoftmaxRows<T> keys[kSoftmaxes];
   T slope[kSoftmaxes], sign[kSoftmaxes];
   bool shifted[kSoftmaxes];
   for (int s = 0; s < kSoftmaxes; s++) {
-    if constexpr (kMasked) member[s] = Membership<T>::make(tile.ids, tile.kind[s]);
+    if constexpr (kMasked) member[s] = Membership<T, kHoles>::make(tile.ids, tile.kind[s]);
     keys[s] = symmetric.keys[s], shifted[s] = symmetric.shifted[s];
     slope[s] = tile.slope[s], sign[s] = slope[s] < 0 ? T(-1) : T(1);
   }

@@ -523,9 +523,17 @@ FAULTS = (
         tests=CONTRAST,
     ),
     Fault(
+        "cpu-given-self-of-positives",
+        KERNELS + "positives.h",
+        text="(p.q_self ? p.q_self[query] : query) == key",
+        replacement="query == key",
+        why="gradients from differences: a query in the reference set is its own positive",
+        tests=CONTRAST,
+    ),
+    Fault(
         "cpu-ignored-keys",
         KERNELS + "tiles.h",
-        text="    if (k_id[j] < least) return {};\n",
+        text="      if (k_id[j] < least) return {};\n",
         replacement="",
         why="keys with a negative id are negatives",
         tests=CONTRAST,
