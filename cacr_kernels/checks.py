@@ -217,7 +217,7 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
         raise TypeError(f"{name} must be an integer, got {_what(value)}")
     if not low <= value <= high:
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
-    return int(value)
+    return value if isinstance(value, int) else int(value)
 
 
 def is_integer(value: Any) -> bool:

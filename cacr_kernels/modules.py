@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import checks, distributed, functional, ring
 from .operators import state
+from .operators.registry import tracing
 from .operators.second_derivative import refuse_second_derivative_of_compiled
 from .reference import unit_rows
 from .types import ENQUEUES, Cost, Enqueue, Pairing, Reduction, WeightGrad, arithmetic_dtype
@@ -301,7 +302,7 @@ class CACRQueueLoss(_Loss[Result]):
     def _updates(self, update_queue: bool | None) -> bool:
         """Whether this forward stores its keys; in compiled code, unless it runs inside a backward."""
         wanted = self.training and torch.is_grad_enabled() if update_queue is None else update_queue
-        if torch.jit.is_tracing() and (self.training or update_queue):
+        if tracing() and (self.training or update_queue):
             raise ValueError("CACRQueueLoss that keeps its queue can only be traced in eval(): a trace keeps no queue")
         if torch.compiler.is_compiling():
             if (self.training or update_queue) and torch.compiler.is_exporting():
@@ -389,17 +390,17 @@ class CACRQueueLoss(_Loss[Result]):
         with state.writing():
             waiting = self.incoming_count * state.outside_backward(self.incoming_count)
             rows, count = ring.enter(self.queue, self.queue_count, self.incoming, waiting)
-            self.queue.copy_(rows)
-            self.queue_count.copy_(count)
-            self.incoming_count.sub_(waiting)
+            state.overwrite(self.queue, rows)
+            state.overwrite(self.queue_count, count)
+            state.overwrite(self.incoming_count, self.incoming_count - waiting)
         return rows, ring.filled_rows(count, self.queue_size)
 
     def _store_traced(self, keys: Tensor) -> None:
         with state.writing():
             first = state.outside_backward(self.incoming_count)
             old = self.incoming[: len(keys)]
-            old.copy_(torch.where(first > 0, state.unwrapped(keys).to(old.dtype), old))
-            self.incoming_count.copy_(torch.where(first > 0, len(keys), self.incoming_count))
+            state.overwrite(old, torch.where(first > 0, state.unwrapped(keys).to(old.dtype), old))
+            state.overwrite(self.incoming_count, torch.where(first > 0, len(keys), self.incoming_count))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         counts = {}
@@ -421,7 +422,7 @@ _ROWS = ("queue", "queue_count"), ("incoming", "incoming_count")
 
 def _traced(x: Tensor) -> bool:
     """Whether numbers in ``x`` cannot be read without a cost: while compiling or tracing, or on a device."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu"
+    return torch.compiler.is_compiling() or tracing() or x.device.type != "cpu"
 
 
 class CACRMomentumLoss(_Loss[Result]):

@@ -12,7 +12,7 @@ from . import checks, reference
 from .backends.entry import Backend, Size
 from .backends.table import choose
 from .distributed import Group, rows_of_all
-from .operators.registry import Target, has_values
+from .operators.registry import Target, has_values, tracing
 from .types import (
     REDUCTIONS,
     CACRParts,
@@ -109,7 +109,7 @@ def connected(terms: Terms, *temperatures: float | Tensor) -> Terms:
     """
     attraction = terms.attraction
     for tau in temperatures:
-        if isinstance(tau, Tensor) and (tau.requires_grad or torch.jit.is_tracing()):
+        if isinstance(tau, Tensor) and (tau.requires_grad or tracing()):
             attraction = attraction + tau.expand(0).sum().to(attraction)
     return terms._replace(attraction=attraction)
 

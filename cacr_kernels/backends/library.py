@@ -63,7 +63,21 @@ def _load_cuda() -> Extension:
     return _load("_C_cuda")
 
 
+def _let_signals_interrupt(library: Extension) -> None:
+    """Hands over what ``csrc/cpu/binding.cpp`` needs of Python to see Ctrl-C while its kernels run."""
+    names = (
+        "PyGILState_Ensure", "PyGILState_Release", "PyErr_CheckSignals",
+        "PyErr_Fetch", "PyErr_Restore", "Py_AddPendingCall",
+    )  # fmt: skip
+    functions = (ctypes.c_void_p * len(names))(
+        *(ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value for name in names)
+    )
+    ctypes.CDLL(str(library.path)).cacr_cpu_use_python(functions)
+
+
 _CPU = _load("_C_cpu")
+if _CPU.loaded:
+    _let_signals_interrupt(_CPU)
 _CUDA = _load_cuda()
 _CUDA_ERRORS: dict[int, str | None] = {}
 

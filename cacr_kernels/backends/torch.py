@@ -76,6 +76,36 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
+def separate_softmax(spec: ContrastSpec, grad_value: Tensor, grad_lse: Tensor, tau: Tensor) -> int | None:
+    """The softmax over positives whose gradient is to be taken from differences, if any.
+
+    The product form, (sum_j g_ij) q_i - sum_j g_ij k_j, loses digits among positives that are close to each other; it
+    shows where no repulsion of about the same size stands beside them. Not on a GPU, where asking would wait for it.
+    """
+    if spec.inner_product or tau.device.type != "cpu":
+        return None
+    positives = [s for s, kind in enumerate(spec.kinds) if kind in POSITIVE_KINDS]
+    if len(positives) != 1 or not grad_value.numel():
+        return None
+    most = torch.maximum(grad_value.abs(), (grad_lse * tau[:, None, None]).abs()).amax((1, 2))
+    (s,) = positives
+    return s if len(most) == 1 or bool(most[1 - s] < 0.5 * most[s]) else None
+
+
+def add_differences(
+    grad_c: Tensor, close: Tensor, q: Tensor, k: Tensor, to: tuple[Tensor | None, Tensor | None]
+) -> None:
+    """Adds ``2 g_ij (q_i - k_j)`` of the ``close`` pairs to the gradients of q and, with the other sign, of k."""
+    i, j = close.nonzero(as_tuple=True)
+    step = max(1, BLOCK // q.shape[1])
+    for s in range(0, i.numel(), step):
+        ii, jj = i[s : s + step], j[s : s + step]
+        rows = (q[ii] - k[jj]).mul_(2 * grad_c[ii, jj][:, None])
+        for grad, index, sign in zip(to, (ii, jj), (1, -1), strict=True):
+            if grad is not None:
+                grad.index_add_(0, index, rows, alpha=sign)
+
+
 def _costs(q: Tensor, k: Tensor, spec: ContrastSpec, masks: list[Tensor | None]) -> Tensor:
     positives = [m for kind, m in zip(spec.kinds, masks, strict=True) if kind in POSITIVE_KINDS]
     return block_cost(q, k, spec.inner_product, positives[0] if positives else None)
@@ -142,6 +172,7 @@ def gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     cancelling = len(spec.kinds) == 2 and spec.kinds[0] == spec.kinds[1]
     if cancelling:
         constants = torch.stack([constants.sum(0), constants[1]])
+    separate = separate_softmax(spec, grad_value, grad_lse, tau)
     for pair, rows, keys in blocks(len(spec.q_index), q.shape[1], k.shape[1]):
         x, y = spec.q_index[pair], spec.k_index[pair]
         masks = [members(kind, spec, rows, keys) for kind in spec.kinds]
@@ -159,7 +190,14 @@ def gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             centred = cost - value[at][:, None].to(q.dtype)
             g_value = grad_value[at][:, None].to(q.dtype)
             share = w - first if cancelling and s else w
-            grad_c = grad_c + share * constants[at][:, None].to(q.dtype) + w * (g_value * taus[s] * centred)
+            part = share * constants[at][:, None].to(q.dtype) + w * (g_value * taus[s] * centred)
+            if s == separate and mask is not None:
+                norms = q[x, rows].square().sum(-1)[:, None] + k[y, keys].square().sum(-1)
+                close = mask & ~(c > REFINE_BELOW * norms)
+                to = grad_q[x, rows] if want_q else None, grad_k[y, keys] if want_k else None
+                add_differences(part, close, q[x, rows], k[y, keys], to)
+                part = part.masked_fill_(close, 0.0)
+            grad_c = grad_c + part
             first = w
             if want_tau and not detach_weights:
                 g_lse = grad_lse[at][:, None].to(q.dtype)

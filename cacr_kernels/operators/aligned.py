@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _torch_private
-from .registry import SingleProblem, opaque
+from .registry import SingleProblem, opaque, tracing
 
 
 class AlignedCost(SingleProblem):
@@ -49,7 +49,7 @@ def _pull(grad: Tensor, x: Tensor, others: Tensor) -> Tensor:
 @opaque
 def aligned_cost(q: Tensor, k: Tensor) -> Tensor:
     """Costs [V, U, B] between the views of the same instances."""
-    if torch.jit.is_tracing():  # which cannot record a Function
+    if tracing():  # which cannot record a Function
         return AlignedCost.forward(q, k)
     cost: Tensor = AlignedCost.apply(q, k)  # type: ignore[no-untyped-call]
     return cost

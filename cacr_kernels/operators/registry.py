@@ -113,13 +113,19 @@ class Target(NamedTuple):
         return tensors if self.half is None else [x if x is None else x.to(self.half) for x in tensors]
 
 
+def tracing() -> bool:
+    """Whether ``torch.jit.trace`` records what is called."""
+    found: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return found
+
+
 def traced(on: Target) -> Target | None:
     """While ``torch.jit.trace`` runs, where the operator itself is to be called, with all gradients; else ``None``.
 
     A Function cannot be recorded, an operator can, and is differentiated by the formula that it is declared with. What
     is recorded must not depend on who wants a gradient: the check of the trace wants none.
     """
-    return on._replace(half=None) if torch.jit.is_tracing() else None
+    return on._replace(half=None) if tracing() else None
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _torch_private
-from .registry import declare, implement, operator
+from .registry import constant_while_compiling, declare, implement, operator
 
 
 def compute(like: Tensor) -> Tensor:
@@ -30,6 +30,28 @@ def outside_backward(like: Tensor) -> Tensor:
     """``compute`` as a call that a compiler keeps."""
     answer: Tensor = operator("outside_backward")(like)
     return answer
+
+
+def _copy(x: Tensor, y: Tensor) -> None:
+    x.copy_(y)
+
+
+# ``x.copy_(y)`` for compiled code inside a transform of torch.func, which forbids to write to what it did not make.
+declare("overwrite", "(Tensor(a!) x, Tensor y) -> ()", lambda x, y: None)
+implement("overwrite", _copy)
+
+
+@constant_while_compiling
+def _transforms_are_active() -> bool:
+    return _torch_private.transforms_are_active()
+
+
+def overwrite(x: Tensor, y: Tensor) -> None:
+    """``x.copy_(y)``, also where a transform of ``torch.func`` is compiled."""
+    if torch.compiler.is_compiling() and _transforms_are_active():
+        operator("overwrite")(x, y.to(x.dtype))
+    else:
+        x.copy_(y)
 
 
 def inside_backward() -> bool:

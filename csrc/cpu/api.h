@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../common/interrupt.h"
 #include "../common/kinds.h"
 #include "../common/pairs.h"
 
@@ -17,6 +18,7 @@ namespace cacr {
 struct Parallel {
   int64_t threads;
   void (*run)(int64_t n, void (*body)(void* arg, int64_t i), void* arg);
+  Interrupt interrupt{};
 };
 
 // ---- what is given --------------------------------------------------------------------------------------------------

@@ -2,18 +2,86 @@
 // file of csrc/cpu that knows torch; what it shares with CUDA is in csrc/common/binding.h.
 #include "../common/binding.h"
 
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <memory>
+#include <thread>
+
 #include "api.h"
 
 namespace {
 
 using namespace cacr::binding;
 
-cacr::Parallel torch_threads() {
-  return {int64_t(torch::stable::get_num_threads()), [](int64_t n, void (*body)(void*, int64_t), void* arg) {
+// ---- Ctrl-C ---------------------------------------------------------------------------------------------------------
+// Functions of Python, by their names there. Nothing is linked against Python: cacr_kernels/backends/library.py hands
+// them over.
+struct Python {
+  int (*PyGILState_Ensure)();
+  void (*PyGILState_Release)(int);
+  int (*PyErr_CheckSignals)();
+  void (*PyErr_Fetch)(void**, void**, void**);
+  void (*PyErr_Restore)(void*, void*, void*);
+  int (*Py_AddPendingCall)(int (*)(void*), void*);
+} python{};
+
+using Raised = std::array<void*, 3>;  // type, value, traceback
+
+int raise_again(void* arg) {
+  const std::unique_ptr<Raised> raised(static_cast<Raised*>(arg));
+  python.PyErr_Restore((*raised)[0], (*raised)[1], (*raised)[2]);
+  return -1;
+}
+
+// Runs Python's signal handlers in the thread that called the operator, every now and then. What one of them raises
+// (KeyboardInterrupt) stops the kernels, and is raised again when the operator has returned to Python: the unfinished
+// results reach nobody.
+class SignalCheck {
+ public:
+  cacr::Interrupt interrupt() { return {python.PyErr_CheckSignals ? asked : nullptr, this}; }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr auto kPeriod = std::chrono::milliseconds(100);  // waiting for Python's lock may take 5 ms
+
+  static bool asked(void* state) {
+    SignalCheck& check = *static_cast<SignalCheck*>(state);
+    if (check.stop_.load(std::memory_order_relaxed)) return true;
+    if (std::this_thread::get_id() != check.caller_ || Clock::now() < check.next_) return false;
+    const bool stop = handler_raised();
+    check.stop_.store(stop, std::memory_order_relaxed);
+    check.next_ = Clock::now() + kPeriod;
+    return stop;
+  }
+
+  static bool handler_raised() {
+    const int lock = python.PyGILState_Ensure();
+    const bool raised = python.PyErr_CheckSignals() != 0;
+    if (raised) {
+      auto* const exception = new Raised{};
+      python.PyErr_Fetch(&(*exception)[0], &(*exception)[1], &(*exception)[2]);
+      python.Py_AddPendingCall(raise_again, exception);
+    }
+    python.PyGILState_Release(lock);
+    return raised;
+  }
+
+  const std::thread::id caller_ = std::this_thread::get_id();
+  Clock::time_point next_ = Clock::now() + kPeriod;
+  std::atomic<bool> stop_{false};
+};
+
+// ---- what the operators share ---------------------------------------------------------------------------------------
+cacr::Parallel torch_threads(SignalCheck& signals) {
+  return {int64_t(torch::stable::get_num_threads()),
+          [](int64_t n, void (*body)(void*, int64_t), void* arg) {
             torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) {
               for (int64_t i = begin; i < end; i++) body(arg, i);
             });
-          }};
+          },
+          signals.interrupt()};
 }
 
 // Calls f(T{}) with the arithmetic's type.
@@ -52,8 +120,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_cpu(const Tensor& any_views, std
     problem.pairing = static_cast<cacr::Pairing>(pairing), problem.rbf = rbf, problem.rbf_scale = number(4, rbf_scale);
     Tensor loss = empty_cpu<T>({}), parts = empty_cpu<T>({4}), grad = empty_cpu<T>(gradient_sizes(views, want_grad)),
            grad_numbers = numbers ? empty_cpu<double>({5}) : empty_cpu<T>({0});
+    SignalCheck signals;
     const cacr::CacrResult r = cacr::cacr_loss<T>(problem, want_grad ? output<T>(grad) : nullptr,
-                                                  want_grad_numbers && numbers, torch_threads());
+                                                  want_grad_numbers && numbers, torch_threads(signals));
     *output<T>(loss) = T(r.loss);
     T* p = output<T>(parts);
     p[0] = T(r.attraction), p[1] = T(r.repulsion), p[2] = T(r.attraction_entropy), p[3] = T(r.repulsion_entropy);
@@ -116,7 +185,8 @@ std::tuple<Tensor, Tensor, Tensor> contrast_cpu(const Tensor& q, std::optional<T
            row_state = empty_cpu<double>({3, p.softmaxes, p.pairs, p.N});
     const cacr::Statistics out{output<double>(value), output<double>(lse), nullptr,
                                row_state_of(output<double>(row_state), value.numel())};
-    cacr::contrast_forward<T>(p, out, torch_threads());
+    SignalCheck signals;
+    cacr::contrast_forward<T>(p, out, torch_threads(signals));
     return std::make_tuple(value, lse, row_state);
   });
 }
@@ -142,7 +212,8 @@ std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(
     out.dq = want_q ? output<T>(dq) : nullptr;
     out.dk = want_own_k ? output<T>(dk) : k ? nullptr : out.dq;
     out.dtau = want_tau ? output<double>(dtau) : nullptr;
-    cacr::contrast_backward<T>(p, rows, out, torch_threads());
+    SignalCheck signals;
+    cacr::contrast_backward<T>(p, rows, out, torch_threads(signals));
     return std::make_tuple(dq, dk, dtau);
   });
 }
@@ -171,7 +242,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detached_keys_cpu(const Tensor& q, co
     if (moments) found.variance = output<double>(variance);
     if (want_q) found.mean = output<T>(means);
     if (want_q && moments) found.spread = found.mean + p.pairs * p.N * p.D;
-    cacr::detached_keys<T>(p, found, torch_threads());
+    SignalCheck signals;
+    cacr::detached_keys<T>(p, found, torch_threads(signals));
     return std::make_tuple(value, lse, means, variance);
   });
 }
@@ -183,4 +255,10 @@ STABLE_TORCH_LIBRARY_IMPL(cacr_kernels, CPU, m) {
   m.impl("contrast_cpu", TORCH_BOX(&contrast_cpu));
   m.impl("contrast_backward_cpu", TORCH_BOX(&contrast_backward_cpu));
   m.impl("detached_keys_cpu", TORCH_BOX(&detached_keys_cpu));
+}
+
+// functions: the members of Python, in their order.
+extern "C" __attribute__((visibility("default"))) void cacr_cpu_use_python(void* const* functions) {
+  static_assert(sizeof(Python) == 6 * sizeof(void*));
+  std::memcpy(&python, functions, sizeof(Python));
 }

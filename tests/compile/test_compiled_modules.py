@@ -211,6 +211,23 @@ def test_autocast_inside(name: str, backend: str) -> None:
     assert gradients[0].abs().max() > 1e-2
 
 
+@fastest
+@each_module
+def test_temperatures_of_one_element(name: str, backend: str) -> None:
+    """Shape [1], as ``fully_shard`` needs: gradients of that shape, and no other graph for other values."""
+    module = make(name, backend)
+    for key, parameter in list(module.named_parameters()):
+        setattr(module, key, nn.Parameter(parameter.detach().reshape(1)))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+            found = with_gradients(compiled, module, learning(arguments(name, backend, seed=seed)))
+        assert_same(found, with_gradients(module, module, learning(arguments(name, backend, seed=seed))))
+        assert found[-1].shape == (1,)
+        with torch.no_grad():
+            next(module.parameters()).mul_(1.1)
+
+
 # ---- a queue of its own ----------------------------------------------------------------------------------------------
 def keyed(count: int, batch: int = 3) -> list[tuple[Tensor, Tensor]]:
     return [(randn(2, batch, D, seed=2 * i), randn(2, batch, D, seed=2 * i + 1)) for i in range(count)]
@@ -234,6 +251,20 @@ def test_module_that_keeps_its_queue(size: int, backend: str) -> None:
         truth.backward()
         torch.testing.assert_close(mine.grad, expected.grad)
     assert counter.frame_count == 1
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[name], value)
+
+
+def test_func_grad_of_a_module_that_stores() -> None:
+    """Inside the transform, too, the keys enter the queue; one graph."""
+    module = CACRQueueLoss(queue_size=8, dim=D).double()
+    eager = copy.deepcopy(module)
+    compiled = torch.compile(torch.func.grad(module), fullgraph=True, backend="aot_eager")
+    for i, (q, k) in enumerate(keyed(4)):
+        expected = q.clone().requires_grad_()
+        eager(expected, k).backward()
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            torch.testing.assert_close(compiled(q, k), expected.grad)
     for name, value in eager.state_dict().items():
         torch.testing.assert_close(module.state_dict()[name], value)
 

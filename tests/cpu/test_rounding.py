@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.autograd import grad
 from torch.nn.functional import normalize
 
@@ -41,7 +42,6 @@ def test_weights_below_the_range_of_float32(dtype: torch.dtype) -> None:
     assert gradient.abs().max() <= 100 * torch.finfo(torch.float32).tiny
 
 
-# ---- near positives --------------------------------------------------------------------------------------------------
 # ---- products of many features --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dims", [(257, 300, 541), (700, 769, 1001), (16001, 20000)], ids=str)
 def test_costs_of_equal_rows_of_one_size(dims: tuple[int, ...]) -> None:
@@ -61,6 +61,7 @@ def test_costs_of_equal_rows_of_one_size(dims: tuple[int, ...]) -> None:
     assert max(mine) <= 2 * max(eager) + 8 * torch.finfo(torch.float32).eps
 
 
+# ---- near positives --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("noise", [0.3, 0.1, 0.05, 0.01])
 def test_positives_of_tight_classes(noise: float) -> None:
     """Their costs come from differences: the product form would lose digits."""
@@ -71,6 +72,35 @@ def test_positives_of_tight_classes(noise: float) -> None:
     expected = supervised_cacr_loss(z.double(), labels, beta=0.0, backend="reference")
     found = supervised_cacr_loss(z, labels, beta=0.0, backend="cpu")
     assert abs(found - expected) <= 2e-7 * expected
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("noise", [0.3, 0.1, 0.05, 0.001])
+@pytest.mark.parametrize("beta", [0.0, 0.01])
+@pytest.mark.parametrize(
+    ("rows", "references"), [(64, 0), (230, 0), (64, 47)], ids=["few", "symmetric sweeps", "reference set"]
+)
+def test_gradients_of_tight_classes(rows: int, references: int, beta: float, noise: float, backend: str) -> None:
+    """As exact as those of eager mode, which takes them from differences."""
+    error = {backend: 0.0, "reference": 0.0}
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        labels = torch.arange(rows + references) % 4
+        z = torch.randn(4, 32, dtype=torch.float64, generator=g)[labels]
+        z = z + noise * torch.randn(len(labels), 32, dtype=torch.float64, generator=g)
+        z = normalize(z, dim=-1).float()
+
+        def gradients(name: str, dtype: torch.dtype, z: Tensor = z, labels: Tensor = labels) -> Tensor:
+            x = z.to(dtype).requires_grad_()
+            ref = {"ref_embeddings": x[rows:], "ref_labels": labels[rows:]} if references else {}
+            loss = supervised_cacr_loss(x[:rows], labels[:rows], beta=beta, **ref, backend=name)
+            return grad(loss, x)[0].double()
+
+        truth = gradients("reference", torch.float64)
+        for name in error:
+            difference = (gradients(name, torch.float32) - truth).abs().max() / truth.abs().max()
+            error[name] = max(error[name], difference.item())
+    assert error[backend] <= 2 * error["reference"] + 8 * torch.finfo(torch.float32).eps
 
 
 # ---- ids that are nearly periodic ------------------------------------------------------------------------------------

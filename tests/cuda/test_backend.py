@@ -21,7 +21,7 @@ from cacr_kernels.backends.precision import VARIABLE
 from tests.cuda_emulation.building import emulated_library
 
 backends: Any = importlib.import_module("cacr_kernels.backends.table")
-functional: Any = importlib.import_module("cacr_kernels.functional")
+steps: Any = importlib.import_module("cacr_kernels.steps")
 ROOT = library._CUDA.path.parents[1]
 CPU = torch.device("cpu")
 
@@ -121,7 +121,7 @@ def work_of(monkeypatch, loss, *shapes, dtype=torch.bfloat16, **options):
         told.append(backend_cuda.work(size))
         raise StopIteration
 
-    monkeypatch.setattr(functional, "choose", choose)
+    monkeypatch.setattr(steps, "choose", choose)
     with FakeTensorMode():
         tensors = [torch.empty(s, dtype=torch.int64 if len(s) == 1 else dtype, device="cuda") for s in shapes]
         with pytest.raises(StopIteration):

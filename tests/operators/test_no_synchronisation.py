@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cacr_kernels import functional
+from cacr_kernels import steps
 from cacr_kernels.backends import table
 from cacr_kernels.backends import torch as blocks
 from cacr_kernels.types import OTHER, OTHER_NOT_SELF, SAME, SAME_NOT_SELF
@@ -24,7 +24,7 @@ def on_meta(value: Any) -> Any:
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_losses(loss: str, learnable: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = next(entry for entry in table.TABLE if entry.name == backend)
-    monkeypatch.setattr(functional, "choose", lambda *_: entry)
+    monkeypatch.setattr(steps, "choose", lambda *_: entry)
     tensors = {name: on_meta(t) for name, t in small_inputs(loss).items()}
     leaves = [t.requires_grad_() for name, t in tensors.items() if name in ("views", "queries", "embeddings")]
     options: dict[str, Any] = {}

@@ -406,6 +406,11 @@ def test_opcheck_outside_backward() -> None:
     torch.library.opcheck(operator("outside_backward"), (randn(3, 4),))
 
 
+@quiet_opcheck
+def test_opcheck_overwrite() -> None:
+    torch.library.opcheck(operator("overwrite"), (randn(3, 4), randn(3, 4, seed=1)))
+
+
 def test_every_operator_is_checked() -> None:
     """A new operator needs an ``opcheck``: here, in ``test_detached_keys``, ``interpreted`` or ``cuda/test_losses``.
 
@@ -423,6 +428,7 @@ def test_every_operator_is_checked() -> None:
         "cacr_cpu",
         "gradient_of",
         "outside_backward",
+        "overwrite",
         *contrasts,
         *detached,
         *triton,

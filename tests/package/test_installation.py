@@ -119,7 +119,7 @@ def test_command_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str
     assert "--yaml" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["", ".functional", ".modules", ".types", ".weights", ".backends.table"])
+@pytest.mark.parametrize("name", ["", ".chunked", ".functional", ".modules", ".types", ".weights", ".backends.table"])
 def test_examples_of_the_docstrings(name: str) -> None:
     result = doctest.testmod(importlib.import_module(f"cacr_kernels{name}"))
     assert result.failed == 0

@@ -37,6 +37,7 @@ SIGNATURES = {
     "cacr_momentum_loss": f"queries, keys, *, temperature=1.0, cost='rbf', key_offset=0, {SHARED}",
     "cacr_queue_loss": f"queries, keys, queue, *, {NUMBERS}, {QUEUE}, {SHARED}",
     "cacr_weights": "views, *, queries=None, top_k=10, tau_pos=1.0, tau_neg=1.0, pairing='unordered', normalize=False",
+    "chunked_backward": "encoder, views, loss, *, chunk_size",
     "supervised_cacr_loss": f"embeddings, labels, *, {REFERENCES}, {NUMBERS}, {SHARED}",
 }
 KEYWORDS = {  # the declarations for type checkers

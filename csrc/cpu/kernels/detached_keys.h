@@ -340,6 +340,7 @@ void detached_block(const DetachedSetup<T>& g, const DetachedScratch<T>& s, idx 
   const idx n = unit1 - unit0, bytes = idx(PanelState<T>::bytes(t));
   for (idx i = 0; i < n; i++) s.panels[i] = start_panel(g, s, i, unit0 + i);
   for (idx j0 = t.share.key0; j0 < t.share.key1; j0 += t.blocking.keys) {
+    if (t.interrupt()) return;
     const idx keys = min_of(t.blocking.keys, t.share.key1 - j0);
     const T* k = p.k + view * p.k_view_stride + j0 * p.k_row_stride;
     pack<T>({k, p.k_row_stride, p.D, keys, 0, keys, p.inner_product ? T(0) : T(-0.5), s.bias,

@@ -1,6 +1,7 @@
 // Every kernel for one instruction set: compiled once per set, torch-free.
 #include "aligned.h"
 #include "detached_keys.h"
+#include "positives.h"
 #include "strip.h"
 #include "symmetric.h"
 
@@ -42,6 +43,7 @@ constexpr Kernels<T> table() {
   k.symmetric_sweep = symmetric_sweep<T>, k.symmetric_finish = symmetric_finish<T>;
   k.symmetric_prepare = symmetric_prepare<T>;
   k.aligned_scratch = Aligned<T>::scratch, k.aligned = aligned<T>;
+  k.positives = positives<T>;
   k.detached_keys_scratch = detached_keys_scratch<T>, k.detached_keys_state = PanelState<T>::bytes;
   k.detached_keys = detached_keys<T>, k.detached_keys_merge = detached_keys_merge<T>;
   return k;

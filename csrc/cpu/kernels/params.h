@@ -59,6 +59,7 @@ struct SweepParams {
   bool want_dq, want_dk, want_moment;
   GradientSlice<T> dq, dk;
   void* scratch;
+  Interrupt interrupt;  // asked before every tile
 };
 
 // A sweep where queries and keys are the same rows, of the same views in every pair. It takes three steps: a forward
@@ -119,6 +120,33 @@ struct DetachedKeysParams {
                  // are here
   int64_t part, parts, units;
   void* scratch;
+  Interrupt interrupt;  // asked before every tile
+};
+
+// Rows of one side in the order of their ids.
+struct SortedRows {
+  const int32_t *row, *id;  // [count]
+  int64_t count;
+};
+
+// What a query makes of its positives (csrc/common/rows.h); an empty row has a = b = 0.
+template <class T>
+struct PositiveRow {
+  T top, delta, a, b;  // top: sign(slope) u_top
+};
+
+// The gradient of one softmax over positives, added to what is there. Rows [row0, row1) of q_rows are queries, and keys
+// too where both flags are set; those of k_rows are keys.
+template <class T>
+struct PositivesParams {
+  const Contrast<T>* problem;
+  int32_t softmax;
+  const PositiveRow<T>* rows;  // [pairs][N]
+  SortedRows q_rows, k_rows;
+  bool as_queries, as_keys;
+  int64_t row0, row1;
+  T* gradient;  // [views][N or M][D]
+  Interrupt interrupt;
 };
 
 template <class T>
@@ -139,6 +167,7 @@ struct Kernels {
 
   size_t (*aligned_scratch)(int64_t views);
   void (*aligned)(const AlignedParams<T>&);
+  void (*positives)(const PositivesParams<T>&);
 
   size_t (*detached_keys_scratch)(const DetachedKeysParams<T>&);
   size_t (*detached_keys_state)(const DetachedKeysParams<T>&);

@@ -28,6 +28,7 @@ void strip_block(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T
   if (g.forward) {
     for (int k = 0; k < g.p.softmaxes; k++) start_rows(s.rows.softmax[k], b.panels * kPanel<T>);
     for (idx c = 0; c < g.tile_count(); c++) {
+      if (t.interrupt()) return;
       compute_similarities(g, b, s, tile(c), keys(c));
       accumulate_statistics(g, b, s, s.rows, tile(c), keys(c));
     }
@@ -38,6 +39,7 @@ void strip_block(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T
   if (!g.backward) return;
   if (t.want_dq) zero(s.dq_panels, b.panels * kPanel<T> * g.Dp);
   for (idx c = g.tile_count() - 1; c >= 0; c--) {
+    if (t.interrupt()) return;
     if (!g.strip()) compute_similarities(g, b, s, tile(c), keys(c));
     tile_gradients(g, b, s, s.rows, tile(c), keys(c));
     if (t.want_dq) multiply_query_gradients(g, b, s, keys(c));
@@ -64,6 +66,7 @@ void strip(const SweepParams<T>& t) {
       const idx lo = first + n * i / blocks, hi = first + n * (i + 1) / blocks;
       b.row0 = lo * PW, b.panels = hi - lo, b.rows = min_of(g.p.N - b.row0, b.panels * PW);
       strip_block(g, b, s);
+      if (t.interrupt()) return;
     }
     if (key_gradients && !g.p.inner_product) subtract_key_terms(g, b, s.columns);
     unit += n;

@@ -231,7 +231,10 @@ void symmetric_block(const SymmetricSweep<T>& w, const Block<T>& b) {
   const BlockRows<T> rows = w.rows(b);
   if (g.backward) zero(w.s.block.dq_panels, b.panels * PW * g.Dp), zero(rows.row_sum, b.panels * PW);
   meet(w, b, rows, {b.row0, square}, true);
-  for (idx j = b.row0 + square; j < g.p.N; j += K) meet(w, b, rows, {j, min_of(K, g.p.N - j)}, false);
+  for (idx j = b.row0 + square; j < g.p.N; j += K) {
+    if (g.t.interrupt()) return;
+    meet(w, b, rows, {j, min_of(K, g.p.N - j)}, false);
+  }
   if (!g.backward) return;
   if (!g.cancelling)
     for (idx i = 0; i < b.panels * PW; i++) rows.row_sum[i] += rows.known_sum[i];
@@ -260,6 +263,7 @@ void symmetric_sweep(const SymmetricParams<T>& params) {
   for_blocks(g, [&](const Block<T>& b, bool first_of_pair, bool last_of_pair) {
     if (g.backward && first_of_pair) zero(w.s.block.columns, g.p.N * W);
     if (g.t.want_moment && first_of_pair) zero(w.s.moments, g.p.softmaxes * g.p.N * W);
+    if (g.t.interrupt()) return;
     symmetric_block(w, b);
     if (g.backward && last_of_pair && !g.p.inner_product) subtract_key_terms(g, b, w.s.block.columns);
     if (g.t.want_moment && last_of_pair) add_moments(w, b.pair);

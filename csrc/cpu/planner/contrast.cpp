@@ -1,5 +1,8 @@
 // The operators contrast and contrast_backward: statistics of the rows, and their gradients.
+#include <optional>
+
 #include "forward_backward.h"
+#include "positives.h"
 #include "sums.h"
 
 namespace cacr {
@@ -12,6 +15,23 @@ void prepare(Engine<T>& e, bool key_panels, int64_t n) {
   e.allocate_packed(key_panels);
   parallel_for(e.parallel, n, [&](int64_t i) { e.pack(i, n); });
   e.find_bound();
+}
+
+// The sweep over all pairs, and what positives add from differences.
+template <class T>
+void backward(Engine<T>& e, const BackwardRows& rows, const SweepGradients<T>& out, int64_t n) {
+  const int s = out.dq || out.dk ? separate_softmax(e.p, rows) : -1;
+  std::optional<PositiveGradients<T>> positives;
+  if (s >= 0) positives.emplace(e.p, rows, s);
+  if (!positives || !positives->pays()) return backward_sweep(e, rows, out, n);
+  const int64_t per_softmax = e.p.pairs * e.p.N, all = e.p.softmaxes * per_softmax;
+  BackwardRows others = rows;
+  double *const value = e.memory.template get<double>(all), *const lse = e.memory.template get<double>(all);
+  std::copy_n(rows.grad_value, all, value), std::copy_n(rows.grad_lse, all, lse);
+  std::fill_n(value + s * per_softmax, per_softmax, 0), std::fill_n(lse + s * per_softmax, per_softmax, 0);
+  others.grad_value = value, others.grad_lse = lse;
+  backward_sweep(e, others, out, n);
+  positives->add(e, {out.dq, out.dk, nullptr}, n);
 }
 
 }  // namespace
@@ -34,7 +54,7 @@ void contrast_backward(const Contrast<T>& problem, const BackwardRows& rows, con
   const int64_t per_softmax = problem.pairs * problem.N;
   const bool moments = dtau && !rows.detach_weights;
   double* variance = moments ? e.memory.template zeros<double>(problem.softmaxes * per_softmax) : nullptr;
-  if (dq || dk || variance) backward_sweep(e, rows, {dq, dk, variance, false}, n);
+  if (dq || dk || variance) backward(e, rows, {dq, dk, variance, false}, n);
   for (int s = 0; dtau && s < problem.softmaxes; s++) {  // dL/dtau = sum_i gF var_i + glse F_i
     const auto row = [&](int64_t i) {
       return rows.state.sum[i] == 0 ? 0 : rows.grad_value[i] * variance[i] + rows.grad_lse[i] * rows.value[i];

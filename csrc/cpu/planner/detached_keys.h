@@ -22,6 +22,7 @@ struct DetachedKeysPlan {
                    const Kernels<T>& k)
       : p(problem), parallel(par), kernels(k) {
     params.problem = &p, params.out = out, params.want_mean = out.mean, params.want_moments = out.variance;
+    params.interrupt = parallel.interrupt;
     params.units = p.pairs * ((p.N + k.panel - 1) / k.panel), params.blocking = blocking();
   }
 

@@ -105,6 +105,7 @@ struct Engine {
                         double* variance = nullptr) const {
     SweepParams<T> t{};
     t.problem = &p, t.packed = packed, t.blocking = blocking, t.bounded = bounded, t.gradient = gradient;
+    t.interrupt = parallel.interrupt;
     t.share.key1 = p.M, t.want_dq = want_dq, t.want_dk = want_dk;
     t.want_moment = variance != nullptr, t.statistics.variance = variance;
     return t;

@@ -3,6 +3,7 @@
 
 #include "detached_keys.h"
 #include "forward_backward.h"
+#include "positives.h"
 
 namespace cacr {
 
@@ -115,6 +116,24 @@ Result<T> symmetric(const Kernels<T>& kernels, const Case& c) {
   return r;
 }
 
+// What positives give to queries that are keys, and to queries and keys of two views. flag: together.
+template <class T>
+Result<T> positives(const Kernels<T>& kernels, const Case& c) {
+  const Parallel serial{1, nullptr};
+  const int64_t n = c.n;
+  Problem<T> problem(c, c.variant);
+  if (c.flag) problem.k_index[0] = 0, problem.p.keys_are_queries = true;
+  const Engine<T> e(problem.p, serial, kernels);
+  Result<T> r;
+  std::vector<double> state(size_t(n), 0.0), sum(size_t(n), 2.0), delta(size_t(n), -0.1), g(size_t(n), 1 / double(n));
+  r.gradient.resize(2 * problem.z.size());
+  T* const dq = r.gradient.data();
+  const BackwardRows rows{nullptr, {state.data(), sum.data(), delta.data()}, g.data(), g.data(), false};
+  const ContrastGradients<T> out{dq, c.flag ? dq : dq + problem.z.size(), nullptr};
+  PositiveGradients<T>(problem.p, rows, 0).add(e, out, 2);
+  return r;
+}
+
 template <class T>
 bool close(const std::vector<T>& a, const std::vector<T>& b, double tolerance, double scale = 0) {
   for (T x : b)
@@ -177,10 +196,12 @@ bool self_check_passes(const Kernels<T>& kernels, const Kernels<T>& trusted, int
   const Case c{n, d, 0, 0, false, false};
   const Cases strips{{-1, 2}, {kAll, kOther, kSameNotSelf}, false, 1.0 / double(n)};
   const Cases detached{{-1, 2, -200}, {kAll, kOther}, true, 1};  // -200 takes exponents out of the range of 2^x
+  const Cases same{{-1, 2}, {kSame, kSameNotSelf}, false, 1.0 / double(n)};
   const Cases symmetries{{-1, 2}, {-1, kOther, kSameNotSelf}, false, 1.0 / double(n)};
   return agree(kernels, trusted, strips, c, strip<T>) &&
          agree(kernels, trusted, detached, c, self_check::detached_keys<T>) &&
          agree(kernels, trusted, symmetries, c, symmetric<T>) &&
+         agree(kernels, trusted, same, c, self_check::positives<T>) &&
          close(aligned(kernels, n, d), aligned(trusted, n, d), tolerance);
 }
 

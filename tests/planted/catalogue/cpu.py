@@ -554,4 +554,28 @@ FAULTS = (
         why="a query of another label in the reference set is its own negative",
         tests=CONTRAST,
     ),
+    Fault(
+        "cpu-parts-of-the-features",
+        KERNELS + "gemm.h",
+        text="if (part > 0) c[r] = load_panel(out) + c[r];",
+        replacement="if (part > 1) c[r] = load_panel(out) + c[r];",
+        why="of many features the first part is forgotten",
+        tests=(LIBRARY, "tests/cpu/test_rounding.py"),
+    ),
+    Fault(
+        "cpu-positives-as-keys",
+        KERNELS + "positives.h",
+        text="of_others[r] = rows + (t.as_keys ? y : 0);",
+        replacement="of_others[r] = rows + (t.as_keys ? x : 0);",
+        why="attraction alone: what a row gets as a key has the weights that it gives as a query",
+        tests=("tests/cpu/test_rounding.py",),
+    ),
+    Fault(
+        "cpu-interrupt",
+        KERNELS + "detached_keys.h",
+        text="if (t.interrupt()) return;",
+        replacement="",
+        why="Ctrl-C waits for the end of a queue loss",
+        tests=("tests/cpu/test_interrupt.py",),
+    ),
 )

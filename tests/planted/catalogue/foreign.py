@@ -207,8 +207,8 @@ CUDA_FAULTS = (
     Foreign(
         "foreign-cuda-entropy-under-rbf",
         CUDA + "phases/sums.cuh",
-        text="entropy += p.lse[i] - number(p.tau[0]) * p.value[i];",
-        replacement="entropy += p.lse[i] - number(p.tau[1]) * p.value[i];",
+        text="entropy += row_entropy(p.lse[i], number(p.tau[0]), p.value[i]);",
+        replacement="entropy += row_entropy(p.lse[i], number(p.tau[1]), p.value[i]);",
         why="return_parts under rbf: the entropy of the repulsion takes the temperature of the second softmax",
         tests=OF_CUDA,
     ),
