@@ -144,7 +144,7 @@ def _set_random_states(states: dict[torch.device, Tensor]) -> None:
 
 @contextlib.contextmanager
 def _without_autocast_cache() -> Iterator[None]:
-    """Autocast would keep weights that it cast without a graph, for the second pass, which needs one."""
+    """A torch whose autocast kept weights that it cast without a graph would hand them to the second pass."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

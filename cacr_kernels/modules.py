@@ -7,6 +7,7 @@ Python numbers may follow a schedule, also under ``torch.compile``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
@@ -44,6 +45,15 @@ class _Loss(nn.Module, Generic[Result]):
                 self.register_buffer(name, value)
             else:  # to torch.compile a number of NumPy is an array
                 setattr(self, name, value.item() if isinstance(value, (np.number, np.bool_)) else value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy for the same processes: torch cannot copy their group."""
+        group = getattr(self, "process_group", None)
+        memo[id(group)] = group
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def options(self) -> dict[str, Any]:
         """The options as they are now."""

@@ -167,6 +167,42 @@ def slow_check(function: Callable[[], None]) -> Callable[[], None]:
     return function
 
 
+@check
+def a_module_with_its_group_can_be_copied() -> None:
+    """As for an average of the weights."""
+    loss = CACRQueueLoss(queue_size=5, dim=D, gather_distributed=True, process_group=dist.group.WORLD).double()
+    keys = own(whole(V, B, D))
+    loss(keys, keys)
+    copied = copy.deepcopy(loss)
+    assert copied.process_group is loss.process_group
+    assert copied.queue is not loss.queue
+    close(copied(keys, keys), loss(keys, keys).detach())
+
+
+@slow_check
+def compiled_modules() -> None:
+    """With a group of their own, and with a queue that is kept."""
+    modules = (
+        Model("cacr", gather_distributed=True, process_group=dist.group.WORLD),
+        Model("queue", gather_distributed=True),
+    )
+    for eager in modules:
+        graph = copy.deepcopy(eager)
+        compiled = torch.compile(graph, backend="aot_eager", fullgraph=True)
+        for seed in range(3):
+            x = own(whole(V, B, 6, seed=seed))
+            losses = eager(x), compiled(x)
+            close(losses[1], losses[0])
+            for loss in losses:
+                loss.backward()
+        for mine, one in zip(graph.parameters(), eager.parameters(), strict=True):
+            assert one.grad is not None
+            close(mine.grad, one.grad)
+        for mine, one in zip(graph.buffers(), eager.buffers(), strict=True):
+            close(mine.double(), one.double())
+        torch._dynamo.reset()
+
+
 @slow_check
 def compiled() -> None:
     """One graph, value and gradients of the eager call."""

@@ -55,7 +55,7 @@ FAULTS = (
         text="    return _torch_private.all_reduce(counts.contiguous(), group.name)\n",
         replacement="    return counts * group.size\n",
         why="supervised: queries that have a positive are counted on this rank alone",
-        tests=CASES,
+        tests=TESTS + "test_check[labels_of_one_rank-2]",
     ),
     Fault(
         "distributed-number-of-queries",
