@@ -52,7 +52,7 @@ class _Loss(nn.Module, Generic[Result]):
         memo[id(group)] = group
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
         return copied
 
     def options(self) -> dict[str, Any]:
