@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import checks
 from .operators import _torch_private
-from .operators.registry import SingleProblem, in_graphs, opaque
+from .operators.registry import SingleProblem, constant_while_compiling, in_graphs, opaque
 from .types import ALONE, Ranks, widest_dtype
 
 ON_HOST = ("gloo", "mpi")  # backends whose collectives wait in any case
@@ -50,7 +50,7 @@ def count() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_compiling
 def _place(process_group: Any) -> tuple[str, int, int]:
     """Name, rank and size of a group; size 1 without processes."""
     distributed: Any = torch.distributed

@@ -284,6 +284,7 @@ def queue_call(
     tau_neg = checks.temperature("tau_neg", tau_neg, q.device)
     alpha, beta = checks.real("alpha", alpha), checks.real("beta", beta)
     checks.flag("in_batch", in_batch)
+    in_batch = bool(in_batch)
     checks.option("weight_grad", weight_grad, WEIGHT_GRADS)
     check_shared(normalize, reduction, return_parts)
     gather_distributed, process_group = ranks

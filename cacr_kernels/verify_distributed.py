@@ -81,7 +81,7 @@ def _with_queries_in_the_reference_set(world: int) -> Maker:
 
     def inputs(seed: int) -> dict[str, Tensor]:
         shape = {"B": world * B, "D": D, "M": world * REFERENCES, "C": 3}
-        i = torch.arange(world * B, dtype=torch.int64)
+        i = torch.arange(world * B, dtype=torch.int64, device="cpu")
         rows = i // B * REFERENCES + i % B
         found = testing.make_inputs(Case("supervised_cacr_loss", shape, {}), seed)
         return found | {"ref_index": torch.where(i % 2 == 0, rows, -1)}

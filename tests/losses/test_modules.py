@@ -73,6 +73,7 @@ def test_modules_have_the_keywords_of_the_functions(loss: str) -> None:
         "labels",
         "ref_embeddings",
         "ref_labels",
+        "ref_index",
     }
     for name in theirs.keys() - at_call:
         assert mine[name].kind is theirs[name].kind is inspect.Parameter.KEYWORD_ONLY, name

@@ -14,7 +14,7 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 
 from cacr_kernels import cacr_momentum_loss, cacr_queue_loss
 from cacr_kernels.operators import detached_keys
-from cacr_kernels.operators.contrast import pack, plain_contrast
+from cacr_kernels.operators.contrast import plain_contrast
 from cacr_kernels.operators.registry import Target, operator
 from cacr_kernels.types import ALL, OTHER, SAME, SAME_NOT_SELF, ContrastSpec
 
@@ -87,7 +87,7 @@ problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=list(PROBLE
 
 def of_operator(q: Tensor, tau: Tensor, arguments: tuple[Any, ...], want: bool = True) -> tuple[Tensor, Tensor]:
     """Value and lse by the Function."""
-    q, k, tau, spec, detach_value = pack(q, *arguments[1:4], tau, *arguments[5:])
+    q, k, tau, spec, detach_value = detached_keys.pack(q, *arguments[1:4], tau, *arguments[5:])
     return detached_keys.one_sweep(q, k, tau, spec, detached_keys.Call(detach_value, (want, want), Target("cpu")))
 
 
