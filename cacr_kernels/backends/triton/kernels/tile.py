@@ -32,12 +32,12 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-# The key set of a softmax. The first five are the kinds of cacr_kernels::contrast (csrc/common/kinds.h).
-ALL = tl.constexpr(0)
-SAME = tl.constexpr(1)
-OTHER = tl.constexpr(2)
-SAME_NOT_SELF = tl.constexpr(3)
-OTHER_NOT_SELF = tl.constexpr(4)
+from .... import types
+
+# The key set of a softmax: one of the kinds of cacr_kernels::contrast, or a set that only these kernels know.
+ALL, SAME, OTHER, SAME_NOT_SELF, OTHER_NOT_SELF = (
+    tl.constexpr(kind) for kind in (types.ALL, types.SAME, types.OTHER, types.SAME_NOT_SELF, types.OTHER_NOT_SELF)
+)
 SHARED_SET = tl.constexpr(5)  # of a second softmax: the set of the first, with a temperature of the same sign
 NO_SET = tl.constexpr(-1)  # there is no second softmax
 LOG2E = tl.constexpr(1.4426950408889634074)
