@@ -66,7 +66,9 @@ def unit_rows(x: Tensor) -> Tensor:
 
     Theirs would be the incoming one times 1e12: no information, and more than a half type can hold.
     """
-    if not (x.requires_grad or torch.compiler.is_compiling()):  # while compiling, requires_grad may be wrong
+    # while compiling, requires_grad may be wrong; a trace is for both
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if not (x.requires_grad or tracing):
         return normalize(x, dim=-1, eps=SHORTEST)
     short = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True) < SHORTEST
     return normalize(torch.where(short, x.detach(), x), dim=-1, eps=SHORTEST)
