@@ -16,7 +16,7 @@ struct IdOrder {
 
   IdOrder(const int32_t* ids, int64_t n) : row(size_t(n)), id(size_t(n)) {
     std::iota(row.begin(), row.end(), 0);
-    std::stable_sort(row.begin(), row.end(), [&](int32_t x, int32_t y) { return ids[x] < ids[y]; });
+    std::sort(row.begin(), row.end(), [&](int32_t x, int32_t y) { return ids[x] != ids[y] ? ids[x] < ids[y] : x < y; });
     for (size_t i = 0; i < row.size(); i++) id[i] = ids[row[i]];
   }
   SortedRows rows() const { return {row.data(), id.data(), int64_t(row.size())}; }
