@@ -192,9 +192,11 @@ def rows_of_pairs(value: Tensor, num_views: int, pairing: Pairing) -> Tensor:
     """Rows [V, B] with the mean of ``value`` [P, B]: the sum over the pairs of view x stands on row x, times V / P."""
     if pairing == "pooled":
         return value.reshape(num_views, -1)
-    x = torch.tensor([x for x, _ in view_pairs(num_views, pairing)], dtype=torch.int64, device=value.device)
-    rows = value.new_zeros(num_views, value.shape[1]).index_add(0, x, value)
-    return rows * (num_views / len(x))
+    counts = [num_views - 1 - (x if pairing == "unordered" else 0) for x in range(num_views)]
+    # not torch.tensor: on another device a copy from here waits for it
+    index = [torch.full((count,), x, dtype=torch.int64, device=value.device) for x, count in enumerate(counts)]
+    rows = value.new_zeros(num_views, value.shape[1]).index_add(0, torch.cat(index), value)
+    return rows * (num_views / sum(counts))
 
 
 def rbf_log_mean(c: Tensor, members: Tensor, repelled: Statistics, tau_neg: Temperature, rbf_scale: float) -> Tensor:
