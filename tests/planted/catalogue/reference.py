@@ -19,7 +19,7 @@ FAULTS = (
     Fault(
         "reference-merge-of-views",
         FILE,
-        text="return rows * (num_views / len(x))",
+        text="return rows * (num_views / sum(counts))",
         replacement="return rows / len(x)",
         why="rows of pairs are too small: their mean is no longer the mean of the pairs",
         tests=TESTS,
