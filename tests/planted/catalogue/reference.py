@@ -20,7 +20,7 @@ FAULTS = (
         "reference-merge-of-views",
         FILE,
         text="return rows * (num_views / sum(counts))",
-        replacement="return rows / len(x)",
+        replacement="return rows / sum(counts)",
         why="rows of pairs are too small: their mean is no longer the mean of the pairs",
         tests=TESTS,
     ),
