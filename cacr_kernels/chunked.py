@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import checks
+
 Encoder = Callable[[Any], Tensor]
 
 
@@ -50,15 +52,11 @@ def chunked_backward(
         >>> encoder.weight.grad.shape
         torch.Size([4, 6])
     """
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be an integer >= 1, got {chunk_size!r}")
-    encoders = list(encoder) if isinstance(encoder, Sequence) else [encoder] * len(views)
-    if len(encoders) != len(views):
-        raise ValueError(f"encoder must be one, or one for each of {len(views)} views, got {len(encoders)}")
+    encoders, lengths, chunk_size = _checked(encoder, views, loss, chunk_size)
     chunks = [
         _Chunk(v, encode, _rows(view, slice(start, start + chunk_size)))
         for v, (encode, view) in enumerate(zip(encoders, views, strict=True))
-        for start in range(0, _length(view), chunk_size)
+        for start in range(0, lengths[v], chunk_size)
     ]
     devices = {x.device for view in views for x in _tensors(view)}
     with torch.no_grad(), _without_autocast_cache():
@@ -95,6 +93,26 @@ class _Chunk(NamedTuple):
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
+def _checked(encoder: Any, views: Any, loss: Any, chunk_size: Any) -> tuple[list[Encoder], list[int], int]:
+    """An encoder for each view, the length of each view, and the size of a chunk; refuses what cannot be used."""
+    if not checks.is_integer(chunk_size):
+        raise TypeError(f"chunk_size must be an integer >= 1, got {chunk_size!r}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be an integer >= 1, got {chunk_size!r}")
+    if not isinstance(views, list | tuple | Tensor):
+        raise TypeError(f"views must be a sequence with the inputs of each view, got {type(views).__name__}")
+    lengths = [_length(view) for view in views]
+    if not lengths or min(lengths) != max(lengths) or min(lengths) == 0:
+        raise ValueError(f"views must hold at least one view, all of the same B >= 1 instances, got {lengths}")
+    encoders = list(encoder) if isinstance(encoder, list | tuple) else [encoder] * len(views)
+    if len(encoders) != len(views):
+        raise ValueError(f"encoder must be one, or one for each of {len(views)} views, got {len(encoders)}")
+    for name, functions in (("encoder", encoders), ("loss", [loss])):
+        if not all(map(callable, functions)):
+            raise TypeError(f"{name} must be callable, got {', '.join(type(f).__name__ for f in functions)}")
+    return encoders, lengths, int(chunk_size)
+
+
 def _tensors(x: Any) -> Iterator[Tensor]:
     """The tensors in nested dicts, lists and tuples."""
     if isinstance(x, Tensor):

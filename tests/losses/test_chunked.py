@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -143,6 +144,18 @@ def test_refusals() -> None:
     encoder, x = Encoder(), inputs()
     with pytest.raises(ValueError, match="chunk_size must be an integer >= 1, got 0"):
         chunked_backward(encoder, list(x), CACRLoss(), chunk_size=0)
+    with pytest.raises(TypeError, match=r"chunk_size must be an integer >= 1, got 1\.5"):
+        chunked_backward(encoder, x, CACRLoss(), chunk_size=1.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="views must be a sequence with the inputs of each view, got NoneType"):
+        chunked_backward(encoder, None, CACRLoss(), chunk_size=2)  # type: ignore[arg-type]
+    for views, found in (([], r"\[\]"), ([x[0], x[1][:2]], r"\[7, 2\]"), (x[:, :0], r"\[0, 0, 0\]")):
+        with pytest.raises(ValueError, match=r"views must hold at least one view, all of the same B >= 1 .*" + found):
+            chunked_backward(encoder, views, CACRLoss(), chunk_size=2)
+    with pytest.raises(TypeError, match="encoder must be callable, got int, int, int"):
+        chunked_backward(3, x, CACRLoss(), chunk_size=2)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="loss must be callable, got int"):
+        chunked_backward(encoder, x, 3, chunk_size=2)  # type: ignore[arg-type]
+    assert chunked_backward(encoder, x, CACRLoss(), chunk_size=np.int64(2)).dim() == 0  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="encoder must be one, or one for each of 3 views, got 2"):
         chunked_backward([encoder, encoder], list(x), CACRLoss(), chunk_size=2)
     with pytest.raises(ValueError, match=r"views must hold tensors of one length B, got \[6, 7\]"):
