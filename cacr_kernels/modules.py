@@ -291,7 +291,8 @@ class CACRQueueLoss(_Loss[Result]):
     def reset_parameters(self) -> None:
         """An empty queue, as after construction; whatever makes modules on the meta device calls this."""
         for name in (name for pair in _ROWS for name in pair if self.dim is not None):
-            getattr(self, name).data.zero_()
+            with state.writing():
+                self._writable(name).zero_()
 
     def extra_repr(self) -> str:
         """The size of the queue, if the module keeps one, and the options as they are written in a call."""
@@ -365,9 +366,13 @@ class CACRQueueLoss(_Loss[Result]):
         """The buffer for writing: moved to new memory first where a graph or a snapshot uses the old.
 
         It stays the same object, and autograd does not count the writing: a graph that saved it has the old memory.
+        Only where a graph of the user saved the object itself the module takes another.
         """
         buffer: Tensor = getattr(self, name)
-        if state.is_shared(buffer):
+        if state.is_saved(buffer) or buffer.is_inference():
+            buffer = buffer.clone()
+            setattr(self, name, buffer)
+        elif state.is_shared(buffer):
             buffer.data = buffer.clone()
         return buffer.data
 
@@ -385,8 +390,9 @@ class CACRQueueLoss(_Loss[Result]):
     # ---- where it does not: in compiled code and on a device ---------------------------------------------------------
     def _traced_queue(self, update: bool) -> tuple[Tensor, Tensor]:
         """The queue and how many of its rows hold keys; ``update``: as above."""
-        if not update:
-            return self.queue, ring.filled_rows(self.queue_count, self.queue_size)
+        if not update:  # a graph may save it, and the next forward writes to the buffer
+            rows = self.queue.clone() if torch.is_grad_enabled() else self.queue
+            return rows, ring.filled_rows(self.queue_count, self.queue_size)
         with state.writing():
             waiting = self.incoming_count * state.outside_backward(self.incoming_count)
             rows, count = ring.enter(self.queue, self.queue_count, self.incoming, waiting)
@@ -407,7 +413,10 @@ class CACRQueueLoss(_Loss[Result]):
         if self.dim is not None:
             for rows, count in _ROWS:
                 counts[count] = getattr(self, count).clone()
-                if state.is_shared(getattr(self, rows)):  # loading copies in place, a graph may have saved them
+                buffer = getattr(self, rows)
+                if state.is_saved(buffer) or state.is_shared(
+                    buffer
+                ):  # loading copies in place, a graph may have saved them
                     for name in (rows, count):
                         setattr(self, name, getattr(self, name).clone())
         super()._load_from_state_dict(state_dict, prefix, *args)

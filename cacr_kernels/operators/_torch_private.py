@@ -26,6 +26,7 @@ __all__ = [
     "inside_backward",
     "inside_vmap",
     "is_batched",
+    "is_saved",
     "is_shared",
     "let_inductor_keep",
     "needs_functorch",
@@ -92,6 +93,12 @@ _ALONE = (
 def is_shared(x: Tensor) -> bool:
     """Whether other tensors use the memory of ``x``, such as one that a graph has saved."""
     return _ALONE < 0 or _storage_users(x) > _ALONE
+
+
+def is_saved(x: Tensor) -> bool:
+    """Whether somebody beside Python holds ``x`` itself, not only its memory: a graph that saved it, or a view."""
+    holders: Callable[[], int] = getattr(x, "_use_count", lambda: 1)
+    return holders() > 1
 
 
 def below_autograd() -> contextlib.AbstractContextManager[Any]:

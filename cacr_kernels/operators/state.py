@@ -64,6 +64,11 @@ def is_shared(x: Tensor) -> bool:
     return _torch_private.is_shared(x)
 
 
+def is_saved(x: Tensor) -> bool:
+    """Whether a graph, or a view, holds the tensor ``x`` itself."""
+    return _torch_private.is_saved(x)
+
+
 def unwrapped(x: Tensor) -> Tensor:
     """The tensor without what transforms of ``torch.func`` put around it; they are compiled away."""
     return x if torch.compiler.is_compiling() else _torch_private.unwrapped(x)

@@ -103,6 +103,54 @@ def test_a_write_over_saved_rows_is_noticed() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize(
+    ("name", "term"),
+    [
+        ("queue", lambda z, rows: (z * rows).sum(1).exp().sum()),
+        ("queue", lambda z, rows: torch.cdist(z, rows).sum()),
+        ("incoming", lambda z, rows: (z * rows).sum(1).exp().sum()),
+    ],
+)
+def test_a_term_of_the_user_over_the_queue(name: str, term: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Autograd saves the buffer itself; the step that follows does not write to it."""
+    q, k = batches(7)[-1]
+    gradients = []
+    for prepare in (torch.clone, lambda x: x):
+        loss_fn = filled(5)
+        z = torch.ones_like(loss_fn.queue).requires_grad_()
+        aux = term(z, prepare(getattr(loss_fn, name)))
+        (aux + loss_fn(q, k)).backward()
+        gradients.append(z.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("weight_grad", ["in_batch", "full", "none"])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_reset_before_the_backward(backend: str, weight_grad: str) -> None:
+    q, k = batches(7)[-1]
+    gradients = []
+    for reset in (False, True):
+        loss_fn = filled(5, backend=backend, weight_grad=weight_grad)
+        leaf = q.clone().requires_grad_()
+        loss = loss_fn(leaf, k)
+        if reset:
+            loss_fn.reset_parameters()
+            assert not any(x.any() for x in loss_fn.buffers())
+        loss.backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+def test_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        loss_fn = CACRQueueLoss(queue_size=filled(0).queue_size, dim=D)
+    for q, k in batches(4):
+        for mine, expected in zip(step(loss_fn, q, k), step(loss_fn, q, k, update_queue=False), strict=True):
+            assert torch.isfinite(mine).all()
+            assert torch.isfinite(expected).all()
+    assert len(kept(loss_fn))
+
+
 # ---- 2: forwards that run twice --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("calls", [0, 1, 2, 5])
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -144,6 +192,21 @@ def test_closures_that_run_twice() -> None:
         assert torch.equal(first[1], again[1])
         twin(q, k)
         assert torch.equal(kept(loss_fn), kept(twin))
+
+
+def test_two_calls_before_the_backward() -> None:
+    """The first does not store its keys; both read the queue, which the second one changes."""
+    (q0, k0), (q1, k1) = batches(2)
+    results = []
+    for together in (False, True):
+        loss_fn, leaf = filled(5), torch.stack([q0, q1]).requires_grad_()
+        first = loss_fn(leaf[0], k0, update_queue=False)
+        if not together:
+            first.backward()
+        second = loss_fn(leaf[1], k1)
+        (first + second if together else second).backward()
+        results.append(leaf.grad)
+    torch.testing.assert_close(*results)
 
 
 def test_lbfgs() -> None:
@@ -285,6 +348,7 @@ def test_unfilled_rows_are_excluded_on_the_device(size: int, in_batch: bool, bac
         lambda: test_checkpoint_gives_the_gradient_without_it(False, 1),
         lambda: test_checkpoint_gives_the_gradient_without_it(True, 5),
         test_closures_that_run_twice,
+        test_two_calls_before_the_backward,
         test_func_grad_leaves_nothing_in_the_module,
         test_averaged_model_copies_buffers,
     ],
