@@ -208,24 +208,14 @@ class Mean(SingleProblem):
         return Mean.apply(grad, ctx.group), None  # type: ignore[no-untyped-call]
 
 
-class MeanInBackward(SingleProblem):
-    """The identity, whose gradient is averaged over the ranks."""
+class MeanInBackward(Mean):
+    """The identity, whose gradient is averaged over the ranks as that of the mean is."""
 
     @staticmethod
     @_torch_private.positional
     def forward(x: Tensor, group: Group) -> Tensor:
         """A view of the input."""
         return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keeps the group for the backward."""
-        _, ctx.group = inputs
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        """The mean of the gradients."""
-        return Mean.apply(grad, ctx.group), None  # type: ignore[no-untyped-call]
 
 
 @opaque
