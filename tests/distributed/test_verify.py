@@ -48,7 +48,7 @@ def _with_a_wrong_gradient(rank: int, store: str, status: int) -> None:
         return Row("torch", "float64", "cacr_loss", "a case", "views", float("nan") if rank == 0 else 0.0, 1e-12)
 
     verify_distributed.compare = wrong  # type: ignore[assignment]
-    with open(f"{store}.{rank}", "w", encoding="utf-8") as said, contextlib.redirect_stdout(said):
+    with Path(f"{store}.{rank}").open("w", encoding="utf-8") as said, contextlib.redirect_stdout(said):
         found = verify_distributed.run_rank(rank, 2, Path(store), Order(["torch"], "cpu", quick=True))
     assert found == status
 
