@@ -391,7 +391,7 @@ class CACRQueueLoss(_Loss[Result]):
     def _traced_queue(self, update: bool) -> tuple[Tensor, Tensor]:
         """The queue and how many of its rows hold keys; ``update``: as above."""
         if not update:  # a graph may save it, and the next forward writes to the buffer
-            rows = self.queue.clone() if torch.is_grad_enabled() else self.queue
+            rows = self.queue.clone() if torch.is_grad_enabled() or tracing() else self.queue  # one trace for both
             return rows, ring.filled_rows(self.queue_count, self.queue_size)
         with state.writing():
             waiting = self.incoming_count * state.outside_backward(self.incoming_count)

@@ -163,7 +163,7 @@ def test_opcheck(backend: str) -> None:
     z, label = randn(2, 5, 3).requires_grad_(), ids(5, "few")
     kinds = [SAME_NOT_SELF, OTHER]
     op = operator(f"contrast_{backend}")
-    torch.library.opcheck(op, (z, None, label, None, tau, kinds, [0, 1], [0, 1], False, False))
+    torch.library.opcheck(op, (z, None, label, None, tau, kinds, [0, 1], [0, 1], False, False, None))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -23,6 +23,7 @@ from cacr_kernels import (
     cacr_weights,
     supervised_cacr_loss,
 )
+from tests.agreement import device_of
 
 THREADS, CALLS = 2, 6
 BACKENDS = [name for name, why_not in available_backends().items() if why_not is None]
@@ -30,7 +31,7 @@ Loss = Callable[[Tensor], Tensor]
 
 
 def labels(z: Tensor) -> Tensor:
-    return torch.arange(z.shape[1]) % 3
+    return torch.arange(z.shape[1], device=z.device) % 3
 
 
 def filled_queue(z: Tensor, backend: str) -> Tensor:
@@ -57,26 +58,26 @@ SHARED_MODULES: dict[str, Callable[[], Any]] = {
 }
 
 
-def inputs(thread: int) -> Tensor:
+def inputs(thread: int, device: str) -> Tensor:
     """Views of sizes that differ between threads."""
-    return torch.randn(3, 67 + 10 * thread, 19, generator=torch.Generator().manual_seed(thread))
+    return torch.randn(3, 67 + 10 * thread, 19, generator=torch.Generator().manual_seed(thread)).to(device)
 
 
-def step(loss: Loss, thread: int) -> list[Tensor]:
+def step(loss: Loss, thread: int, device: str) -> list[Tensor]:
     """Value and gradient."""
-    z = inputs(thread).requires_grad_()
+    z = inputs(thread, device).requires_grad_()
     value = loss(z)
     return [value.detach(), *torch.autograd.grad(value, z)]
 
 
-def check(loss: Loss) -> None:
-    alone = [step(loss, thread) for thread in range(THREADS)]
+def check(loss: Loss, device: str = "cpu") -> None:
+    alone = [step(loss, thread, device) for thread in range(THREADS)]
     start = threading.Barrier(THREADS)
 
     def work(thread: int) -> list[list[Tensor]]:
         torch.set_num_threads(1)
         start.wait(60)
-        return [step(loss, thread) for _ in range(CALLS)]
+        return [step(loss, thread, device) for _ in range(CALLS)]
 
     with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(work, range(THREADS)))
@@ -88,7 +89,7 @@ def check(loss: Loss) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_functions(name: str, backend: str) -> None:
-    check(lambda z: LOSSES[name](z, backend))
+    check(lambda z: LOSSES[name](z, backend), device_of(backend))
 
 
 @pytest.mark.parametrize("name", SHARED_MODULES)

@@ -54,7 +54,7 @@ def run_losses(batch: int, dim: int, dtype: torch.dtype) -> None:
     cacr(z, None, 1.0, 1.0, 1.0, 1.0, 2, False, 1.0, True, False)
     detached_keys(z, queue, None, None, numbers[:1], [0], [0, 1], [0, 0], False, False, False, True, True)
     for k in (None, z):
-        arguments = z[:1], k, ids, ids, numbers[:2], [3, 2], [0], [0], False, False
+        arguments = z[:1], k, ids, ids, numbers[:2], [3, 2], [0], [0], False, False, None
         value, _, row_state = contrast(*arguments)
         contrast_backward(*arguments, value, row_state, value, value, True, True, True)
 

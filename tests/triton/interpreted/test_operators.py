@@ -104,7 +104,7 @@ def test_near_positives_are_differences() -> None:
     q = k[:, :33] + 1e-3 * randn(1, 33, 24, seed=1, dtype=torch.float32)
     ids = torch.arange(45, dtype=torch.int32)
     arguments = (q, k, ids[:33], ids, torch.ones(1, dtype=torch.float64), [test_ops.SAME], [0], [0], False, False)
-    value, _, _ = FORWARD(*arguments)
+    value, _, _ = FORWARD(*arguments, None)
     true = (q.double() - k[:, :33].double()).square().sum(-1)
     assert ((value[0] - true).abs() <= 1e-6 * true).all()
 
