@@ -60,7 +60,7 @@ FAULTS = (
     Fault(
         "modules-traced-queue-is-the-buffer",
         FILE,
-        text="rows = self.queue.clone() if torch.is_grad_enabled() else self.queue",
+        text="rows = self.queue.clone() if torch.is_grad_enabled() or tracing() else self.queue",
         replacement="rows = self.queue",
         why="a step of two calls raises when compiled, and on a device",
         tests=STATE,
