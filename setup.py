@@ -9,8 +9,8 @@ The CUDA library is built where there is nvcc (``NVCC``, ``CUDA_HOME`` or ``PATH
 in an isolated build, whose torch is not the user's.
 
 Environment: ``CACR_BUILD_CPU=0`` leaves out the CPU library, ``CACR_BUILD_CUDA=0`` that for CUDA; with 1 nvcc alone is
-enough. ``CACR_CUDA_ARCHS="80 90"`` compiles for these compute capabilities, and PTX of the newest, instead of for all.
-``CXX``, ``CXXFLAGS``, ``LDFLAGS``, ``MAX_JOBS`` as usual.
+enough. ``CACR_CUDA_ARCHS="80 90"`` compiles for these compute capabilities, and PTX of the newest, instead of for all;
+without it ``TORCH_CUDA_ARCH_LIST`` counts. ``CXX``, ``CXXFLAGS``, ``LDFLAGS``, ``MAX_JOBS`` as usual.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # older ones do not know the
     sys.exit(f"setuptools >= 77 is needed, found {setuptools.__version__}: pip install 'setuptools>=77'")
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import ExecError
 
@@ -50,7 +51,8 @@ IEEE = [
     *("-fno-fast-math", "-fno-finite-math-only", "-fno-associative-math", "-fno-reciprocal-math", "-fsigned-zeros"),
     *("-fno-trapping-math", "-fno-math-errno", "-ffp-contract=fast"),
 ]
-FLAGS = [*GENERAL, *IEEE]
+OLD_LINUX = ["-include", "csrc/common/glibc_2_28.h"]
+FLAGS = [*GENERAL, *OLD_LINUX, *IEEE]
 # At the link they would set flush-to-zero in every process that loads the library; -Ofast there gives way to -O only.
 IEEE_LINK = ["-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations"]
 INEXACT_NVCC = r"use_fast_math|ftz.?t|prec-(div|sqrt).?f|fast-math|unsafe-math|finite-math-only|Ofast(?!-compile)"
@@ -65,6 +67,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = ["-DCACR_VECTOR_BYTES=32", *avx2]
     ISAS["avx512"] = ["-DCACR_VECTOR_BYTES=64", *avx2, *avx512]
 
+
+# The newest symbols of system libraries that the tag manylinux_2_28 of a wheel allows (PEP 600).
+MANYLINUX = "manylinux_2_28"
+NEWEST_SYMBOLS = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
 
 # Compute capabilities of the CUDA library; what an nvcc does not know is left out.
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
@@ -133,9 +139,24 @@ def arch_number(arch: str) -> int:
     return int(re.sub(r"\D", "", arch) or 0)
 
 
+def torch_cuda_arch_list() -> list[str]:
+    """Compute capabilities from TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"); those below 8.0 are left out."""
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    found = [entry.removesuffix("+PTX") for entry in given.replace(";", " ").replace(",", " ").split()]
+    if not all(re.fullmatch(r"\d+\.\d[af]?", entry) for entry in found):
+        raise ExecError(
+            f'TORCH_CUDA_ARCH_LIST must be numbers like "8.0;9.0+PTX", got {given!r}; or set CACR_CUDA_ARCHS'
+        )
+    found = [entry.replace(".", "") for entry in found]
+    usable = [arch for arch in found if arch_number(arch) >= 80]
+    if found and not usable:
+        raise ExecError(f"the CUDA kernels need compute capability 8.0, TORCH_CUDA_ARCH_LIST={given!r}; {WITHOUT_CUDA}")
+    return usable
+
+
 def cuda_targets(nvcc: Path) -> list[str]:
     """The flags that name what to compile for."""
-    asked = os.environ.get("CACR_CUDA_ARCHS", "").replace(";", " ").split()
+    asked = os.environ.get("CACR_CUDA_ARCHS", "").replace(";", " ").split() or torch_cuda_arch_list()
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     archs = sorted(asked or [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known], key=arch_number)
     if not archs or not all(re.fullmatch(r"\d+[af]?", arch) for arch in archs):
@@ -255,7 +276,7 @@ class NativeBuild(build_ext):
         compiler = find_compiler()
         assert compiler is not None
         torch = torch_root()  # loaded before the library is: no rpath
-        common = [*GENERAL, *shlex.split(os.environ.get("CXXFLAGS", "")), *IEEE]
+        common = [*GENERAL, *OLD_LINUX, *shlex.split(os.environ.get("CXXFLAGS", "")), *IEEE]
         link = [f"-L{torch / 'lib'}", *ext.link_flags, *shlex.split(os.environ.get("LDFLAGS", "")), *IEEE_LINK]
         shared = ["-dynamiclib"] if sys.platform == "darwin" else ["-shared", "-pthread", "-Wl,--no-undefined"]
         lines = [
@@ -281,6 +302,33 @@ class NativeBuild(build_ext):
         return "\n".join([*lines, f"build {ninja_path(library)}: link {inputs}", ""])
 
 
+def newest_symbols(library: Path) -> dict[str, tuple[int, ...]]:
+    """The newest version of each set of symbols that ``library`` asks of the system; ``OSError`` without readelf."""
+    command = ["readelf", "--wide", "--version-info", str(library)]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    newest: dict[str, tuple[int, ...]] = {}
+    for name, numbers in re.findall(r"Name: ([A-Z]+)_([0-9.]+)", said):
+        newest[name] = max(newest.get(name, ()), tuple(map(int, numbers.split("."))))
+    return newest
+
+
+class Wheel(bdist_wheel):
+    """Tags a wheel of Linux ``manylinux_2_28`` where its libraries load there, else for the system that made it."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Python, ABI and platform."""
+        python, abi, system = super().get_tag()
+        built = list((BUILD).glob("*/library.so"))
+        if not system.startswith("linux_") or not built:
+            return python, abi, system
+        try:
+            asked = [versions for path in built for versions in newest_symbols(path).items()]
+        except OSError:
+            return python, abi, system
+        old = bool(asked) and all(version <= NEWEST_SYMBOLS.get(name, ()) for name, version in asked)
+        return python, abi, system.replace("linux", MANYLINUX, 1) if old else system
+
+
 # Free-threaded builds of Python have no stable ABI of their own; the wheel is then tagged for that Python alone.
 abi3 = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"bdist_wheel": {"py_limited_api": "cp310"}}
-setup(ext_modules=libraries(), cmdclass={"build_ext": NativeBuild}, options=abi3)
+setup(ext_modules=libraries(), cmdclass={"build_ext": NativeBuild, "bdist_wheel": Wheel}, options=abi3)

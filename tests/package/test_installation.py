@@ -153,7 +153,8 @@ esac"""
 @pytest.fixture
 def setup_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     monkeypatch.setenv("CACR_BUILD_CPU", "0")
-    monkeypatch.delenv("CACR_CUDA_ARCHS", raising=False)
+    for name in ("CACR_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
     with mock.patch("setuptools.setup"), mock.patch.dict(os.environ, CACR_BUILD_CUDA="0"):
         return runpy.run_path(str(ROOT / "setup.py"))
 
@@ -171,11 +172,82 @@ def test_architectures(setup_py, tmp_path, monkeypatch, asked, archs, ptx):
     assert flags == [*machine_code, f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "archs", "ptx"),
+    [
+        ("7.5;9.0a+PTX;8.0", "80 90a", "90a"),
+        ("8.6 8.9", "86 89", "89"),
+        ("8.0,9.0", "80 90", "90"),
+        ("", "80 90", "90"),
+    ],
+)
+def test_architectures_of_torch(setup_py, tmp_path, monkeypatch, asked, archs, ptx):
+    """What users of PyTorch's own extensions set; our variable comes first."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    flags = setup_py["cuda_targets"](script(tmp_path / "nvcc", NVCC))
+    machine_code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs.split()]
+    assert flags == [*machine_code, f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
+    monkeypatch.setenv("CACR_CUDA_ARCHS", "100")
+    assert "-gencode=arch=compute_100,code=sm_100" in setup_py["cuda_targets"](script(tmp_path / "nvcc", NVCC))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"), [("Hopper", "numbers like"), ("7.0;7.5+PTX", "need compute capability 8.0")]
+)
+def test_architectures_of_torch_that_are_none(setup_py, tmp_path, monkeypatch, asked, said):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    with pytest.raises(Exception, match=rf"{said}.*{re.escape(asked)}"):
+        setup_py["cuda_targets"](script(tmp_path / "nvcc", NVCC))
+
+
 @pytest.mark.parametrize("asked", ["8.0", "sm_80", "native"])
 def test_architectures_that_are_none(setup_py, tmp_path, monkeypatch, asked):
     monkeypatch.setenv("CACR_CUDA_ARCHS", asked)
     with pytest.raises(Exception, match=f"CACR_CUDA_ARCHS must name .*{asked}"):
         setup_py["cuda_targets"](script(tmp_path / "nvcc", NVCC))
+
+
+def tag(setup_py, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Path | str | None) -> str:
+    """The platform of a wheel that holds ``library``: a file, or what readelf says of it."""
+    monkeypatch.chdir(tmp_path)
+    wheel = setup_py["Wheel"]
+    if library is not None:
+        folder = tmp_path / setup_py["BUILD"] / "cacr_kernels._C_cpu"
+        folder.mkdir(parents=True)
+        (folder / "library.so").write_bytes(library.read_bytes() if isinstance(library, Path) else b"")
+    if isinstance(library, str):
+        script(tmp_path / "readelf", f"echo '{library}'")
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with mock.patch.object(wheel.__base__, "get_tag", lambda self: ("cp310", "abi3", "linux_x86_64")):
+        return wheel.get_tag(object.__new__(wheel))[2]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("Name: GLIBC_2.28  Name: GLIBC_2.2.5  Name: GLIBCXX_3.4.24  Name: CXXABI_1.3", "manylinux_2_28_x86_64"),
+        ("Name: GLIBC_2.29  Name: GLIBCXX_3.4.24", "linux_x86_64"),
+        ("Name: GLIBC_2.28  Name: GLIBCXX_3.4.26", "linux_x86_64"),
+        ("Name: GLIBC_2.28  Name: UNKNOWN_1.0", "linux_x86_64"),
+        ("", "linux_x86_64"),
+        (None, "linux_x86_64"),
+    ],
+)
+def test_tag_of_a_wheel(setup_py, tmp_path, monkeypatch, said, expected):
+    """By the newest symbol that a library asks for; no library, no claim."""
+    assert tag(setup_py, tmp_path, monkeypatch, said) == expected
+
+
+COMPILED = Path(cacr_kernels.__file__).parent / "_C_cpu.abi3.so"
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not COMPILED.exists() or "clang" in os.environ.get("CXX", ""),
+    reason="no library that GCC compiled for Linux",
+)
+def test_tag_of_this_library(setup_py, tmp_path, monkeypatch):
+    """It loads on systems of 2018."""
+    assert tag(setup_py, tmp_path, monkeypatch, COMPILED) == "manylinux_2_28_x86_64"
 
 
 def build(tmp_path: Path, nvcc: str, **environment: str) -> tuple[str, str]:
