@@ -318,7 +318,7 @@ class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         """Python, ABI and platform."""
         python, abi, system = super().get_tag()
-        built = list((BUILD).glob("*/library.so"))
+        built = list(BUILD.glob("*/library.so"))
         if not system.startswith("linux_") or not built:
             return python, abi, system
         try:

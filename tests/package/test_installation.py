@@ -218,7 +218,7 @@ def tag(setup_py, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Path
     if isinstance(library, str):
         script(tmp_path / "readelf", f"echo '{library}'")
         monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    with mock.patch.object(wheel.__base__, "get_tag", lambda self: ("cp310", "abi3", "linux_x86_64")):
+    with mock.patch.object(wheel.__base__, "get_tag", return_value=("cp310", "abi3", "linux_x86_64")):
         return wheel.get_tag(object.__new__(wheel))[2]
 
 
