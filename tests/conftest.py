@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 # Kernels run in Triton's interpreter or are compiled, by an environment variable that is read when Triton is imported:
 # the tests in there are for processes of their own (tests/triton/test_interpreter.py).
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["triton/interpreted"]
+# Tests with the libraries of the extra "integrations": .ci/run names them, in an environment that has these.
+if not all(map(importlib.util.find_spec, ("pytorch_metric_learning", "sentence_transformers", "datasets"))):
+    collect_ignore.append("integrations")
 
 # What a test machine may lack. Any other skip is a failure under CI=true: what can run there has to.
 ALLOWED_SKIPS = ("needs a CUDA device", "needs a CUDA build of torch", "needs an AVX-512 processor")

@@ -1,0 +1,5 @@
+"""The losses in the form that other libraries want; each module needs its library and nothing here imports it.
+
+- :mod:`cacr_kernels.integrations.pytorch_metric_learning`
+- :mod:`cacr_kernels.integrations.sentence_transformers`
+"""
