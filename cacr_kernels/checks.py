@@ -320,6 +320,23 @@ def non_negative(name: str, value: Any) -> float:
     return number
 
 
+def share(name: str, value: Any) -> float:
+    """A Python number in [0, 1)."""
+    number = real(name, value)
+    if not 0 <= number < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+    return number
+
+
+def tau_plus(name: str, value: Any, pairing: str, cost: str) -> float:
+    """The share of false negatives, which is defined for pairs of views and squared distances."""
+    number = share(name, value)
+    if number and (pairing == "pooled" or cost == "rbf"):
+        other = f"pairing={pairing!r}" if pairing == "pooled" else f"cost={cost!r}"
+        raise ValueError(f"{name} must be 0 with {other}, got {value!r}")
+    return number
+
+
 def reduction_of_rbf(cost: str, reduction: str) -> None:
     """Refuses a reduction that ``cacr_loss(cost="rbf")`` is not defined for."""
     if cost == "rbf" and reduction != "mean":
@@ -344,6 +361,7 @@ _OPTIONS: dict[str, Callable[[str, Any], Any]] = {
     "alpha": real,
     "beta": real,
     "rbf_scale": non_negative,
+    "tau_plus": share,
     "ignore_index": label,
     "pairing": _one_of(Pairing),
     "cost": _one_of(Cost),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import checks, losses, reference
 from .distributed import averaged, group_of, ranks_of, rows_of_all
+from .operators.aligned import aligned_cost
 from .operators.cacr import cacr
 from .operators.registry import Target
 from .operators.second_derivative import refuse_second_derivative_of_compiled
@@ -72,6 +73,7 @@ def cacr_loss(
     pairing: Pairing = "unordered",
     cost: Cost = "sqeuclidean",
     rbf_scale: float = 2.0,
+    tau_plus: float = 0.0,
     normalize: bool = False,
     reduction: Reduction = "mean",
     return_parts: bool = False,
@@ -87,7 +89,9 @@ def cacr_loss(
         repulsion  = -beta mean_pairs mean_b sum_j w c,            j != b,    w = softmax_j(-tau_neg c)
         loss       = attraction + repulsion
 
-    and for ``cost="rbf"``: repulsion = +beta mean_pairs log(mean_b sum_j w exp(-rbf_scale c)).
+    and for ``cost="rbf"``: repulsion = +beta mean_pairs log(mean_b sum_j w exp(-rbf_scale c)). With ``tau_plus`` > 0::
+
+        repulsion  = mean_pairs mean_b (-beta sum_j w c - tau_plus c(z[x,b], z[y,b])) / (1 - tau_plus)
 
     Args:
         views: tensor [V, B, D], or a sequence of V >= 2 tensors [B, D], on one device; float16, bfloat16, float32 or
@@ -100,6 +104,8 @@ def cacr_loss(
             ``"pooled"``: one softmax per query over the other instances of all views, its own included.
         cost: of the repulsion, ``"sqeuclidean"`` or ``"rbf"``.
         rbf_scale: s in exp(-s c), >= 0.
+        tau_plus: in [0, 1), the share of negatives taken to be of the query's own class (published: ``with_debiased``);
+            for ``cost="sqeuclidean"`` with ``"unordered"`` or ``"ordered"``.
         normalize: L2-normalise the features first.
         reduction: ``"mean"``, ``"sum"``, or ``"none"``: values [V, B] whose mean is the loss. rbf is mean only.
         return_parts: return :class:`CACRParts` instead of the loss alone.
@@ -142,6 +148,7 @@ def cacr_loss(
     checks.option("pairing", pairing, PAIRINGS)
     checks.option("cost", cost, COSTS)
     rbf_scale = checks.non_negative("rbf_scale", rbf_scale)
+    tau_plus = checks.tau_plus("tau_plus", tau_plus, pairing, cost)
     check_shared(normalize, reduction, return_parts)
     checks.reduction_of_rbf(cost, reduction)
     group = group_of(gather_distributed, process_group, {"views": z})
@@ -151,14 +158,18 @@ def cacr_loss(
         tau_pos, tau_neg = averaged(group, z.device, tau_pos, tau_neg)
         tau_pos, tau_neg, alpha, beta, rbf_scale = as_variables(z.device, tau_pos, tau_neg, alpha, beta, rbf_scale)
         if keys is None and reduction == "mean" and "cacr" in on.operators and chosen.fuses(z.shape, pairing):
-            return _fused(on, z, (tau_pos, tau_neg, alpha, beta, rbf_scale), (pairing, cost), return_parts)
-        numbers = Numbers(tau_pos, tau_neg, alpha, beta)
+            found = _fused(on, z, (tau_pos, tau_neg, alpha, beta / (1 - tau_plus), rbf_scale), (pairing, cost))
+            extra = _debiasing(z, pairing, tau_plus).mean() if tau_plus else None
+            return _result(*found, extra, return_parts)
         options: Any = {"pairing": pairing, "cost": cost, "rbf_scale": rbf_scale}
         options |= {"keys": keys, "ranks": ranks_of(group)}
+        numbers = Numbers(tau_pos, tau_neg, alpha, beta / (1 - tau_plus) if on.operators else beta)
         if on.operators:
             terms = losses.cacr(on, z.contiguous(), numbers, **options)
+            if tau_plus:
+                terms = terms._replace(repulsion=terms.repulsion + _debiasing(z, pairing, tau_plus))
         else:
-            terms = reference.cacr(z, numbers, **options)
+            terms = reference.cacr(z, numbers, tau_plus=tau_plus, **options)
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype)
 
 
@@ -511,8 +522,8 @@ def supervised_cacr_loss(
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype, counted)
 
 
-def _fused(on: Target, views: Tensor, given: Sequence[Any], kind: tuple[Pairing, Cost], return_parts: bool) -> Any:
-    """The loss by the operator ``cacr``; ``given``: tau_pos, tau_neg, alpha, beta and rbf_scale."""
+def _fused(on: Target, views: Tensor, given: Sequence[Any], kind: tuple[Pairing, Cost]) -> tuple[Tensor, Tensor]:
+    """Loss and parts by the operator ``cacr``; ``given``: tau_pos, tau_neg, alpha, beta and rbf_scale."""
     numbers = None
     if any(isinstance(x, Tensor) for x in given):
         numbers, given = losses.vector(given, views.device), [0.0] * len(given)
@@ -520,11 +531,26 @@ def _fused(on: Target, views: Tensor, given: Sequence[Any], kind: tuple[Pairing,
     options = CACROptions(tau_pos, tau_neg, alpha, beta, PAIRINGS.index(pairing), cost == "rbf", rbf_scale)
     grad = torch.is_grad_enabled()
     wanted = grad and views.requires_grad, grad and numbers is not None and numbers.requires_grad
-    loss, parts = cacr(on, views, numbers, options, wanted)
+    return cacr(on, views, numbers, options, wanted)
+
+
+def _result(loss: Tensor, parts: Tensor, extra: Tensor | None, return_parts: bool) -> Any:
+    """The loss or its parts, with the mean ``extra`` of the repulsion added to both."""
+    if extra is not None:
+        loss = loss + extra.to(loss.dtype)
     if not return_parts:
         return loss
     attraction, repulsion, *entropies = parts.detach().unbind()
+    if extra is not None:
+        repulsion = repulsion + extra.detach().to(repulsion.dtype)
     return CACRParts(loss, attraction, repulsion, *(h.clamp(min=0.0) for h in entropies))
+
+
+def _debiasing(views: Tensor, pairing: Pairing, tau_plus: float) -> Tensor:
+    """What ``tau_plus`` adds to the rows [V, B] of a repulsion whose beta has been divided by 1 - tau_plus."""
+    cost = aligned_cost(views, views)
+    own = torch.stack([cost[x, y] for x, y in reference.view_pairs(views.shape[0], pairing)])
+    return reference.rows_of_pairs(own, views.shape[0], pairing) * (-tau_plus / (1 - tau_plus))
 
 
 def backend_for(

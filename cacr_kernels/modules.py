@@ -99,6 +99,7 @@ class CACRLoss(_Loss[Result]):
         pairing: Pairing = "unordered",
         cost: Cost = "sqeuclidean",
         rbf_scale: float = 2.0,
+        tau_plus: float = 0.0,
         normalize: bool = True,
         reduction: Reduction = "mean",
         return_parts: bool = False,
@@ -114,6 +115,7 @@ class CACRLoss(_Loss[Result]):
             pairing=pairing,
             cost=cost,
             rbf_scale=rbf_scale,
+            tau_plus=tau_plus,
             normalize=normalize,
             reduction=reduction,
             return_parts=return_parts,
@@ -122,6 +124,7 @@ class CACRLoss(_Loss[Result]):
             backend=backend,
         )
         checks.reduction_of_rbf(cost, reduction)
+        checks.tau_plus("tau_plus", tau_plus, pairing, cost)
 
     def forward(self, *views: Tensor | Sequence[Tensor]) -> Result:
         """The loss of the views."""

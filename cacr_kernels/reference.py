@@ -131,6 +131,7 @@ def cacr(
     pairing: Pairing,
     cost: Cost,
     rbf_scale: float,
+    tau_plus: float = 0.0,
     keys: Tensor | None = None,
     ranks: Ranks = ALONE,
 ) -> Terms:
@@ -141,6 +142,8 @@ def cacr(
 
     ``"unordered"`` (x < y) and ``"ordered"`` (x != y) have P pairs of views and one softmax per pair and instance; the
     value of a pair stands on row x with the factor V / P, so that the mean of the rows is the mean of the pairs.
+    ``tau_plus`` > 0 (published: ``with_debiased``) makes the repulsion of a query z[x, b] with the keys of view y
+    (-beta F- - tau_plus c(z[x, b], z[y, b])) / (1 - tau_plus).
     ``"pooled"`` has one softmax per query over all views. Rows [V, B]; under rbf ``repulsion`` is 0-dimensional.
     ``keys`` [V, M, D]: the views of more instances, of which those of ``views`` come first; by default ``views``.
     """
@@ -154,6 +157,9 @@ def cacr(
         repulsion = beta * log_mean.mean()
     else:
         repulsion = -beta * rows_of_pairs(repelled.value, views.shape[0], pairing)
+    if tau_plus:
+        own = torch.stack([difference_cost(views[x], views[y]) for x, y in view_pairs(views.shape[0], pairing)])
+        repulsion = (repulsion - tau_plus * rows_of_pairs(own, views.shape[0], pairing)) / (1 - tau_plus)
     return Terms(attraction, repulsion, mean_entropy(attracted), mean_entropy(repelled))
 
 

@@ -93,6 +93,7 @@ class ViewsKeywords(NumbersKeywords, total=False):
     pairing: Pairing
     cost: Cost
     rbf_scale: float
+    tau_plus: float
 
 
 class QueueKeywords(NumbersKeywords, total=False):

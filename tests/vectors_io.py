@@ -22,7 +22,7 @@ class Vector(NamedTuple):
 
 
 def load_vectors(case: str) -> list[Vector]:
-    """All vectors of ``case`` ("views", "rbf", "queue" or "momentum"), in the order of their names."""
+    """All vectors of ``case`` ("views", "rbf", "queue", "momentum" or "options"), in the order of their names."""
     paths = sorted(VECTORS.glob(f"{case}_*.npz"))
     if not paths:
         raise FileNotFoundError(f"no vectors of case {case!r} in {VECTORS}")

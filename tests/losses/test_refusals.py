@@ -117,13 +117,18 @@ def test_temperatures(refusal: Refusal, loss: str, call: Callable[..., Any]) -> 
 
 def of_numbers() -> list[Refusal]:
     found = []
-    for losses, name in ((TAUS, "alpha"), (TAUS, "beta"), (("cacr",), "rbf_scale")):
+    for losses, name in ((TAUS, "alpha"), (TAUS, "beta"), (("cacr",), "rbf_scale"), (("cacr",), "tau_plus")):
         for value in ("1", None, True, 1j, [1.0], torch.tensor(1.0)):
             words = (name, "number", "float32 tensor" if isinstance(value, torch.Tensor) else repr(value))
             found.append(Refusal(losses, {name: value}, TypeError, words))
         for value in (math.nan, math.inf, -math.inf):
             found.append(Refusal(losses, {name: value}, ValueError, (name, "finite", repr(value))))
         found.append(Refusal(losses, {name: -(10**400)}, ValueError, (name, "finite")))
+    for share in (-0.1, 1.0, 1.5):
+        found.append(Refusal(("cacr",), {"tau_plus": share}, ValueError, ("tau_plus", "[0, 1)", repr(share))))
+    for other in ({"pairing": "pooled"}, {"cost": "rbf"}):
+        words = ("tau_plus", "must be 0", *other.values(), "0.1")
+        found.append(Refusal(("cacr",), {"tau_plus": 0.1, **other}, ValueError, words))
     for cost in ("rbf", "sqeuclidean"):
         found.append(Refusal(("cacr",), {"rbf_scale": 1e39, "cost": cost}, ValueError, ("rbf_scale", "1e+30", "1e+39")))
         found.append(Refusal(("cacr",), {"rbf_scale": -0.5, "cost": cost}, ValueError, ("rbf_scale", ">= 0", "-0.5")))

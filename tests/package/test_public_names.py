@@ -19,9 +19,10 @@ SHARED = (
 )
 NUMBERS = "tau_pos=1.0, tau_neg=1.0, alpha=1.0, beta=1.0"
 REFERENCES = "ref_embeddings=None, ref_labels=None, ref_index=None, ignore_index=None"
+VIEWS = "pairing='unordered', cost='sqeuclidean', rbf_scale=2.0, tau_plus=0.0"
 QUEUE = "in_batch=True, weight_grad='in_batch'"
 SIGNATURES = {
-    "CACRLoss": f"*, {NUMBERS}, pairing='unordered', cost='sqeuclidean', rbf_scale=2.0, {SHARED}",
+    "CACRLoss": f"*, {NUMBERS}, {VIEWS}, {SHARED}",
     "CACRLoss.forward": "self, *views",
     "CACRMomentumLoss": f"*, temperature=1.0, cost='rbf', {SHARED}",
     "CACRMomentumLoss.forward": "self, queries, keys, *, key_offset=0",
@@ -33,7 +34,7 @@ SIGNATURES = {
     "SupervisedCACRLoss": f"*, {NUMBERS}, ignore_index=None, {SHARED}",
     "SupervisedCACRLoss.forward": "self, embeddings, labels, ref_embeddings=None, ref_labels=None, ref_index=None",
     "available_backends": "",
-    "cacr_loss": f"views, *more, {NUMBERS}, pairing='unordered', cost='sqeuclidean', rbf_scale=2.0, {SHARED}",
+    "cacr_loss": f"views, *more, {NUMBERS}, {VIEWS}, {SHARED}",
     "cacr_momentum_loss": f"queries, keys, *, temperature=1.0, cost='rbf', key_offset=0, {SHARED}",
     "cacr_queue_loss": f"queries, keys, queue, *, {NUMBERS}, {QUEUE}, {SHARED}",
     "cacr_weights": "views, *, queries=None, top_k=10, tau_pos=1.0, tau_neg=1.0, pairing='unordered', normalize=False",

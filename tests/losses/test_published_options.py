@@ -1,0 +1,130 @@
+"""``tau_plus``, and the functions of the published scripts with all their options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import cacr_kernels
+from cacr_kernels import CACRLoss, cacr_loss
+from cacr_kernels.integrations.cacr_ssl import (
+    CHOICES,
+    LazyWeights,
+    cacr_euclideanloss,
+    cacr_rbfloss,
+    our_loss1,
+    our_loss2,
+)
+from tests.agreement import randn, there
+from tests.vectors_io import load_vectors, vector_id
+
+BACKENDS = [name for name, reason in cacr_kernels.available_backends().items() if reason is None]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_vector = pytest.mark.parametrize("vector", load_vectors("options"), ids=vector_id)
+
+
+def close(found: Tensor, expected: Any) -> None:
+    torch.testing.assert_close(found.detach().cpu(), torch.as_tensor(expected).cpu(), rtol=0, atol=1e-10)
+
+
+@every_backend
+@every_vector
+def test_published_numbers(backend: str, vector: Any) -> None:
+    m, a = vector.meta, there(vector.arrays, backend)
+    options = {name: m[name] for name in ("tau_pos", "tau_neg", "alpha", "beta", "tau_plus")}
+    for reduction in ("mean", "sum", "none"):
+        z = torch.as_tensor(a["views"]).clone().requires_grad_()
+        parts = cacr_loss(z, **options, backend=backend, reduction=reduction, return_parts=True)
+        loss = parts.loss / z[..., 0].numel() if reduction == "sum" else parts.loss.mean()
+        close(loss, a["loss1_full_debiased"] + a["loss2_full_debiased"])
+        close(parts.repulsion, a["loss2_full_debiased"])
+        close(torch.autograd.grad(loss, z)[0], a["grad_full_debiased"])
+
+
+@every_backend
+@pytest.mark.parametrize("pairing", ["unordered", "ordered"])
+@pytest.mark.parametrize(("batch", "beta"), [(7, 0.8), (7, 0.0), (1, 0.8)])
+def test_as_the_reference(backend: str, pairing: Any, batch: int, beta: float) -> None:
+    """Also where there is no negative or no weight; a learned temperature gets its gradient."""
+    found = []
+    for name in (backend, "reference"):
+        tensors = there({"z": randn(3, batch, 5), "tau": torch.tensor(1.3, dtype=torch.float64)}, name)
+        z, tau = (x.requires_grad_() for x in tensors.values())
+        options: Any = {"tau_plus": 0.3, "tau_neg": tau, "beta": beta, "pairing": pairing, "backend": name}
+        loss = cacr_loss(z, **options)
+        found.append([x.cpu() for x in (loss.detach(), *torch.autograd.grad(loss, (z, tau)))])
+    torch.testing.assert_close(*found)
+
+
+def test_module() -> None:
+    z = randn(2, 6, 4)
+    torch.testing.assert_close(CACRLoss(tau_plus=0.2)(z), cacr_loss(z, tau_plus=0.2, normalize=True))
+    with pytest.raises(ValueError, match=r"tau_plus must be 0 with pairing='pooled', got 0\.2"):
+        CACRLoss(tau_plus=0.2, pairing="pooled")
+
+
+# ---- the functions ---------------------------------------------------------------------------------------------------
+@every_vector
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("debiased", [False, True])
+def test_functions(vector: Any, choice: str, debiased: bool) -> None:
+    """Loss, gradient and both weights."""
+    m, a, name = vector.meta, vector.arrays, f"{choice}_{'debiased' if debiased else 'plain'}"
+    views = [torch.as_tensor(z).clone().requires_grad_() for z in a["views"]]
+    first, weights1 = our_loss1(views, m["alpha"], m["tau_pos"], choice)
+    second, weights2 = our_loss2(views, m["beta"], m["tau_neg"], m["tau_plus"], choice, debiased)
+    close(first, a[f"loss1_{name}"])
+    close(second, a[f"loss2_{name}"])
+    close(torch.stack(torch.autograd.grad(first + second, views)), a[f"grad_{name}"])
+    close(weights1.tensor(), a[f"weights1_{name}"])
+    close(weights2.tensor(), a[f"weights2_{name}"])
+
+
+def test_weights_are_formed_when_they_are_used() -> None:
+    made = []
+
+    def compute() -> Tensor:
+        made.append(1)
+        return torch.arange(6.0).view(2, 3)
+
+    loss, weights = torch.ones(()), LazyWeights(compute)
+    assert loss.item() == 1
+    assert made == []
+    assert weights.shape == (2, 3)
+    assert made == [1]
+    assert weights.sum().item() == 15
+    assert torch.stack([weights, weights]).shape == (2, 2, 3)
+    assert (weights * 2)[1, 2].item() == (2 * weights)[1, 2].item() == 10
+    assert weights[1, 0].item() == 3
+    assert len(weights) == 2
+    assert torch.equal(weights.detach().argmax(dim=1), torch.tensor([2, 2]))
+    assert torch.equal(torch.softmax(weights, dim=1), weights.tensor().softmax(1))
+    assert made == [1]
+
+
+def test_weights_carry_the_published_gradient() -> None:
+    views = [x.requires_grad_() for x in randn(2, 5, 3)]
+    _, weights = our_loss2(views)
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(weights.square().sum(), views))
+
+
+def test_an_unknown_choice_is_refused() -> None:
+    for function in (our_loss1, our_loss2):
+        with pytest.raises(ValueError, match="choice must be one of 'full', 'none'"):
+            function([torch.eye(3)] * 2, choice="without")
+
+
+ON_ONE_PROCESS = [vector for vector in load_vectors("momentum") if vector.meta["world"] == 1]
+
+
+@pytest.mark.parametrize("vector", ON_ONE_PROCESS, ids=vector_id)
+def test_functions_of_moco_v3(vector: Any) -> None:
+    """On one process: the numbers of a mean, and of a sum."""
+    for function, name in ((cacr_rbfloss, "rbf"), (cacr_euclideanloss, "sqeuclidean")):
+        queries = [torch.as_tensor(q).clone().requires_grad_() for q in vector.arrays["queries"]]
+        loss = function(queries, torch.as_tensor(vector.arrays["keys"]), T=vector.meta["T"])
+        close(loss, vector.arrays[f"loss_{name}"])
+        close(torch.stack(torch.autograd.grad(loss, queries)), vector.arrays[f"grad_{name}"])
