@@ -138,8 +138,8 @@ FAULTS = (
     Fault(
         "operators-positives-rounded-before",
         OPERATORS + "aligned.py",
-        text="unit_rows(q.to(wide)), unit_rows(k.to(wide))",
-        replacement="unit_rows(q).to(wide), unit_rows(k).to(wide)",
+        text="wide = widest_dtype(q.device)",
+        replacement="wide = q.dtype",
         why="normalize=True: costs of nearly equal views lose what their unit vectors are rounded by",
         tests="tests/losses/test_normalize.py -k near",
     ),
