@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..operators.contrast import members, pack
 from ..operators.registry import implement
+from ..reference import of_raw_rows, unit_rows
 from ..types import POSITIVE_KINDS, ContrastSpec
 from .entry import Backend, any_device
 
@@ -117,6 +118,8 @@ def contrast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     The third output holds the maxima of the logits, the sums relative to them, and the values.
     """
     q, k, tau, spec = pack(*arguments)
+    if spec.normalize:
+        q, k = unit_rows(q), k if k is None else unit_rows(k)
     k, spec = (q, spec._replace(k_id=spec.q_id)) if k is None else (k, spec)
     q, k = q.contiguous(), k.contiguous()  # a BLAS rounds strided operands differently
     shape = (len(spec.kinds), len(spec.q_index), q.shape[1])
@@ -156,7 +159,20 @@ def contrast_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``contrast_backward`` where autocast is off."""
-    q, k, tau, spec, value, row_state, grad_value, grad_lse, want_q, want_k, want_tau = pack(*arguments)
+    q, k, tau, spec, *rest = pack(*arguments)
+    if not spec.normalize:
+        return gradients_of_rows(q, k, tau, spec, *rest)
+    rows = unit_rows(q), k if k is None else unit_rows(k)
+    *grads, grad_tau = gradients_of_rows(*rows, tau, spec, *rest)
+    grad_q, grad_k = (of_raw_rows(g, x) if g.numel() else g for g, x in zip(grads, (q, k), strict=True))
+    return grad_q, grad_k, grad_tau
+
+
+def gradients_of_rows(
+    q: Tensor, k: Tensor | None, tau: Tensor, spec: ContrastSpec, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of rows that are compared as they are."""
+    value, row_state, grad_value, grad_lse, want_q, want_k, want_tau = rest
     inner_product, detach_weights = spec.inner_product, spec.detach_weights
     q, k = q.contiguous(), k if k is None else k.contiguous()
     grad_q = torch.zeros_like(q) if want_q else q.new_empty(0)
@@ -219,6 +235,7 @@ BACKEND = Backend(
     "plain PyTorch in blocks; bounded memory, any device",
     any_device,
     operators=("contrast",),
-    implement=lambda name: implement(f"{name}_torch", _KERNELS[name]),
+    normalizes=frozenset(_KERNELS),
+    implement=lambda name, adapt: implement(f"{name}_torch", adapt(_KERNELS[name])),
     last_resort=True,
 )

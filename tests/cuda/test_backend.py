@@ -138,7 +138,7 @@ def test_work(monkeypatch):
     assert work_of(monkeypatch, *views, dtype=torch.float16) == unordered * (1 + 2 * (2 + 2))
     assert work_of(monkeypatch, *views, dtype=torch.float32) == unordered * 6 * (1 + 2 * (4 + 1))
     assert work_of(monkeypatch, *views, dtype=torch.float64) == math.inf
-    assert work_of(monkeypatch, *views, normalize=True) == unordered * 6 * (1 + 2 * (4 + 1))
+    assert work_of(monkeypatch, *views, normalize=True) == unordered * (1 + 2 * (2 + 3))
     assert work_of(monkeypatch, *views, pairing="ordered") == 2 * unordered * 11
     assert work_of(monkeypatch, *views, pairing="pooled") == 3 * unordered * 11
     assert work_of(monkeypatch, cacr_kernels.supervised_cacr_loss, (10, 65), (10,)) == 10 * 10 * 65 * 11
@@ -218,11 +218,11 @@ def test_fakes():
     with FakeTensorMode():
         views = torch.empty(3, 7, 5, dtype=torch.float16)
         loss, parts, grad, numbers = torch.ops.cacr_kernels.cacr_cuda(
-            views, None, *[1.0] * 4, 0, False, 2.0, True, False
+            views, None, *[1.0] * 4, 0, False, 2.0, False, True, False
         )
         assert (loss.shape, parts.shape, grad.shape, numbers.shape) == ((), (4,), views.shape, (0,))
         assert {loss.dtype, parts.dtype, grad.dtype} == {torch.float32}
         tau, ids = torch.ones(2, dtype=torch.float64), torch.zeros(7, dtype=torch.int32)
-        arguments = views, None, ids, None, tau, [1, 2], [0, 1], [1, 2], False, False, None
+        arguments = views, None, ids, None, tau, [1, 2], [0, 1], [1, 2], False, False, None, False
         value, lse, row_state = torch.ops.cacr_kernels.contrast_cuda(*arguments)
         assert (value.shape, lse.shape, row_state.shape) == ((2, 2, 7), (2, 2, 7), (3, 2, 2, 7))

@@ -59,6 +59,17 @@ def test_as_the_reference(backend: str, pairing: Any, batch: int, beta: float) -
     torch.testing.assert_close(*found)
 
 
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_raw_rows(backend: str, dtype: torch.dtype) -> None:
+    """Of unit vectors, whatever the rows are; half types too."""
+    z = there({"z": 3 * randn(3, 7, 5).to(dtype)}, backend)["z"]
+    unit = torch.nn.functional.normalize(z.to(torch.float32 if dtype == torch.bfloat16 else dtype), dim=-1)
+    for reduction in ("mean", "none"):
+        options: Any = {"tau_plus": 0.3, "backend": backend, "reduction": reduction}
+        torch.testing.assert_close(cacr_loss(z, normalize=True, **options), cacr_loss(unit, **options))
+
+
 def test_module() -> None:
     z = randn(2, 6, 4)
     torch.testing.assert_close(CACRLoss(tau_plus=0.2)(z), cacr_loss(z, tau_plus=0.2, normalize=True))

@@ -20,8 +20,8 @@ FAULTS = (
     Fault(
         "integrations-debiasing-scales-nothing",
         LOSSES,
-        text="alpha, beta / (1 - tau_plus), rbf_scale), (pairing, cost))",
-        replacement="alpha, beta, rbf_scale), (pairing, cost))",
+        text="given_numbers = tau_pos, tau_neg, alpha, beta / (1 - tau_plus), rbf_scale",
+        replacement="given_numbers = tau_pos, tau_neg, alpha, beta, rbf_scale",
         why="the fused loss with tau_plus is not divided by 1 - tau_plus",
         tests=TESTS,
     ),

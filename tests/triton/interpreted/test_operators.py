@@ -15,6 +15,7 @@ from torch.autograd import grad
 
 from cacr_kernels.operators import cacr, contrast, detached_keys
 from cacr_kernels.operators.registry import operator
+from cacr_kernels.reference import unit_rows
 from tests.covering import covering
 from tests.operators import test_detached_keys, test_ops
 from tests.operators.test_ops import PROBLEMS, Problem, assert_close, assert_like, cyclic, gradients, plain, randn
@@ -104,7 +105,7 @@ def test_near_positives_are_differences() -> None:
     q = k[:, :33] + 1e-3 * randn(1, 33, 24, seed=1, dtype=torch.float32)
     ids = torch.arange(45, dtype=torch.int32)
     arguments = (q, k, ids[:33], ids, torch.ones(1, dtype=torch.float64), [test_ops.SAME], [0], [0], False, False)
-    value, _, _ = FORWARD(*arguments, None)
+    value, _, _ = FORWARD(*arguments, None, False)
     true = (q.double() - k[:, :33].double()).square().sum(-1)
     assert ((value[0] - true).abs() <= 1e-6 * true).all()
 
@@ -173,7 +174,7 @@ def test_fakes(dtype: torch.dtype) -> None:
     assert_like(contrast.backward_fake(*test_ops.as_fake(full)), BACKWARD(*full))
     detached = (*test_detached_keys.PROBLEMS["views"].arguments(dtype), True, True)
     assert_like(detached_keys.fake(*test_ops.as_fake(detached)), DETACHED_KEYS(*detached))
-    views = (randn(3, 5, 4, dtype=dtype), None, 0.7, 1.3, 0.9, 1.1, 0, False, 2.0, True, False)
+    views = (randn(3, 5, 4, dtype=dtype), None, 0.7, 1.3, 0.9, 1.1, 0, False, 2.0, False, True, False)
     assert_like(cacr.fake(*test_ops.as_fake(views)), operator("cacr_triton")(*views))
 
 
@@ -198,6 +199,7 @@ def test_of_detached_keys(problem: test_detached_keys.Problem, dtype: torch.dtyp
 def expected_detached_keys(problem: test_detached_keys.Problem, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Value, lse, mean, spread and variance by the definition."""
     q, k, q_id, k_id, tau, _, q_index, k_index, inner, *_ = map(wide, problem.arguments(dtype))
+    q, k = (unit_rows(q), unit_rows(k)) if problem.normalize else (q, k)
     q, k = q[q_index], k[k_index]
     c = -2 * q @ k.mT if inner else torch.cdist(q, k, compute_mode="donot_use_mm_for_euclid_dist").square()
     inside = torch.ones_like(c, dtype=torch.bool) if q_id is None else (q_id[:, None] != k_id).expand_as(c)
