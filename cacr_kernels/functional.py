@@ -162,15 +162,15 @@ def cacr_loss(
         if fused:
             given_numbers = tau_pos, tau_neg, alpha, beta / (1 - tau_plus), rbf_scale
             found = _fused(on, z, given_numbers, (pairing, cost, normalize))
-            extra = _debiasing(z, pairing, tau_plus, normalize).mean() if tau_plus else None
+            extra = _debiasing(z, pairing, tau_plus, bool(normalize)).mean() if tau_plus else None
             return _result(*found, extra, return_parts)
         options: Any = {"pairing": pairing, "cost": cost, "rbf_scale": rbf_scale}
         options |= {"keys": keys, "ranks": ranks_of(group)}
         numbers = Numbers(tau_pos, tau_neg, alpha, beta / (1 - tau_plus) if on.operators else beta)
         if on.operators:
-            terms = losses.cacr(on, z.contiguous(), numbers, **options, normalize=normalize)
+            terms = losses.cacr(on, z.contiguous(), numbers, **options, normalize=bool(normalize))
             if tau_plus:
-                more_rows = _debiasing(z, pairing, tau_plus, normalize)
+                more_rows = _debiasing(z, pairing, tau_plus, bool(normalize))
                 terms = terms._replace(repulsion=terms.repulsion + more_rows)
         else:
             terms = reference.cacr(z, numbers, tau_plus=tau_plus, **options)
@@ -305,7 +305,7 @@ def queue_call(
     gather_distributed, process_group = ranks
     group = group_of(gather_distributed, process_group, {"queries": q})
     _, on = choose_backend(backend, [q, k, n], math.inf)
-    raw = normalize and bool(on.operators)
+    raw = bool(normalize and on.operators)
     with checks.without_autocast(q.device):
         tensors = [q, k.detach(), n.detach()]
         (q, k, n), (batch,) = prepare(tensors, normalize and not raw, group, gathered=[0] * in_batch)
@@ -409,7 +409,9 @@ def cacr_momentum_loss(
         (temperature,) = as_variables(q.device, temperature)
         options: Any = {"cost": cost, "key_offset": key_offset}
         if on.operators:
-            terms = losses.momentum(on, q.contiguous(), k.contiguous(), temperature, **options, normalize=normalize)
+            terms = losses.momentum(
+                on, q.contiguous(), k.contiguous(), temperature, **options, normalize=bool(normalize)
+            )
         else:
             terms = reference.momentum(q, k, temperature, **options)
         return reduce(connected(terms, temperature), reduction, return_parts, q.dtype)
@@ -526,7 +528,7 @@ def supervised_cacr_loss(
         arguments: Any = (z, y, ref[0] if ref else None, ref_labels, numbers)
         supervised: Callable[..., Terms] = reference.supervised
         if on.operators:
-            supervised = partial(losses.supervised, on, normalize=normalize)
+            supervised = partial(losses.supervised, on, normalize=bool(normalize))
         terms = supervised(*arguments, sets=sets, ranks=ranks)
         counted = None if ignored is None else ranks.total((y != ignored).sum()).to(z.dtype) / (len(y) * ranks.size)
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype, counted)
