@@ -113,6 +113,7 @@ def test_one_graph_for_all_values(name: str, backend: str) -> None:
     assert counters["aot_autograd"]["ok"] == counters["aot_autograd"]["total"] == 1
 
 
+@pytest.mark.exhaustive
 @each_module_and_backend
 def test_batch_size_marked_dynamic(name: str, backend: str) -> None:
     """``mark_dynamic`` refuses a size that the code makes a constant; one graph serves all sizes."""
@@ -128,6 +129,7 @@ def test_batch_size_marked_dynamic(name: str, backend: str) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.exhaustive
 @fastest
 @covering({"name": list(MODULES), "options": [{"reduction": "none"}, {"reduction": "sum"}, {"return_parts": True}]})
 def test_reductions_and_parts(name: str, options: dict[str, Any], backend: str) -> None:
@@ -142,6 +144,7 @@ def test_reductions_and_parts(name: str, options: dict[str, Any], backend: str) 
     assert_same(found, with_gradients(loss, module, learning(arguments(name, backend))))
 
 
+@pytest.mark.exhaustive
 @fastest
 @each_module
 def test_frozen_inputs(name: str, backend: str) -> None:
@@ -165,6 +168,7 @@ def test_frozen_inputs(name: str, backend: str) -> None:
     assert any(p.grad for p in module.parameters())
 
 
+@pytest.mark.exhaustive
 @fastest
 @each_module
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -189,6 +193,7 @@ def test_hooks(name: str, compiled: bool, backend: str) -> None:
         torch.testing.assert_close(seen["inner"][0], 2 * plain[1])
 
 
+@pytest.mark.exhaustive
 @fastest
 @each_module
 def test_autocast_inside(name: str, backend: str) -> None:
@@ -211,6 +216,7 @@ def test_autocast_inside(name: str, backend: str) -> None:
     assert gradients[0].abs().max() > 1e-2
 
 
+@pytest.mark.exhaustive
 @fastest
 @each_module
 def test_temperatures_of_one_element(name: str, backend: str) -> None:
@@ -269,6 +275,7 @@ def test_func_grad_of_a_module_that_stores() -> None:
         torch.testing.assert_close(module.state_dict()[name], value)
 
 
+@pytest.mark.exhaustive
 def test_checkpoint_around_a_compiled_module() -> None:
     """Compiled code asks at run time whether it is computed again in a backward."""
     module = CACRQueueLoss(queue_size=8, dim=D).double()
@@ -282,6 +289,7 @@ def test_checkpoint_around_a_compiled_module() -> None:
         torch.testing.assert_close(module.state_dict()[name], value)
 
 
+@pytest.mark.exhaustive
 def test_backwards_after_later_compiled_forwards() -> None:
     module = CACRQueueLoss(queue_size=8, dim=D).double()
     eager, compiled = copy.deepcopy(module), torch.compile(module, backend="aot_eager")
@@ -320,6 +328,7 @@ def sizes(name: str) -> tuple[Any, ...]:
     }[name]
 
 
+@pytest.mark.exhaustive
 @covering({"name": list(MODULES), "strict": {"strict": True, "not strict": False}, "backend": BACKENDS})
 def test_export(name: str, strict: bool, backend: str) -> None:
     """Any batch size; the program holds the operators of the backend."""

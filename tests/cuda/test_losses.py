@@ -19,6 +19,8 @@ from tests.cuda.emulated_cuda import Emulation
 from tests.losses.test_reference_set import with_index
 from tests.vectors_io import load_vectors, vector_id
 
+pytestmark = pytest.mark.exhaustive  # no machine of a user changes it
+
 TOLERANCE = 1e-10
 FLOATS = ("float", "tf32x3")  # products of float32 that keep its accuracy
 

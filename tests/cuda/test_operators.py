@@ -15,6 +15,8 @@ from cacr_kernels.types import ALL, OTHER, OTHER_NOT_SELF, SAME, SAME_NOT_SELF
 from tests.cuda.emulated_backend import emulated_cuda
 from tests.cuda.emulated_cuda import Call, Emulation
 
+pytestmark = pytest.mark.exhaustive  # no machine of a user changes it
+
 TOLERANCE = {"bf16": 2e-6, "f16": 2e-6, "tf32": 4e-3, "tf32x3": 2e-6, "float": 2e-6, "double": 1e-13}
 DTYPE = {"bf16": torch.bfloat16, "f16": torch.float16, "double": torch.float64}
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 CPU_TENSORS = """
 import pytest, torch
@@ -38,6 +40,7 @@ def with_absent_gpu(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
+@pytest.mark.exhaustive
 def test_every_test_chooses_tensors_of_its_backend() -> None:
     """But for the slow ones of test_extremes.py, all of which leave that to ``assert_within_budget``."""
     done = with_absent_gpu("tests/losses", "tests/operators", "--ignore", "tests/losses/test_extremes.py")
@@ -45,6 +48,7 @@ def test_every_test_chooses_tensors_of_its_backend() -> None:
     assert " passed" in done.stdout
 
 
+@pytest.mark.exhaustive
 def test_cpu_tensors_are_noticed(tmp_path: Path) -> None:
     file = tmp_path / "test_planted.py"
     file.write_text(CPU_TENSORS, encoding="utf-8")

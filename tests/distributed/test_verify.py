@@ -53,6 +53,7 @@ def _with_a_wrong_gradient(rank: int, store: str, status: int) -> None:
     assert found == status
 
 
+@pytest.mark.exhaustive
 def test_a_failure_shows_on_every_rank(tmp_path: Path) -> None:
     """In the status of each; rank 0 says what failed."""
     arguments = str(tmp_path / "store"), 1
@@ -72,6 +73,7 @@ def test_what_it_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert "--processes must be at least 1, got 0" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_the_example_of_the_documents(tmp_path: Path) -> None:
     section = (ROOT / "docs" / "several_processes.md").read_text(encoding="utf-8")
     example = tmp_path / "train.py"

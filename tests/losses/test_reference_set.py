@@ -256,6 +256,7 @@ def test_second_derivative_and_transforms(backend: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("backend", ["reference", *ON_CPU])
 def test_compiled(backend: str) -> None:
     torch._dynamo.reset()

@@ -12,11 +12,11 @@ from torch.autograd import grad
 
 from cacr_kernels import CACRLoss, supervised_cacr_loss
 from cacr_kernels.losses import compact_ids
-from tests.agreement import LOSSES, cast, each_backend, each_loss, small_inputs, there
+from tests.agreement import BACKENDS, LOSSES, cast, each_backend, each_loss, small_inputs, there
+from tests.covering import covering
 
 
-@each_backend
-@each_loss
+@covering({"loss": list(LOSSES), "backend": BACKENDS})
 def test_a_schedule_of_numbers_compiles_twice_at_most(loss: str, backend: str) -> None:
     """Once for the first number, once for any number; not at every step."""
     tensors, counter = there(small_inputs(loss), backend), CompileCounter()
@@ -34,9 +34,7 @@ def test_a_schedule_of_numbers_compiles_twice_at_most(loss: str, backend: str) -
     assert counter.frame_count <= 2
 
 
-@each_backend
-@each_loss
-@pytest.mark.parametrize("last", [float("inf"), float("nan"), -1.0])
+@covering({"last": [float("inf"), float("nan"), -1.0], "loss": list(LOSSES), "backend": BACKENDS})
 def test_a_schedule_that_ends_badly_is_refused(last: float, loss: str, backend: str) -> None:
     """Once a number varies, compiled code knows less of it."""
     tensors, name = there(small_inputs(loss), backend), "temperature" if loss == "momentum" else "tau_neg"

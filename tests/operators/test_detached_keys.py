@@ -214,6 +214,7 @@ def test_function_transforms() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("weight_grad", ["in_batch", "full", "none"])
 def test_compiled_queue(weight_grad: str) -> None:
     """The operator is in the graph, and gives what it gives in eager mode."""
@@ -352,6 +353,7 @@ CHECKED = ["some empty", "views, repeated and unused", "all, inner, detached val
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch 2.14 in opcheck
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", CHECKED)
 def test_opcheck(name: str) -> None:
     arguments = PROBLEMS[name].arguments(torch.float32 if "views" in name else torch.float64)

@@ -37,6 +37,7 @@ SUITES = {
 EXHAUSTIVE = ("tuning", "other vectors")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "suite", [pytest.param(name, marks=pytest.mark.exhaustive) if name in EXHAUSTIVE else name for name in SUITES]
 )
@@ -107,6 +108,7 @@ def captured(graphs: list[torch.fx.GraphModule]) -> Any:
     return aot_autograd(fw_compiler=compiler)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")  # what torch itself says while it compiles
 @pytest.mark.parametrize("name", ["contrast", "detached_keys", "cacr"])
 def test_a_compiler_sees_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -176,6 +178,7 @@ def test_tiles_fit_the_features() -> None:
                 assert kernel == "statistics" or tile.chunks(D) > 1 or tile.block_out == tile.block_d >= D
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 def test_other_products_compile_again() -> None:
     """The products of float32 are part of the graph, and torch.compile guards what they follow."""

@@ -19,6 +19,8 @@ from cacr_kernels.backends.triton.contrast import contrast, contrast_backward
 from cacr_kernels.backends.triton.detached_keys import detached_keys
 from tests.ptx.triton_ptx import AbsentGpu
 
+pytestmark = pytest.mark.exhaustive  # no machine of a user changes it
+
 MODULES = ("contrast", "cacr", "detached_keys")
 Variants = dict[str, set[str]]
 
