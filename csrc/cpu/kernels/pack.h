@@ -1,8 +1,7 @@
 // Rows of embeddings as the operands of the products in gemm.h.
 #pragma once
 
-#include "gemm.h"
-#include "params.h"
+#include "unit_rows.h"
 
 namespace cacr::CACR_ISA {
 
@@ -37,40 +36,57 @@ T squared_norm(idx D, const T* x) {
 }
 
 template <class T>
-void pack(const PackParams<T>& t) {
-  constexpr idx PW = kPanel<T>;
+void pack_norms(const PackParams<T>& t) {
   for (idx i = t.row0; i < t.row1; i++) {
     const T* x = t.x + i * t.row_stride;
-    if (t.norm) t.norm[i] = t.factor == 0 ? T(0) : t.factor * squared_norm(t.D, x);
-    if (!t.panels) continue;
+    T norm = 0;
+    if (t.r) {
+      const UnitRow<T> row = UnitRow<T>::of(t.D, x);
+      t.r[i] = row.r, norm = row.squared_norm;
+    } else if (!t.inner_product) {
+      norm = squared_norm(t.D, x);
+    }
+    if (t.q_norm) t.q_norm[i] = t.inner_product ? T(0) : norm;
+    if (t.k_bias) t.k_bias[i] = t.inner_product ? T(0) : T(-0.5) * norm;
+  }
+}
+
+template <class T>
+void pack(const PackParams<T>& t) {
+  constexpr idx PW = kPanel<T>;
+  pack_norms(t);
+  for (idx i = t.row0; t.panels && i < t.row1; i++) {
+    const T *x = t.x + i * t.row_stride, r = factor_of(t.r, i);
     for (idx f = 0; f * PW < t.D; f++) {
       T* out = t.panels + (f * t.rows + i) * PW;
       if ((f + 1) * PW <= t.D) {
-        store_panel(out, load_panel(x + f * PW));
+        store_panel(out, r * load_panel(x + f * PW));
       } else {
-        for (idx l = 0; l < PW; l++) out[l] = f * PW + l < t.D ? x[f * PW + l] : T(0);
+        for (idx l = 0; l < PW; l++) out[l] = f * PW + l < t.D ? r * x[f * PW + l] : T(0);
       }
     }
   }
 }
 
-// out[d][l] = rows[l][d] of one panel, of which `n` rows exist, `stride` apart; the others are 0.
+// out[d][l] = r[l] rows[l][d] of one panel, of which `n` rows exist, `stride` apart; the others are 0. r: null: 1.
 template <class T>
-CACR_INLINE void transpose_panel(idx n, idx D, const T* rows, idx stride, T* out) {
+CACR_INLINE void transpose_panel(idx n, idx D, const T* rows, idx stride, const T* r, T* out) {
   constexpr idx W = Lanes<T>::W, PW = kPanel<T>;
+  alignas(64) T factor[PW] = {};
+  for (idx l = 0; l < n; l++) factor[l] = factor_of(r, l);
   if (n < PW) zero(out, D * PW);
   for (idx l = 0; l < PW && l < n; l += W) {
     idx d = 0;
     for (; l + W <= n && d + W <= D; d += W) {
-      Vec<T> r[W];
+      Vec<T> v[W];
 #pragma GCC unroll 16
-      for (idx x = 0; x < W; x++) r[x] = load(rows + (l + x) * stride + d);
-      transpose_lanes<T>(r);
+      for (idx x = 0; x < W; x++) v[x] = load(rows + (l + x) * stride + d);
+      transpose_lanes<T>(v);
 #pragma GCC unroll 16
-      for (idx x = 0; x < W; x++) store<T>(out + (d + x) * PW + l, r[x]);
+      for (idx x = 0; x < W; x++) store<T>(out + (d + x) * PW + l, load(factor + l) * v[x]);
     }
     for (idx x = l; x < min_of(n, l + W); x++)
-      for (idx e = d; e < D; e++) out[e * PW + x] = rows[x * stride + e];
+      for (idx e = d; e < D; e++) out[e * PW + x] = factor[x] * rows[x * stride + e];
   }
 }
 
