@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.nn.functional import normalize
 
-from cacr_kernels import cacr_loss, supervised_cacr_loss
+from cacr_kernels import cacr_loss
 from cacr_kernels.operators import cacr as of_cacr
 from cacr_kernels.operators.contrast import plain_contrast
 from cacr_kernels.operators.registry import operator
@@ -274,25 +274,45 @@ def near(distance: float, dim: int, seed: int, count: int = 40) -> Tensor:
 NEAR = [(1.0, 1e-6), (1e-1, 1e-6), (1e-2, 1e-6), (1e-3, 1e-6), (1e-5, 1e-4)]
 
 
+def attraction(z: Tensor, operands: str, backend: str) -> tuple[Tensor, Tensor]:
+    """The mean cost of positives and its gradient, by ``cacr``, or by ``contrast`` with the labels of instances."""
+    x = z.clone().requires_grad_()
+    if operands == "views":
+        options = CACROptions(1.0, 1.0, 1.0, 0.0, 0, False, 2.0, True)
+        value = of_cacr.loss_and_parts(x, None, options)[0] if backend == "plain" else cacr_of(x, options)
+        return value.detach().double(), grad(value, x)[0]
+    labels = torch.arange(z.shape[1], dtype=torch.int32)
+    tau = torch.tensor([1.0], dtype=torch.float64)
+    spec = ContrastSpec(labels, labels, [SAME], [0], [0], normalize=True)
+    q, k = x[:1], x[1:]
+    if operands == "one set":
+        q = k = x.reshape(1, -1, x.shape[-1])
+        spec = spec._replace(q_id=labels.repeat(2), k_id=labels.repeat(2), kinds=[SAME_NOT_SELF])
+    if backend == "plain":
+        value, _ = plain_contrast(q, k, tau, spec)
+    else:
+        own = operands == "one set"
+        arguments = spec.q_id, None if own else spec.k_id, tau, *spec[2:]
+        value, _, _ = operator("contrast_cpu")(q, None if own else k, *arguments)
+    return value.mean().detach(), grad(value.mean(), x)[0]
+
+
+def cacr_of(x: Tensor, options: CACROptions) -> Tensor:
+    loss: Tensor = operator("cacr_cpu")(x, None, *options, True, False)[0]
+    return loss
+
+
 @pytest.mark.parametrize(("distance", "tolerance"), NEAR)
-@pytest.mark.parametrize("loss", ["fused", "few", "of labels", "symmetric"])
-def test_attraction_of_nearly_equal_rows(loss: str, distance: float, tolerance: float) -> None:
-    """The products of rows and inverse lengths would be rounded before their difference is taken: 4e-5 at 1e-3."""
+@pytest.mark.parametrize(
+    ("operands", "count"),
+    [("views", 40), ("views", 3), ("a set and another", 40), ("one set", 40), ("one set", 130)],
+    ids=["views", "few views", "two sets", "one set", "symmetric sweeps"],
+)
+def test_attraction_of_nearly_equal_rows(operands: str, count: int, distance: float, tolerance: float) -> None:
+    """Unit rows would be rounded before their difference is taken: 4e-5 off at a distance of 1e-3."""
     for dim in (8, 33, 128, 1024):
-        z = near(distance, dim, seed=dim, count=130 if loss == "symmetric" else 40)
-        labels = torch.arange(z.shape[1]).repeat(2)
-
-        def run(z: Tensor, backend: str, labels: Tensor = labels) -> tuple[Tensor, Tensor]:
-            x = z.clone().requires_grad_()
-            if loss == "fused":
-                value = cacr_loss(x, beta=0.0, normalize=True, backend=backend)
-            elif loss == "few":  # one thread, few rows
-                value = cacr_loss(x[:, :3], beta=0.0, normalize=True, backend=backend)
-            else:
-                value = supervised_cacr_loss(x.flatten(0, 1), labels, beta=0.0, normalize=True, backend=backend)
-            return value.detach().double(), grad(value, x)[0].double()
-
-        (value, gradient), (truth, right) = run(z, "cpu"), run(z.double(), "reference")
+        z = near(distance, dim, seed=dim, count=count)
+        (value, gradient), (truth, right) = attraction(z, operands, "cpu"), attraction(z.double(), operands, "plain")
         assert abs(value - truth) <= tolerance * truth
         assert (sized(gradient, z) - sized(right, z)).abs().max() <= 1e-6 * sized(right, z).abs().max()
 
