@@ -78,17 +78,13 @@ struct Aligned {
 
   // |z_v - z_u|^2 of instances b, b + 1, ..., one per lane, 0 from the n-th on
   Vec<T> distances(idx v, idx u, idx b, idx n) const {
-    Vec<T> r[W] = {};
-    for (idx l = 0; l < n; l++) {
+    return lane_sums<T>(n, [&](idx l) {
       const RowPair<T, kRaw> z = rows(v, u, b + l);
       idx d;
-      r[l] = sum_of_squares<T>(t.D, d, [&](idx i) __attribute__((always_inline)) { return z.at(i); });
-      for (; d < t.D; d++) r[l][d % W] += z.one(d) * z.one(d);
-    }
-    transpose_lanes<T>(r);
-    Vec<T> sum = r[0];
-    for (idx l = 1; l < W; l++) sum += r[l];
-    return sum;
+      Vec<T> sum = sum_of_squares<T>(t.D, d, [&](idx i) __attribute__((always_inline)) { return z.at(i); });
+      for (; d < t.D; d++) sum[d % W] += z.one(d) * z.one(d);
+      return sum;
+    });
   }
 
   // The coefficients of z_v - z_u: 2 (g_vu + g_uv)

@@ -21,11 +21,6 @@ CACR_INLINE size_t bytes_of(Layout layout) {
   return size_t(at - base);
 }
 
-template <class T>
-CACR_INLINE void zero(T* p, idx n) {
-  __builtin_memset(static_cast<void*>(p), 0, size_t(n) * sizeof(T));
-}
-
 // |x|^2
 template <class T>
 T squared_norm(idx D, const T* x) {
@@ -36,18 +31,26 @@ T squared_norm(idx D, const T* x) {
 }
 
 template <class T>
+CACR_INLINE void store_norm(const PackParams<T>& t, idx i, T norm) {
+  if (t.q_norm) t.q_norm[i] = t.inner_product ? T(0) : norm;
+  if (t.k_bias) t.k_bias[i] = t.inner_product ? T(0) : T(-0.5) * norm;
+}
+
+// With the inverse lengths, where they are wanted.
+template <class T>
 void pack_norms(const PackParams<T>& t) {
-  for (idx i = t.row0; i < t.row1; i++) {
-    const T* x = t.x + i * t.row_stride;
-    T norm = 0;
-    if (t.r) {
-      const UnitRow<T> row = UnitRow<T>::of(t.D, x);
-      t.r[i] = row.r, norm = row.squared_norm;
-    } else if (!t.inner_product) {
-      norm = squared_norm(t.D, x);
+  constexpr idx W = Lanes<double>::W;
+  for (idx i = t.row0; !t.r && i < t.row1; i++)
+    store_norm(t, i, t.inner_product ? T(0) : squared_norm(t.D, t.x + i * t.row_stride));
+  for (idx at = t.row0; t.r && at < t.row1; at += W) {
+    const idx n = min_of(W, t.row1 - at);
+    const Vec<double> squares =
+        lane_sums<double>(n, [&](idx l) { return exact_squares(t.D, t.x + (at + l) * t.row_stride); });
+    for (idx l = 0; l < n; l++) {
+      const UnitRow<T> row = UnitRow<T>::of(squares[l]);
+      t.r[at + l] = row.r;
+      store_norm(t, at + l, row.squared_norm);
     }
-    if (t.q_norm) t.q_norm[i] = t.inner_product ? T(0) : norm;
-    if (t.k_bias) t.k_bias[i] = t.inner_product ? T(0) : T(-0.5) * norm;
   }
 }
 

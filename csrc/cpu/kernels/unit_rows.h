@@ -8,8 +8,25 @@
 
 namespace cacr::CACR_ISA {
 
-// |x|^2 in float64: an error of r moves a row along itself, which shows in costs of nearly equal rows.
-CACR_INLINE double exact_squared_norm(idx D, const float* x) {
+template <class T>
+CACR_INLINE void zero(T* p, idx n) {
+  __builtin_memset(static_cast<void*>(p), 0, size_t(n) * sizeof(T));
+}
+
+// Sums over the lanes of row(0), ..., row(n - 1), one in each lane, n <= W.
+template <class T, class Row>
+CACR_INLINE Vec<T> lane_sums(idx n, Row row) {
+  constexpr idx W = Lanes<T>::W;
+  Vec<T> v[W] = {};
+  for (idx l = 0; l < n; l++) v[l] = row(l);
+  transpose_lanes<T>(v);
+  Vec<T> sum = v[0];
+  for (idx l = 1; l < W; l++) sum += v[l];
+  return sum;
+}
+
+// |x|^2 by lanes, in float64: an error of r moves a row along itself, which shows in costs of nearly equal rows.
+CACR_INLINE Vec<double> exact_squares(idx D, const float* x) {
   typedef float Half __attribute__((vector_size(CACR_VECTOR_BYTES / 2), aligned(4), may_alias));
   constexpr idx W = Lanes<double>::W;
   Vec<double> s[4] = {};
@@ -19,14 +36,13 @@ CACR_INLINE double exact_squared_norm(idx D, const float* x) {
       const Vec<double> v = __builtin_convertvector(*reinterpret_cast<const Half*>(x + d + i * W), Vec<double>);
       s[i] += v * v;
     }
-  double sum = sum_lanes<double>((s[0] + s[1]) + (s[2] + s[3]));
-  for (; d < D; d++) sum += double(x[d]) * double(x[d]);
-  return sum;
+  for (; d < D; d++) s[0][d % W] += double(x[d]) * double(x[d]);
+  return (s[0] + s[1]) + (s[2] + s[3]);
 }
-CACR_INLINE double exact_squared_norm(idx D, const double* x) {
+CACR_INLINE Vec<double> exact_squares(idx D, const double* x) {
   idx d;
-  double s = sum_lanes<double>(sum_of_squares<double>(D, d, [&](idx i) { return load(x + i); }));
-  for (; d < D; d++) s += x[d] * x[d];
+  Vec<double> s = sum_of_squares<double>(D, d, [&](idx i) { return load(x + i); });
+  for (; d < D; d++) s[d % Lanes<double>::W] += x[d] * x[d];
   return s;
 }
 
@@ -35,10 +51,12 @@ template <class T>
 struct UnitRow {
   T r, squared_norm;
 
-  CACR_INLINE UnitRow of(idx D, const T* x) {
-    const double square = exact_squared_norm(D, x);
+  CACR_INLINE UnitRow of(double square) {
     const T r = inverse_length<T>(__builtin_sqrt(square));
     return {r, T(double(r) * double(r) * square)};
+  }
+  CACR_INLINE UnitRow of(idx D, const T* x) {
+    return of(lane_sums<double>(1, [&](idx) { return exact_squares(D, x); })[0]);
   }
 };
 
@@ -82,18 +100,23 @@ struct RowPair {
 template <class T>
 void to_raw_rows(const RawGradientParams<T>& t) {
   constexpr idx W = Lanes<T>::W;
-  for (idx i = t.row0; i < t.row1; i++) {
-    const T *x = t.x + i * t.row_stride, r = t.r[i];
-    T* const g = t.gradient + i * t.D;
-    if (is_short(r)) {
-      for (idx d = 0; d < t.D; d++) g[d] = 0;
-      continue;
+  for (idx at = t.row0; at < t.row1; at += W) {
+    const idx n = min_of(W, t.row1 - at);
+    const Vec<T> along = lane_sums<T>(n, [&](idx l) {
+      const T *x = t.x + (at + l) * t.row_stride, *g = t.gradient + (at + l) * t.D, r = t.r[at + l];
+      idx d;
+      Vec<T> sum = sum_by_lanes<T>(t.D, d, [&](idx j) { return load(g + j) * (r * load(x + j)); });
+      for (; d < t.D; d++) sum[d % W] += g[d] * (r * x[d]);
+      return sum;
+    });
+    for (idx l = 0; l < n; l++) {
+      const T *x = t.x + (at + l) * t.row_stride, r = t.r[at + l], a = along[l];
+      T* const g = t.gradient + (at + l) * t.D;
+      idx d = is_short(r) ? t.D : 0;
+      if (d > 0) zero(g, d);
+      for (; d + W <= t.D; d += W) store<T>(g + d, r * (load(g + d) - a * (r * load(x + d))));
+      for (; d < t.D; d++) g[d] = r * (g[d] - a * (r * x[d]));
     }
-    idx d;
-    T along = sum_lanes<T>(sum_by_lanes<T>(t.D, d, [&](idx j) { return load(g + j) * (r * load(x + j)); }));
-    for (; d < t.D; d++) along += g[d] * (r * x[d]);
-    for (d = 0; d + W <= t.D; d += W) store<T>(g + d, r * (load(g + d) - along * (r * load(x + d))));
-    for (; d < t.D; d++) g[d] = r * (g[d] - along * (r * x[d]));
   }
 }
 
