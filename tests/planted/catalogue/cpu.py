@@ -246,8 +246,8 @@ FAULTS = (
     Fault(
         "cpu-tail-of-views",
         KERNELS + "aligned.h",
-        text="for (; d < t.D; d++) r[l][d % W] +=",
-        replacement="for (d++; d < t.D; d++) r[l][d % W] +=",
+        text="for (; d < t.D; d++) sum[d % W] += z.one(d)",
+        replacement="for (d++; d < t.D; d++) sum[d % W] += z.one(d)",
         why="costs between views lack a feature",
         tests=(CACR,),
     ),
