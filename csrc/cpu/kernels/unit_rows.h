@@ -25,19 +25,26 @@ CACR_INLINE Vec<T> lane_sums(idx n, Row row) {
   return sum;
 }
 
-// |x|^2 by lanes, in float64: an error of r moves a row along itself, which shows in costs of nearly equal rows.
+// |x|^2 by lanes of float64, with four numbers of float32 in a chain at most: an error of r moves a row along itself,
+// which shows in costs of nearly equal rows.
 CACR_INLINE Vec<double> exact_squares(idx D, const float* x) {
-  typedef float Half __attribute__((vector_size(CACR_VECTOR_BYTES / 2), aligned(4), may_alias));
-  constexpr idx W = Lanes<double>::W;
-  Vec<double> s[4] = {};
+  typedef float Half __attribute__((vector_size(CACR_VECTOR_BYTES / 2), may_alias));
+  constexpr idx W = Lanes<float>::W, kVectors = 16;
+  Vec<double> sum{};
   idx d = 0;
-  for (; d + 4 * W <= D; d += 4 * W)
-    for (int i = 0; i < 4; i++) {
-      const Vec<double> v = __builtin_convertvector(*reinterpret_cast<const Half*>(x + d + i * W), Vec<double>);
-      s[i] += v * v;
-    }
-  for (; d < D; d++) s[0][d % W] += double(x[d]) * double(x[d]);
-  return (s[0] + s[1]) + (s[2] + s[3]);
+  while (d + W <= D) {
+    const idx end = min_of(D, d + kVectors * W);
+    Vec<float> s[4] = {};
+    for (; d + 4 * W <= end; d += 4 * W)
+      for (int i = 0; i < 4; i++) s[i] += load(x + d + i * W) * load(x + d + i * W);
+    for (int i = 0; d + W <= end; d += W, i++) s[i] += load(x + d) * load(x + d);
+    alignas(64) float part[W];
+    store<float>(part, (s[0] + s[1]) + (s[2] + s[3]));
+    sum += __builtin_convertvector(*reinterpret_cast<const Half*>(part), Vec<double>) +
+           __builtin_convertvector(*reinterpret_cast<const Half*>(part + W / 2), Vec<double>);
+  }
+  for (; d < D; d++) sum[d % Lanes<double>::W] += double(x[d]) * double(x[d]);
+  return sum;
 }
 CACR_INLINE Vec<double> exact_squares(idx D, const double* x) {
   idx d;
