@@ -54,19 +54,22 @@ class AlignedCost(SingleProblem):
 
 
 def _instances(q: Tensor, k: Tensor) -> Iterator[slice]:
-    """All instances, so many at a time that their differences have a bounded size."""
-    step = max(1, DIFFERENCES // max(1, q.shape[0] * k.shape[0] * q.shape[2]))
+    """All instances, so many at a time that their differences have a bounded size; a compiler sees them at once."""
     batch = q.shape[1]
+    if _torch_private.is_traced(q):
+        return iter([slice(0, batch)])
+    step = max(1, DIFFERENCES // max(1, q.shape[0] * k.shape[0] * q.shape[2]))
     return (slice(b, min(batch, b + step)) for b in range(0, max(1, batch), step))
 
 
 def _differences(q: Tensor, k: Tensor, normalize: bool, some: slice) -> Tensor:
     """q_v - k_u of some instances, [V, U, b, D]."""
-    q, k = q[:, some], k[:, some]
+    x, y = q[:, some], k[:, some]
     if normalize:
         wide = widest_dtype(q.device)
-        q, k = unit_rows(q.to(wide)), unit_rows(k.to(wide))
-    return q[:, None] - k[None]
+        x = unit_rows(x.to(wide))
+        y = x if k is q else unit_rows(y.to(wide))
+    return x[:, None] - y[None]
 
 
 def _to_inputs(grad: Tensor, x: Tensor, normalize: bool) -> Tensor:
