@@ -25,6 +25,24 @@ CACR_HOST_DEVICE double log_base_2(double x) {
 #endif
 }
 
+// ---- raw rows that count as unit vectors ----------------------------------------------------------------------------
+constexpr double kShortest = 1e-12;  // rows at least this long become unit vectors (SHORTEST of reference.py)
+
+// r = 1 / max(|x|, kShortest). Of rows of just that length it is a little less: r tells which ones are too short.
+template <class T>
+CACR_HOST_DEVICE T inverse_length(double length) {
+  const T most = T(1 / kShortest), eps = sizeof(T) == 4 ? T(1.2e-7) : T(2.3e-16);
+  if (length < kShortest) return most;
+  const T r = T(1 / length);
+  return r >= most ? most * (1 - eps) : r;
+}
+
+// Has a row that r no direction, and no gradient?
+template <class T>
+CACR_HOST_DEVICE bool is_short(T r) {
+  return r == T(1 / kShortest);
+}
+
 // ---- the way forward ------------------------------------------------------------------------------------------------
 struct RowResult {
   double value, lse;     // F and lse

@@ -43,6 +43,7 @@ struct Contrast {
   double tau[kMaxSoftmaxes];  // signed: attraction > 0, repulsion < 0
   bool keys_are_queries;      // what flows to both is one gradient
   bool inner_product;         // c = -2 q.k instead of |q - k|^2
+  bool normalize;             // every row counts as r x, r = 1 / max(|x|, 1e-12)
 };
 
 // The rows as the forward sweep left them, [softmaxes][pairs][N]: an lse has been rounded, and the backward gives every
@@ -72,6 +73,7 @@ struct CacrLoss {
   Pairing pairing;
   bool rbf;
   double rbf_scale;
+  bool normalize;  // as in Contrast
 };
 
 // ---- what comes out -------------------------------------------------------------------------------------------------

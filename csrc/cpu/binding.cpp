@@ -106,8 +106,8 @@ double double_at(const Tensor& x, int64_t i) {
 // ---- cacr -----------------------------------------------------------------------------------------------------------
 std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_cpu(const Tensor& any_views, std::optional<Tensor> numbers,
                                                     double tau_pos, double tau_neg, double alpha, double beta,
-                                                    int64_t pairing, bool rbf, double rbf_scale, bool want_grad,
-                                                    bool want_grad_numbers) {
+                                                    int64_t pairing, bool rbf, double rbf_scale, bool normalize,
+                                                    bool want_grad, bool want_grad_numbers) {
   check_views(any_views);
   const Tensor views = packed(any_views);
   const auto number = [&](int64_t i, double given) { return numbers ? double_at(*numbers, i) : given; };
@@ -118,6 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_cpu(const Tensor& any_views, std
     problem.tau_pos = number(0, tau_pos), problem.tau_neg = number(1, tau_neg);
     problem.alpha = number(2, alpha), problem.beta = number(3, beta);
     problem.pairing = static_cast<cacr::Pairing>(pairing), problem.rbf = rbf, problem.rbf_scale = number(4, rbf_scale);
+    problem.normalize = normalize;
     Tensor loss = empty_cpu<T>({}), parts = empty_cpu<T>({4}), grad = empty_cpu<T>(gradient_sizes(views, want_grad)),
            grad_numbers = numbers ? empty_cpu<double>({5}) : empty_cpu<T>({0});
     SignalCheck signals;
@@ -154,9 +155,10 @@ int64_t period_of(const int32_t* q, int64_t n, const int32_t* k, int64_t m) {
 
 // The problem points into the tensors and the lists.
 template <class T>
-cacr::Contrast<T> contrast_problem(const ContrastArguments& a, const ContrastTensors& tensors) {
+cacr::Contrast<T> contrast_problem(const ContrastArguments& a, const ContrastTensors& tensors, bool normalize) {
   cacr::Contrast<T> p{};
   tensors.describe(a, p);
+  p.normalize = normalize;
   p.q = input<T>(tensors.q), p.k = input<T>(tensors.k);
   p.q_view_stride = p.N * p.D, p.k_view_stride = p.M * p.D, p.q_row_stride = p.k_row_stride = p.D;
   for (int32_t s = 0; s < p.softmaxes; s++) p.tau[s] = double_at(a.tau, s);
@@ -174,12 +176,12 @@ std::tuple<Tensor, Tensor, Tensor> contrast_cpu(const Tensor& q, std::optional<T
                                                 std::optional<Tensor> k_id, const Tensor& tau,
                                                 std::vector<int64_t> kinds, std::vector<int64_t> q_index,
                                                 std::vector<int64_t> k_index, bool inner_product,
-                                                bool /*detach_weights*/, std::optional<Tensor> q_self) {
+                                                bool /*detach_weights*/, std::optional<Tensor> q_self, bool normalize) {
   const ContrastArguments a{q, k, q_id, k_id, tau, kinds, q_index, k_index, inner_product, q_self};
   const ContrastTensors tensors(a);
   return with_dtype(q, [&](auto zero) {
     using T = decltype(zero);
-    const cacr::Contrast<T> p = contrast_problem<T>(a, tensors);
+    const cacr::Contrast<T> p = contrast_problem<T>(a, tensors, normalize);
     const Sizes rows{p.softmaxes, p.pairs, p.N};
     Tensor value = empty_cpu<double>(rows), lse = empty_cpu<double>(rows),
            row_state = empty_cpu<double>({3, p.softmaxes, p.pairs, p.N});
@@ -194,15 +196,16 @@ std::tuple<Tensor, Tensor, Tensor> contrast_cpu(const Tensor& q, std::optional<T
 std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(
     const Tensor& q, std::optional<Tensor> k, std::optional<Tensor> q_id, std::optional<Tensor> k_id, const Tensor& tau,
     std::vector<int64_t> kinds, std::vector<int64_t> q_index, std::vector<int64_t> k_index, bool inner_product,
-    bool detach_weights, std::optional<Tensor> q_self, const Tensor& any_value, const Tensor& any_row_state,
-    const Tensor& any_grad_value, const Tensor& any_grad_lse, bool want_q, bool want_k, bool want_tau) {
+    bool detach_weights, std::optional<Tensor> q_self, bool normalize, const Tensor& any_value,
+    const Tensor& any_row_state, const Tensor& any_grad_value, const Tensor& any_grad_lse, bool want_q, bool want_k,
+    bool want_tau) {
   const ContrastArguments a{q, k, q_id, k_id, tau, kinds, q_index, k_index, inner_product, q_self};
   const ContrastTensors tensors(a);
   const Tensor value = packed(any_value), row_state = packed(any_row_state), grad_value = packed(any_grad_value),
                grad_lse = packed(any_grad_lse);
   return with_dtype(q, [&](auto zero) {
     using T = decltype(zero);
-    const cacr::Contrast<T> p = contrast_problem<T>(a, tensors);
+    const cacr::Contrast<T> p = contrast_problem<T>(a, tensors, normalize);
     const bool want_own_k = want_k && k;  // where the keys are the queries, one gradient is the sum of both
     Tensor dq = empty_cpu<T>(gradient_sizes(q, want_q)), dk = empty_cpu<T>(gradient_sizes(tensors.k, want_own_k)),
            dtau = empty_cpu<double>({want_tau ? p.softmaxes : 0});
@@ -224,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detached_keys_cpu(const Tensor& q, co
                                                              const Tensor& tau, std::vector<int64_t> kinds,
                                                              std::vector<int64_t> q_index, std::vector<int64_t> k_index,
                                                              bool inner_product, bool detach_weights, bool detach_value,
-                                                             bool want_q, bool want_tau) {
+                                                             bool normalize, bool want_q, bool want_tau) {
   const std::optional<Tensor> keys(k), q_self;
   const ContrastArguments a{q, keys, q_id, k_id, tau, kinds, q_index, k_index, inner_product, q_self};
   const ContrastTensors tensors(a);
@@ -233,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detached_keys_cpu(const Tensor& q, co
   const bool moments = (want_q || want_tau) && !detach_weights && !detach_value;
   return with_dtype(q, [&](auto zero) {
     using T = decltype(zero);
-    const cacr::Contrast<T> p = contrast_problem<T>(a, tensors);
+    const cacr::Contrast<T> p = contrast_problem<T>(a, tensors, normalize);
     const Sizes rows{1, p.pairs, p.N}, none{0};
     Tensor value = empty_cpu<double>(rows), lse = empty_cpu<double>(rows),
            means = empty_cpu<T>(want_q ? Sizes{1 + moments, p.pairs, p.N, p.D} : none),
@@ -250,7 +253,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detached_keys_cpu(const Tensor& q, co
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(cacr_kernels_cpu, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(cacr_kernels, CPU, m) {
   m.impl("cacr_cpu", TORCH_BOX(&cacr_cpu));
   m.impl("contrast_cpu", TORCH_BOX(&contrast_cpu));
   m.impl("contrast_backward_cpu", TORCH_BOX(&contrast_backward_cpu));

@@ -9,7 +9,8 @@
 
 namespace cacr::CACR_ISA {
 
-template <class T>
+// kRaw: rows are scaled by their inverse lengths.
+template <class T, bool kRaw>
 struct Aligned {
   static constexpr idx W = Lanes<T>::W;
   const AlignedParams<T>& t;
@@ -17,9 +18,10 @@ struct Aligned {
   T* gradient;  // [V][V][W] dL/dc_vu
 
   const T* row(idx v, idx b) const { return t.z + v * t.view_stride + b * t.row_stride; }
+  RowPair<T, kRaw> rows(idx v, idx u, idx b) const {
+    return {row(v, b), row(u, b), kRaw ? t.r[v * t.B + b] : T(1), kRaw ? t.r[u * t.B + b] : T(1)};
+  }
   T* at(T* a, idx v, idx u) const { return a + (v * t.V + u) * W; }
-
-  static size_t scratch(idx V) { return 2 * size_t(V * V * W) * sizeof(T) + 128; }
 
   explicit Aligned(const AlignedParams<T>& params) : t(params) {
     char* p = static_cast<char*>(t.scratch);
@@ -38,8 +40,10 @@ struct Aligned {
       for (idx v = 0; v < t.V; v++) weigh(v, b, n);
       if (!t.dz) continue;
       combine();
-      for (idx l = 0; l < n; l++)
-        for (idx v = 0; v < t.V; v++) add_gradient(v, b + l, l);
+      for (idx l = 0; l < n; l++) {
+        if (t.V == 2) write_two(b + l, at(gradient, 0, 1)[l]);
+        for (idx v = 0; v < t.V && t.V > 2; v++) add_gradient(v, b + l, l);
+      }
     }
   }
 
@@ -74,17 +78,13 @@ struct Aligned {
 
   // |z_v - z_u|^2 of instances b, b + 1, ..., one per lane, 0 from the n-th on
   Vec<T> distances(idx v, idx u, idx b, idx n) const {
-    Vec<T> r[W] = {};
-    for (idx l = 0; l < n; l++) {
-      const T *x = row(v, b + l), *y = row(u, b + l);
+    return lane_sums<T>(n, [&](idx l) {
+      const RowPair<T, kRaw> z = rows(v, u, b + l);
       idx d;
-      r[l] = sum_of_squares<T>(t.D, d, [&](idx i) { return load(x + i) - load(y + i); });
-      for (; d < t.D; d++) r[l][d % W] += (x[d] - y[d]) * (x[d] - y[d]);
-    }
-    transpose_lanes<T>(r);
-    Vec<T> sum = r[0];
-    for (idx l = 1; l < W; l++) sum += r[l];
-    return sum;
+      Vec<T> sum = sum_of_squares<T>(t.D, d, [&](idx i) __attribute__((always_inline)) { return z.at(i); });
+      for (; d < t.D; d++) sum[d % W] += z.one(d) * z.one(d);
+      return sum;
+    });
   }
 
   // The coefficients of z_v - z_u: 2 (g_vu + g_uv)
@@ -96,6 +96,21 @@ struct Aligned {
       }
   }
 
+  // Of two views: z_0 - z_1 serves both, g times.
+  void write_two(idx b, T g) const {
+    const RowPair<T, kRaw> z = rows(0, 1, b);
+    T *const first = t.dz + b * t.dz_row_stride, *const second = first + t.B * t.dz_row_stride;
+    idx d = 0;
+    for (; d + W <= t.D; d += W) {
+      const Vec<T> difference = z.at(d);
+      store<T>(first + d, Vec<T>{} + g * difference), store<T>(second + d, Vec<T>{} + -g * difference);
+    }
+    for (; d < t.D; d++) {
+      const T difference = z.one(d);
+      first[d] = T(0) + g * difference, second[d] = T(0) + -g * difference;
+    }
+  }
+
   void add_gradient(idx v, idx b, idx l) {  // dz_v = sum_u 2 (g_vu + g_uv) (z_v - z_u)
     idx d = 0;
     for (; d + 4 * W <= t.D; d += 4 * W) add_gradient<4>(v, b, l, d);
@@ -103,21 +118,32 @@ struct Aligned {
     for (; d < t.D; d++) {
       T sum = 0;
       for (idx u = 0; u < t.V; u++)
-        if (u != v) sum += at(gradient, v, u)[l] * (row(v, b)[d] - row(u, b)[d]);
+        if (u != v) sum += at(gradient, v, u)[l] * rows(v, u, b).one(d);
       t.dz[(v * t.B + b) * t.dz_row_stride + d] = sum;
     }
   }
   template <int N>
   void add_gradient(idx v, idx b, idx l, idx d) {  // features [d, d + N W)
-    const T *x = row(v, b) + d, *y = t.z + b * t.row_stride + d, *g = at(gradient, v, 0) + l;
+    const T* g = at(gradient, v, 0) + l;
     Vec<T> sum[N] = {};
-    for (idx u = 0; u < t.V; u++, y += t.view_stride, g += W) {
+    for (idx u = 0; u < t.V; u++, g += W) {
       if (u == v) continue;
-      for (int i = 0; i < N; i++) sum[i] += *g * (load(x + i * W) - load(y + i * W));
+      const RowPair<T, kRaw> z = rows(v, u, b);
+      for (int i = 0; i < N; i++) sum[i] += *g * z.at(d + i * W);
     }
     T* out = t.dz + (v * t.B + b) * t.dz_row_stride + d;
     for (int i = 0; i < N; i++) store<T>(out + i * W, sum[i]);
   }
 };
+
+template <class T>
+size_t aligned_scratch(idx V) {
+  return 2 * size_t(V * V * Lanes<T>::W) * sizeof(T) + 128;
+}
+
+template <class T>
+void aligned(const AlignedParams<T>& params) {
+  params.r ? Aligned<T, true>(params).run() : Aligned<T, false>(params).run();
+}
 
 }  // namespace cacr::CACR_ISA

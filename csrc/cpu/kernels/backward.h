@@ -85,11 +85,11 @@ void add_query_gradients(const SweepSetup<T>& g, const Block<T>& b, const BlockS
   const Contrast<T>& p = g.p;
   const idx R = b.panels * PW, stride = g.t.dq.row_stride;
   T* out = view_of(g.t.dq, p.q_index[b.pair], p.N) + b.row0 * stride;
-  const T* q = b.q(p);
+  const T *q = b.q(p), *r = b.q_r(g);
   for (idx i = 0; i < b.rows; i++)
     for (idx f = 0; f < g.Dp / PW; f++) {
       const T* product = s.dq_panels + (f * R + i) * PW;
-      const T *x = q + i * p.q_row_stride + f * PW, h = p.inner_product ? T(0) : sum[i];
+      const T *x = q + i * p.q_row_stride + f * PW, h = p.inner_product ? T(0) : sum[i] * factor_of(r, i);
       T* o = out + i * stride + f * PW;
       const idx n = min_of(PW, p.D - f * PW);
       for (idx d = 0; d < n; d++) o[d] += product[d] - h * x[d];
@@ -100,8 +100,10 @@ void add_query_gradients(const SweepSetup<T>& g, const Block<T>& b, const BlockS
 template <class T>
 void subtract_key_terms(const SweepSetup<T>& g, const Block<T>& b, const T* columns) {
   T* out = view_of(g.t.dk, g.p.k_index[b.pair], g.p.M);
+  const T* r = b.k_r(g);
   for (idx j = g.t.share.key0; j < g.t.share.key1; j++) {
-    const T h = sum_lanes<T>(load(columns + (j - g.t.share.key0) * Lanes<T>::W)), *x = b.k(g.p, j);
+    const T *sums = columns + (j - g.t.share.key0) * Lanes<T>::W, *x = b.k(g.p, j);
+    const T h = sum_lanes<T>(load(sums)) * factor_of(r, j);
     T* o = out + j * g.t.dk.row_stride;
     for (idx d = 0; d < g.p.D; d++) o[d] -= h * x[d];
   }

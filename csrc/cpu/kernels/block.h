@@ -55,6 +55,13 @@ struct Block {
   const T* q(const Contrast<T>& p) const { return p.q + p.q_index[pair] * p.q_view_stride + row0 * p.q_row_stride; }
   const T* k(const Contrast<T>& p, idx j) const { return p.k + p.k_index[pair] * p.k_view_stride + j * p.k_row_stride; }
   const T* k_bias(const SweepSetup<T>& g) const { return g.t.packed.k_bias + g.p.k_index[pair] * g.p.M; }
+  // Inverse lengths of the queries from row0 on, and of all keys; null: rows are taken as they are.
+  const T* q_r(const SweepSetup<T>& g) const {
+    return g.p.normalize ? g.t.packed.q_r + g.p.q_index[pair] * g.p.N + row0 : nullptr;
+  }
+  const T* k_r(const SweepSetup<T>& g) const {
+    return g.p.normalize ? g.t.packed.k_r + g.p.k_index[pair] * g.p.M : nullptr;
+  }
   idx rows_of_panel(idx i) const { return min_of(kPanel<T>, rows - i * kPanel<T>); }
   // Where row i of the block stands in arrays [softmaxes][pairs][N].
   idx row_index(const Contrast<T>& p, int s, idx i) const { return (s * p.pairs + pair) * p.N + row0 + i; }
@@ -116,9 +123,10 @@ template <class T>
 void pack_queries(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s) {
   constexpr idx PW = kPanel<T>;
   const Contrast<T>& p = g.p;
-  const T* q = b.q(p);
+  const T *q = b.q(p), *r = b.q_r(g);
   for (idx i = 0; i < b.panels; i++)
-    transpose_panel(b.rows_of_panel(i), p.D, q + i * PW * p.q_row_stride, p.q_row_stride, s.q_columns + i * p.D * PW);
+    transpose_panel(b.rows_of_panel(i), p.D, q + i * PW * p.q_row_stride, p.q_row_stride, r ? r + i * PW : nullptr,
+                    s.q_columns + i * p.D * PW);
   if (g.backward && g.t.want_dk) pack_panels(g, b, s);
   load_norms(g, b, s);
   if (p.q_id)
@@ -137,13 +145,14 @@ template <class T>
 void pack_panels(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s) {
   constexpr idx PW = kPanel<T>;
   const idx R = b.panels * PW;
-  const T* q = b.q(g.p);
+  const T *q = b.q(g.p), *r = b.q_r(g);
   for (idx f = 0; f < g.Dp / PW; f++)
     for (idx i = 0; i < R; i++) {
       T* out = s.q_panels + (f * R + i) * PW;
       const idx n = i < b.rows ? min_of(PW, g.p.D - f * PW) : 0;
       const T* x = q + i * g.p.q_row_stride + f * PW;
-      for (idx l = 0; l < n; l++) out[l] = x[l];
+      const T factor = n > 0 ? factor_of(r, i) : T(0);
+      for (idx l = 0; l < n; l++) out[l] = factor * x[l];
       for (idx l = n; l < PW; l++) out[l] = 0;
     }
 }
@@ -179,9 +188,10 @@ void for_parts(const SweepSetup<T>& g, idx row, Keys keys, F f) {
 template <class T>
 void compute_similarities(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, T* S, Keys keys) {
   const Contrast<T>& p = g.p;
-  const T *k = b.k(p, keys.j0), *bias = b.k_bias(g) + keys.j0;
+  const T *k = b.k(p, keys.j0), *r = b.k_r(g);
+  const KeyTerms<T> terms{r ? r + keys.j0 : nullptr, b.k_bias(g) + keys.j0};
   for (idx i = 0; i < b.panels; i++)
-    similarity<T>(keys.n, p.D, k, p.k_row_stride, s.q_columns + i * p.D * kPanel<T>, bias,
+    similarity<T>(keys.n, p.D, k, p.k_row_stride, s.q_columns + i * p.D * kPanel<T>, terms,
                   S + i * g.t.blocking.keys * kPanel<T>);
   if (g.any_positive) replace_positives(g, b, s, S, keys);
 }
@@ -201,14 +211,15 @@ template <class T>
 void replace_positives_of_key(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, T* u, idx i, idx j) {
   const Contrast<T>& p = g.p;
   const T* q = b.q(p) + i * kPanel<T> * p.q_row_stride;
-  const T bias = b.k_bias(g)[j];
+  const T bias = b.k_bias(g)[j], *q_r = b.q_r(g), *k_r = b.k_r(g);
   for (idx l = 0; l < b.rows_of_panel(i); l++) {
     const idx row = i * kPanel<T> + l;
     if (s.q_id[row] != p.k_id[j]) continue;
     const T norm = s.q_norm[row];
     T cost = norm - 2 * u[l];
     if (!p.inner_product && !(cost > (norm - 2 * bias) / 2))
-      cost = squared_distance(p.D, q + l * p.q_row_stride, b.k(p, j));
+      cost = k_r ? RowPair<T, true>{q + l * p.q_row_stride, b.k(p, j), q_r[row], k_r[j]}.squared_distance(p.D)
+                 : RowPair<T, false>{q + l * p.q_row_stride, b.k(p, j), 1, 1}.squared_distance(p.D);
     u[l] = -cost / 2;
   }
 }

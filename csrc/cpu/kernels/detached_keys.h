@@ -145,6 +145,7 @@ struct DetachedScratch {
   T* S;                      // [keys][PW] similarities, then weights
   T* ED;                     // [keys][PW] weights times d
   T* bias;                   // [keys]
+  T* k_r;                    // [keys] inverse lengths, where rows are raw
   T* k_panels;               // [Dp/PW][keys][PW]
   T* columns;                // [panels][D][PW]
   int32_t* ids;              // [panels][PW]
@@ -156,7 +157,8 @@ struct DetachedScratch {
     DetachedScratch s;
     s.panels = carve<DetachedPanel<T>>(at, n);
     s.S = carve<T>(at, K * PW), s.ED = carve<T>(at, t.want_moments ? K * PW : 0);
-    s.bias = carve<T>(at, K), s.k_panels = carve<T>(at, t.want_mean ? K * padded<T>(D) : 0);
+    s.bias = carve<T>(at, K), s.k_r = carve<T>(at, t.problem->normalize ? K : 0),
+    s.k_panels = carve<T>(at, t.want_mean ? K * padded<T>(D) : 0);
     s.columns = carve<T>(at, n * PW * D), s.ids = carve<int32_t>(at, n * PW);
     s.states = carve<char>(at, t.states ? 0 : n * idx(PanelState<T>::bytes(t)));
     return s;
@@ -173,7 +175,11 @@ DetachedPanel<T> start_panel(const DetachedSetup<T>& g, const DetachedScratch<T>
   panel.pair = unit / g.per_pair, panel.row0 = (unit - panel.pair * g.per_pair) * PW;
   panel.rows = min_of(PW, p.N - panel.row0);
   panel.columns = s.columns + i * p.D * PW;
-  transpose_panel(panel.rows, p.D, g.query_row(panel.pair, panel.row0), p.q_row_stride, panel.columns);
+  T r[PW] = {};
+  for (idx l = 0; p.normalize && l < panel.rows; l++)
+    r[l] = UnitRow<T>::of(p.D, g.query_row(panel.pair, panel.row0 + l)).r;
+  transpose_panel(panel.rows, p.D, g.query_row(panel.pair, panel.row0), p.q_row_stride, p.normalize ? r : nullptr,
+                  panel.columns);
   panel.id = s.ids + i * PW;
   for (idx l = 0; l < PW && p.q_id; l++) {  // lanes without a query repeat the last one
     const int32_t id = panel.id[l] = p.q_id[panel.row0 + min_of(l, panel.rows - 1)];
@@ -233,7 +239,7 @@ void meet_tile(const DetachedSetup<T>& g, const DetachedScratch<T>& s, const Det
                idx j0, idx n) {
   constexpr idx PW = kPanel<T>;
   const Contrast<T>& p = g.p;
-  similarity<T>(n, p.D, k, p.k_row_stride, panel.columns, s.bias, s.S);
+  similarity<T>(n, p.D, k, p.k_row_stride, panel.columns, {p.normalize ? s.k_r : nullptr, s.bias}, s.S);
   const TileIds<T> ids{panel.id, p.k_id + (p.q_id ? j0 : 0), panel.row0, j0, nullptr};
   TileSums<T> sums;
   const bool masked = needs_mask(p, panel, j0, n);
@@ -279,6 +285,11 @@ struct DetachedRow {
 };
 
 template <class T>
+T query_norm(const DetachedSetup<T>& g, const T* q) {
+  return g.p.normalize ? UnitRow<T>::of(g.p.D, q).squared_norm : squared_norm(g.p.D, q);
+}
+
+template <class T>
 DetachedRow finish_detached_row(const DetachedSetup<T>& g, const PartialStates& states, idx l, T top, const T* q) {
   double sum = 0, sum_d = 0, sum_dd = 0;
   for (idx i = 0; i < states.parts; i++) {
@@ -288,7 +299,7 @@ DetachedRow finish_detached_row(const DetachedSetup<T>& g, const PartialStates& 
     sum += s.scale * e, sum_d += s.scale * (ed + m * e);
     sum_dd += s.scale * (part.sum_dd[l] + m * (2 * ed + m * e));
   }
-  const double top_cost = (g.p.inner_product ? 0 : double(squared_norm(g.p.D, q))) - 2 * g.sign() * double(top);
+  const double top_cost = (g.p.inner_product ? 0 : double(query_norm(g, q))) - 2 * g.sign() * double(top);
   return {finish_row<LseOrder::kSumFirst>(sum, sum_d, top_cost, g.p.tau[0], g.slope - g.slope == 0), sum_dd};
 }
 
@@ -343,7 +354,7 @@ void detached_block(const DetachedSetup<T>& g, const DetachedScratch<T>& s, idx 
     if (t.interrupt()) return;
     const idx keys = min_of(t.blocking.keys, t.share.key1 - j0);
     const T* k = p.k + view * p.k_view_stride + j0 * p.k_row_stride;
-    pack<T>({k, p.k_row_stride, p.D, keys, 0, keys, p.inner_product ? T(0) : T(-0.5), s.bias,
+    pack<T>({k, p.k_row_stride, p.D, keys, 0, keys, p.inner_product, p.normalize ? s.k_r : nullptr, nullptr, s.bias,
              t.want_mean ? s.k_panels : nullptr});
     const idx ahead = min_of(t.blocking.keys, t.share.key1 - j0 - keys);
     for (idx i = 0; i < n; i++) {

@@ -56,15 +56,30 @@ CACR_INLINE void for_tiles(idx n, F f) {
   }
 }
 
-// One panel of queries against `n` keys: S[j][:] = K[j] . q + bias[j].   K: rows `ldk` apart; q: [D][kPanel]
+// What makes a similarity of the product of a query with row j of the keys: r[j] times it plus bias[j].
+template <class T>
+struct KeyTerms {
+  const T *r, *bias;  // r: inverse lengths; null: the keys are taken as they are
+
+  // S[j][:] of a register tile from row `first` on.
+  template <int R>
+  inline __attribute__((always_inline)) void store_tile(const Panel<T> (&product)[R], idx first, T* S) const {
+    if (r)
+      for (int i = 0; i < R; i++) store_panel(S + i * kPanel<T>, r[first + i] * product[i] + bias[first + i]);
+    else
+      for (int i = 0; i < R; i++) store_panel(S + i * kPanel<T>, product[i] + bias[first + i]);
+  }
+};
+
+// One panel of queries against `n` keys: S[j][:] = r[j] K[j] . q + bias[j].   K: rows `ldk` apart; q: [D][kPanel]
 template <class T, idx kFixedD>
-CACR_NOINLINE void similarity_panel(idx n, idx D, const T* K, idx ldk, const T* q, const T* bias, T* S) {
+CACR_NOINLINE void similarity_panel(idx n, idx D, const T* K, idx ldk, const T* q, KeyTerms<T> keys, T* S) {
   if (kFixedD) D = ldk = kFixedD;
   for_tiles(n, [&](idx j, auto rows) __attribute__((always_inline)) {
     constexpr int R = decltype(rows)::value;
     Panel<T> c[R] = {};
     multiply_tile<T, R>(D, K + j * ldk, ldk, 1, q, c);
-    for (int r = 0; r < R; r++) store_panel(S + (j + r) * kPanel<T>, c[r] + bias[j + r]);
+    keys.template store_tile<R>(c, j, S + j * kPanel<T>);
   });
 }
 
@@ -74,7 +89,7 @@ inline constexpr idx kChain = 192, kOneChain = 256;
 
 // The same for many features, part after part: sums of the parts so far stand in S.
 template <class T>
-CACR_NOINLINE void similarity_panel_in_parts(idx n, idx D, const T* K, idx ldk, const T* q, const T* bias, T* S) {
+CACR_NOINLINE void similarity_panel_in_parts(idx n, idx D, const T* K, idx ldk, const T* q, KeyTerms<T> keys, T* S) {
   const idx parts = (D + kChain - 1) / kChain;
   for (idx part = 0; part < parts; part++) {
     const idx d = D * part / parts, count = D * (part + 1) / parts - d;
@@ -82,11 +97,12 @@ CACR_NOINLINE void similarity_panel_in_parts(idx n, idx D, const T* K, idx ldk, 
       constexpr int R = decltype(rows)::value;
       Panel<T> c[R] = {};
       multiply_tile<T, R>(count, K + j * ldk + d, ldk, 1, q + d * kPanel<T>, c);
-      for (int r = 0; r < R; r++) {
-        T* out = S + (j + r) * kPanel<T>;
-        if (part > 0) c[r] = load_panel(out) + c[r];
-        store_panel(out, part + 1 < parts ? c[r] : c[r] + bias[j + r]);
-      }
+      T* const out = S + j * kPanel<T>;
+      for (int r = 0; r < R && part > 0; r++) c[r] = load_panel(out + r * kPanel<T>) + c[r];
+      if (part + 1 < parts)
+        for (int r = 0; r < R; r++) store_panel(out + r * kPanel<T>, c[r]);
+      else
+        keys.template store_tile<R>(c, j, out);
     });
   }
 }
@@ -126,44 +142,39 @@ CACR_NOINLINE void key_gradient_panel(idx n, idx panels, const T* H, idx ldh, co
 }
 
 template <class T>
-CACR_INLINE void similarity(idx n, idx D, const T* K, idx ldk, const T* q, const T* bias, T* S) {
+CACR_INLINE void similarity(idx n, idx D, const T* K, idx ldk, const T* q, KeyTerms<T> keys, T* S) {
   if (D == 128 && ldk == 128)
-    similarity_panel<T, 128>(n, D, K, ldk, q, bias, S);
+    similarity_panel<T, 128>(n, D, K, ldk, q, keys, S);
   else if (D == 64 && ldk == 64)
-    similarity_panel<T, 64>(n, D, K, ldk, q, bias, S);
+    similarity_panel<T, 64>(n, D, K, ldk, q, keys, S);
   else if (D == 256 && ldk == 256)
-    similarity_panel<T, 256>(n, D, K, ldk, q, bias, S);
+    similarity_panel<T, 256>(n, D, K, ldk, q, keys, S);
   else if (D > kOneChain)
-    similarity_panel_in_parts<T>(n, D, K, ldk, q, bias, S);
+    similarity_panel_in_parts<T>(n, D, K, ldk, q, keys, S);
   else
-    similarity_panel<T, 0>(n, D, K, ldk, q, bias, S);
+    similarity_panel<T, 0>(n, D, K, ldk, q, keys, S);
 }
 
-// Sum by lanes of the squares of at(d), at(d + 1), ... over whole panels of features; d: the first that is left.
-template <class T, class At>
-CACR_INLINE Vec<T> sum_of_squares(idx D, idx& d, At at) {
+// Sum by lanes of term(d), term(d + 1), ... over whole panels of features; d: the first that is left.
+template <class T, class Term>
+CACR_INLINE Vec<T> sum_by_lanes(idx D, idx& d, Term term) {
   constexpr int W = Lanes<T>::W;
   d = 0;
   const auto part = [&](idx end) __attribute__((always_inline)) {
     Vec<T> s0{}, s1{};
-    for (; d + 2 * W <= end; d += 2 * W) {
-      const Vec<T> a = at(d), b = at(d + W);
-      s0 += a * a, s1 += b * b;
-    }
+    for (; d + 2 * W <= end; d += 2 * W) s0 += term(d), s1 += term(d + W);
     return s0 + s1;
   };
   Vec<T> sum = part(min_of(D, kChain * 2 * W));
   while (d + 2 * W <= D) sum += part(min_of(D, d + kChain * 2 * W));
   return sum;
 }
-
-// sum_d (x_d - y_d)^2, for positives: the product form cancels where they are close.
-template <class T>
-CACR_INLINE T squared_distance(idx D, const T* x, const T* y) {
-  idx d;
-  T s = sum_lanes<T>(sum_of_squares<T>(D, d, [&](idx i) { return load(x + i) - load(y + i); }));
-  for (; d < D; d++) s += (x[d] - y[d]) * (x[d] - y[d]);
-  return s;
+template <class T, class At>
+CACR_INLINE Vec<T> sum_of_squares(idx D, idx& d, At at) {
+  return sum_by_lanes<T>(D, d, [&](idx i) __attribute__((always_inline)) {
+    const Vec<T> x = at(i);
+    return x * x;
+  });
 }
 
 }  // namespace cacr::CACR_ISA

@@ -9,11 +9,6 @@ namespace cacr::CACR_ISA {
 namespace {
 
 template <class T>
-void aligned(const AlignedParams<T>& params) {
-  Aligned<T>(params).run();
-}
-
-template <class T>
 void reduce(const ReduceParams<T>& t) {
   constexpr int W = Lanes<T>::W;
   const T scale = T(t.scale);
@@ -37,12 +32,12 @@ template <class T>
 constexpr Kernels<T> table() {
   Kernels<T> k{};
   k.panel = kPanel<T>, k.tile_rows = kTileRows;
-  k.pack = pack<T>, k.reduce = reduce<T>;
+  k.pack = pack<T>, k.reduce = reduce<T>, k.to_raw_rows = to_raw_rows<T>;
   k.strip_scratch = strip_scratch<T>, k.strip = strip<T>;
   k.symmetric_scratch = symmetric_scratch<T>, k.symmetric_states = symmetric_states<T>;
   k.symmetric_sweep = symmetric_sweep<T>, k.symmetric_finish = symmetric_finish<T>;
   k.symmetric_prepare = symmetric_prepare<T>;
-  k.aligned_scratch = Aligned<T>::scratch, k.aligned = aligned<T>;
+  k.aligned_scratch = aligned_scratch<T>, k.aligned = aligned<T>;
   k.positives = positives<T>;
   k.detached_keys_scratch = detached_keys_scratch<T>, k.detached_keys_state = PanelState<T>::bytes;
   k.detached_keys = detached_keys<T>, k.detached_keys_merge = detached_keys_merge<T>;

@@ -1,8 +1,7 @@
 // Rows of embeddings as the operands of the products in gemm.h.
 #pragma once
 
-#include "gemm.h"
-#include "params.h"
+#include "unit_rows.h"
 
 namespace cacr::CACR_ISA {
 
@@ -22,11 +21,6 @@ CACR_INLINE size_t bytes_of(Layout layout) {
   return size_t(at - base);
 }
 
-template <class T>
-CACR_INLINE void zero(T* p, idx n) {
-  __builtin_memset(static_cast<void*>(p), 0, size_t(n) * sizeof(T));
-}
-
 // |x|^2
 template <class T>
 T squared_norm(idx D, const T* x) {
@@ -37,40 +31,65 @@ T squared_norm(idx D, const T* x) {
 }
 
 template <class T>
+CACR_INLINE void store_norm(const PackParams<T>& t, idx i, T norm) {
+  if (t.q_norm) t.q_norm[i] = t.inner_product ? T(0) : norm;
+  if (t.k_bias) t.k_bias[i] = t.inner_product ? T(0) : T(-0.5) * norm;
+}
+
+// With the inverse lengths, where they are wanted.
+template <class T>
+void pack_norms(const PackParams<T>& t) {
+  constexpr idx W = Lanes<double>::W;
+  for (idx i = t.row0; !t.r && i < t.row1; i++)
+    store_norm(t, i, t.inner_product ? T(0) : squared_norm(t.D, t.x + i * t.row_stride));
+  for (idx at = t.row0; t.r && at < t.row1; at += W) {
+    const idx n = min_of(W, t.row1 - at);
+    const Vec<double> squares =
+        lane_sums<double>(n, [&](idx l) { return exact_squares(t.D, t.x + (at + l) * t.row_stride); });
+    for (idx l = 0; l < n; l++) {
+      const UnitRow<T> row = UnitRow<T>::of(squares[l]);
+      t.r[at + l] = row.r;
+      store_norm(t, at + l, row.squared_norm);
+    }
+  }
+}
+
+template <class T>
 void pack(const PackParams<T>& t) {
   constexpr idx PW = kPanel<T>;
-  for (idx i = t.row0; i < t.row1; i++) {
-    const T* x = t.x + i * t.row_stride;
-    if (t.norm) t.norm[i] = t.factor == 0 ? T(0) : t.factor * squared_norm(t.D, x);
-    if (!t.panels) continue;
+  pack_norms(t);
+  for (idx i = t.row0; t.panels && i < t.row1; i++) {
+    const T *x = t.x + i * t.row_stride, r = factor_of(t.r, i);
     for (idx f = 0; f * PW < t.D; f++) {
       T* out = t.panels + (f * t.rows + i) * PW;
       if ((f + 1) * PW <= t.D) {
-        store_panel(out, load_panel(x + f * PW));
+        store_panel(out, r * load_panel(x + f * PW));
       } else {
-        for (idx l = 0; l < PW; l++) out[l] = f * PW + l < t.D ? x[f * PW + l] : T(0);
+        for (idx l = 0; l < PW; l++) out[l] = f * PW + l < t.D ? r * x[f * PW + l] : T(0);
       }
     }
   }
 }
 
-// out[d][l] = rows[l][d] of one panel, of which `n` rows exist, `stride` apart; the others are 0.
+// out[d][l] = r[l] rows[l][d] of one panel, of which `n` rows exist, `stride` apart; the others are 0. r: null: 1.
 template <class T>
-CACR_INLINE void transpose_panel(idx n, idx D, const T* rows, idx stride, T* out) {
+CACR_INLINE void transpose_panel(idx n, idx D, const T* rows, idx stride, const T* r, T* out) {
   constexpr idx W = Lanes<T>::W, PW = kPanel<T>;
+  alignas(64) T factor[PW] = {};
+  for (idx l = 0; l < n; l++) factor[l] = factor_of(r, l);
   if (n < PW) zero(out, D * PW);
   for (idx l = 0; l < PW && l < n; l += W) {
     idx d = 0;
     for (; l + W <= n && d + W <= D; d += W) {
-      Vec<T> r[W];
+      Vec<T> v[W];
 #pragma GCC unroll 16
-      for (idx x = 0; x < W; x++) r[x] = load(rows + (l + x) * stride + d);
-      transpose_lanes<T>(r);
+      for (idx x = 0; x < W; x++) v[x] = load(rows + (l + x) * stride + d);
+      transpose_lanes<T>(v);
 #pragma GCC unroll 16
-      for (idx x = 0; x < W; x++) store<T>(out + (d + x) * PW + l, r[x]);
+      for (idx x = 0; x < W; x++) store<T>(out + (d + x) * PW + l, load(factor + l) * v[x]);
     }
     for (idx x = l; x < min_of(n, l + W); x++)
-      for (idx e = d; e < D; e++) out[e * PW + x] = rows[x * stride + e];
+      for (idx e = d; e < D; e++) out[e * PW + x] = factor[x] * rows[x * stride + e];
   }
 }
 

@@ -23,9 +23,11 @@ struct Share {
 // Keys and norms, packed once per call.
 template <class T>
 struct Packed {
-  T* q_norm;    // [q_views][N]             |q|^2, or 0 (inner product)
-  T* k_bias;    // [k_views][M]             -|k|^2/2, or 0 (inner product)
-  T* k_panels;  // [k_views][Dp/PW][M][PW]    null where no query gradient is wanted
+  T* q_norm;     // [q_views][N]             |q|^2, or 0 (inner product)
+  T* k_bias;     // [k_views][M]             -|k|^2/2, or 0 (inner product)
+  T* k_panels;   // [k_views][Dp/PW][M][PW]    null where no query gradient is wanted
+  T *q_r, *k_r;  // [q_views][N], [k_views][M] inverse lengths of raw rows, one array where the keys are the queries;
+                 // null: rows are taken as they are. Norms, biases and panels are those of unit rows.
 };
 
 // How the row gradients dL/dF and dL/dlse come about.
@@ -77,6 +79,7 @@ struct SymmetricParams {
 template <class T>
 struct AlignedParams {
   const T* z;  // [V][B][D], features contiguous
+  const T* r;  // [V][B] inverse lengths of raw rows, dz is then that of unit rows; null: rows are taken as they are
   int64_t view_stride, row_stride;
   int64_t V, B, D;
   double tau, scale;      // dL/dF = scale
@@ -87,14 +90,24 @@ struct AlignedParams {
   void* scratch;
 };
 
-// Norms and panels of rows [row0, row1) of one view.
+// Norms and panels of rows [row0, row1) of one view, as queries and as keys. Null: not wanted.
 template <class T>
 struct PackParams {
   const T* x;  // [rows][D]
   int64_t row_stride, D, rows, row0, row1;
-  T factor;   // norm = factor |x|^2; 0 stores 0
-  T* norm;    // [rows], or null
-  T* panels;  // [Dp/PW][rows][PW], or null
+  bool inner_product;
+  T* r;       // [rows] overwritten; where it is wanted, all else is that of unit rows
+  T* q_norm;  // [rows]
+  T* k_bias;  // [rows]
+  T* panels;  // [Dp/PW][rows][PW]
+};
+
+// Gradients of unit rows, which become those of the raw rows [row0, row1).
+template <class T>
+struct RawGradientParams {
+  const T *x, *r;  // [rows][D], [rows]
+  int64_t row_stride, D, row0, row1;
+  T* gradient;  // [rows][D]
 };
 
 // out[i][:] = (accumulate ? out[i][:] : 0) + scale * sum over slices, in their order; rows [row0, row1).
@@ -142,6 +155,7 @@ struct PositivesParams {
   const Contrast<T>* problem;
   int32_t softmax;
   const PositiveRow<T>* rows;  // [pairs][N]
+  const T *q_r, *k_r;          // as in Packed
   SortedRows q_rows, k_rows;
   bool as_queries, as_keys;
   int64_t row0, row1;
@@ -155,6 +169,7 @@ struct Kernels {
   int64_t tile_rows;  // of a register tile
   void (*pack)(const PackParams<T>&);
   void (*reduce)(const ReduceParams<T>&);
+  void (*to_raw_rows)(const RawGradientParams<T>&);
 
   size_t (*strip_scratch)(const SweepParams<T>&);
   void (*strip)(const SweepParams<T>&);

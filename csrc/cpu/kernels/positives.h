@@ -11,12 +11,12 @@
 namespace cacr::CACR_ISA {
 
 // Row x of one pair of views against `kOthers` rows y of the other side.
-template <class T>
+constexpr int kOthers = 4;
+
+template <class T, bool kRaw>
 struct FewPositives {
-  static constexpr int kOthers = 4;
-  const T* x;
-  const T* others[kOthers];
-  T h[kOthers];  // dL/du, 0 where there is none
+  RowPair<T, kRaw> rows[kOthers];  // y and x
+  T h[kOthers];                    // dL/du, 0 where there is none
 
   // -|x - y|^2 / 2
   void similarities(idx D, T* u) const {
@@ -25,12 +25,12 @@ struct FewPositives {
     idx d = 0;
     for (; d + W <= D; d += W)
       for (int r = 0; r < kOthers; r++) {
-        const Vec<T> v = load(others[r] + d) - load(x + d);
+        const Vec<T> v = rows[r].at(d);
         s[r] += v * v;
       }
     for (int r = 0; r < kOthers; r++) {
       u[r] = sum_lanes<T>(s[r]);
-      for (idx e = d; e < D; e++) u[r] += (others[r][e] - x[e]) * (others[r][e] - x[e]);
+      for (idx e = d; e < D; e++) u[r] += rows[r].one(e) * rows[r].one(e);
       u[r] *= T(-0.5);
     }
   }
@@ -40,18 +40,18 @@ struct FewPositives {
     idx d = 0;
     for (; d + W <= D; d += W) {
       Vec<T> sum = load(out + d);
-      for (int r = 0; r < kOthers; r++) sum += h[r] * (load(others[r] + d) - load(x + d));
+      for (int r = 0; r < kOthers; r++) sum += h[r] * rows[r].at(d);
       store<T>(out + d, sum);
     }
     for (; d < D; d++)
-      for (int r = 0; r < kOthers; r++) out[d] += h[r] * (others[r][d] - x[d]);
+      for (int r = 0; r < kOthers; r++) out[d] += h[r] * rows[r].one(d);
   }
 };
 
 // h[r] += dL/du[r] of the queries rows[r]; count of them, the others get none.
 template <class T>
 void add_gradients(T slope, int count, const T* u, const PositiveRow<T>* const* rows, T* h) {
-  constexpr int W = Lanes<T>::W, n = FewPositives<T>::kOthers, all = n > W ? n : W;
+  constexpr int W = Lanes<T>::W, n = kOthers, all = n > W ? n : W;
   const T sign = slope < 0 ? T(-1) : T(1);
   T d[all] = {}, e[all];
   for (int r = 0; r < count; r++) d[r] = u[r] - sign * rows[r]->top;
@@ -60,21 +60,22 @@ void add_gradients(T slope, int count, const T* u, const PositiveRow<T>* const* 
 }
 
 // What row x gets of `count` others in one pair of views.
-template <class T>
+template <class T, bool kRaw>
 void meet_positives(const PositivesParams<T>& t, idx pair, idx x, const int32_t* others, int count) {
   const Contrast<T>& p = *t.problem;
-  const T* q = p.q + p.q_index[pair] * p.q_view_stride;
-  const T* k = p.k + p.k_index[pair] * p.k_view_stride;
+  const T *q = p.q + p.q_index[pair] * p.q_view_stride, *k = p.k + p.k_index[pair] * p.k_view_stride;
+  const T *q_r = kRaw ? t.q_r + p.q_index[pair] * p.N : nullptr, *k_r = kRaw ? t.k_r + p.k_index[pair] * p.M : nullptr;
   const idx q_stride = p.q_row_stride, k_stride = p.k_row_stride;
   const PositiveRow<T>* const rows = t.rows + pair * p.N;
-  const PositiveRow<T>*of_x[4], *of_others[4];
-  FewPositives<T> few{t.as_queries ? q + x * q_stride : k + x * k_stride, {}, {}};
-  for (int r = 0; r < few.kOthers; r++) {
-    const idx y = others[min_of(r, count - 1)];
-    few.others[r] = t.as_queries ? k + y * k_stride : q + y * q_stride;
+  const PositiveRow<T>*of_x[kOthers], *of_others[kOthers];
+  FewPositives<T, kRaw> few{};
+  for (int r = 0; r < kOthers; r++) {
+    const idx y = others[min_of(r, count - 1)], query = t.as_queries ? x : y, key = t.as_queries ? y : x;
+    const T *a = q + query * q_stride, *b = k + key * k_stride, a_r = factor_of(q_r, query), b_r = factor_of(k_r, key);
+    few.rows[r] = t.as_queries ? RowPair<T, kRaw>{b, a, b_r, a_r} : RowPair<T, kRaw>{a, b, a_r, b_r};
     of_x[r] = rows + (t.as_queries ? x : 0), of_others[r] = rows + (t.as_keys ? y : 0);
   }
-  T u[few.kOthers];
+  T u[kOthers];
   few.similarities(p.D, u);
   const T slope = T(-2 * p.tau[t.softmax] * kLog2e);
   if (t.as_queries) add_gradients(slope, count, u, of_x, few.h);
@@ -93,17 +94,18 @@ void positives(const PositivesParams<T>& t) {
     if (t.interrupt()) return;
     while (first < theirs.count && theirs.id[first] < mine.id[at]) first++;
     const idx x = mine.row[at];
-    int32_t few[FewPositives<T>::kOthers];
+    int32_t few[kOthers];
     int count = 0;
     const auto meet = [&] {
-      for (idx pair = 0; pair < p.pairs && count; pair++) meet_positives(t, pair, x, few, count);
+      for (idx pair = 0; pair < p.pairs && count; pair++)
+        (p.normalize ? meet_positives<T, true> : meet_positives<T, false>)(t, pair, x, few, count);
       count = 0;
     };
     for (idx o = first; o < theirs.count && theirs.id[o] == mine.id[at]; o++) {
       const idx query = t.as_queries ? x : theirs.row[o], key = t.as_queries ? theirs.row[o] : x;
       if (p.kind[t.softmax] == kSameNotSelf && (p.q_self ? p.q_self[query] : query) == key) continue;
       few[count++] = theirs.row[o];
-      if (count == FewPositives<T>::kOthers) meet();
+      if (count == kOthers) meet();
     }
     meet();
   }

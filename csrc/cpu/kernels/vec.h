@@ -6,6 +6,9 @@
 #pragma once
 
 #include <cstdint>
+#if defined(__FMA__)
+#include <immintrin.h>
+#endif
 
 #if !defined(CACR_ISA) || !defined(CACR_VECTOR_BYTES)
 #error "compile with -DCACR_ISA=<name> -DCACR_VECTOR_BYTES=<16|32|64>"
@@ -108,6 +111,23 @@ CACR_INLINE T sum_lanes(Vec<T> v) {  // in a fixed order
     for (int i = 0; i < n; i++) s[i] += s[i + n];
   return s[0];
 }
+
+// a b + c, rounded once. Where the processor has no such instruction, by the library of C.
+CACR_INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+CACR_INLINE double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#if defined(__AVX512F__) && CACR_VECTOR_BYTES == 64
+CACR_INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
+CACR_INLINE Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a, b, c); }
+#elif defined(__FMA__) && CACR_VECTOR_BYTES == 32
+CACR_INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
+CACR_INLINE Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
+#else
+template <class V>
+CACR_INLINE V fused(V a, V b, V c) {
+  for (idx l = 0; l < idx(sizeof(V) / sizeof(a[0])); l++) c[l] = fused(a[l], b[l], c[l]);
+  return c;
+}
+#endif
 
 // ---- panels ---------------------------------------------------------------------------------------------------------
 template <class T>

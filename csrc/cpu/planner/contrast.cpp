@@ -61,6 +61,7 @@ void contrast_backward(const Contrast<T>& problem, const BackwardRows& rows, con
   const bool moments = dtau && !rows.detach_weights;
   double* variance = moments ? e.memory.template zeros<double>(problem.softmaxes * per_softmax) : nullptr;
   if (dq || dk || variance) backward(e, rows, {dq, dk, variance, false}, n);
+  e.to_raw_rows(dq, dk, n);
   for (int s = 0; dtau && s < problem.softmaxes; s++) {  // dL/dtau = sum_i gF var_i + glse F_i
     const auto row = [&](int64_t i) {
       return rows.state.sum[i] == 0 ? 0 : rows.grad_value[i] * variance[i] + rows.grad_lse[i] * rows.value[i];

@@ -63,19 +63,58 @@ struct Engine {
     packed.q_norm = memory.get<T>(p.q_views * p.N);
     packed.k_bias = memory.get<T>(p.k_views * p.M);
     packed.k_panels = key_panels ? memory.get<T>(p.k_views * p.M * padded(p.D)) : nullptr;
+    if (!p.normalize) return;
+    packed.q_r = memory.get<T>(p.q_views * p.N);
+    packed.k_r = p.keys_are_queries ? packed.q_r : memory.get<T>(p.k_views * p.M);
   }
 
-  // Norms and panels of the i-th of n shares of the rows.
-  void pack(int64_t i, int64_t n) const {
-    for (int64_t v = 0; v < p.q_views; v++)
-      kernels.pack({p.q + v * p.q_view_stride, p.q_row_stride, p.D, p.N, share(p.N, i, n), share(p.N, i + 1, n),
-                    p.inner_product ? T(0) : T(1), packed.q_norm + v * p.N, nullptr});
-    for (int64_t v = 0; v < p.k_views; v++) {
-      const bool used = std::find(p.k_index, p.k_index + p.pairs, v) != p.k_index + p.pairs;
-      T* panels = packed.k_panels && used ? packed.k_panels + v * p.M * padded(p.D) : nullptr;
-      kernels.pack({p.k + v * p.k_view_stride, p.k_row_stride, p.D, p.M, share(p.M, i, n), share(p.M, i + 1, n),
-                    p.inner_product ? T(0) : T(-0.5), packed.k_bias + v * p.M, panels});
+  // Norms and panels of the i-th of n shares of the rows; of each of `groups` groups of them, one after the other.
+  void pack(int64_t i, int64_t n, int64_t groups = 1) const {
+    for (int64_t v = 0; v < p.q_views; v++) {
+      PackParams<T> t{};
+      t.x = p.q + v * p.q_view_stride, t.row_stride = p.q_row_stride, t.rows = p.N;
+      t.r = packed.q_r ? packed.q_r + v * p.N : nullptr, t.q_norm = packed.q_norm + v * p.N;
+      if (p.keys_are_queries) t.k_bias = packed.k_bias + v * p.M, t.panels = key_panels(v);
+      pack(t, i, n, groups);
     }
+    for (int64_t v = 0; v < p.k_views && !p.keys_are_queries; v++) {
+      PackParams<T> t{};
+      t.x = p.k + v * p.k_view_stride, t.row_stride = p.k_row_stride, t.rows = p.M;
+      t.r = packed.k_r ? packed.k_r + v * p.M : nullptr, t.k_bias = packed.k_bias + v * p.M, t.panels = key_panels(v);
+      pack(t, i, n, groups);
+    }
+  }
+  void pack(PackParams<T> t, int64_t i, int64_t n, int64_t groups) const {
+    t.D = p.D, t.inner_product = p.inner_product;
+    const int64_t rows = t.rows / groups;
+    for (int64_t g = 0; g < groups; g++) {
+      t.row0 = g * rows + share(rows, i, n), t.row1 = g * rows + share(rows, i + 1, n);
+      kernels.pack(t);
+    }
+  }
+  T* key_panels(int64_t v) const {
+    const bool used = std::find(p.k_index, p.k_index + p.pairs, v) != p.k_index + p.pairs;
+    return packed.k_panels && used ? packed.k_panels + v * p.M * padded(p.D) : nullptr;
+  }
+
+  // Rows [row0, row1) of one view of the queries, or of the keys, with their gradient.
+  RawGradientParams<T> raw_gradient(T* gradient, int64_t view, int64_t row0, int64_t row1, bool keys = false) const {
+    if (keys) return {p.k + view * p.k_view_stride, packed.k_r + view * p.M, p.k_row_stride, p.D, row0, row1, gradient};
+    return {p.q + view * p.q_view_stride, packed.q_r + view * p.N, p.q_row_stride, p.D, row0, row1, gradient};
+  }
+
+  // Gradients of unit rows become those of the raw rows; dq and dk: null where not wanted, or one and the same.
+  void to_raw_rows(T* dq, T* dk, int64_t n) const {
+    if (!p.normalize) return;
+    const auto side = [&](T* gradient, int64_t views, int64_t rows, bool keys) {
+      parallel_for(parallel, n, [&](int64_t i) {
+        for (int64_t v = 0; v < views; v++)
+          kernels.to_raw_rows(
+              raw_gradient(gradient + v * rows * p.D, v, share(rows, i, n), share(rows, i + 1, n), keys));
+      });
+    };
+    if (dq) side(dq, p.q_views, p.N, false);
+    if (dk && dk != dq) side(dk, p.k_views, p.M, true);
   }
 
   // |log2(e) tau c| <= 64 for every pair? c <= (|q| + |k|)^2. False for NaN and infinity.

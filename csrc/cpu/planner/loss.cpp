@@ -70,7 +70,7 @@ struct LossPlan {
     ids.resize(size_t(p.N));
     for (int64_t i = 0; i < p.N; i++) ids[size_t(i)] = int32_t(i % B);
     p.q_id = p.k_id = ids.data(), p.period = B;
-    p.keys_are_queries = true, p.softmaxes = loss.rbf ? 2 : 1;
+    p.keys_are_queries = true, p.normalize = loss.normalize, p.softmaxes = loss.rbf ? 2 : 1;
     p.kind[0] = p.kind[1] = kOther;
     p.tau[0] = -loss.tau_neg, p.tau[1] = -(loss.tau_neg + loss.rbf_scale);
     return p;
@@ -151,7 +151,7 @@ struct LossPlan {
     const bool direct = e.padded(p.D) == p.D;
     Slices<T> slices = make_query_slices(e, n, direct ? dz : nullptr);
     strip_with_slices(e, t, n, &slices, &slices, ThreadScratch::get(e.memory, e.kernels.strip_scratch(t), n));
-    add_slices(e, slices, {dz, true, 1, direct}, n);
+    add_slices(e, slices, {dz, true, 1, direct, true}, n);
     sum_mean_cost(p, t.statistics);
   }
 
@@ -177,15 +177,19 @@ struct LossPlan {
   CacrResult run() {
     Engine<T> e(repulsion_problem(), parallel);
     const bool repels = loss.B > 1;
+    bool complete = false;  // dz is the gradient of the raw rows
     const int64_t n = e.threads();
     const Statistics positive = statistics(memory, loss.V * loss.B);
     AlignedParams<T> aligned = aligned_params(e.kernels, n, positive);
-    if (repels) e.allocate_packed(dz || want_tau);
-    parallel_for(parallel, n, [&](int64_t i) {
-      const int64_t some = aligned_threads(e.kernels, n);
-      if (i < some) run_aligned(e.kernels, aligned, i, some);
-      if (repels) e.pack(i, n);
+    const bool packs = repels || loss.normalize;
+    if (packs) e.allocate_packed(repels && (dz || want_tau));
+    aligned.r = e.packed.q_r;
+    const int64_t some = aligned_threads(e.kernels, n);
+    parallel_for(parallel, n, [&](int64_t i) {  // a thread has the same instances of all views in both
+      if (packs) e.pack(i, n, e.p.N / loss.B);
+      if (some == n) run_aligned(e.kernels, aligned, i, n);
     });
+    if (some != n) parallel_for(parallel, some, [&](int64_t i) { run_aligned(e.kernels, aligned, i, some); });
     sum_attraction(positive);
     if (repels) {
       e.find_bound();
@@ -193,11 +197,14 @@ struct LossPlan {
       const Blocking b = e.fitting(fused, n, true, true, size_t(n) * slice_bytes(e, true, true, true));
       const bool symmetric = symmetric_pays(e);  // 2 U instead of 3 U
       const bool one = dz && !symmetric && b.rows > 0 && (!loss.rbf || (e.bounded && loss.rbf_scale >= 0));
-      if (!one)
-        two_sweeps(e, n);
-      else
-        loss.rbf ? one_sweep_rbf(e, b, n) : one_sweep(e, b, n);
+      if (one && !loss.rbf) {
+        one_sweep(e, b, n);
+        complete = true;
+      } else {
+        one ? one_sweep_rbf(e, b, n) : two_sweeps(e, n);
+      }
     }
+    if (!complete) e.to_raw_rows(dz, dz, n);
     result.loss = result.attraction + result.repulsion;
     return result;
   }

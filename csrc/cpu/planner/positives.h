@@ -83,7 +83,7 @@ class PositiveGradients {
   void add(const Engine<T>& e, const ContrastGradients<T>& out, int64_t n) const {
     PositivesParams<T> t{};
     t.problem = &p_, t.softmax = softmax_, t.rows = rows_.data(), t.q_rows = q_.rows(), t.k_rows = k_.rows();
-    t.interrupt = e.parallel.interrupt;
+    t.q_r = e.packed.q_r, t.k_r = e.packed.k_r, t.interrupt = e.parallel.interrupt;
     const bool together = out.dq && out.dq == out.dk && e.symmetric();
     if (out.dq) run(e, t, {true, together, out.dq, p_.N}, n);
     if (out.dk && !together) run(e, t, {false, true, out.dk, p_.M}, n);

@@ -20,7 +20,7 @@ struct Case {
   int64_t n, d;  // rows and features
   double tau;
   int variant;  // the kind of the keys, or what else the kernel is told
-  bool flag, sorted;
+  bool flag, sorted, normalize;
 };
 
 // Two views of n rows with d features, the first the queries, the second the keys; ids sorted or periodic.
@@ -41,6 +41,7 @@ struct Problem {
     p.q = p.k = z.data(), p.q_view_stride = p.k_view_stride = n * d, p.q_row_stride = p.k_row_stride = d;
     p.q_views = p.k_views = 2, p.N = p.M = n, p.D = d, p.pairs = 1, p.q_index = q_index, p.k_index = k_index;
     p.q_id = p.k_id = id.data(), p.period = c.sorted ? 0 : 5, p.softmaxes = 1, p.kind[0] = kind, p.tau[0] = c.tau;
+    p.normalize = c.normalize;
   }
 };
 
@@ -65,7 +66,7 @@ Result<T> strip(const Kernels<T>& kernels, const Case& c) {
   t.statistics = {r.value.data(), r.lse.data(), r.variance.data(), {}};
   Slices<T> slices = make_query_slices(e, 1);
   strip_with_slices(e, t, 1, &slices, &slices, ThreadScratch::get(e.memory, kernels.strip_scratch(t), 1));
-  add_slices(e, slices, {r.gradient.data(), false}, 1);
+  add_slices(e, slices, {r.gradient.data(), false, 1, 0, true}, 1);
   return r;
 }
 
@@ -113,6 +114,7 @@ Result<T> symmetric(const Kernels<T>& kernels, const Case& c) {
   for (int64_t i = 0; i < rows; i++) state[3 * rows + i] = 1.0 / double(n), state[4 * rows + i] = 0.5 / double(n);
   const BackwardRows g{s.value, {state, state + rows, state + 2 * rows}, state + 3 * rows, state + 4 * rows, false};
   symmetric_backward(e, g, r.gradient.data(), r.variance.data(), false, 2);
+  e.to_raw_rows(r.gradient.data(), nullptr, 2);
   return r;
 }
 
@@ -123,7 +125,9 @@ Result<T> positives(const Kernels<T>& kernels, const Case& c) {
   const int64_t n = c.n;
   Problem<T> problem(c, c.variant);
   if (c.flag) problem.k_index[0] = 0, problem.p.keys_are_queries = true;
-  const Engine<T> e(problem.p, serial, kernels);
+  Engine<T> e(problem.p, serial, kernels);
+  e.allocate_packed(false);
+  e.pack(0, 1);
   Result<T> r;
   std::vector<double> state(size_t(n), 0.0), sum(size_t(n), 2.0), delta(size_t(n), -0.1), g(size_t(n), 1 / double(n));
   r.gradient.resize(2 * problem.z.size());
@@ -156,8 +160,8 @@ bool agree(const Kernels<T>& kernels, const Kernels<T>& trusted, const Cases& ca
   const double tolerance = sizeof(T) == 4 ? 2e-5 : 1e-12;
   for (double tau : cases.taus)
     for (int variant : cases.variants)
-      for (int layout = 0; layout < 4; layout++) {  // sorted ids: sets without a member in the first tile
-        c.tau = tau, c.variant = variant, c.flag = layout & 1, c.sorted = layout & 2;
+      for (int layout = 0; layout < 8; layout++) {  // sorted ids: sets without a member in the first tile
+        c.tau = tau, c.variant = variant, c.flag = layout & 1, c.sorted = layout & 2, c.normalize = layout & 4;
         const double allowed = tolerance * (cases.tolerance_grows_with_tau ? std::max(1.0, std::abs(tau)) : 1);
         const Result<T> a = run(kernels, c), b = run(trusted, c);
         if (!close(a.value, b.value, allowed) || !close(a.lse, b.lse, tolerance) ||
@@ -167,23 +171,41 @@ bool agree(const Kernels<T>& kernels, const Kernels<T>& trusted, const Cases& ca
   return true;
 }
 
-// The aligned kernel: three views, n instances.
+// The aligned kernel: some views of n instances.
 template <class T>
-std::vector<double> aligned(const Kernels<T>& kernels, int64_t n, int64_t d) {
-  const size_t rows = static_cast<size_t>(3 * n);
-  std::vector<T> z(rows * size_t(d)), dz(z.size());
+std::vector<double> aligned(const Kernels<T>& kernels, int64_t views, int64_t n, int64_t d, bool normalize) {
+  const size_t rows = static_cast<size_t>(views * n);
+  std::vector<T> z(rows * size_t(d)), dz(z.size()), r(rows);
   std::vector<double> statistics(3 * rows);
   for (size_t i = 0; i < z.size(); i++) z[i] = T(double((i * 7919) % 1013) / 1013 - 0.5);
-  std::vector<char> scratch(kernels.aligned_scratch(3) + 64);
+  std::vector<char> scratch(kernels.aligned_scratch(views) + 64);
   AlignedParams<T> t{};
-  t.z = z.data(), t.view_stride = n * d, t.row_stride = d, t.V = 3, t.B = n, t.D = d, t.tau = 1.5, t.scale = 1;
+  t.z = z.data(), t.view_stride = n * d, t.row_stride = d, t.V = views, t.B = n, t.D = d, t.tau = 1.5, t.scale = 1;
   double* s = statistics.data();
   t.statistics = {s, s + rows, s + 2 * rows, {}};
   t.dz = dz.data(), t.dz_row_stride = d, t.b1 = n;
   t.scratch = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64;
+  if (normalize) {
+    PackParams<T> lengths{};
+    lengths.x = z.data(), lengths.row_stride = lengths.D = d, lengths.rows = lengths.row1 = views * n;
+    lengths.r = r.data();
+    kernels.pack(lengths);
+    t.r = r.data();
+  }
   kernels.aligned(t);
   statistics.insert(statistics.end(), dz.begin(), dz.end());
   return statistics;
+}
+
+template <class T>
+std::vector<double> all_aligned(const Kernels<T>& kernels, int64_t n, int64_t d) {
+  std::vector<double> all;
+  for (int64_t views : {2, 3})
+    for (bool normalize : {false, true}) {
+      const std::vector<double> some = aligned(kernels, views, n, d, normalize);
+      all.insert(all.end(), some.begin(), some.end());
+    }
+  return all;
 }
 
 }  // namespace self_check
@@ -193,7 +215,7 @@ template <class T>
 bool self_check_passes(const Kernels<T>& kernels, const Kernels<T>& trusted, int64_t n, int64_t d) {
   using namespace self_check;
   const double tolerance = sizeof(T) == 4 ? 2e-5 : 1e-12;
-  const Case c{n, d, 0, 0, false, false};
+  const Case c{n, d, 0, 0, false, false, false};
   const Cases strips{{-1, 2}, {kAll, kOther, kSameNotSelf}, false, 1.0 / double(n)};
   const Cases detached{{-1, 2, -200}, {kAll, kOther}, true, 1};  // -200 takes exponents out of the range of 2^x
   const Cases same{{-1, 2}, {kSame, kSameNotSelf}, false, 1.0 / double(n)};
@@ -202,7 +224,7 @@ bool self_check_passes(const Kernels<T>& kernels, const Kernels<T>& trusted, int
          agree(kernels, trusted, detached, c, self_check::detached_keys<T>) &&
          agree(kernels, trusted, symmetries, c, symmetric<T>) &&
          agree(kernels, trusted, same, c, self_check::positives<T>) &&
-         close(aligned(kernels, n, d), aligned(trusted, n, d), tolerance);
+         close(all_aligned(kernels, n, d), all_aligned(trusted, n, d), tolerance);
 }
 
 }  // namespace cacr

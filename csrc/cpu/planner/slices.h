@@ -26,6 +26,7 @@ struct SliceSum {
   bool accumulate;
   double scale = 1;
   int64_t first = 0;
+  bool complete = false;  // of the queries: the sum is all that flows to unit rows, and becomes that of the raw rows
 };
 
 // n slices that nothing was written to; out: memory that the first thread may add to directly (no padding), or null.
@@ -63,9 +64,12 @@ void add_slices(const Engine<T>& e, const Slices<T>& s, const SliceSum<T>& sum, 
       sources.clear();
       for (size_t x = size_t(sum.first); x < s.data.size(); x++)
         if (s.touched[x][size_t(v)]) sources.push_back(s.data[x] + v * s.rows * s.stride);
-      if (sum.accumulate && sources.empty()) continue;
-      e.kernels.reduce({sum.out + v * s.rows * e.p.D, e.p.D, e.p.D, share(s.rows, i, n), share(s.rows, i + 1, n),
-                        sum.scale, sum.accumulate, sources.data(), int64_t(sources.size()), s.stride});
+      const int64_t row0 = share(s.rows, i, n), row1 = share(s.rows, i + 1, n);
+      T* const out = sum.out + v * s.rows * e.p.D;
+      if (!sum.accumulate || !sources.empty())
+        e.kernels.reduce({out, e.p.D, e.p.D, row0, row1, sum.scale, sum.accumulate, sources.data(),
+                          int64_t(sources.size()), s.stride});
+      if (sum.complete && e.p.normalize) e.kernels.to_raw_rows(e.raw_gradient(out, v, row0, row1));
     }
   });
 }

@@ -16,6 +16,7 @@ DETACHED_KEYS = "tests/operators/test_detached_keys.py -k 'not opcheck'"
 LIBRARY = "tests/cpu/test_cpu_kernels.py"
 BAD_NUMBERS = "tests/losses/test_functional_bad_numbers.py -k cpu"
 VECTORS = "tests/losses/test_vectors.py -k cpu"
+RAW_ROWS = "tests/cpu/test_raw_rows.py"
 
 FAULTS = (
     Fault(
@@ -205,16 +206,16 @@ FAULTS = (
     Fault(
         "cpu-inner-products-have-no-own-term",
         KERNELS + "backward.h",
-        text="h = p.inner_product ? T(0) : sum[i];",
-        replacement="h = sum[i];",
+        text="h = p.inner_product ? T(0) : sum[i] * factor_of(r, i);",
+        replacement="h = sum[i] * factor_of(r, i);",
         why="momentum loss: queries are subtracted from their own gradient",
         tests=(CONTRAST,),
     ),
     Fault(
         "cpu-tail-of-distances",
-        KERNELS + "gemm.h",
-        text="for (; d < D; d++) s += (x[d] - y[d]) * (x[d] - y[d]);",
-        replacement="for (d++; d < D; d++) s += (x[d] - y[d]) * (x[d] - y[d]);",
+        KERNELS + "unit_rows.h",
+        text="for (; d < D; d++) s += one(d) * one(d);",
+        replacement="for (d++; d < D; d++) s += one(d) * one(d);",
         why="close positives: one feature is forgotten",
         tests=(NUMBERS, CONTRAST),
     ),
@@ -245,8 +246,8 @@ FAULTS = (
     Fault(
         "cpu-tail-of-views",
         KERNELS + "aligned.h",
-        text="for (; d < t.D; d++) r[l][d % W] +=",
-        replacement="for (d++; d < t.D; d++) r[l][d % W] +=",
+        text="for (; d < t.D; d++) sum[d % W] += z.one(d)",
+        replacement="for (d++; d < t.D; d++) sum[d % W] += z.one(d)",
         why="costs between views lack a feature",
         tests=(CACR,),
     ),
@@ -341,8 +342,8 @@ FAULTS = (
     Fault(
         "cpu-untouched-views",
         PLANNER + "slices.h",
-        text="if (sum.accumulate && sources.empty()) continue;",
-        replacement="if (sources.empty()) continue;",
+        text="if (!sum.accumulate || !sources.empty())",
+        replacement="if (!sources.empty())",
         why="gradients of views in no pair are what the memory held",
         tests=(CONTRAST, LIBRARY),
     ),
@@ -421,10 +422,10 @@ FAULTS = (
     Fault(
         "cpu-many-views",
         PLANNER + "loss.cpp",
-        text="if (i < some) run_aligned(e.kernels, aligned, i, some);",
-        replacement="if (i < some) run_aligned(e.kernels, aligned, i, n);",
+        text="run_aligned(e.kernels, aligned, i, some);",
+        replacement="run_aligned(e.kernels, aligned, i, n);",
         why="many views on several threads: instances are left out of the attraction",
-        tests=(LIBRARY,),
+        tests=(RAW_ROWS + " -k many_views",),
     ),
     Fault(
         "cpu-parts-and-rows",
@@ -565,8 +566,8 @@ FAULTS = (
     Fault(
         "cpu-parts-of-the-features",
         KERNELS + "gemm.h",
-        text="if (part > 0) c[r] = load_panel(out) + c[r];",
-        replacement="if (part > 1) c[r] = load_panel(out) + c[r];",
+        text="for (int r = 0; r < R && part > 0; r++)",
+        replacement="for (int r = 0; r < R && part > 1; r++)",
         why="of many features the first part is forgotten",
         tests=(LIBRARY, "tests/cpu/test_rounding.py"),
     ),
@@ -585,5 +586,69 @@ FAULTS = (
         replacement="",
         why="Ctrl-C waits for the end of a queue loss",
         tests=("tests/cpu/test_interrupt.py",),
+    ),
+    Fault(
+        "cpu-raw-gradient-without-length",
+        KERNELS + "unit_rows.h",
+        text="store<T>(g + d, r * (load(g + d) - a * (r * load(x + d))));",
+        replacement="store<T>(g + d, load(g + d) - a * (r * load(x + d)));",
+        why="normalize: the gradient is that of unit rows, whatever the length of the raw ones",
+        tests=(RAW_ROWS,),
+    ),
+    Fault(
+        "cpu-raw-gradient-along-the-row",
+        KERNELS + "unit_rows.h",
+        text="store<T>(g + d, r * (load(g + d) - a * (r * load(x + d))));",
+        replacement="store<T>(g + d, r * load(g + d));",
+        why="normalize: the gradient keeps what moves a row along itself",
+        tests=(RAW_ROWS,),
+    ),
+    Fault(
+        "cpu-norm-of-the-raw-row",
+        KERNELS + "unit_rows.h",
+        text="T(double(r) * double(r) * square)",
+        replacement="T(square)",
+        why="normalize: costs contain the lengths of the raw rows",
+        tests=(RAW_ROWS,),
+    ),
+    Fault(
+        "cpu-gradient-of-short-rows",
+        KERNELS + "unit_rows.h",
+        text="idx d = is_short(r) ? t.D : 0;",
+        replacement="idx d = 0;",
+        why="normalize: a zero row gets a gradient of 1e12",
+        tests=(RAW_ROWS,),
+    ),
+    Fault(
+        "cpu-plain-difference-of-raw-rows",
+        KERNELS + "unit_rows.h",
+        text="return fused(x_r, x, -product) + fused(-y_r, y, product);",
+        replacement="return x_r * x - product;",
+        why="normalize: costs of nearly equal rows lose digits to the rounding of unit rows",
+        tests=(RAW_ROWS,),
+    ),
+    Fault(
+        "cpu-similarities-of-raw-keys",
+        KERNELS + "gemm.h",
+        text="r[first + i] * product[i] + bias[first + i]",
+        replacement="product[i] + bias[first + i]",
+        why="normalize: similarities contain the lengths of the keys",
+        tests=(RAW_ROWS,),
+    ),
+    Fault(
+        "cpu-shortest-row",
+        COMMON + "rows.h",
+        text="return r >= most ? most * (1 - eps) : r;",
+        replacement="return r;",
+        why="normalize: a row that is just long enough gets no gradient",
+        tests=(RAW_ROWS + " -k shortest",),
+    ),
+    Fault(
+        "cpu-detached-length-of-another-query",
+        KERNELS + "detached_keys.h",
+        text="g.query_row(panel.pair, panel.row0 + l)).r;",
+        replacement="g.query_row(panel.pair, panel.row0)).r;",
+        why="normalize: queries of a queue loss are scaled by the length of another one",
+        tests=(RAW_ROWS,),
     ),
 )
