@@ -25,6 +25,8 @@ from cacr_kernels import testing
 from cacr_kernels.backends import table
 from tests.benchmarks.benchmarking import BUDGET, ENVIRONMENT, PACKAGES, TINY, row_named, silent, uncompiled
 
+pytestmark = pytest.mark.exhaustive  # no machine of a user changes it
+
 PROBLEMS = [
     cases.cacr(2, 13, 7),
     cases.cacr(3, 11, 5, pairing="ordered"),

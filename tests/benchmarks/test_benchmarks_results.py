@@ -35,6 +35,8 @@ from benchmarks.suite.rows import BASELINE, OURS, Row
 from cacr_kernels import testing
 from tests.benchmarks.benchmarking import BUDGET, ENVIRONMENT, PACKAGES, TINY, silent, uncompiled
 
+pytestmark = pytest.mark.exhaustive  # no machine of a user changes it
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:

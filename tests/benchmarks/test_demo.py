@@ -150,6 +150,7 @@ def finite_numbers(node):
     return [node] if isinstance(node, float) else []
 
 
+@pytest.mark.exhaustive
 def test_quick_run_from_end_to_end(tmp_path, capsys):
     picture, figures = tmp_path / "new" / "demo.png", tmp_path / "demo.json"
     demo.main(["--quick", "--threads", "1", "--out", str(picture), "--json", str(figures)])

@@ -336,6 +336,7 @@ def test_out_of_memory_says_how_much_was_asked_for() -> None:
         operator("contrast_cpu")(q, None, None, None, tau, [0], pairs, pairs, False, False, None, False)
 
 
+@pytest.mark.exhaustive
 def test_workspace() -> None:
     """The bytes by which the peak resident memory grows."""
     pairs = [(room.setup, room.call) for room in ROOMS.values()]
