@@ -170,6 +170,7 @@ def test_size_of_the_docs(monkeypatch, dtype, products):
     assert largest <= backend_cuda.UP_TO < beyond
 
 
+@pytest.mark.exhaustive
 def test_work_is_that_of_the_kernels():
     """``backend_cuda.ARITHMETIC`` says of the kernels what is so."""
     library = ctypes.CDLL(str(emulated_library("operators.cpp")))

@@ -361,6 +361,7 @@ def test_opcheck_contrast(backend: str, dtype: torch.dtype, name: str) -> None:
     torch.library.opcheck(operator(f"contrast_{backend}"), arguments)
 
 
+@pytest.mark.exhaustive
 @checked
 @quiet_opcheck
 def test_opcheck_contrast_backward(backend: str, dtype: torch.dtype, name: str) -> None:

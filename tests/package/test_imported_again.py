@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from cacr_kernels.operators.registry import constant_while_compiling
@@ -70,6 +71,7 @@ def test_imported_again_after_its_modules_were_purged() -> None:
     run(AGAIN)
 
 
+@pytest.mark.exhaustive
 def test_a_compiler_is_imported_by_those_who_compile() -> None:
     """Dynamo takes as long to import as torch itself; and what stands in for its decorator does the same."""
     run(WITHOUT_DYNAMO)

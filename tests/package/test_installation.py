@@ -81,6 +81,7 @@ def test_pure_python_package(tmp_path: Path) -> None:
         assert "CACR_DISABLE_EXTENSION" in refusal
 
 
+@pytest.mark.exhaustive
 def test_nothing_is_said_that_was_not_asked_for() -> None:
     """No warning at import, nor by a backend that was named."""
     code = "import torch, cacr_kernels as c; c.cacr_loss(torch.randn(2, 4, 3), backend='torch')"
@@ -89,6 +90,7 @@ def test_nothing_is_said_that_was_not_asked_for() -> None:
         assert result.stdout == result.stderr == ""
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("disabled", ["0", "1"])
 def test_command_with_json(disabled: str) -> None:
     data = json.loads(python("-m", "cacr_kernels", "--json", CACR_DISABLE_EXTENSION=disabled).stdout)
