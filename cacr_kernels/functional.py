@@ -517,7 +517,7 @@ def _fused(on: Target, views: Tensor, given: Sequence[Any], kind: tuple[Pairing,
     if any(isinstance(x, Tensor) for x in given):
         numbers, given = losses.vector(given, views.device), [0.0] * len(given)
     (tau_pos, tau_neg, alpha, beta, rbf_scale), (pairing, cost) = given, kind
-    options = CACROptions(tau_pos, tau_neg, alpha, beta, PAIRINGS.index(pairing), cost == "rbf", rbf_scale)
+    options = CACROptions(tau_pos, tau_neg, alpha, beta, PAIRINGS.index(pairing), cost == "rbf", rbf_scale, False)
     grad = torch.is_grad_enabled()
     wanted = grad and views.requires_grad, grad and numbers is not None and numbers.requires_grad
     loss, parts = cacr(on, views, numbers, options, wanted)

@@ -74,6 +74,17 @@ def unit_rows(x: Tensor) -> Tensor:
     return normalize(torch.where(short, x.detach(), x), dim=-1, eps=SHORTEST)
 
 
+def of_raw_rows(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient w.r.t. raw rows ``x`` of what has the gradient ``grad`` w.r.t. their unit vectors.
+
+    u = x / |x|, du/dx = (1 - u u^T) / |x|, hence (g - (g.u) u) / |x|; 0 for rows shorter than ``SHORTEST``.
+    """
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    unit = x / length
+    along = (grad * unit).sum(-1, keepdim=True)
+    return torch.where(length < SHORTEST, 0.0, (grad - along * unit) / length)
+
+
 class Statistics(NamedTuple):
     """What one softmax per query yields: ``weights`` [.., N, M], all else [.., N]; ``entropy`` is detached."""
 

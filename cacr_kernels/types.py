@@ -134,6 +134,7 @@ class CACROptions(NamedTuple):
     pairing: int  # index into PAIRINGS
     rbf: bool
     rbf_scale: float
+    normalize: bool  # the views are raw rows
 
     @property
     def numbers(self) -> Any:
@@ -149,6 +150,9 @@ class ContrastSpec(NamedTuple):
     constants. The kinds without the query itself leave out key ``q_self[i]`` of query i, none where that is -1;
     without ``q_self`` they leave out key i. Only ``contrast`` has them.
 
+    ``normalize``: queries and keys are raw rows. Those compared are x / max(|x|, 1e-12), in float32 or wider, and the
+    gradients are those of the raw rows, zero for rows shorter than 1e-12.
+
     A row whose negative id no other row has is in no set of SAME_NOT_SELF and OTHER_NOT_SELF: nobody's, and its own
     are empty. OTHER takes negative ids as any others.
     """
@@ -161,6 +165,7 @@ class ContrastSpec(NamedTuple):
     inner_product: bool = False
     detach_weights: bool = False
     q_self: Tensor | None = None  # [N] int32
+    normalize: bool = False
 
 
 class CACRParts(NamedTuple):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from ..operators import cacr, contrast, detached_keys
 from ..types import Pairing
+from .normalizing import Kernel, with_flag
 
 _DECLARE = {"cacr": cacr.register, "contrast": contrast.register, "detached_keys": detached_keys.register}
 _CONSISTS_OF = {"contrast": ("contrast", "contrast_backward")}
+
+
+Adapt = Callable[[Kernel], Kernel]
 
 
 class Size(NamedTuple):
@@ -34,7 +39,9 @@ class Backend(NamedTuple):
         operators: which of ``cacr``, ``contrast`` and ``detached_keys`` it has. With ``contrast`` it can compute all
             losses; without any operator it computes them by the definition.
         implement: called with the name of every operator (``contrast`` comes with ``contrast_backward``) after
-            ``<operator>_<backend>`` was declared, to register what computes it; ``None``: a compiled library does.
+            ``<operator>_<backend>`` was declared, to register what computes it; ``None``: a compiled library does. And
+            with a function that what it registers has to go through, which gives it the argument ``normalize``.
+        normalizes: which operators take that argument as they are.
         half_types: whether its operators take float16 and bfloat16 as they are.
         fuses: which views ``(shape [V, B, D], pairing)`` the operator ``cacr`` takes.
         suits: which sizes ``"auto"`` takes it for, if another backend with kernels can run there, too.
@@ -48,7 +55,8 @@ class Backend(NamedTuple):
     why_not: Callable[[torch.device | None], str | None]
     device: str | None = None
     operators: tuple[str, ...] = ()
-    implement: Callable[[str], None] | None = None
+    implement: Callable[[str, Adapt], None] | None = None
+    normalizes: frozenset[str] = frozenset()
     half_types: bool = False
     fuses: Callable[[tuple[int, ...], Pairing], bool] = lambda shape, pairing: True
     suits: Callable[[Size], bool] = lambda size: True
@@ -63,8 +71,12 @@ def registered(backend: Backend) -> Backend:
         _DECLARE[family](backend.name)
         for name in _CONSISTS_OF.get(family, (family,)):
             if backend.implement is not None:
-                backend.implement(name)
+                backend.implement(name, _as_it_is if name in backend.normalizes else partial(with_flag, name))
     return backend
+
+
+def _as_it_is(kernel: Kernel) -> Kernel:
+    return kernel
 
 
 def any_device(device: torch.device | None) -> str | None:

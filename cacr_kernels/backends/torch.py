@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..operators.contrast import members, pack
 from ..operators.registry import implement
+from ..reference import of_raw_rows, unit_rows
 from ..types import POSITIVE_KINDS, ContrastSpec
 from .entry import Backend, any_device
 
@@ -117,6 +118,8 @@ def contrast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     The third output holds the maxima of the logits, the sums relative to them, and the values.
     """
     q, k, tau, spec = pack(*arguments)
+    if spec.normalize:
+        q, k = unit_rows(q), k if k is None else unit_rows(k)
     k, spec = (q, spec._replace(k_id=spec.q_id)) if k is None else (k, spec)
     q, k = q.contiguous(), k.contiguous()  # a BLAS rounds strided operands differently
     shape = (len(spec.kinds), len(spec.q_index), q.shape[1])
@@ -158,6 +161,9 @@ def gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``contrast_backward`` where autocast is off."""
     q, k, tau, spec, value, row_state, grad_value, grad_lse, want_q, want_k, want_tau = pack(*arguments)
     inner_product, detach_weights = spec.inner_product, spec.detach_weights
+    raw = q, k
+    if spec.normalize:
+        q, k = unit_rows(q), k if k is None else unit_rows(k)
     q, k = q.contiguous(), k if k is None else k.contiguous()
     grad_q = torch.zeros_like(q) if want_q else q.new_empty(0)
     if k is None:
@@ -209,7 +215,10 @@ def gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         if want_k:
             of_row = 0.0 if inner_product else grad_c.sum(0)[:, None] * k[y, keys]
             grad_k[y, keys] += 2 * (of_row - product(grad_c.mT, q[x, rows]))
-    return grad_q, q.new_empty(0) if grad_k is grad_q else grad_k, grad_tau
+    grad_k = q.new_empty(0) if grad_k is grad_q else grad_k
+    if spec.normalize:
+        grad_q, grad_k = (of_raw_rows(g, x) if g.numel() else g for g, x in zip((grad_q, grad_k), raw, strict=True))
+    return grad_q, grad_k, grad_tau
 
 
 _KERNELS = {"contrast": contrast, "contrast_backward": contrast_backward}
@@ -219,6 +228,7 @@ BACKEND = Backend(
     "plain PyTorch in blocks; bounded memory, any device",
     any_device,
     operators=("contrast",),
-    implement=lambda name: implement(f"{name}_torch", _KERNELS[name]),
+    normalizes=frozenset(_KERNELS),
+    implement=lambda name, adapt: implement(f"{name}_torch", adapt(_KERNELS[name])),
     last_resort=True,
 )

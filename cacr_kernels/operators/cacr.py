@@ -18,7 +18,7 @@ from .registry import SingleProblem, Target, declare, differentiate, opaque, own
 
 SCHEMA = (
     "(Tensor views, Tensor? numbers, float tau_pos, float tau_neg, float alpha, float beta, int pairing, bool rbf,"
-    " float rbf_scale, bool want_grad, bool want_grad_numbers)"
+    " float rbf_scale, bool normalize, bool want_grad, bool want_grad_numbers)"
     " -> (Tensor loss, Tensor parts, Tensor grad_views, Tensor grad_numbers)"
 )
 SCHEMAS = {"cacr": SCHEMA}
@@ -45,7 +45,7 @@ def loss_and_parts(views: Tensor, numbers: Tensor | None, options: CACROptions) 
         tau_pos, tau_neg = numbers[:2].to(views.dtype)
         alpha, beta, rbf_scale = numbers[2:].detach().to(views.dtype)
     terms = reference.cacr(
-        views,
+        reference.unit_rows(views) if options.normalize else views,
         Numbers(tau_pos, tau_neg, alpha, beta),
         pairing=PAIRINGS[options.pairing],
         cost=COSTS[options.rbf],
@@ -220,7 +220,7 @@ def register(backend: str) -> None:
         ctx.owns_gradients = False  # the caller has them, too
 
     def formula(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return place(gradients(ctx, *grads), (0, 1), 11)
+        return place(gradients(ctx, *grads), (0, 1), 12)
 
     declare(f"cacr_{backend}", SCHEMA, fake)
     differentiate(f"cacr_{backend}", formula, setup)

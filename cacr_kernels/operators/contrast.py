@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import pairwise_cost, statistics
+from ..reference import pairwise_cost, statistics, unit_rows
 from ..types import ALL, OTHER, OTHER_NOT_SELF, SAME_NOT_SELF, ContrastSpec, arithmetic_dtype
 from . import _torch_private
 from .registry import SingleProblem, Target, declare, differentiate, opaque, own_precision, place, traced, vjp
 
 ARGUMENTS = (
     "Tensor q, Tensor? k, Tensor? q_id, Tensor? k_id, Tensor tau, int[] kinds, int[] q_index, int[] k_index,"
-    " bool inner_product, bool detach_weights, Tensor? q_self"
+    " bool inner_product, bool detach_weights, Tensor? q_self, bool normalize"
 )
 SCHEMAS = {
     "contrast": f"({ARGUMENTS}) -> (Tensor value, Tensor lse, Tensor row_state)",
@@ -28,17 +28,17 @@ SCHEMAS = {
     ),
 }
 DIFFERENTIABLE = (0, 1, 4)  # q, k, tau
-BACKWARD_DIFFERENTIABLE = (0, 1, 4, 13, 14)  # q, k, tau, grad_value, grad_lse
+BACKWARD_DIFFERENTIABLE = (0, 1, 4, 14, 15)  # q, k, tau, grad_value, grad_lse
 
 
 def pack(q: Tensor, k: Tensor | None, q_id: Tensor | None, k_id: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-    """The first eleven arguments of a schema as q, k, tau and the spec, followed by all others."""
+    """The first twelve arguments of a schema as q, k, tau and the spec, followed by all others."""
     tau, *options = rest
-    return q, k, tau, ContrastSpec(q_id, k_id, *options[:6]), *options[6:]
+    return q, k, tau, ContrastSpec(q_id, k_id, *options[:7]), *options[7:]
 
 
 def unpack(q: Tensor, k: Tensor | None, tau: Tensor, spec: ContrastSpec) -> tuple[Any, ...]:
-    """The first eleven arguments in the order of the schemas."""
+    """The first twelve arguments in the order of the schemas."""
     q_id, k_id, kinds, q_index, k_index, *rest = spec
     return q, k, q_id, k_id, tau, list(kinds), list(q_index), list(k_index), *rest
 
@@ -83,6 +83,8 @@ def members(kind: int, spec: ContrastSpec, rows: slice, keys: slice) -> Tensor |
 
 def plain_contrast(q: Tensor, k: Tensor, tau: Tensor, spec: ContrastSpec) -> tuple[Tensor, Tensor]:
     """Value and lse from N x M arrays, differentiable any number of times; only second derivatives use it."""
+    if spec.normalize:
+        q, k = unit_rows(q), unit_rows(k)
     # not q[list]: Inductor 2.13 miscompiles a batched product of indexed operands (writes out of bounds)
     queries, keys = torch.stack([q[i] for i in spec.q_index]), torch.stack([k[i] for i in spec.k_index])
     c = -2 * queries @ keys.mT if spec.inner_product else pairwise_cost(queries, keys)
@@ -107,7 +109,7 @@ def second_order(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     q, k, q_id, k_id, q_self, tau, grad_value, grad_lse = ctx.saved_tensors
     symmetric = k is None
     k, k_id = (q.new_empty(0), q_id) if symmetric else (k, k_id)
-    spec = ContrastSpec(q_id, k_id, *ctx.rest)._replace(q_self=q_self)
+    spec = ctx.spec._replace(q_id=q_id, k_id=k_id, q_self=q_self)
 
     def gradient(q: Tensor, k: Tensor, tau: Tensor, gv: Tensor, gl: Tensor) -> tuple[Tensor, ...]:
         (_, lse), pull = vjp(lambda q, k, tau: plain_contrast(q, q if symmetric else k, tau, spec), q, k, tau)
@@ -130,19 +132,24 @@ class Backward(NamedTuple):
     on: Target
 
 
+def without_tensors(spec: ContrastSpec) -> ContrastSpec:
+    """What a context may keep as it is: autograd keeps the tensors."""
+    return spec._replace(q_id=None, k_id=None, q_self=None)
+
+
 def keep(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keeps what ``gradients`` needs; ``arguments``: q, k, tau, the spec, and where the operator runs."""
     q, k, tau, spec, ctx.on = arguments
-    q_id, k_id, *ctx.rest, q_self = spec
     value, _, row_state = output
-    ctx.save_for_backward(q, k, q_id, k_id, q_self, tau, value, row_state)
+    ctx.spec = without_tensors(spec)
+    ctx.save_for_backward(q, k, spec.q_id, spec.k_id, spec.q_self, tau, value, row_state)
 
 
 def gradients(ctx: Any, grad_value: Tensor, grad_lse: Tensor, want: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """The backward of the operator: gradients of q, k and tau, as far as they are wanted."""
     q, k, q_id, k_id, q_self, tau, value, row_state = ctx.saved_tensors
     # The statistics are passed as constants: the second derivative recomputes them from q, k and tau.
-    spec = ContrastSpec(q_id, k_id, *ctx.rest)._replace(q_self=q_self)
+    spec = ctx.spec._replace(q_id=q_id, k_id=k_id, q_self=q_self)
     backward = Backward(spec, value.detach(), row_state.detach(), want, ctx.on)
     grads = ContrastGradient.apply(q, k, tau, grad_value, grad_lse, backward)  # type: ignore[no-untyped-call]
     return tuple(g if w else None for g, w in zip(grads, want, strict=True))
@@ -151,9 +158,8 @@ def gradients(ctx: Any, grad_value: Tensor, grad_lse: Tensor, want: tuple[bool, 
 def keep_backward(ctx: Any, arguments: tuple[Any, ...], want: tuple[bool, ...]) -> None:
     """Keeps what ``second_order`` needs; ``arguments``: q, k, tau, grad_value, grad_lse and the spec."""
     q, k, tau, grad_value, grad_lse, spec = arguments
-    q_id, k_id, *ctx.rest, q_self = spec
-    ctx.want = want
-    ctx.save_for_backward(q, k, q_id, k_id, q_self, tau, grad_value, grad_lse)
+    ctx.spec, ctx.want = without_tensors(spec), want
+    ctx.save_for_backward(q, k, spec.q_id, spec.k_id, spec.q_self, tau, grad_value, grad_lse)
 
 
 class ContrastFunction(SingleProblem):
@@ -223,14 +229,14 @@ def register(backend: str) -> None:
 
     def formula(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         want = tuple(ctx.needs_input_grad[i] for i in DIFFERENTIABLE)
-        return place(gradients(ctx, grads[0], grads[1], want), DIFFERENTIABLE, 11)
+        return place(gradients(ctx, grads[0], grads[1], want), DIFFERENTIABLE, 12)
 
     def backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         q, k, tau, spec, _, _, grad_value, grad_lse, *want = pack(*inputs)
         keep_backward(ctx, (q, k, tau, grad_value, grad_lse, spec), tuple(want))
 
     def backward_formula(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return place(second_order(ctx, *grads), BACKWARD_DIFFERENTIABLE, 18)
+        return place(second_order(ctx, *grads), BACKWARD_DIFFERENTIABLE, 19)
 
     declare(f"contrast_{backend}", SCHEMAS["contrast"], fake)
     declare(f"contrast_backward_{backend}", SCHEMAS["contrast_backward"], backward_fake)

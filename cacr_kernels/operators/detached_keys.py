@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..reference import of_raw_rows, unit_rows
 from ..types import ContrastSpec, arithmetic_dtype
 from . import _torch_private
 from . import contrast as of_contrast
@@ -33,26 +34,28 @@ from .registry import (
 
 ARGUMENTS = (
     "Tensor q, Tensor k, Tensor? q_id, Tensor? k_id, Tensor tau, int[] kinds, int[] q_index, int[] k_index,"
-    " bool inner_product, bool detach_weights, bool detach_value"
+    " bool inner_product, bool detach_weights, bool detach_value, bool normalize"
 )
 SCHEMA = f"({ARGUMENTS}, bool want_q, bool want_tau) -> (Tensor value, Tensor lse, Tensor means, Tensor variance)"
 BACKWARD_SCHEMA = (
     f"({ARGUMENTS}, Tensor value, Tensor lse, Tensor means, Tensor variance,"
     " Tensor grad_value, Tensor grad_lse, bool want_q, bool want_tau) -> (Tensor grad_q, Tensor grad_tau)"
 )
+SCHEMAS = {"detached_keys": SCHEMA}
 DIFFERENTIABLE = (0, 4)  # q, tau
-BACKWARD_DIFFERENTIABLE = (0, 4, 15, 16)  # q, tau, grad_value, grad_lse
+BACKWARD_DIFFERENTIABLE = (0, 4, 16, 17)  # q, tau, grad_value, grad_lse
 Wanted = tuple[bool, ...]  # whether the gradients of q and tau are wanted
 
 
 def pack(*arguments: Any) -> tuple[Any, ...]:
-    """The first ten arguments of a schema as q, k, tau and the spec, followed by all others."""
-    return of_contrast.pack(*arguments[:10], None, *arguments[10:])
+    """The first twelve arguments of a schema as q, k, tau, the spec and ``detach_value``, followed by all others."""
+    detach_value, normalize, *rest = arguments[10:]
+    return of_contrast.pack(*arguments[:10], None, normalize, detach_value, *rest)
 
 
-def unpack(q: Tensor, k: Tensor, tau: Tensor, spec: ContrastSpec) -> tuple[Any, ...]:
-    """The first ten arguments in the order of the schemas."""
-    return of_contrast.unpack(q, k, tau, spec)[:-1]
+def unpack(q: Tensor, k: Tensor, tau: Tensor, spec: ContrastSpec, detach_value: bool) -> tuple[Any, ...]:
+    """The first twelve arguments in the order of the schemas."""
+    return *of_contrast.unpack(q, k, tau, spec)[:10], detach_value, spec.normalize
 
 
 def fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -94,21 +97,22 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
         return grad_q, grad_tau
     a = g_value if spec.detach_weights else g_lse * tau if detach_value else g_value + g_lse * tau
     a = (2 * a[0, :, :, None]).to(q.dtype)
+    raw, q = q, unit_rows(q) if spec.normalize else q
     every = list(spec.q_index) == list(range(q.shape[0]))
     rows = -a * means[0] if spec.inner_product else a * ((q if every else q[spec.q_index]) - means[0])
     if not spec.detach_weights and not detach_value:
         rows = rows.sub_((2 * (g_value * tau)[0, :, :, None]).to(q.dtype) * means[1])
-    if every:
-        return rows, grad_tau
-    index = torch.tensor(spec.q_index, dtype=torch.int64, device=q.device)
-    return torch.zeros_like(q, memory_format=torch.contiguous_format).index_add_(0, index, rows), grad_tau
+    if not every:
+        index = torch.tensor(spec.q_index, dtype=torch.int64, device=q.device)
+        rows = torch.zeros_like(q, memory_format=torch.contiguous_format).index_add_(0, index, rows)
+    return (of_raw_rows(rows, raw) if spec.normalize else rows), grad_tau
 
 
 @own_precision
 def second_order(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
     """Derivatives of the gradient w.r.t. q, tau and the incoming gradients, from the plain formula."""
     q, k, q_id, k_id, tau, grad_value, grad_lse = ctx.saved_tensors
-    spec = ContrastSpec(q_id, k_id, *ctx.rest)
+    spec = ctx.spec._replace(q_id=q_id, k_id=k_id)
 
     def gradient(q: Tensor, tau: Tensor, gv: Tensor, gl: Tensor) -> tuple[Tensor, ...]:
         (_, lse), pull = vjp(lambda q, tau: plain_contrast(q, k, tau, spec), q, tau)
@@ -142,8 +146,8 @@ class Call(NamedTuple):
 def keep(ctx: Any, arguments: tuple[Any, ...], call: Call, output: tuple[Tensor, ...]) -> None:
     """Keeps what ``gradients`` needs; ``arguments``: q, k, tau and the spec."""
     q, k, tau, spec = arguments
-    q_id, k_id, *ctx.rest, _ = spec
-    ctx.save_for_backward(q, k, q_id, k_id, tau, *output)
+    ctx.spec = of_contrast.without_tensors(spec)
+    ctx.save_for_backward(q, k, spec.q_id, spec.k_id, tau, *output)
     ctx.call = call
     ctx.set_materialize_grads(False)
 
@@ -154,21 +158,21 @@ def gradients(ctx: Any, grad_value: Tensor | None, grad_lse: Tensor | None, want
         return None, None
     q, k, q_id, k_id, tau, *found = ctx.saved_tensors
     detach_value, known, on = ctx.call
-    spec = ContrastSpec(q_id, k_id, *ctx.rest)
+    spec = ctx.spec._replace(q_id=q_id, k_id=k_id)
     grad_value = torch.zeros_like(found[0]) if grad_value is None else grad_value
     grad_lse = torch.zeros_like(found[1]) if grad_lse is None else grad_lse
     if (want[0] and not known[0]) or (want[1] and not known[1]):  # not known in forward
         constant = spec._replace(q_id=_detached(q_id), k_id=_detached(k_id))
         features = on.features(q.detach(), k.detach())
-        arguments = unpack(features[0], features[1], tau.detach(), constant)
-        found = on.operator("detached_keys")(*arguments, detach_value, *want)
+        arguments = unpack(features[0], features[1], tau.detach(), constant, detach_value)
+        found = on.operator("detached_keys")(*arguments, *want)
     found = tuple(t.detach() for t in found)
     if torch.is_grad_enabled():
         backward = Backward(spec, detach_value, found, want)
         grads = DetachedKeysGradient.apply(q, k, tau, grad_value, grad_lse, backward)  # type: ignore[no-untyped-call]
     else:  # nobody differentiates the gradient
-        arguments = unpack(q, k, tau, spec)
-        grads = operator("detached_keys_backward")(*arguments, detach_value, *found, grad_value, grad_lse, *want)
+        arguments = unpack(q, k, tau, spec, detach_value)
+        grads = operator("detached_keys_backward")(*arguments, *found, grad_value, grad_lse, *want)
     return tuple(g if w else None for g, w in zip(grads, want, strict=True))
 
 
@@ -179,9 +183,8 @@ def _detached(x: Tensor | None) -> Tensor | None:
 def keep_backward(ctx: Any, arguments: tuple[Any, ...], detach_value: bool, want: Wanted) -> None:
     """Keeps what ``second_order`` needs; ``arguments``: q, k, tau, grad_value, grad_lse and the spec."""
     q, k, tau, grad_value, grad_lse, spec = arguments
-    q_id, k_id, *ctx.rest, _ = spec
-    ctx.detach_value, ctx.want = detach_value, want
-    ctx.save_for_backward(q, k, q_id, k_id, tau, grad_value, grad_lse)
+    ctx.spec, ctx.detach_value, ctx.want = of_contrast.without_tensors(spec), detach_value, want
+    ctx.save_for_backward(q, k, spec.q_id, spec.k_id, tau, grad_value, grad_lse)
 
 
 class DetachedKeysFunction(SingleProblem):
@@ -194,11 +197,9 @@ class DetachedKeysFunction(SingleProblem):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Value, lse, means of keys and variance."""
         q, k = call.on.features(q, k)
-        arguments = unpack(q, k, tau, spec)
+        arguments = unpack(q, k, tau, spec, call.detach_value)
         with _torch_private.below_autograd():
-            outputs: tuple[Tensor, Tensor, Tensor, Tensor] = call.on.operator("detached_keys")(
-                *arguments, call.detach_value, *call.want
-            )
+            outputs: tuple[Tensor, Tensor, Tensor, Tensor] = call.on.operator("detached_keys")(*arguments, *call.want)
         return outputs
 
     @staticmethod
@@ -228,10 +229,10 @@ class DetachedKeysGradient(SingleProblem):
     ) -> tuple[Tensor, Tensor]:
         """Gradients of q and tau."""
         spec, detach_value, found, want = backward
-        arguments = unpack(q, k, tau, spec)
+        arguments = unpack(q, k, tau, spec, detach_value)
         with _torch_private.below_autograd():
             outputs: tuple[Tensor, Tensor] = operator("detached_keys_backward")(
-                *arguments, detach_value, *found, grad_value, grad_lse, *want
+                *arguments, *found, grad_value, grad_lse, *want
             )
         return outputs
 
@@ -259,7 +260,7 @@ def register(backend: str) -> None:
 
     def formula(ctx: Any, grad_value: Tensor | None, grad_lse: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
         want = tuple(ctx.needs_input_grad[i] for i in DIFFERENTIABLE)
-        return place(gradients(ctx, grad_value, grad_lse, want), DIFFERENTIABLE, 13)
+        return place(gradients(ctx, grad_value, grad_lse, want), DIFFERENTIABLE, 14)
 
     declare(f"detached_keys_{backend}", SCHEMA, fake)
     differentiate(f"detached_keys_{backend}", formula, setup)
@@ -271,7 +272,7 @@ def _register_backward() -> None:
         keep_backward(ctx, (q, k, tau, grad_value, grad_lse, spec), detach_value, (want_q, want_tau))
 
     def formula(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return place(second_order(ctx, *grads), BACKWARD_DIFFERENTIABLE, 19)
+        return place(second_order(ctx, *grads), BACKWARD_DIFFERENTIABLE, 20)
 
     declare("detached_keys_backward", BACKWARD_SCHEMA, backward_fake)
     implement("detached_keys_backward", backward)
@@ -304,7 +305,7 @@ def one_sweep(q: Tensor, k: Tensor, tau: Tensor, spec: ContrastSpec, call: Call)
     """Mean cost and log-sum-exp [1, P, N], float64, by ``detached_keys_<backend>``."""
     if (where := traced(call.on)) is not None:
         want = True, not spec.detach_weights
-        value, lse, _, _ = where.operator("detached_keys")(*unpack(q, k, tau, spec), call.detach_value, *want)
+        value, lse, _, _ = where.operator("detached_keys")(*unpack(q, k, tau, spec, call.detach_value), *want)
         return value, lse
     value, lse, _, _ = DetachedKeysFunction.apply(q, k, tau, spec, call)  # type: ignore[no-untyped-call]
     return value, lse

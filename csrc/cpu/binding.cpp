@@ -250,7 +250,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detached_keys_cpu(const Tensor& q, co
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(cacr_kernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(cacr_kernels_cpu, CPU, m) {
   m.impl("cacr_cpu", TORCH_BOX(&cacr_cpu));
   m.impl("contrast_cpu", TORCH_BOX(&contrast_cpu));
   m.impl("contrast_backward_cpu", TORCH_BOX(&contrast_backward_cpu));

@@ -315,7 +315,7 @@ ROOMS = {
     "many keys": Room(
         f"q, k = torch.randn(1, 64, 8, requires_grad=True), torch.randn(1, 400_000, 8, requires_grad=True); {TAU}",
         """
-value, lse, _ = torch.ops.cacr_kernels.contrast_cpu(q, k, None, None, tau, [0], [0], [0], False, False, None)
+value, lse, _ = torch.ops.cacr_kernels.contrast_cpu(q, k, None, None, tau, [0], [0], [0], False, False, None, False)
 (value.sum() + lse.sum()).backward()
 """,
         4 * 49 * MIB + 10 * MIB,
@@ -333,7 +333,7 @@ def test_out_of_memory_says_how_much_was_asked_for() -> None:
     """Results of 128 TiB, which no process can have."""
     q, tau, pairs = torch.zeros(1, 1 << 24, 1), torch.ones(1, dtype=torch.float64), [0] * (1 << 20)
     with pytest.raises(MemoryError, match=f"out of memory: tried to allocate {1 << 47} bytes"):
-        operator("contrast_cpu")(q, None, None, None, tau, [0], pairs, pairs, False, False, None)
+        operator("contrast_cpu")(q, None, None, None, tau, [0], pairs, pairs, False, False, None, False)
 
 
 def test_workspace() -> None:
@@ -351,7 +351,7 @@ def test_more_than_2_31_pairs() -> None:
     assert n * n > 2**31
     ids = torch.arange(n, dtype=torch.int32)
     tau = torch.tensor([-1.5], dtype=torch.float64)
-    value, lse, _ = operator("contrast_cpu")(q, k, ids, ids, tau, [2], [0], [0], False, False, None)
+    value, lse, _ = operator("contrast_cpu")(q, k, ids, ids, tau, [2], [0], [0], False, False, None, False)
     for i in (0, 1, n // 2, n - 2, n - 1):
         cost = (q[0, i].double() - k[0].double()).square().sum(-1)
         cost = torch.cat([cost[:i], cost[i + 1 :]])

@@ -57,7 +57,7 @@ def test_costs_of_equal_rows_of_one_size(dims: tuple[int, ...]) -> None:
             eager.append(cost.abs() / size**2)
             tau = torch.tensor([-1.0], dtype=torch.float64)
             (((value,),),), *_ = operator("contrast_cpu")(
-                z[:, :1], z, None, None, tau, [ALL], [0], [0], False, False, None
+                z[:, :1], z, None, None, tau, [ALL], [0], [0], False, False, None, False
             )
             mine.append(value.abs() / size**2)
     assert max(mine) <= 2 * max(eager) + 8 * torch.finfo(torch.float32).eps
@@ -117,7 +117,7 @@ def test_period_that_breaks_at_the_last_row(side: str) -> None:
     q, k = (torch.randn(1, len(rows), 5, dtype=torch.float64, generator=g) for rows in (q_id, k_id))
     tau = torch.tensor([-0.5], dtype=torch.float64)
     found, expected = (
-        operator(f"contrast_{backend}")(q, k, q_id, k_id, tau, [OTHER], [0], [0], False, False, None)[:2]
+        operator(f"contrast_{backend}")(q, k, q_id, k_id, tau, [OTHER], [0], [0], False, False, None, False)[:2]
         for backend in ("cpu", "torch")
     )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

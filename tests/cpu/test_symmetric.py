@@ -70,7 +70,7 @@ def statistics(
     k_id = None if k is None else label
     q_self = torch.arange(len(label), dtype=torch.int32) // 2 - 1 if name == "given self" else None
     op = operator(f"contrast_{backend}")
-    return op(q, k, label, k_id, tau, kinds, *index, name == "inner", name.endswith("detached"), q_self)[:2]
+    return op(q, k, label, k_id, tau, kinds, *index, name == "inner", name.endswith("detached"), q_self, False)[:2]
 
 
 def with_gradient(name: str, backend: str, z: Tensor, own: bool, label: Tensor, pairs: Any = PAIRS) -> list[Tensor]:
@@ -134,7 +134,7 @@ def test_gradient_against_differences() -> None:
 
     def f(z: Tensor) -> Any:
         kinds = [SAME_NOT_SELF, OTHER]
-        return operator("contrast_cpu")(z, None, index, None, tau, kinds, [0], [0], False, False, None)[:2]
+        return operator("contrast_cpu")(z, None, index, None, tau, kinds, [0], [0], False, False, None, False)[:2]
 
     assert gradcheck(f, (z,), fast_mode=True)
 
@@ -163,7 +163,7 @@ def test_opcheck(backend: str) -> None:
     z, label = randn(2, 5, 3).requires_grad_(), ids(5, "few")
     kinds = [SAME_NOT_SELF, OTHER]
     op = operator(f"contrast_{backend}")
-    torch.library.opcheck(op, (z, None, label, None, tau, kinds, [0, 1], [0, 1], False, False, None))
+    torch.library.opcheck(op, (z, None, label, None, tau, kinds, [0, 1], [0, 1], False, False, None, False))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -218,11 +218,11 @@ def test_fakes():
     with FakeTensorMode():
         views = torch.empty(3, 7, 5, dtype=torch.float16)
         loss, parts, grad, numbers = torch.ops.cacr_kernels.cacr_cuda(
-            views, None, *[1.0] * 4, 0, False, 2.0, True, False
+            views, None, *[1.0] * 4, 0, False, 2.0, False, True, False
         )
         assert (loss.shape, parts.shape, grad.shape, numbers.shape) == ((), (4,), views.shape, (0,))
         assert {loss.dtype, parts.dtype, grad.dtype} == {torch.float32}
         tau, ids = torch.ones(2, dtype=torch.float64), torch.zeros(7, dtype=torch.int32)
-        arguments = views, None, ids, None, tau, [1, 2], [0, 1], [1, 2], False, False, None
+        arguments = views, None, ids, None, tau, [1, 2], [0, 1], [1, 2], False, False, None, False
         value, lse, row_state = torch.ops.cacr_kernels.contrast_cuda(*arguments)
         assert (value.shape, lse.shape, row_state.shape) == ((2, 2, 7), (2, 2, 7), (3, 2, 2, 7))

@@ -211,10 +211,10 @@ def test_opcheck() -> None:
     z = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     numbers = torch.tensor([0.7, 1.3, 0.9, 1.1, 2.0], dtype=torch.float64, requires_grad=True)
     floats = 0.0, 0.0, 0.0, 0.0
-    torch.library.opcheck(operator("cacr_cuda"), (z, numbers, *floats, 0, True, 0.0, True, True))
-    torch.library.opcheck(operator("cacr_cuda"), (z, None, 0.7, 1.3, 0.9, 1.1, 2, False, 2.0, True, False))
+    torch.library.opcheck(operator("cacr_cuda"), (z, numbers, *floats, 0, True, 0.0, False, True, True))
+    torch.library.opcheck(operator("cacr_cuda"), (z, None, 0.7, 1.3, 0.9, 1.1, 2, False, 2.0, False, True, False))
     ids, tau = torch.arange(5, dtype=torch.int32) % 3, torch.tensor([0.7, -1.3], dtype=torch.float64)
-    given = z, None, ids, None, tau.requires_grad_(), [SAME_NOT_SELF, OTHER], [0], [1], False, False, None
+    given = z, None, ids, None, tau.requires_grad_(), [SAME_NOT_SELF, OTHER], [0], [1], False, False, None, False
     torch.library.opcheck(operator("contrast_cuda"), given)
     value, _, row_state = (t.detach() for t in operator("contrast_cuda")(*given))
     incoming = torch.ones_like(value).requires_grad_(), torch.full_like(value, 0.5).requires_grad_()

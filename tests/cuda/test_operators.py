@@ -74,7 +74,7 @@ def assert_right(emulation: Emulation, problem: Problem, arithmetic: str) -> lis
     emulation.float32 = arithmetic if arithmetic in ("tf32", "tf32x3") else "float"
     given = arguments(problem, DTYPE.get(arithmetic, torch.float32))
     exact = tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
-    expected = everything(blocks.contrast, blocks.contrast_backward, exact)
+    expected = everything(blocks.contrast, blocks.contrast_backward, (*exact, False))
     found = everything(emulation.contrast, emulation.contrast_backward, given)
     for x, y in zip(found, expected, strict=True):
         finite = y[y.isfinite()].abs()
@@ -245,7 +245,7 @@ def test_a_late_top(emulation):
     k[0, :8], k[0, -3] = 0.0, 1.0
     tau = torch.tensor([-1.0], dtype=torch.float64)
     given = torch.ones(1, 3, 1), k, None, None, tau, [ALL], [0], [0], True, False, None
-    exact = given[0].double(), k.double(), *given[2:]
+    exact = given[0].double(), k.double(), *given[2:], False
     value, expected = emulation.contrast(*given)[0], blocks.contrast(*exact)[0]
     torch.testing.assert_close(value, expected, rtol=2e-6, atol=0)
 

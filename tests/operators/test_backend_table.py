@@ -12,7 +12,7 @@ from torch import Tensor
 import cacr_kernels
 from cacr_kernels import functional, reference
 from cacr_kernels.backends import table
-from cacr_kernels.backends.entry import Backend, registered
+from cacr_kernels.backends.entry import Adapt, Backend, registered
 from cacr_kernels.operators.contrast import members, pack, plain_contrast
 from cacr_kernels.operators.registry import implement
 from tests.agreement import LOSSES, assert_agree, each_loss, run, small_inputs
@@ -23,7 +23,7 @@ dtypes: list[torch.dtype] = []
 
 # ---- the one file ----------------------------------------------------------------------------------------------------
 def contrast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, tau, spec = pack(*arguments)
+    q, k, tau, spec = pack(*arguments, False)
     if k is None:
         k, spec = q, spec._replace(k_id=spec.q_id)
     value, lse = (x.double() for x in plain_contrast(q, k, tau, spec))
@@ -32,7 +32,7 @@ def contrast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def contrast_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The formulas of ``reference.py``, as N x M arrays."""
-    q, k, tau, spec, value, _, g_value, g_lse, *want = pack(*arguments)
+    q, k, tau, spec, value, _, g_value, g_lse, *want = pack(*arguments[:11], False, *arguments[11:])
     symmetric, (k, spec) = k is None, (q, spec._replace(k_id=spec.q_id)) if k is None else (k, spec)
     grad_q, grad_k, grad_tau = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(tau)
     everything = slice(0, q.shape[1]), slice(0, k.shape[1])
@@ -51,7 +51,7 @@ def contrast_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(g if wanted else g.new_empty(0) for g, wanted in zip(grads, want, strict=True))  # type: ignore
 
 
-def _implement(name: str) -> None:
+def _implement(name: str, adapt: Adapt) -> None:
     kernel = {"contrast": contrast, "contrast_backward": contrast_backward}[name]
 
     def counted(*arguments: Any) -> Any:
@@ -59,7 +59,7 @@ def _implement(name: str) -> None:
         dtypes.append(arguments[0].dtype)
         return kernel(*(x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x for x in arguments))
 
-    implement(f"{name}_toy", counted)
+    implement(f"{name}_toy", adapt(counted))
 
 
 TOY = registered(Backend("toy", "plain formulas", lambda device: None, operators=("contrast",), implement=_implement))

@@ -41,6 +41,7 @@ class Problem(NamedTuple):
     inner: bool = False
     detach_weights: bool = False
     detach_value: bool = False
+    normalize: bool = False
 
     def arguments(self, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
         """Those of the operator but for what is wanted."""
@@ -48,7 +49,7 @@ class Problem(NamedTuple):
         ids = [torch.tensor(i, dtype=torch.int32) if self.kind != ALL else None for i in (self.q_id, self.k_id)]
         tau = torch.tensor([self.tau], dtype=torch.float64)
         indices = [self.kind], [x for x, _ in self.pairs], [y for _, y in self.pairs]
-        flags = self.inner, self.detach_weights, self.detach_value
+        flags = self.inner, self.detach_weights, self.detach_value, self.normalize
         return randn(vq, n, d, dtype=dtype), randn(vk, m, d, seed=1, dtype=dtype), *ids, tau, *indices, *flags
 
 
@@ -93,8 +94,8 @@ def of_operator(q: Tensor, tau: Tensor, arguments: tuple[Any, ...], want: bool =
 
 def plain(q: Tensor, tau: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """The same in float64 by the formula, as N x M arrays."""
-    _, k, q_id, k_id, _, *rest, detach_value = arguments
-    value, lse = plain_contrast(q, k.double(), tau, ContrastSpec(q_id, k_id, *rest))
+    _, k, q_id, k_id, _, *rest, detach_value, normalize = arguments
+    value, lse = plain_contrast(q, k.double(), tau, ContrastSpec(q_id, k_id, *rest, normalize=normalize))
     return value.detach() if detach_value else value, lse.detach() if rest[-1] else lse
 
 

@@ -44,11 +44,11 @@ def test_blocks_of_the_torch_backend(own: bool) -> None:
     """With positives, whose close pairs are taken from differences."""
     q, k, tau = randn(1, 5, 3), None if own else randn(1, 7, 3), torch.ones(2, dtype=torch.float64)
     q_id, k_id = torch.arange(5, dtype=torch.int32) % 3, None if own else torch.arange(7, dtype=torch.int32) % 3
-    for kinds, q_self in (
-        ([SAME_NOT_SELF if own else SAME, OTHER], None),
-        ([SAME_NOT_SELF, OTHER_NOT_SELF], torch.arange(-1, 4, dtype=torch.int32)),
+    for kinds, q_self, normalize in (
+        ([SAME_NOT_SELF if own else SAME, OTHER], None, True),
+        ([SAME_NOT_SELF, OTHER_NOT_SELF], torch.arange(-1, 4, dtype=torch.int32), False),
     ):
-        arguments = [on_meta(x) for x in (q, k, q_id, k_id, tau, kinds, [0], [0], False, False, q_self)]
+        arguments = [on_meta(x) for x in (q, k, q_id, k_id, tau, kinds, [0], [0], False, False, q_self, normalize)]
         value, lse, row_state = blocks.contrast(*arguments)
         found = blocks.gradients(*arguments, value, row_state, value, lse, True, not own, True)
         assert [g.shape for g in found] == [q.shape, torch.Size([0]) if k is None else k.shape, tau.shape]

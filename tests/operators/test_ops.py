@@ -52,14 +52,14 @@ def cacr_arguments(case: tuple[int, bool, bool, bool], dtype: torch.dtype, requi
     views = randn(3, 5, 4, dtype=dtype).requires_grad_(requires_grad and want_grad)
     numbers = torch.tensor([0.7, 1.3, 0.9, 1.1, 2.0], dtype=torch.float64)
     numbers.requires_grad_(requires_grad and want_grad_numbers)
-    return views, numbers, 0.0, 0.0, 0.0, 0.0, pairing, rbf, 0.0, want_grad, want_grad_numbers
+    return views, numbers, 0.0, 0.0, 0.0, 0.0, pairing, rbf, 0.0, False, want_grad, want_grad_numbers
 
 
 def with_numbers(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same outside of a tensor: nothing flows to the temperatures."""
-    views, numbers, _, _, _, _, pairing, rbf, _, want_grad, _ = arguments
+    views, numbers, _, _, _, _, pairing, rbf, _, normalize, want_grad, _ = arguments
     tau_pos, tau_neg, alpha, beta, rbf_scale = numbers.tolist()
-    return views, None, tau_pos, tau_neg, alpha, beta, pairing, rbf, rbf_scale, want_grad, False
+    return views, None, tau_pos, tau_neg, alpha, beta, pairing, rbf, rbf_scale, normalize, want_grad, False
 
 
 @quiet_opcheck
@@ -131,6 +131,7 @@ class Problem(NamedTuple):
     inner: bool = False
     detach: bool = False
     q_self: tuple[int, ...] | None = None
+    normalize: bool = False
 
     def arguments(self, dtype: torch.dtype = torch.float64, requires_grad: bool = False) -> tuple[Any, ...]:
         vq, vk, n, m, d = self.shape
@@ -141,7 +142,7 @@ class Problem(NamedTuple):
         indices = [kind for kind, _ in self.sets], [x for x, _ in self.pairs], [y for _, y in self.pairs]
         q, k, tau = (t.requires_grad_(requires_grad) for t in (q, k, tau))
         q_self = None if self.q_self is None else torch.tensor(self.q_self, dtype=torch.int32)
-        return q, k, *ids, tau, *indices, self.inner, self.detach, q_self
+        return q, k, *ids, tau, *indices, self.inner, self.detach, q_self, self.normalize
 
 
 def cyclic(n: int, period: int) -> tuple[int, ...]:

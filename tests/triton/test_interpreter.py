@@ -126,8 +126,8 @@ def test_a_compiler_sees_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch,
 
     def call(z: Tensor, numbers: Tensor) -> Any:
         if name == "cacr":
-            return operator("cacr_triton")(z, numbers, 0.0, 0.0, 0.0, 0.0, 0, False, 0.0, True, True)
-        more = (False, True, True) if name == "detached_keys" else (None,)  # q_self
+            return operator("cacr_triton")(z, numbers, 0.0, 0.0, 0.0, 0.0, 0, False, 0.0, False, True, True)
+        more = (False, False, True, True) if name == "detached_keys" else (None, False)  # q_self, normalize
         op = operator(f"{name}_triton")
         return op(z, z, None, None, numbers[:1], [0], [0, 1], [1, 0], False, False, *more)
 

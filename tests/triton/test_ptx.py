@@ -154,9 +154,9 @@ def test_a_running_maximum_that_stays_moves_nothing(detached: bool, monkeypatch:
     arguments = q, k, None, None, tau, [0], [0], [0], False, False
     with triton_ptx.running():
         if detached:
-            value, lse, *_ = torch.ops.cacr_kernels.detached_keys_triton(*arguments, False, True, True)
+            value, lse, *_ = torch.ops.cacr_kernels.detached_keys_triton(*arguments, False, False, True, True)
         else:
-            value, lse, _ = torch.ops.cacr_kernels.contrast_triton(*arguments, None)
+            value, lse, _ = torch.ops.cacr_kernels.contrast_triton(*arguments, None, False)
     c = torch.cdist(q.double(), k.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
     logit = -3.0 * c
     assert (lse[0] - logit.logsumexp(-1)).abs().max() < 2e-6
@@ -262,7 +262,7 @@ def test_logits_out_of_range_show() -> None:
         for inner in (False, True):
             arguments = x, y, None, None, torch.tensor([-1e12], dtype=torch.float64), [0], [0], [0], inner
             with triton_ptx.running():
-                value, _, _ = torch.ops.cacr_kernels.contrast_triton(*arguments, False, None)
+                value, _, _ = torch.ops.cacr_kernels.contrast_triton(*arguments, False, None, False)
             assert value.isnan().all() if seen else (value == (-8 if inner else 0)).all()
     for length in (1e9, 1e10):
         with triton_ptx.running():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...operators.registry import constant_while_compiling, implement_traceable
-from ..entry import Backend, any_device
+from ..entry import Adapt, Backend, any_device
 from . import launch as launching
 from . import table
 
@@ -53,7 +53,7 @@ def why_not(device: torch.device | None) -> str | None:
     return None
 
 
-def _implement(name: str) -> None:
+def _implement(name: str, adapt: Adapt) -> None:
     loaded: list[Callable[..., Any]] = []
 
     def launch(*arguments: Any) -> Any:
@@ -66,9 +66,9 @@ def _implement(name: str) -> None:
         if table.processor_of(arguments[0].device).family == "interpreter":
             return NotImplemented
         with launching.tracing():
-            return launch(*arguments)
+            return adapt(launch)(*arguments)
 
-    implement_traceable(f"{name}_triton", launch, kernels)
+    implement_traceable(f"{name}_triton", adapt(launch), kernels)
 
 
 BACKEND = Backend(

@@ -104,7 +104,7 @@ def test_near_positives_are_differences() -> None:
     q = k[:, :33] + 1e-3 * randn(1, 33, 24, seed=1, dtype=torch.float32)
     ids = torch.arange(45, dtype=torch.int32)
     arguments = (q, k, ids[:33], ids, torch.ones(1, dtype=torch.float64), [test_ops.SAME], [0], [0], False, False)
-    value, _, _ = FORWARD(*arguments, None)
+    value, _, _ = FORWARD(*arguments, None, False)
     true = (q.double() - k[:, :33].double()).square().sum(-1)
     assert ((value[0] - true).abs() <= 1e-6 * true).all()
 
@@ -173,7 +173,7 @@ def test_fakes(dtype: torch.dtype) -> None:
     assert_like(contrast.backward_fake(*test_ops.as_fake(full)), BACKWARD(*full))
     detached = (*test_detached_keys.PROBLEMS["views"].arguments(dtype), True, True)
     assert_like(detached_keys.fake(*test_ops.as_fake(detached)), DETACHED_KEYS(*detached))
-    views = (randn(3, 5, 4, dtype=dtype), None, 0.7, 1.3, 0.9, 1.1, 0, False, 2.0, True, False)
+    views = (randn(3, 5, 4, dtype=dtype), None, 0.7, 1.3, 0.9, 1.1, 0, False, 2.0, False, True, False)
     assert_like(cacr.fake(*test_ops.as_fake(views)), operator("cacr_triton")(*views))
 
 
