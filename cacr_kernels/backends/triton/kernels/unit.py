@@ -29,8 +29,20 @@ def lengths(x, i0, rows, D, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, acc_ty
 @triton.jit
 def unit_factor(length):
     """The factors r, float64; 0 for a row of zeros, so that nothing large meets them. A NaN stays."""
-    r = 1.0 / tl.where(length < SHORTEST, SHORTEST, length)
+    r = 1.0 / tl.where(is_short(length), shortest(), length)
     return tl.where(length == 0, 0.0, r)
+
+
+@triton.jit
+def is_short(length):
+    """Whether rows are shorter than those that become unit vectors."""
+    return length < shortest()
+
+
+@triton.jit
+def shortest():
+    """A number alone would be rounded to float32."""
+    return tl.full((), SHORTEST, tl.float64)
 
 
 @triton.jit
@@ -109,7 +121,7 @@ def unit_gradient_kernel(
     first = i0 * D + i[:, None] * D + d[None, :]
     one = tl.cast(rows, tl.int64) * D
     length = lengths(x, i0, rows, D, BLOCK_M, BLOCK_D, acc_type)
-    short = length < SHORTEST
+    short = is_short(length)
     r = unit_factor(length).to(acc_type)[:, None]
     dot = tl.zeros((BLOCK_M,), acc_type)
     for d0 in range(0, D, BLOCK_D):
