@@ -113,7 +113,8 @@ def _stacked(name: str, value: Sequence[Any], at_least: int) -> Tensor:
         same_device(f"{name}[{i}]", z, f"{name}[0]", parts[0])
     dtype = parts[0].dtype
     for z in parts[1:]:
-        dtype = torch.promote_types(dtype, z.dtype)
+        if z.dtype != dtype:
+            dtype = torch.promote_types(dtype, z.dtype)
     with without_autocast(parts[0].device):  # whose rule for stack refuses float16 on a CPU
         return torch.stack([z.to(dtype) for z in parts])
 

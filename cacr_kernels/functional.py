@@ -145,18 +145,19 @@ def cacr_loss(
     check_shared(normalize, reduction, return_parts)
     checks.reduction_of_rbf(cost, reduction)
     group = group_of(gather_distributed, process_group, {"views": z})
-    chosen, on = choose_backend(backend, [z], normalize, similarities_of_views(z, pairing), group)
+    chosen, on = choose_backend(backend, [z], similarities_of_views(z, pairing), group)
+    fused = group is None and reduction == "mean" and "cacr" in on.operators and chosen.fuses(z.shape, pairing)
     with checks.without_autocast(z.device):
-        (z,), (keys,) = prepare([z], normalize, group, gathered=[0])
+        (z,), (keys,) = prepare([z], normalize and not on.operators, group, gathered=[0], as_is=fused)
         tau_pos, tau_neg = averaged(group, z.device, tau_pos, tau_neg)
         tau_pos, tau_neg, alpha, beta, rbf_scale = as_variables(z.device, tau_pos, tau_neg, alpha, beta, rbf_scale)
-        if keys is None and reduction == "mean" and "cacr" in on.operators and chosen.fuses(z.shape, pairing):
-            return _fused(on, z, (tau_pos, tau_neg, alpha, beta, rbf_scale), (pairing, cost), return_parts)
+        if fused:
+            return _fused(on, z, (tau_pos, tau_neg, alpha, beta, rbf_scale), (pairing, cost, normalize), return_parts)
         numbers = Numbers(tau_pos, tau_neg, alpha, beta)
         options: Any = {"pairing": pairing, "cost": cost, "rbf_scale": rbf_scale}
         options |= {"keys": keys, "ranks": ranks_of(group)}
         if on.operators:
-            terms = losses.cacr(on, z.contiguous(), numbers, **options)
+            terms = losses.cacr(on, z.contiguous(), numbers, **options, normalize=normalize)
         else:
             terms = reference.cacr(z, numbers, **options)
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype)
@@ -289,15 +290,18 @@ def queue_call(
     check_shared(normalize, reduction, return_parts)
     gather_distributed, process_group = ranks
     group = group_of(gather_distributed, process_group, {"queries": q})
-    _, on = choose_backend(backend, [q, k, n], normalize, math.inf)
+    _, on = choose_backend(backend, [q, k, n], math.inf)
+    raw = normalize and bool(on.operators)
     with checks.without_autocast(q.device):
-        (q, k, n), (batch,) = prepare([q, k.detach(), n.detach()], normalize, group, gathered=[0] * in_batch)
+        tensors = [q, k.detach(), n.detach()]
+        (q, k, n), (batch,) = prepare(tensors, normalize and not raw, group, gathered=[0] * in_batch)
         tau_pos, tau_neg = averaged(group, q.device, tau_pos, tau_neg)
         numbers = Numbers(*as_variables(q.device, tau_pos, tau_neg, alpha, beta))
     arguments: tuple[Any, ...] = q, k, n, numbers
     compute: Callable[..., Terms] = reference.queue
     if on.operators:
-        arguments, compute = (on, *(t.contiguous() for t in (q, k, n)), numbers), losses.queue
+        arguments = on, *(t.contiguous() for t in (q, k, n)), numbers
+        compute = partial(losses.queue, normalize=raw)
 
     def reduced(terms: Terms) -> Any:
         if one_direction:
@@ -383,15 +387,15 @@ def cacr_momentum_loss(
     key_offset = checks.integer("key_offset", key_offset, 0, k.shape[0] - q.shape[1])
     check_shared(normalize, reduction, return_parts)
     group = group_of(gather_distributed, process_group, {"queries": q, "keys": k})
-    _, on = choose_backend(backend, [q, k], normalize, math.inf)
+    _, on = choose_backend(backend, [q, k], math.inf)
     with checks.without_autocast(q.device):
-        (q, k), (keys_of_all,) = prepare([q, k.detach()], normalize, group, gathered=[1])
+        (q, k), (keys_of_all,) = prepare([q, k.detach()], normalize and not on.operators, group, gathered=[1])
         k = k if keys_of_all is None else keys_of_all
         (temperature,) = averaged(group, q.device, temperature)
         (temperature,) = as_variables(q.device, temperature)
         options: Any = {"cost": cost, "key_offset": key_offset}
         if on.operators:
-            terms = losses.momentum(on, q.contiguous(), k.contiguous(), temperature, **options, zero_keys=normalize)
+            terms = losses.momentum(on, q.contiguous(), k.contiguous(), temperature, **options, normalize=normalize)
         else:
             terms = reference.momentum(q, k, temperature, **options)
         return reduce(connected(terms, temperature), reduction, return_parts, q.dtype)
@@ -492,12 +496,13 @@ def supervised_cacr_loss(
     group = group_of(
         gather_distributed, process_group, {"embeddings": z, "ref_embeddings": tensors[1] if tensors[1:] else None}
     )
-    _, on = choose_backend(backend, tensors, normalize, similarities_of_embeddings(tensors), group)
+    _, on = choose_backend(backend, tensors, similarities_of_embeddings(tensors), group)
     with checks.without_autocast(z.device):
         if own_rows is not None or ignored is not None:
             read = losses.rows_in_sets(y, ref_labels, own_rows, ignored, everywhere=group is None)
             tensors = [torch.where(rows[:, None], t, 0.0) for rows, t in zip(read, tensors, strict=True)]
-        (z, *ref), (keys,) = prepare(tensors, normalize, group, gathered=[len(tensors) - 1])
+        unit = normalize and not on.operators
+        (z, *ref), (keys,) = prepare(tensors, unit, group, gathered=[len(tensors) - 1])
         tau_pos, tau_neg = averaged(group, z.device, tau_pos, tau_neg)
         numbers = Numbers(*as_variables(z.device, tau_pos, tau_neg, alpha, beta))
         ranks = ranks_of(group)
@@ -505,19 +510,24 @@ def supervised_cacr_loss(
         if group is not None and keys is not None:
             ref, ref_labels = [keys], rows_of_all(y if ref_labels is None else ref_labels, group, dim=0)
         arguments: Any = (z, y, ref[0] if ref else None, ref_labels, numbers)
-        supervised = partial(losses.supervised, on) if on.operators else reference.supervised
+        supervised: Callable[..., Terms] = reference.supervised
+        if on.operators:
+            supervised = partial(losses.supervised, on, normalize=normalize)
         terms = supervised(*arguments, sets=sets, ranks=ranks)
         counted = None if ignored is None else ranks.total((y != ignored).sum()).to(z.dtype) / (len(y) * ranks.size)
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype, counted)
 
 
-def _fused(on: Target, views: Tensor, given: Sequence[Any], kind: tuple[Pairing, Cost], return_parts: bool) -> Any:
+def _fused(
+    on: Target, views: Tensor, given: Sequence[Any], kind: tuple[Pairing, Cost, bool], return_parts: bool
+) -> Any:
     """The loss by the operator ``cacr``; ``given``: tau_pos, tau_neg, alpha, beta and rbf_scale."""
     numbers = None
     if any(isinstance(x, Tensor) for x in given):
         numbers, given = losses.vector(given, views.device), [0.0] * len(given)
-    (tau_pos, tau_neg, alpha, beta, rbf_scale), (pairing, cost) = given, kind
-    options = CACROptions(tau_pos, tau_neg, alpha, beta, PAIRINGS.index(pairing), cost == "rbf", rbf_scale, False)
+    (tau_pos, tau_neg, alpha, beta, rbf_scale), (pairing, cost, normalize) = given, kind
+    numbers_given = tau_pos, tau_neg, alpha, beta
+    options = CACROptions(*numbers_given, PAIRINGS.index(pairing), cost == "rbf", rbf_scale, bool(normalize))
     grad = torch.is_grad_enabled()
     wanted = grad and views.requires_grad, grad and numbers is not None and numbers.requires_grad
     loss, parts = cacr(on, views, numbers, options, wanted)
@@ -532,7 +542,6 @@ def backend_for(
     tensors: Sequence[Tensor],
     *,
     backend: str = "auto",
-    normalize: bool = False,
     pairing: Pairing = "unordered",
 ) -> str:
     """The name of the backend that computes a loss.
@@ -541,7 +550,7 @@ def backend_for(
         loss: the name of a public loss, ``"cacr_loss"`` say.
         tensors: its features in the order of its arguments: views; queries, keys and queue; queries and keys;
             embeddings and, if given, reference embeddings. Several views as one tensor.
-        backend, normalize, pairing: as they are given to the loss.
+        backend, pairing: as they are given to the loss.
     """
     if loss == cacr_loss.__name__:
         similarities = similarities_of_views(tensors[0], pairing)
@@ -551,4 +560,4 @@ def backend_for(
         similarities = math.inf
     else:
         raise ValueError(f"loss={loss!r} is unknown")
-    return choose_backend(backend, tensors, normalize, similarities)[0].name
+    return choose_backend(backend, tensors, similarities)[0].name

@@ -17,7 +17,7 @@ from .operators.aligned import aligned_cost
 from .operators.contrast import contrast
 from .operators.detached_keys import detached_keys
 from .operators.registry import Target
-from .reference import Statistics, mean_entropy, rows_of_pairs, statistics, view_pairs
+from .reference import Statistics, mean_entropy, rows_of_pairs, statistics, unit_norms, view_pairs
 from .types import (
     ALL,
     ALONE,
@@ -79,13 +79,14 @@ def cacr(
     pairing: Pairing,
     cost: Cost,
     rbf_scale: float,
+    normalize: bool,
     keys: Tensor | None = None,
     ranks: Ranks = ALONE,
 ) -> Terms:
-    """``reference.cacr``, with the repulsion from one call of ``contrast``."""
+    """``reference.cacr``, with the repulsion from one call of ``contrast``; ``normalize``: of raw rows."""
     tau_pos, tau_neg, alpha, beta = numbers
     num_views, batch, dim = views.shape
-    c = aligned_cost(views, views)
+    c = aligned_cost(views, views, normalize)
     attracted = attraction(c, tau_pos * c)
     zero = views.new_zeros(())
     if batch == 1 and keys is None:  # no negatives
@@ -98,7 +99,8 @@ def cacr(
         q, q_id, pairs = views.reshape(1, num_views * batch, dim), q_id.repeat(num_views), [(0, 0)]
         if keys is not None and k_id is not None:
             keys, k_id = keys.reshape(1, -1, dim), k_id.repeat(num_views)
-    spec = ContrastSpec(q_id, k_id, [OTHER] * len(taus), [x for x, _ in pairs], [y for _, y in pairs])
+    index = [x for x, _ in pairs], [y for _, y in pairs]
+    spec = ContrastSpec(q_id, k_id, [OTHER] * len(taus), *index, normalize=normalize)
     value, lse = contrast(on, q, keys, vector(taus, views.device), spec)
     pulled = alpha * attracted.value
     if cost == "rbf":
@@ -121,6 +123,7 @@ def queue(
     *,
     in_batch: bool | Tensor,
     weight_grad: WeightGrad,
+    normalize: bool,
     valid: Tensor | None = None,
 ) -> Terms:
     """``reference.queue``: the softmax over queue and batch is the merge of two.
@@ -130,7 +133,7 @@ def queue(
     """
     tau_pos, tau_neg, alpha, beta = numbers
     num_views, batch, _ = queries.shape
-    c = aligned_cost(queries, keys.detach())
+    c = aligned_cost(queries, keys.detach(), normalize)
     attracted = attraction(c, (tau_pos * c).detach())
 
     value, lse = torch.zeros_like(attracted.value), torch.full_like(attracted.value, -torch.inf)
@@ -141,14 +144,16 @@ def queue(
             k_id = (torch.arange(queue.shape[0], dtype=torch.int64, device=queue.device) < valid).to(torch.int32)
             ids = torch.zeros_like(queries[0, :, 0], dtype=torch.int32), k_id
         kind = ALL if valid is None else OTHER
-        spec = ContrastSpec(*ids, [kind], every, [0] * num_views, detach_weights=weight_grad != "full")
+        flags = {"detach_weights": weight_grad != "full", "normalize": normalize}
+        spec = ContrastSpec(*ids, [kind], every, [0] * num_views, **flags)
         (value,), (lse,) = detached_keys(on, queries, queue[None], vector([-tau_neg], queries.device), spec)
     every_query = in_batch if isinstance(in_batch, Tensor) else None
     if every_query is not None or (in_batch and batch > 1):
         detached, tau = weight_grad == "none", vector([-tau_neg], queries.device)
         instances = instance_ids(batch, queries.device)
         among = None if every_query is None else instance_ids(every_query.shape[1], queries.device)
-        spec = ContrastSpec(instances, among, [OTHER], every, every, detach_weights=detached)
+        flags = {"detach_weights": detached, "normalize": normalize}
+        spec = ContrastSpec(instances, among, [OTHER], every, every, **flags)
         (batch_value,), (batch_lse,) = contrast(on, queries, every_query, tau.detach() if detached else tau, spec)
         batch_lse = batch_lse.detach() if detached else batch_lse
         if queue.shape[0] and valid is not None:  # the queue may be empty
@@ -166,9 +171,6 @@ def merge(value_a: Tensor, lse_a: Tensor, value_b: Tensor, lse_b: Tensor) -> tup
     return (lse_a - lse).exp() * value_a + (lse_b - lse).exp() * value_b, lse
 
 
-FAR = 1e8  # so long that a key has no weight, its square in the range of float32
-
-
 def momentum(
     on: Target,
     queries: Tensor,
@@ -177,57 +179,44 @@ def momentum(
     *,
     cost: Cost,
     key_offset: int,
-    zero_keys: bool = False,
+    normalize: bool,
 ) -> Terms:
     """``reference.momentum``: q.k / T is -1 / (2T) times the inner cost -2 q.k, or the cost of unit keys.
 
-    ``zero_keys``: some may be 0, as normalised rows can be. These have the weight exp(0), not that of their cost |q|^2:
-    they are moved out of reach, which waits for no GPU, and merged again. (Rows that the loss found between 1e-34 and
-    1e-12 long, which it does not make unit vectors, keep the weight of their cost.)
+    ``normalize``: of raw rows, u = x / max(|x|, 1e-12). Some keys may be zero, as in a bank that is partly filled: of
+    these the weight is exp(0), not that of their cost |q|^2. So the costs are made of inner products, sum_j w_j c_j =
+    |u_q|^2 + sum_j w_j |u_j|^2 - 2 sum_j w_j u_q.u_j, where |u|^2 is 1 but for rows shorter than 1e-12.
     """
     keys = keys.detach()
     batch = queries.shape[1]
     positives = slice(key_offset, key_offset + batch)
     positive = keys[positives]
-    c_pos = aligned_cost(queries, positive[None])[:, 0].mT  # [B, V]
+    c_pos = aligned_cost(queries, positive[None], normalize)[:, 0].mT  # [B, V]
     attracted = statistics((c_pos / temperature).detach(), c_pos, torch.ones_like(c_pos, dtype=torch.bool))
     p = attracted.weights.mT  # [V, B]
     tau = -0.5 / temperature
     taus, index = vector([tau], queries.device), (list(range(queries.shape[0])), [0] * queries.shape[0])
     if cost == "rbf":
-        spec = ContrastSpec(None, None, [ALL], *index, inner_product=True)
+        spec = ContrastSpec(None, None, [ALL], *index, inner_product=True, normalize=normalize)
         (value,), (lse,) = detached_keys(on, queries, keys[None], taus, spec, detach_value=True)
         entropy = entropy_of(value, lse, tau)
-        inner_product = (queries * positive).sum(-1)
+        if normalize:
+            inner_product = (unit_norms(queries) + unit_norms(positive) - c_pos.mT) / 2
+        else:
+            inner_product = (queries * positive).sum(-1)
         rows = -2 * (p * inner_product).sum(0), 2 * temperature * (p * (lse + 0.0 * value)).sum(0)
     else:
         ids = instance_ids(keys.shape[0], keys.device)
-        spec = ContrastSpec(ids[positives], ids, [OTHER], *index, detach_weights=True)
-        zero = torch.linalg.vector_norm(keys, dim=-1) == 0 if zero_keys else None
-        others = keys if zero is None else torch.where(zero[:, None], FAR, keys)
-        (value,), (lse,) = detached_keys(on, queries, others[None], taus, spec)
-        if zero is None:
-            entropy = entropy_of(value, lse, tau)
-        else:
-            value, entropy = _with_zero_keys(value, lse, queries, zero.sum() - zero[positives].long(), tau)
+        flags = {"inner_product": normalize, "detach_weights": True, "normalize": normalize}
+        spec = ContrastSpec(ids[positives], ids, [OTHER], *index, **flags)
+        (value,), (lse,) = detached_keys(on, queries, keys[None], taus, spec)
+        entropy = entropy_of(value, lse, tau)
+        if normalize:
+            missing = 1 - unit_norms(keys).to(lse.dtype)  # of a weight of about exp(0)
+            norms = unit_norms(queries) + 1 - (missing.sum() - missing[positives]) * (-lse).exp()
+            value = torch.where(lse == -torch.inf, value, value + norms)
         rows = attracted.value / 2, -(p * value).sum(0) / 2
     return Terms(*rows, mean_entropy(attracted), entropy)
-
-
-def _with_zero_keys(
-    value: Tensor, lse: Tensor, queries: Tensor, count: Tensor, tau: Temperature
-) -> tuple[Tensor, Tensor]:
-    """Mean cost [V, B] of the other keys and of ``count`` [B] zero keys, and the entropy of their weights.
-
-    The cost of a zero key is |q|^2, its logit tau (|q|^2 + 1): as far above q.0 / T as those of unit keys are.
-    """
-    length = queries.square().sum(-1)  # [V, B]
-    logit = tau * (length + 1).detach()
-    some, log_count = count > 0, count.to(value.dtype).log()
-    both = torch.where(some, torch.logaddexp(lse, logit + log_count), lse)
-    share = torch.where(some, (logit + log_count - both).exp().detach(), 0.0)
-    value = torch.where(some, (1 - share) * value, value) + share * length
-    return value, entropy_of(value + share, both, tau)
 
 
 def supervised(
@@ -238,6 +227,7 @@ def supervised(
     ref_labels: Tensor | None,
     numbers: Numbers,
     *,
+    normalize: bool,
     sets: KeySets = WHOLE_SETS,
     ranks: Ranks = ALONE,
 ) -> Terms:
@@ -258,7 +248,8 @@ def supervised(
         kinds = [SAME_NOT_SELF, OTHER_NOT_SELF]
         if not keys_are_queries and not queries_first:
             q_self = (torch.full_like(labels, -1) if ref_index is None else ref_index).to(torch.int32)
-    spec = ContrastSpec(*compact_ids(labels, ref_labels, ignore_index), kinds, [0], [0], q_self=q_self)
+    ids = compact_ids(labels, ref_labels, ignore_index)
+    spec = ContrastSpec(*ids, kinds, [0], [0], q_self=q_self, normalize=normalize)
     value, lse = contrast(on, embeddings[None], keys, vector([tau_pos, -tau_neg], embeddings.device), spec)
     value, lse = value[:, 0], lse[:, 0]
     nonempty = ranks.total((lse != -torch.inf).sum(-1)).clamp(min=1).to(value.dtype)

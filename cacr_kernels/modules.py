@@ -19,7 +19,7 @@ from . import checks, distributed, functional, ring
 from .operators import state
 from .operators.registry import tracing
 from .operators.second_derivative import refuse_second_derivative_of_compiled
-from .reference import unit_rows
+from .reference import unit_norms, unit_rows
 from .types import ENQUEUES, Cost, Enqueue, Pairing, Reduction, WeightGrad, arithmetic_dtype
 
 if TYPE_CHECKING:
@@ -269,20 +269,17 @@ class CACRQueueLoss(_Loss[Result]):
         q, k = checks.queries_and_keys(queries, keys)
         if k.shape[-1] != self.dim:
             raise ValueError(f"keys must have dim = {self.dim} features, got {k.shape[-1]}")
-        given = k = k.detach()
+        k = k.detach()
         self._follow(k.device)
         update = self._updates(update_queue)
         own, valid = self._traced_queue(update) if _traced(self.queue) else self._queue_of_host(update)
-        options = self.options()
-        if options.pop("normalize"):
-            q, k = (unit_rows(x.to(arithmetic_dtype(x))) for x in (q, k))
         one_direction = isinstance(queries, Tensor) and queries.dim() == 2
         pair = (q[0], k[0]) if one_direction else (q, k)
-        call = functional.queue_call(*pair, own, valid, functional.QueueOptions(normalize=False, **options))
+        call = functional.queue_call(*pair, own, valid, functional.QueueOptions(**self.options()))
         with checks.without_autocast(call.device):
             loss = call.reduced(call.compute(*call.arguments))
         if update:
-            self._store(self._of_all_ranks(given, k))
+            self._store(self._normalized(self._of_all_ranks(k)))
         return loss
 
     if TYPE_CHECKING:
@@ -354,13 +351,18 @@ class CACRQueueLoss(_Loss[Result]):
             filled = int(ring.filled_rows(self.queue_count, self.queue_size))
         return self.queue.detach()[:filled], None
 
-    def _of_all_ranks(self, given: Tensor, prepared: Tensor) -> Tensor:
+    def _of_all_ranks(self, keys: Tensor) -> Tensor:
         """The keys that are stored, with ``gather_distributed`` those of all ranks, as one process would have them."""
+        keys = keys if self.enqueue == "all" else keys[-1:]
         group = distributed.find(self.gather_distributed, self.process_group)
-        if group is None:
-            return prepared
-        keys = distributed.in_order_of_ranks(given if self.enqueue == "all" else given[-1:], group)
-        return unit_rows(keys.to(prepared.dtype)) if self.normalize else keys
+        return keys if group is None else distributed.in_order_of_ranks(keys, group)
+
+    def _normalized(self, keys: Tensor) -> Tensor:
+        """Unit vectors, if the loss normalises, which does that to what it reads again: so short rows stay as short."""
+        if not self.normalize:
+            return keys
+        keys = keys.to(arithmetic_dtype(keys))
+        return torch.where(unit_norms(keys)[..., None] < 1, keys, unit_rows(keys))
 
     def _writable(self, name: str) -> Tensor:
         """The buffer for writing: moved to new memory first where a graph or a snapshot uses the old.

@@ -80,9 +80,17 @@ def of_raw_rows(grad: Tensor, x: Tensor) -> Tensor:
     u = x / |x|, du/dx = (1 - u u^T) / |x|, hence (g - (g.u) u) / |x|; 0 for rows shorter than ``SHORTEST``.
     """
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    short = length < SHORTEST
+    length = torch.where(short, 1.0, length)  # so that a derivative of this is finite
     unit = x / length
     along = (grad * unit).sum(-1, keepdim=True)
-    return torch.where(length < SHORTEST, 0.0, (grad - along * unit) / length)
+    return torch.where(short, 0.0, (grad - along * unit) / length)
+
+
+def unit_norms(x: Tensor) -> Tensor:
+    """Squared lengths of ``unit_rows(x)``: 1, or less where a row is shorter than ``SHORTEST``; constants."""
+    length = torch.linalg.vector_norm(x.detach(), dim=-1)
+    return (length / length.clamp(min=SHORTEST)).square()
 
 
 class Statistics(NamedTuple):

@@ -33,7 +33,7 @@ def check_shared(normalize: object, reduction: object, return_parts: object) -> 
 
 
 def choose_backend(
-    backend: object, tensors: Sequence[Tensor], normalize: bool, similarities: float, group: Group | None = None
+    backend: object, tensors: Sequence[Tensor], similarities: float, group: Group | None = None
 ) -> tuple[Backend, Target]:
     """The entry of the backend that computes the loss, and where its operators run.
 
@@ -41,7 +41,7 @@ def choose_backend(
     """
     similarities *= 1 if group is None else group.size
     first, dtype = tensors[0], tensors[0].dtype
-    halves = dtype in (torch.float16, torch.bfloat16) and not normalize and all(t.dtype == dtype for t in tensors)
+    halves = dtype in (torch.float16, torch.bfloat16) and all(t.dtype == dtype for t in tensors)
     size = Size(similarities, first.shape[-1], dtype if halves else arithmetic_dtype(*tensors))
     chosen = choose(backend, first.device, size)
     return chosen, Target(chosen.name, chosen.operators, dtype if halves and chosen.half_types else None)
@@ -71,22 +71,24 @@ def as_variables(device: torch.device, *values: float | Tensor) -> tuple[Any, ..
 
 
 def prepare(
-    tensors: list[Tensor], normalize: bool, group: Group | None = None, *, gathered: Sequence[int] = ()
+    tensors: list[Tensor], unit: bool, group: Group | None = None, *, gathered: Sequence[int] = (), as_is: bool = False
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """One dtype for all: float64 if any input is, else float32; half types are computed in float32.
+
+    ``unit``: as unit vectors, for what takes no raw rows. ``as_is``: in their own dtype.
 
     Temperatures, being 0-dimensional, do not count. Keys of an encoder that ran in inference mode are copied: autograd
     would not keep them. Then those whose index is in ``gathered``, of all ranks of the group and contiguous; ``[None]``
     without a group.
     """
-    given, dtype = tensors, arithmetic_dtype(*tensors)
+    given, dtype = tensors, tensors[0].dtype if as_is else arithmetic_dtype(*tensors)
     # Dynamo takes an argument of torch.func.grad for one that needs no gradient; of a cast it knows better.
     tracing = torch.compiler.is_compiling()
     tensors = [t.to(dtype) if tracing or t.dtype != dtype else t for t in tensors]
     if not tracing and not torch.is_inference_mode_enabled():
         tensors = [t.clone() if t.is_inference() else t for t in tensors]
     keys = [] if group is None else [rows_of_all(tensors[i], group, wire=given[i].dtype) for i in gathered]
-    if normalize:
+    if unit:
         tensors, keys = ([reference.unit_rows(t) for t in some] for some in (tensors, keys))
     return tensors, [t.contiguous() for t in keys] or [None]
 

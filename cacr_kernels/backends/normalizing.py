@@ -1,5 +1,6 @@
-"""The flag ``normalize`` for operators whose implementation takes unit vectors: they get them, and their gradients
-become those of the raw rows.
+"""The flag ``normalize`` for implementations of operators that take unit vectors only.
+
+They get them, and their gradients become those of the raw rows.
 """
 
 from __future__ import annotations

@@ -159,11 +159,21 @@ def contrast_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``contrast_backward`` where autocast is off."""
-    q, k, tau, spec, value, row_state, grad_value, grad_lse, want_q, want_k, want_tau = pack(*arguments)
+    q, k, tau, spec, *rest = pack(*arguments)
+    if not spec.normalize:
+        return gradients_of_rows(q, k, tau, spec, *rest)
+    rows = unit_rows(q), k if k is None else unit_rows(k)
+    *grads, grad_tau = gradients_of_rows(*rows, tau, spec, *rest)
+    grad_q, grad_k = (of_raw_rows(g, x) if g.numel() else g for g, x in zip(grads, (q, k), strict=True))
+    return grad_q, grad_k, grad_tau
+
+
+def gradients_of_rows(
+    q: Tensor, k: Tensor | None, tau: Tensor, spec: ContrastSpec, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of rows that are compared as they are."""
+    value, row_state, grad_value, grad_lse, want_q, want_k, want_tau = rest
     inner_product, detach_weights = spec.inner_product, spec.detach_weights
-    raw = q, k
-    if spec.normalize:
-        q, k = unit_rows(q), k if k is None else unit_rows(k)
     q, k = q.contiguous(), k if k is None else k.contiguous()
     grad_q = torch.zeros_like(q) if want_q else q.new_empty(0)
     if k is None:
@@ -215,10 +225,7 @@ def gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         if want_k:
             of_row = 0.0 if inner_product else grad_c.sum(0)[:, None] * k[y, keys]
             grad_k[y, keys] += 2 * (of_row - product(grad_c.mT, q[x, rows]))
-    grad_k = q.new_empty(0) if grad_k is grad_q else grad_k
-    if spec.normalize:
-        grad_q, grad_k = (of_raw_rows(g, x) if g.numel() else g for g, x in zip((grad_q, grad_k), raw, strict=True))
-    return grad_q, grad_k, grad_tau
+    return grad_q, q.new_empty(0) if grad_k is grad_q else grad_k, grad_tau
 
 
 _KERNELS = {"contrast": contrast, "contrast_backward": contrast_backward}

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.autograd import Function
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "is_batched",
     "is_saved",
     "is_shared",
+    "is_traced",
     "let_inductor_keep",
     "needs_functorch",
     "operators_stay_whole",
@@ -88,6 +90,11 @@ def _storage_users(x: Tensor) -> int:
 _ALONE = (
     _storage_users(torch.empty(1, dtype=torch.float32, device="cpu")) if hasattr(torch._C, "_storage_Use_Count") else -1
 )
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether a compiler stands behind ``x``, whose sizes may be symbols."""
+    return isinstance(x, FakeTensor | FunctionalTensor) or any(isinstance(n, torch.SymInt) for n in x.shape)
 
 
 def is_shared(x: Tensor) -> bool:

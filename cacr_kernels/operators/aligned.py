@@ -2,54 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..reference import of_raw_rows, unit_rows
+from ..types import widest_dtype
 from . import _torch_private
 from .registry import SingleProblem, opaque, tracing
 
+DIFFERENCES = 1 << 20  # that live at once: 8 MiB in float64
+
 
 class AlignedCost(SingleProblem):
-    """c[v, u, b] = |q[v, b] - k[u, b]|^2 by form differences; q [V, B, D], k [U, B, D].
+    """c[v, u, b] = |q[v, b] - k[u, b]|^2 by form differences; q [V, B, D], k [U, B, D]; ``normalize``: of unit vectors.
 
-    No array larger than the inputs is kept: the backward recomputes the differences, one pair of views at a time, and
-    is differentiable itself.
+    No array larger than the inputs is kept: the backward recomputes the differences, a few instances at a time, and is
+    differentiable itself. Unit vectors are compared in float64, where a device has that: rounded to float32 they would
+    lose the digits of nearly equal ones.
     """
 
     @staticmethod
     @_torch_private.positional
-    def forward(q: Tensor, k: Tensor) -> Tensor:
+    def forward(q: Tensor, k: Tensor, normalize: bool) -> Tensor:
         """The costs of all pairs of views."""
-        return torch.stack([torch.stack([(x - y).square().sum(-1) for y in k]) for x in q])
+        parts = [_differences(q, k, normalize, some).square().sum(-1).to(q.dtype) for some in _instances(q, k)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
         """Keeps the features; their differences are formed again."""
-        ctx.save_for_backward(*inputs)
+        *tensors, ctx.normalize = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """dq_v = sum_u 2 g_vu (q_v - k_u) = -dk_u."""
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """dq_v = sum_u 2 g_vu (q_v - k_u), dk_u = -sum_v 2 g_vu (q_v - k_u)."""
         q, k = ctx.saved_tensors
-        need_q, need_k = ctx.needs_input_grad
-        grad_q = torch.stack([_pull(grad[v], q[v], k) for v in range(len(q))]) if need_q else None
-        grad_k = torch.stack([_pull(grad[:, u], k[u], q) for u in range(len(k))]) if need_k else None
-        return grad_q, grad_k
+        need_q, need_k, _ = ctx.needs_input_grad
+        pulls: list[list[Tensor]] = [[], []]
+        for some in _instances(q, k):
+            d = _differences(q, k, ctx.normalize, some)
+            weighted = 2 * grad[..., some, None].to(d.dtype) * d
+            for needed, to, x, dim in ((need_q, pulls[0], q, 1), (need_k, pulls[1], k, 0)):
+                if needed:
+                    to.append(_to_inputs(weighted.sum(dim) * (1 - 2 * (dim == 0)), x[:, some], ctx.normalize))
+        found = [None if not some else some[0] if len(some) == 1 else torch.cat(some, 1) for some in pulls]
+        return found[0], found[1], None
 
 
-def _pull(grad: Tensor, x: Tensor, others: Tensor) -> Tensor:
-    total = torch.zeros_like(x)
-    for g, y in zip(grad, others, strict=True):
-        total = total + 2 * g[:, None] * (x - y)
-    return total
+def _instances(q: Tensor, k: Tensor) -> Iterator[slice]:
+    """All instances, so many at a time that their differences have a bounded size; a compiler sees them at once."""
+    batch = q.shape[1]
+    if _torch_private.is_traced(q):
+        return iter([slice(0, batch)])
+    step = max(1, DIFFERENCES // max(1, q.shape[0] * k.shape[0] * q.shape[2]))
+    return (slice(b, min(batch, b + step)) for b in range(0, max(1, batch), step))
+
+
+def _differences(q: Tensor, k: Tensor, normalize: bool, some: slice) -> Tensor:
+    """q_v - k_u of some instances, [V, U, b, D]."""
+    x, y = q[:, some], k[:, some]
+    if normalize:
+        wide = widest_dtype(q.device)
+        x = unit_rows(x.to(wide))
+        y = x if k is q else unit_rows(y.to(wide))
+    return x[:, None] - y[None]
+
+
+def _to_inputs(grad: Tensor, x: Tensor, normalize: bool) -> Tensor:
+    return of_raw_rows(grad, x.to(grad.dtype)).to(x.dtype) if normalize else grad
 
 
 @opaque
-def aligned_cost(q: Tensor, k: Tensor) -> Tensor:
+def aligned_cost(q: Tensor, k: Tensor, normalize: bool = False) -> Tensor:
     """Costs [V, U, B] between the views of the same instances."""
     if tracing():  # which cannot record a Function
-        return AlignedCost.forward(q, k)
-    cost: Tensor = AlignedCost.apply(q, k)  # type: ignore[no-untyped-call]
+        return AlignedCost.forward(q, k, normalize)
+    cost: Tensor = AlignedCost.apply(q, k, normalize)  # type: ignore[no-untyped-call]
     return cost

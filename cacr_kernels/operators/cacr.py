@@ -38,7 +38,7 @@ def fake(views: Tensor, numbers: Tensor | None, *rest: Any) -> tuple[Tensor, Ten
 
 # ---- by the definition -----------------------------------------------------------------------------------------------
 def loss_and_parts(views: Tensor, numbers: Tensor | None, options: CACROptions) -> tuple[Tensor, Tensor]:
-    """Loss and parts (attraction, repulsion and their entropies) by the definition."""
+    """Loss and parts (attraction, repulsion and their entropies) by the definition; views in float32 or float64."""
     if numbers is None:
         tau_pos, tau_neg, alpha, beta, rbf_scale = options.numbers
     else:
@@ -61,7 +61,7 @@ def second_order(
     g_loss: Tensor, views: Tensor, numbers: Tensor | None, gg_views: Tensor, gg_numbers: Tensor, options: CACROptions
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Derivatives of <gg, g_loss grad(loss)> w.r.t. g_loss, views and numbers, from the reference."""
-    fixed = numbers is None
+    fixed, views = numbers is None, views.to(arithmetic_dtype(views))
     numbers = views.new_empty(0) if numbers is None else numbers
 
     def gradient(g: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,7 +128,7 @@ def _gradients_of_parts(ctx: Any, g_parts: Tensor) -> tuple[Tensor, Tensor]:
     fixed = numbers is None
     _, pull = vjp(
         lambda v, t: loss_and_parts(v, None if fixed else t, ctx.options)[1],
-        views,
+        views.to(arithmetic_dtype(views)),
         torch.zeros_like(grad_numbers) if fixed else numbers,
     )
     found: tuple[Tensor, Tensor] = pull(g_parts)
@@ -137,6 +137,7 @@ def _gradients_of_parts(ctx: Any, g_parts: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gradients_of_gradients(ctx: Any, g_views: Tensor | None, g_numbers: Tensor | None) -> tuple[Tensor, Tensor | None]:
     views, numbers, _, grad_numbers = ctx.saved_tensors
+    views = views.to(arithmetic_dtype(views))
     g_views = torch.zeros_like(views) if g_views is None else g_views
     g_numbers = torch.zeros_like(grad_numbers) if g_numbers is None else g_numbers
     _, more_views, more_numbers = second_order(views.new_ones(()), views, numbers, g_views, g_numbers, ctx.options)
@@ -232,6 +233,7 @@ def cacr(
 ) -> tuple[Tensor, Tensor]:
     """Loss [] and parts [4] by ``cacr_<backend>``."""
     if (where := traced(on)) is not None:
+        views = views.to(arithmetic_dtype(views))
         loss, parts, _, _ = where.operator("cacr")(views, numbers, *options, True, numbers is not None)
         return loss, parts
     plain = not _torch_private.needs_functorch(views, numbers)

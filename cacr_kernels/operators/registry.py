@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..types import CACROptions, ContrastSpec
+from ..types import CACROptions, ContrastSpec, arithmetic_dtype
 from . import _torch_private
 
 NAMESPACE = "cacr_kernels"
@@ -110,7 +110,7 @@ class Target(NamedTuple):
 
     def features(self, *tensors: Tensor | None) -> Any:
         """Tensors of features in the type in which the operators read them."""
-        return tensors if self.half is None else [x if x is None else x.to(self.half) for x in tensors]
+        return [x if x is None else x.to(self.half or arithmetic_dtype(x)) for x in tensors]
 
 
 def tracing() -> bool:

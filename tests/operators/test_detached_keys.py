@@ -83,6 +83,10 @@ PROBLEMS = {
     "tiles, a member in the first": Problem(OTHER, 2.0, LONG, ((0, 0),), (3,) * 37, (4,) + (3,) * 600),
     "tiles, other, out of range": Problem(OTHER, 400.0, LONG, ((0, 0),), cyclic(37, 5), cyclic(601, 5)),
 }  # fmt: skip
+PROBLEMS |= {
+    f"raw rows: {name}": PROBLEMS[name]._replace(normalize=True)
+    for name in ("all", "other, inner, detached weights", "views, repeated and unused")
+}
 problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=list(PROBLEMS))
 
 

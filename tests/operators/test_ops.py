@@ -47,12 +47,14 @@ CACR_ARGUMENTS = [
 ]
 
 
-def cacr_arguments(case: tuple[int, bool, bool, bool], dtype: torch.dtype, requires_grad: bool) -> tuple[Any, ...]:
+def cacr_arguments(
+    case: tuple[int, bool, bool, bool], dtype: torch.dtype, requires_grad: bool, normalize: bool = False
+) -> tuple[Any, ...]:
     pairing, rbf, want_grad, want_grad_numbers = case
     views = randn(3, 5, 4, dtype=dtype).requires_grad_(requires_grad and want_grad)
     numbers = torch.tensor([0.7, 1.3, 0.9, 1.1, 2.0], dtype=torch.float64)
     numbers.requires_grad_(requires_grad and want_grad_numbers)
-    return views, numbers, 0.0, 0.0, 0.0, 0.0, pairing, rbf, 0.0, False, want_grad, want_grad_numbers
+    return views, numbers, 0.0, 0.0, 0.0, 0.0, pairing, rbf, 0.0, normalize, want_grad, want_grad_numbers
 
 
 def with_numbers(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -73,7 +75,7 @@ def with_numbers(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     ids=str,
 )
 def test_opcheck_cacr(case: tuple[int, bool, bool, bool], dtype: torch.dtype) -> None:
-    arguments = cacr_arguments(case, dtype, requires_grad=True)
+    arguments = cacr_arguments(case, dtype, requires_grad=True, normalize=case[1])
     torch.library.opcheck(operator("cacr_cpu"), arguments)
     torch.library.opcheck(operator("cacr_cpu"), with_numbers(arguments))
 
@@ -88,9 +90,10 @@ def test_numbers_outside_of_a_tensor(case: tuple[int, bool, bool, bool]) -> None
 
 
 @both_dtypes
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("case", CACR_ARGUMENTS, ids=str)
-def test_cacr_against_reference(case: tuple[int, bool, bool, bool], dtype: torch.dtype) -> None:
-    views, numbers, *options, want_grad, want_grad_numbers = cacr_arguments(case, dtype, requires_grad=False)
+def test_cacr_against_reference(case: tuple[int, bool, bool, bool], normalize: bool, dtype: torch.dtype) -> None:
+    views, numbers, *options, want_grad, want_grad_numbers = cacr_arguments(case, dtype, False, normalize)
     loss, parts, grad_views, grad_numbers = operator("cacr_cpu")(views, numbers, *options, want_grad, want_grad_numbers)
     views, numbers = views.double().requires_grad_(), numbers.requires_grad_()
     true_loss, true_parts = loss_and_parts(views, numbers, CACROptions(*options))
@@ -102,10 +105,11 @@ def test_cacr_against_reference(case: tuple[int, bool, bool, bool], dtype: torch
         assert_close([grad_numbers], [true_numbers], dtype)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("case", [c for c in CACR_ARGUMENTS if c[2] and c[3]], ids=str)
-def test_autograd_of_every_output_of_cacr(case: tuple[int, bool, bool, bool]) -> None:
+def test_autograd_of_every_output_of_cacr(case: tuple[int, bool, bool, bool], normalize: bool) -> None:
     """The registered formula: loss, parts and both gradients are outputs, each differentiable, in any mixture."""
-    views, numbers, *rest = cacr_arguments(case, torch.float64, requires_grad=True)
+    views, numbers, *rest = cacr_arguments(case, torch.float64, True, normalize)
     gg, options = randn(*views.shape, seed=3), CACROptions(*rest[:-2])
 
     def mixture(loss: Tensor, parts: Tensor, grad_views: Tensor, grad_numbers: Tensor) -> Tensor:
@@ -203,6 +207,10 @@ PROBLEMS = {
     "given self, in all tiles": Problem(
         NOT_SELF, (1, 1, 67, 301, 17), q_id=draws(67, -2, 4), k_id=draws(301, -2, 4), q_self=draws(67, -1, 301)
     ),
+}
+PROBLEMS |= {
+    f"raw rows: {name}": PROBLEMS[name]._replace(normalize=True)
+    for name in ("all, inner", "other, detached", "views, two softmaxes", "not self", "given self")
 }
 problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=list(PROBLEMS))
 
@@ -340,6 +348,8 @@ CHECKED = [
     ("cpu", torch.float64, "same, inner"),
     ("torch", torch.float32, "some empty"),
     ("cpu", torch.float32, "given self"),
+    ("cpu", torch.float64, "raw rows: views, two softmaxes"),
+    ("torch", torch.float32, "raw rows: not self"),
 ]
 checked = pytest.mark.parametrize(("backend", "dtype", "name"), CHECKED)
 

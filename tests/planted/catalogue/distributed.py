@@ -84,8 +84,8 @@ FAULTS = (
     Fault(
         "distributed-last-view",
         "cacr_kernels/modules.py",
-        text='given if self.enqueue == "all" else given[-1:]',
-        replacement='given if self.enqueue == "all" else given[:1]',
+        text='keys if self.enqueue == "all" else keys[-1:]',
+        replacement='keys if self.enqueue == "all" else keys[:1]',
         why="the first view enters the queue instead of the last",
         tests=TESTS + "test_check[the_last_view_enters_the_queue-2]",
     ),

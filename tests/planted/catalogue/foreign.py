@@ -242,8 +242,8 @@ PYTHON_FAULTS = (
     Foreign(
         "foreign-python-mixed-precision-of-the-queue",
         PACKAGE + "steps.py",
-        text="given, dtype = tensors, arithmetic_dtype(*tensors)\n",
-        replacement="given, dtype = tensors, arithmetic_dtype(tensors[0])\n",
+        text="tensors[0].dtype if as_is else arithmetic_dtype(*tensors)\n",
+        replacement="tensors[0].dtype if as_is else arithmetic_dtype(tensors[0])\n",
         why="float32 queries with a float64 queue: the loss is float32, float64 is promised",
         tests=OF_PYTHON,
     ),

@@ -11,6 +11,7 @@ REFERENCE_SET = "tests/losses/test_reference_set.py"
 NUMBERS = "tests/losses/test_functional_numbers.py"
 VECTORS = "tests/losses/test_vectors.py -k 'cpu or torch'"
 REFUSALS = "tests/losses/test_refusals.py tests/losses/test_refused_tensors.py"
+NORMALIZE = "tests/losses/test_normalize.py -k any_length"
 CUDA_BACKEND = "tests/cuda/test_backend.py"
 MODULES = "tests/losses/test_modules.py"
 
@@ -34,8 +35,8 @@ FAULTS = (
     Fault(
         "losses-detached-queue",
         PACKAGE + "losses.py",
-        text='detach_weights=weight_grad != "full")',
-        replacement='detach_weights=weight_grad == "none")',
+        text='"detach_weights": weight_grad != "full"',
+        replacement='"detach_weights": weight_grad == "none"',
         why="weights of the queue are differentiated where they are to be detached",
         tests=(VECTORS, LOSSES),
     ),
@@ -154,18 +155,26 @@ FAULTS = (
     Fault(
         "losses-half-of-float32-keys",
         PACKAGE + "steps.py",
-        text="and not normalize and all(t.dtype == dtype for t in tensors)",
-        replacement="and not normalize",
+        text="halves = dtype in (torch.float16, torch.bfloat16) and all(t.dtype == dtype for t in tensors)",
+        replacement="halves = dtype in (torch.float16, torch.bfloat16)",
         why="half queries with float32 references: those are rounded",
         tests=("tests/triton/interpreted", "tests/cuda/test_losses.py"),
     ),
     Fault(
-        "losses-normalised-halves",
-        PACKAGE + "steps.py",
-        text="halves = dtype in (torch.float16, torch.bfloat16) and not normalize and",
-        replacement="halves = dtype in (torch.float16, torch.bfloat16) and",
-        why="normalised embeddings are rounded to their half type again",
-        tests=(CUDA_BACKEND, "tests/cuda/test_losses.py"),
+        "losses-normalised-queue",
+        PACKAGE + "losses.py",
+        text='{"detach_weights": weight_grad != "full", "normalize": normalize}',
+        replacement='{"detach_weights": weight_grad != "full"}',
+        why="queries and queue are compared as they are, only the positives are normalised",
+        tests=NORMALIZE,
+    ),
+    Fault(
+        "losses-gradient-of-raw-rows",
+        PACKAGE + "reference.py",
+        text="(grad - along * unit) / length)",
+        replacement="grad / length)",
+        why="normalize=True: the gradient has a part along the row, which changes nothing",
+        tests=NORMALIZE,
     ),
     Fault(
         "losses-inference-keys",
@@ -338,9 +347,9 @@ FAULTS = (
     Fault(
         "losses-zero-keys",
         PACKAGE + "losses.py",
-        text="logit = tau * (length + 1).detach()",
-        replacement="logit = tau * length.detach()",
-        why="momentum, sqeuclidean: zero keys weigh as if the others were no unit vectors",
+        text="(missing.sum() - missing[positives]) * (-lse).exp()",
+        replacement="missing.sum() * (-lse).exp()",
+        why="momentum, sqeuclidean: a zero key that is the positive counts as a negative",
         tests=("tests/losses/test_zero_vectors.py",),
     ),
 )

@@ -100,8 +100,8 @@ FAULTS = (
     Fault(
         "modules-queue-in-half-precision",
         FILE,
-        text="unit_rows(x.to(arithmetic_dtype(x)))",
-        replacement="unit_rows(x)",
+        text="        keys = keys.to(arithmetic_dtype(keys))\n",
+        replacement="",
         why="keys of half types are normalised in their own precision",
         tests=(QUEUE, "tests/losses/test_modules.py"),
     ),

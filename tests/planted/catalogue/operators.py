@@ -130,10 +130,18 @@ FAULTS = (
     Fault(
         "operators-positives-of-keys",
         OPERATORS + "aligned.py",
-        text="_pull(grad[:, u], k[u], q)",
-        replacement="_pull(grad[u], k[u], q)",
-        why="costs between views: keys get the gradient of the wrong pairs",
+        text="weighted.sum(dim) * (1 - 2 * (dim == 0))",
+        replacement="weighted.sum(dim)",
+        why="costs between views: keys get the gradient with the sign of the queries",
         tests=("tests/operators/", "tests/losses/test_vectors.py -k 'views or queue'"),
+    ),
+    Fault(
+        "operators-positives-rounded-before",
+        OPERATORS + "aligned.py",
+        text="wide = widest_dtype(q.device)",
+        replacement="wide = q.dtype",
+        why="normalize=True: costs of nearly equal views lose what their unit vectors are rounded by",
+        tests="tests/losses/test_normalize.py -k near",
     ),
     Fault(
         "operators-lse-of-the-temperature",

@@ -15,6 +15,7 @@ from torch.autograd import grad
 
 from cacr_kernels.operators import cacr, contrast, detached_keys
 from cacr_kernels.operators.registry import operator
+from cacr_kernels.reference import unit_rows
 from tests.covering import covering
 from tests.operators import test_detached_keys, test_ops
 from tests.operators.test_ops import PROBLEMS, Problem, assert_close, assert_like, cyclic, gradients, plain, randn
@@ -198,6 +199,7 @@ def test_of_detached_keys(problem: test_detached_keys.Problem, dtype: torch.dtyp
 def expected_detached_keys(problem: test_detached_keys.Problem, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Value, lse, mean, spread and variance by the definition."""
     q, k, q_id, k_id, tau, _, q_index, k_index, inner, *_ = map(wide, problem.arguments(dtype))
+    q, k = (unit_rows(q), unit_rows(k)) if problem.normalize else (q, k)
     q, k = q[q_index], k[k_index]
     c = -2 * q @ k.mT if inner else torch.cdist(q, k, compute_mode="donot_use_mm_for_euclid_dist").square()
     inside = torch.ones_like(c, dtype=torch.bool) if q_id is None else (q_id[:, None] != k_id).expand_as(c)
