@@ -41,7 +41,7 @@ def variants() -> tuple[Variant, ...]:
     keys = {"QUERY": False, "CANCELLING": False, "WANT_TAU": False}
     queries = {"QUERY": True, "CANCELLING": False, "WANT_TAU": False}
     tau, cancelling, mean = {"WANT_TAU": True}, {"CANCELLING": True}, {"WANT_MEAN": True, "MOMENTS": False}
-    full, unit = mean | {"MOMENTS": True}, {"NORMALIZE": True}
+    full = mean | {"MOMENTS": True}
     return (
         Variant("statistics", "statistics", one, 0),
         Variant("statistics, two softmaxes", "statistics", two, 0),
@@ -61,10 +61,6 @@ def variants() -> tuple[Variant, ...]:
         Variant("gradient of queries, inner product", "gradient", all_keys | queries | inner, 1, few),
         Variant("detached keys, all", "detached_keys", all_keys | full, 2, few),
         Variant("detached keys, inner product", "detached_keys", all_keys | inner | mean, 1, few),
-        Variant("statistics, unit rows", "statistics", one | unit, 0, few),
-        Variant("gradient of queries, unit rows", "gradient", one | queries | unit, 1, few),
-        Variant("gradient of keys, unit rows", "gradient", one | keys | unit, 1, few),
-        Variant("detached keys, unit rows", "detached_keys", one | mean | unit, 1, few),
     )
 
 
@@ -88,17 +84,14 @@ def small() -> tuple[Small, ...]:
     two = by_cost | {"SOFTMAXES": 2, "DETACH": False}
     full = {"WANT_MEAN": True, "MOMENTS": True, "INNER_PRODUCT": False}
     loss = {"REPELS": True, "WANT_TAU": True, "BLOCK": 512, "num_warps": 8}
-    pairs, raw, unit = {"BLOCK_M": 16, "BLOCK_D": 64}, {"NORMALIZE": False}, {"NORMALIZE": True}
-    whole, wide_rows = {"CHUNKS": 1, "BLOCK_M": 32, "BLOCK_D": 64}, {"CHUNKS": 2, "BLOCK_M": 4, "BLOCK_D": 512}
+    pairs, raw = {"BLOCK_M": 16, "BLOCK_D": 64}, {"NORMALIZE": False}
+    whole = {"CHUNKS": 1, "BLOCK_M": 32}
     return (
         Small("norms", "norms_kernel", {"BLOCK_M": 32, "SOFTMAXES": 2}, ROW_DTYPES, (64, 128), 128),
-        Small("unit", "unit_kernel", {"BLOCK_M": 32, "BLOCK_D": 64}, ROW_DTYPES),
-        Small("unit gradient", "unit_gradient_kernel", whole, ROW_DTYPES),
-        Small("unit gradient, wide rows", "unit_gradient_kernel", wide_rows, ROW_DTYPES),
+        Small("unit", "unit_kernel", {"BLOCK_M": 32}, ROW_DTYPES, (64,), 64),
+        Small("unit gradient", "unit_gradient_kernel", whole, ROW_DTYPES, (64,), 64),
         Small("aligned", "aligned_kernel", pairs | raw | {"RBF": True}, ROW_DTYPES),
         Small("aligned gradient", "aligned_gradient_kernel", pairs | raw, ROW_DTYPES),
-        Small("aligned, unit rows", "aligned_kernel", pairs | unit | {"RBF": True}, ROW_DTYPES),
-        Small("aligned gradient, unit rows", "aligned_gradient_kernel", pairs | unit, ROW_DTYPES),
         Small("merge", "merge_kernel", by_cost | {"SECOND_SET": OTHER, "USES_COST0": True} | rows),
         Small("merge, rbf", "merge_kernel", by_cost | {"SECOND_SET": SHARED_SET} | rows),
         Small("coefficients", "coefficients_kernel", two | {"SECOND_SET": OTHER, "CANCELLING": False} | rows),

@@ -185,9 +185,10 @@ def run_losses() -> None:
     for D in (64, 200):
         z = torch.zeros(2, 700, D)
         for rbf in (False, True):
-            cacr(z, numbers, 1.0, 1.0, 1.0, 1.0, 0, rbf, 1.0, True, True)
-        detached_keys(z, z, None, None, numbers[:1], [0], [0], [0], True, False, False, True, True)
+            cacr(z, numbers, 1.0, 1.0, 1.0, 1.0, 0, rbf, 1.0, False, True, True)
+        detached_keys(z, z, None, None, numbers[:1], [0], [0], [0], True, False, False, False, True, True)
         for kinds in ([1, 2], [3, 2], [2]):  # of few queries, so that keys are split
-            arguments = z[:, :20], z, ids[:20], ids, numbers[: len(kinds)], kinds, [0], [0], False, False, None
+            arguments = z[:, :20], z, ids[:20], ids, numbers[: len(kinds)], kinds, [0], [0], False, False, None, False
             value, _, row_state = contrast(*arguments)
             contrast_backward(*arguments, value, row_state, value, value, True, True, True)
+    cacr(z[..., :64], None, 1.0, 1.0, 1.0, 1.0, 0, False, 1.0, True, True, False)  # unit rows

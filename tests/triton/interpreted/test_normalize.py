@@ -69,9 +69,12 @@ def assert_promise(found: Tensor, eager: Tensor, true: Tensor, by_row: bool = Fa
 
 
 def assert_gradient(found: Tensor, eager: Tensor, true: Tensor, dtype: torch.dtype) -> None:
-    """Row by row, since a short row has a large gradient. None for rows shorter than 1e-12."""
+    """Row by row, since a short row has a large gradient. None for rows shorter than 1e-12.
+
+    In float16 coefficients of keys of all lengths share a range, of which two pieces of 11 bits take what they can.
+    """
     assert found.dtype == eager.dtype
-    assert_promise(found, eager, true, by_row=True)
+    assert_promise(found, eager, true, by_row=True, eps=128.0 if dtype == torch.float16 else 8.0)
     assert found[:, ZERO].eq(0).all()
     assert found[:, SHORT].eq(0).all() == (LENGTHS[dtype][1] < 1e-12)
 
