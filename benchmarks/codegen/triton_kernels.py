@@ -85,11 +85,8 @@ def small() -> tuple[Small, ...]:
     full = {"WANT_MEAN": True, "MOMENTS": True, "INNER_PRODUCT": False}
     loss = {"REPELS": True, "WANT_TAU": True, "BLOCK": 512, "num_warps": 8}
     pairs, raw = {"BLOCK_M": 16, "BLOCK_D": 64}, {"NORMALIZE": False}
-    whole = {"CHUNKS": 1, "BLOCK_M": 32}
     return (
         Small("norms", "norms_kernel", {"BLOCK_M": 32, "SOFTMAXES": 2}, ROW_DTYPES, (64, 128), 128),
-        Small("unit", "unit_kernel", {"BLOCK_M": 32}, ROW_DTYPES, (64,), 64),
-        Small("unit gradient", "unit_gradient_kernel", whole, ROW_DTYPES, (64,), 64),
         Small("aligned", "aligned_kernel", pairs | raw | {"RBF": True}, ROW_DTYPES),
         Small("aligned gradient", "aligned_gradient_kernel", pairs | raw, ROW_DTYPES),
         Small("merge", "merge_kernel", by_cost | {"SECOND_SET": OTHER, "USES_COST0": True} | rows),
