@@ -11,6 +11,7 @@ POINTERS = {
     **dict.fromkeys(("q_norm", "k_norm", "x_norm", "y_norm", "norm", "cost", "coefficients", "bound"), "acc"),
     **dict.fromkeys(("partial_state", "partial_sums", "partial", "out", "grad", "moment", "means"), "acc"),
     **dict.fromkeys(("loss", "parts"), "acc"),
+    **dict.fromkeys(("q_unit", "k_unit", "x_unit", "y_unit", "unit"), "acc"),
     **dict.fromkeys(("q_id", "k_id", "x_id", "y_id", "q_view", "k_view", "x_view", "y_view", "ids"), "i32"),
     **dict.fromkeys(("tau", "value", "lse", "row_state", "sum_e", "grad_value", "grad_lse", "grad_tau"), "fp64"),
     **dict.fromkeys(("variance", "numbers", "log_total", "grad_numbers"), "fp64"),
@@ -29,6 +30,8 @@ def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any], target: A
     import triton
     from triton.compiler import ASTSource
 
+    absent = [name for name in kernel.arg_names if name.endswith("unit") and not constants.get("NORMALIZE", True)]
+    constants = constants | dict.fromkeys(absent)
     types = {"in": dtype, "acc": "fp64" if dtype == "fp64" else "fp32"}
     signature, fixed, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):

@@ -84,11 +84,11 @@ def small() -> tuple[Small, ...]:
     two = by_cost | {"SOFTMAXES": 2, "DETACH": False}
     full = {"WANT_MEAN": True, "MOMENTS": True, "INNER_PRODUCT": False}
     loss = {"REPELS": True, "WANT_TAU": True, "BLOCK": 512, "num_warps": 8}
-    pairs = {"BLOCK_M": 16, "BLOCK_D": 64}
+    pairs, raw = {"BLOCK_M": 16, "BLOCK_D": 64}, {"NORMALIZE": False}
     return (
         Small("norms", "norms_kernel", {"BLOCK_M": 32, "SOFTMAXES": 2}, ROW_DTYPES, (64, 128), 128),
-        Small("aligned", "aligned_kernel", pairs | {"RBF": True}, ROW_DTYPES),
-        Small("aligned gradient", "aligned_gradient_kernel", pairs, ROW_DTYPES),
+        Small("aligned", "aligned_kernel", pairs | raw | {"RBF": True}, ROW_DTYPES),
+        Small("aligned gradient", "aligned_gradient_kernel", pairs | raw, ROW_DTYPES),
         Small("merge", "merge_kernel", by_cost | {"SECOND_SET": OTHER, "USES_COST0": True} | rows),
         Small("merge, rbf", "merge_kernel", by_cost | {"SECOND_SET": SHARED_SET} | rows),
         Small("coefficients", "coefficients_kernel", two | {"SECOND_SET": OTHER, "CANCELLING": False} | rows),
@@ -143,7 +143,18 @@ def kernels() -> dict[str, Any]:
     """Triton functions by their name, and by the key of the launch table."""
     from importlib import import_module
 
-    names = ("aligned", "coefficients", "detached_keys", "gradient", "loss", "merge", "norms", "statistics", "total")
+    names = (
+        "aligned",
+        "coefficients",
+        "detached_keys",
+        "gradient",
+        "loss",
+        "merge",
+        "norms",
+        "statistics",
+        "total",
+        "unit",
+    )
     found = {}
     for name in names:
         found |= vars(import_module(f"cacr_kernels.backends.triton.kernels.{name}"))
@@ -163,7 +174,9 @@ def compile_variant(variant: Variant, case: KernelCase, known: dict[str, Any]) -
     product = dtype if dtype in ("tf32", "tf32x3") else "ieee"
     several = min(2, tile.chunks(D))  # all that a kernel asks
     constants |= (
-        {"INNER_PRODUCT": False, "GIVEN_SELF": False} | variant.constants | {"PRECISION": product, "CHUNKS": several}
+        {"INNER_PRODUCT": False, "GIVEN_SELF": False, "NORMALIZE": False}
+        | variant.constants
+        | {"PRECISION": product, "CHUNKS": several}
     )
     key = str((constants, options))
     if key not in known:

@@ -29,6 +29,7 @@ ROOT = TESTS.parents[1]
 VECTORS = "triton and not weights and {}(views_00 or views_03 or rbf_01 or queue_01 or momentum_02)"
 SUITES = {
     "operators": ["interpreted/test_operators.py"],
+    "normalize": ["interpreted/test_normalize.py"],
     "losses": ["interpreted/test_losses.py"],
     "tuning": ["interpreted/test_candidates.py"],
     "vectors": ["../losses/test_vectors.py", "-k", VECTORS.format("")],
@@ -110,8 +111,11 @@ def captured(graphs: list[torch.fx.GraphModule]) -> Any:
 
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")  # what torch itself says while it compiles
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("name", ["contrast", "detached_keys", "cacr"])
-def test_a_compiler_sees_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_compiler_sees_the_kernels(
+    name: str, normalize: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """The graph that Inductor would get for a GPU holds kernels, and no operator of this package.
 
     Autotuning is on, and times nothing.
@@ -128,8 +132,8 @@ def test_a_compiler_sees_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch,
 
     def call(z: Tensor, numbers: Tensor) -> Any:
         if name == "cacr":
-            return operator("cacr_triton")(z, numbers, 0.0, 0.0, 0.0, 0.0, 0, False, 0.0, False, True, True)
-        more = (False, False, True, True) if name == "detached_keys" else (None, False)  # q_self, normalize
+            return operator("cacr_triton")(z, numbers, 0.0, 0.0, 0.0, 0.0, 0, False, 0.0, normalize, True, True)
+        more = (False, normalize, True, True) if name == "detached_keys" else (None, normalize)  # None: q_self
         op = operator(f"{name}_triton")
         return op(z, z, None, None, numbers[:1], [0], [0, 1], [1, 0], False, False, *more)
 
@@ -140,7 +144,7 @@ def test_a_compiler_sees_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch,
     assert all(x.dtype in (torch.float32, torch.float64) for x in found)
     targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
     kernels = [target for target in targets if "triton_kernel_wrapper" in target]
-    assert len(kernels) == {"contrast": 3, "detached_keys": 3, "cacr": 9}[name], targets
+    assert len(kernels) == {"contrast": 3, "detached_keys": 3, "cacr": 9 + 2 * normalize}[name], targets
     assert not any("cacr_kernels" in target for target in targets), targets
     assert tuning._chosen
     assert not any(tmp_path.iterdir())

@@ -51,6 +51,12 @@ CASES = (
         "cacr_momentum_loss", {"V": 2, "B": 21, "D": 7, "M": 70}, {"cost": "rbf", "temperature": 0.2, "key_offset": 3}
     ),
 )
+UNIT = TAUS | {"normalize": True}
+NORMALIZED = (
+    Case("cacr_loss", {"V": 2, "B": 35, "D": 33}, UNIT),
+    Case("cacr_queue_loss", {"V": 2, "B": 9, "D": 19, "K": 67}, UNIT),
+    Case("supervised_cacr_loss", {"B": 37, "D": 17, "C": 5}, UNIT, data="near-equal"),
+)
 WIDE = Case("cacr_loss", {"V": 2, "B": 19, "D": 601}, TAUS | {"reduction": "none"})
 NARROW = Case("cacr_loss", {"V": 2, "B": 131, "D": 1}, TAUS, data="long")
 
@@ -110,7 +116,7 @@ def test_every_kernel(precision: str) -> None:
     """All kernels run, on tensor cores where there are products, and all results are right."""
     launched: set[str] = set()
     multiplied: set[str] = set()
-    for case in CASES:
+    for case in (*CASES, NORMALIZED[0]):
         with triton_ptx.running() as launches:
             assert not wrong(compared(case, precision)), case.name
         launched |= {launch.name for launch in launches}
@@ -129,6 +135,45 @@ def test_other_products_and_widths(case: Case, precision: str) -> None:
     with triton_ptx.running() as launches:
         assert not wrong(compared(case, precision))
     assert sum(launch.count(PRECISIONS[precision][2]) for launch in launches)
+
+
+@pytest.mark.parametrize(("case", "precision"), list(zip(NORMALIZED, ("fp16", "bf16", "bf16"), strict=True)))
+def test_unit_rows_of_half_types(case: Case, precision: str) -> None:
+    """They are multiplied as they are: every product is one of half types, on tensor cores."""
+    with triton_ptx.running() as launches:
+        assert not wrong(compared(case, precision))
+    products = [launch for launch in launches if launch.count("mma.sync")]
+    sweeps = {"statistics_kernel", "gradient_kernel", "detached_keys_kernel"}
+    assert {launch.name for launch in launches} & sweeps == {launch.name for launch in products}
+    for launch in products:
+        assert launch.count("mma.sync") == launch.count(PRECISIONS[precision][2]), launch.name
+
+
+@pytest.mark.parametrize("precision", ["ieee", "fp64"])
+def test_unit_rows(precision: str) -> None:
+    with triton_ptx.running():
+        assert not wrong(compared(NORMALIZED[0], precision))
+
+
+@pytest.mark.parametrize(("distance", "tolerance"), [(1e-3, 1e-6), (1e-5, 1e-4)])
+def test_unit_rows_that_are_nearly_equal(distance: float, tolerance: float) -> None:
+    """Lengths are up to 3 apart: unit rows are not rounded before their difference is taken."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(16, 33, generator=g, dtype=torch.float64), dim=-1)
+    step = torch.nn.functional.normalize(torch.randn(16, 33, generator=g, dtype=torch.float64), dim=-1)
+    lengths = 1.0 + 2.0 * torch.rand(2, 16, 1, generator=g, dtype=torch.float64)
+    views = (lengths * torch.stack([x, torch.nn.functional.normalize(x + distance * step, dim=-1)])).float()
+    units = torch.nn.functional.normalize(views.double(), dim=-1)
+    c = (units[0] - units[1]).square().sum(-1)
+    ids = torch.arange(16, dtype=torch.int32)
+    one = torch.ones(1, dtype=torch.float64)
+    with triton_ptx.running():
+        options = 1.0, 1.0, 1.0, 1.0, 0, False, 2.0, True, False, False
+        _, parts, _, _ = torch.ops.cacr_kernels.cacr_triton(views, None, *options)
+        sets = views[:1], views[1:], ids, ids, one, [1], [0], [0], False, False, None, True
+        value, _, _ = torch.ops.cacr_kernels.contrast_triton(*sets)
+    assert abs(parts[0] / c.mean() - 1) <= tolerance
+    assert (value[0, 0] / c - 1).abs().max() <= 2 * tolerance
 
 
 def test_numbers() -> None:

@@ -52,11 +52,12 @@ def run_losses(batch: int, dim: int, dtype: torch.dtype) -> None:
     numbers, ids = torch.ones(5, dtype=torch.float64), torch.zeros(batch, dtype=torch.int32)
     z, queue = torch.zeros(2, batch, dim, dtype=dtype), torch.zeros(1, 4096, dim, dtype=dtype)
     for rbf in (False, True):
-        cacr(z, numbers, 1.0, 1.0, 1.0, 1.0, 0, rbf, 1.0, True, True)
-    cacr(z, None, 1.0, 1.0, 1.0, 1.0, 2, False, 1.0, True, False)
-    detached_keys(z, queue, None, None, numbers[:1], [0], [0, 1], [0, 0], False, False, False, True, True)
+        cacr(z, numbers, 1.0, 1.0, 1.0, 1.0, 0, rbf, 1.0, rbf, True, True)
+    cacr(z, None, 1.0, 1.0, 1.0, 1.0, 2, False, 1.0, False, True, False)
+    for unit in (False, True):
+        detached_keys(z, queue, None, None, numbers[:1], [0], [0, 1], [0, 0], False, False, False, unit, True, True)
     for k in (None, z):
-        arguments = z[:1], k, ids, ids, numbers[:2], [3, 2], [0], [0], False, False, None
+        arguments = z[:1], k, ids, ids, numbers[:2], [3, 2], [0], [0], False, False, None, k is None
         value, _, row_state = contrast(*arguments)
         contrast_backward(*arguments, value, row_state, value, value, True, True, True)
 
@@ -76,7 +77,7 @@ def test_loads_of_features_are_wide(variants: Variants) -> None:
     run_losses(497, 128, torch.bfloat16)
     before = {kernel: set(keys) for kernel, keys in variants.items()}
     run_losses(497, 72, torch.bfloat16)
-    for kernel in ("statistics_kernel", "gradient_kernel", "detached_keys_kernel", "norms_kernel", "aligned_kernel"):
+    for kernel in ("statistics_kernel", "gradient_kernel", "detached_keys_kernel", "norms_kernel", "unit_kernel"):
         assert variants[kernel] - before[kernel]
     for keys in before["statistics_kernel"]:
         assert keys.count("('*bf16', 'D')") == 2

@@ -38,7 +38,7 @@ def make(N: int = 7, M: int = 5, D: int = 33, dtype: torch.dtype = torch.float32
     q, k = torch.zeros(1, N, D, dtype=dtype), torch.zeros(1, M, D, dtype=dtype)
     norm = torch.zeros(1, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     ids = torch.zeros(1, dtype=torch.int32)
-    return pairs.SetPairs(q, k, norm, norm, ids, ids, norm, ids, ids, kinds, False, False)
+    return pairs.SetPairs(q, k, norm, norm, None, None, ids, ids, norm, ids, ids, kinds, False, False)
 
 
 def sweep(sets: pairs.SetPairs, tile: Tile, *flags: bool) -> Tile:

@@ -2,7 +2,8 @@
 
 Launches: attraction, statistics of the repulsion and their merge, what their rows receive, one sweep for the gradient
 of all views as queries and as keys, the gradient of the attraction on top of it, the loss. Under rbf one more, as the
-log of a mean has to be known before the gradient.
+log of a mean has to be known before the gradient. With ``normalize`` two more: the factors that make unit rows come
+first, and gradients of the raw rows last.
 """
 
 from __future__ import annotations
@@ -14,9 +15,18 @@ import torch
 from torch import Tensor
 
 from ...reference import view_pairs
-from ...types import OTHER, PAIRINGS
+from ...types import OTHER, PAIRINGS, arithmetic_dtype
 from . import tuning
-from .contrast import Incoming, Statistics, query_sweep, readable, row_coefficients, statistics
+from .contrast import (
+    Incoming,
+    Statistics,
+    query_sweep,
+    readable,
+    row_coefficients,
+    statistics,
+    unit_gradient,
+    units,
+)
 from .kernels.aligned import aligned_gradient_kernel, aligned_kernel
 from .kernels.loss import incoming_kernel, log_total_kernel, loss_kernel, numbers_kernel
 from .launch import cdiv, on_device_of_first, power_of_two, start
@@ -31,6 +41,14 @@ class Numbers(NamedTuple):
     alpha: float
     beta: float
     rbf_scale: float
+
+
+class Views(NamedTuple):
+    """The views as the kernels take them."""
+
+    z: Tensor  # [V, B, D]
+    norm: Tensor  # [V, B] squared lengths; those of raw rows are still to be written
+    unit: Tensor | None  # [V, B] factors that make unit rows, where that is asked for
 
 
 class Attraction(NamedTuple):
@@ -59,17 +77,20 @@ class Repulsion(NamedTuple):
 @on_device_of_first
 def cacr(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, parts, gradient of the views and of the numbers."""
-    views, numbers, tau_pos, tau_neg, alpha, beta, pairing, rbf, rbf_scale, want_grad, want_grad_numbers = arguments
-    z = readable(views)
-    known = Numbers(tau_pos, tau_neg, alpha, beta, rbf_scale)
+    views, numbers, *known_numbers, pairing, rbf, rbf_scale, normalize, want_grad, want_grad_numbers = arguments
+    views = known_views(readable(views), normalize)
+    z = views.z
+    known = Numbers(*known_numbers, rbf_scale)
     given = (on_device(known, z.device) if numbers is None else numbers).contiguous()
     want_tau = want_grad_numbers and numbers is not None
-    positive = attract(z, given, rbf)
-    pairs = repelling_pairs(z, positive, pairing, rbf)
+    positive = attract(views, given, rbf)
+    pairs = repelling_pairs(views, positive, pairing, rbf)
     negative = repel(pairs, given, want_grad, want_tau) if z.shape[1] > 1 else repel_nothing(pairs, positive)
     grad = pairs.empty(*(z.shape if want_grad else (0,)))
     if want_grad:
-        add_attraction(z, given, positive, negative.grads, grad)
+        add_attraction(views, given, positive, negative.grads, grad)
+        if normalize:
+            unit_gradient(z, grad[None], grad)
     loss, parts, grad_numbers = pairs.empty(), pairs.empty(4), pairs.empty(0)
     if numbers is not None:
         grad_numbers = torch.empty_like(given) if want_tau else torch.zeros_like(given)
@@ -97,38 +118,50 @@ def halves(number: float) -> tuple[int, int]:
     return high, low
 
 
+def known_views(z: Tensor, normalize: bool) -> Views:
+    """With factors and squared lengths of unit rows, or without factors."""
+    if not normalize:
+        return Views(z, z.new_empty(z.shape[:2], dtype=arithmetic_dtype(z)), None)
+    norm, _, unit, _ = units(z, z)
+    return Views(z, norm, unit)
+
+
 # ---- attraction ------------------------------------------------------------------------------------------------------
-def attract(z: Tensor, numbers: Tensor, rbf: bool) -> Attraction:
+def attract(views: Views, numbers: Tensor, rbf: bool) -> Attraction:
     """Costs and statistics of the attraction, and what the repulsion needs of every row."""
+    z, norm, unit = views
     V, B, D = z.shape
-    cost = z.new_empty((V, V, B), dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
+    cost = norm.new_empty((V, V, B))
     value = z.new_empty((V, B), dtype=torch.float64)
-    others = cost.new_empty((V, B)), z.new_empty((V, B), dtype=torch.int32), value.new_empty(2)
+    others = norm, z.new_empty((V, B), dtype=torch.int32), value.new_empty(2)
     out = Attraction(cost, *others, value, torch.empty_like(value), torch.empty_like(value), value.new_empty((3, V, B)))
     block = 16
-    sizes = {"RBF": rbf, "BLOCK_M": block, "BLOCK_D": min(64, power_of_two(D))}
-    start(aligned_kernel, (cdiv(B, block), V), z, numbers, *out, V, B, D, **sizes)
+    sizes = {"RBF": rbf, "NORMALIZE": unit is not None, "BLOCK_M": block, "BLOCK_D": min(64, power_of_two(D))}
+    start(aligned_kernel, (cdiv(B, block), V), z, unit, numbers, *out, V, B, D, **sizes)
     return out
 
 
-def add_attraction(z: Tensor, numbers: Tensor, positive: Attraction, grads: Tensor, grad: Tensor) -> None:
+def add_attraction(views: Views, numbers: Tensor, positive: Attraction, grads: Tensor, grad: Tensor) -> None:
     """Gradient of the attraction and the splits ``grads`` [splits, V, B, D] of that of the repulsion."""
+    z, _, unit = views
     V, B, D = z.shape
     block, width = 16, min(64, power_of_two(D))
     grid = cdiv(B, block), V, cdiv(D, width)
-    arrays = z, numbers, positive.cost, positive.row_state, grads, grad
-    start(aligned_gradient_kernel, grid, *arrays, V, B, D, grads.shape[0], BLOCK_M=block, BLOCK_D=width)
+    arrays = z, unit, numbers, positive.cost, positive.row_state, grads, grad
+    sizes = {"NORMALIZE": unit is not None, "BLOCK_M": block, "BLOCK_D": width}
+    start(aligned_gradient_kernel, grid, *arrays, V, B, D, grads.shape[0], **sizes)
 
 
 # ---- repulsion -------------------------------------------------------------------------------------------------------
-def repelling_pairs(z: Tensor, positive: Attraction, pairing: int, rbf: bool) -> SetPairs:
+def repelling_pairs(views: Views, positive: Attraction, pairing: int, rbf: bool) -> SetPairs:
     """The views that repel each other; pooled: all of them are one, which meets itself."""
+    z, norm, unit = views
     V, B, D = z.shape
     pooled = PAIRINGS[pairing] == "pooled"
     pairs = [(0, 0)] if pooled else view_pairs(V, PAIRINGS[pairing])
     q_view, k_view = (view_table(tuple(index), z.device) for index in zip(*pairs, strict=True))
     z = z.view(1, V * B, D) if pooled else z
-    same = z, z, positive.norm, positive.norm, positive.ids, positive.ids, positive.tau
+    same = z, z, norm, norm, unit, unit, positive.ids, positive.ids, positive.tau
     kinds = (OTHER, SHARED_SET) if rbf else (OTHER,)
     return SetPairs(*same, q_view, k_view, kinds, inner_product=False, keys_are_queries=True)
 

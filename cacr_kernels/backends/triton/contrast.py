@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...types import arithmetic_dtype
 from . import tuning
 from .kernels.coefficients import coefficients_kernel
 from .kernels.gradient import gradient_kernel
@@ -14,6 +15,7 @@ from .kernels.merge import merge_kernel
 from .kernels.norms import norms_kernel
 from .kernels.statistics import statistics_kernel
 from .kernels.total import add_splits_kernel, grad_tau_kernel
+from .kernels.unit import unit_gradient_kernel, unit_kernel
 from .launch import cdiv, on_device_of_first, power_of_two, start
 from .pairs import Arguments, SetPairs, Split, view_table
 from .table import Tile, processor_of
@@ -47,17 +49,17 @@ class Incoming(NamedTuple):
 @on_device_of_first
 def contrast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Value, lse and row state: one sweep over the keys."""
-    *sets, _detach_weights, q_self = arguments
-    value, lse, row_state = statistics(set_pairs(Arguments(*sets)._replace(q_self=q_self)))
+    *sets, _detach_weights, q_self, normalize = arguments
+    value, lse, row_state = statistics(set_pairs(Arguments(*sets, normalize, q_self)))
     return value, lse, row_state
 
 
 @on_device_of_first
 def contrast_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients: one sweep for the queries (for both, if they are the keys), one for the keys."""
-    sets, (detach_weights, q_self, *tensors, want_q, want_k, want_tau) = arguments[:9], arguments[9:]
+    sets, (detach_weights, q_self, normalize, *tensors, want_q, want_k, want_tau) = arguments[:9], arguments[9:]
     value, row_state, grad_value, grad_lse = (t.contiguous() for t in tensors)
-    pairs, incoming = set_pairs(Arguments(*sets)._replace(q_self=q_self)), Incoming(grad_value, grad_lse)
+    pairs, incoming = set_pairs(Arguments(*sets, normalize, q_self)), Incoming(grad_value, grad_lse)
     coefficients = row_coefficients(pairs, value, row_state, incoming, detach_weights)
     moments = want_tau and not detach_weights
     grad_q, grad_k, grad_tau = pairs.empty(0), pairs.empty(0), pairs.tau.new_empty(0)
@@ -65,11 +67,11 @@ def contrast_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         grad_tau = torch.zeros_like(pairs.tau)
     if want_q or moments:
         partial, moment = tuning.run(pairs, "gradient", query_sweep, *coefficients, moments)
-        grad_q = add_splits(partial) if want_q else grad_q
+        grad_q = whole_gradient(pairs.q, partial, normalize) if want_q else grad_q
         if moments:
             grad_tau = temperature_gradient(pairs, moment, coefficients.rows, value, row_state[1], grad_lse)
     if want_k and not pairs.keys_are_queries:
-        grad_k = add_splits(tuning.run(pairs, "gradient", key_sweep, *coefficients))
+        grad_k = whole_gradient(pairs.k, tuning.run(pairs, "gradient", key_sweep, *coefficients), normalize)
     return grad_q, grad_k, grad_tau
 
 
@@ -84,7 +86,8 @@ def set_pairs(given: Arguments) -> SetPairs:
         given_self = given.q_self is not None
         ids = q_id.contiguous() if given.q_self is None else torch.stack([q_id, given.q_self]), k_id.contiguous()
     flags = given.inner_product, given.k is None, given_self
-    return SetPairs(q, k, *norms(q, k, tau), *ids, tau, *views, tuple(given.kinds), *flags)
+    known = units(q, k) if given.normalize else (*norms(q, k, tau), None, None)
+    return SetPairs(q, k, *known, *ids, tau, *views, tuple(given.kinds), *flags)
 
 
 def readable(x: Tensor) -> Tensor:
@@ -103,6 +106,20 @@ def norms(q: Tensor, k: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     sizes = {"SOFTMAXES": tau.numel(), "BLOCK_M": block, "BLOCK_D": min(128, power_of_two(D))}
     start(norms_kernel, (blocks,), q, k, q_norm, k_norm, tau, q_rows, k_rows, D, **sizes)
     return q_norm, k_norm
+
+
+def units(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Squared lengths of all rows as unit rows, and the factors that make those."""
+    q_rows, k_rows, D = q.shape[0] * q.shape[1], k.shape[0] * k.shape[1], q.shape[2]
+    q_norm = q.new_empty(q_rows, dtype=arithmetic_dtype(q))
+    k_norm = q_norm if k is q else q_norm.new_empty(k_rows)
+    q_unit = torch.empty_like(q_norm)
+    k_unit = q_unit if k is q else torch.empty_like(k_norm)
+    block = 32
+    blocks = cdiv(q_rows, block) + (0 if k is q else cdiv(k_rows, block))
+    sizes = {"BLOCK_M": block, "BLOCK_D": min(64, power_of_two(D))}
+    start(unit_kernel, (blocks,), q, k, q_norm, k_norm, q_unit, k_unit, q_rows, k_rows, D, **sizes)
+    return q_norm, k_norm, q_unit, k_unit
 
 
 def statistics(pairs: SetPairs) -> Statistics:
@@ -191,7 +208,7 @@ def _gradient_split(pairs: SetPairs, tile: Tile, x: Tensor, others: int, sides: 
 def _sweep(
     pairs: SetPairs,
     tile: Tile,
-    arrays: tuple[Tensor, ...],
+    arrays: tuple[Any, ...],
     coefficients: Coefficients,
     grads: _Gradients,
     split: Split,
@@ -205,6 +222,28 @@ def _sweep(
         **pairs.constants(), CANCELLING=pairs.cancelling, CHUNKS=tile.chunks(D), **tile.constants(True),
         GIVEN_SELF=pairs.given_self,
     )  # fmt: skip
+
+
+def whole_gradient(x: Tensor, partial: Tensor, normalize: bool) -> Tensor:
+    """The gradient of ``x`` from its splits."""
+    if not normalize:
+        return add_splits(partial)
+    out = torch.empty_like(partial[0])
+    unit_gradient(x, partial, out)
+    return out
+
+
+def unit_gradient(x: Tensor, partial: Tensor, out: Tensor) -> None:
+    """The gradient of raw rows from splits of that of their unit rows; ``out`` may be the only split.
+
+    Not the last step of a sweep, which seldom has whole rows (splits, blocks of features, two sides): against its
+    products it is nothing.
+    """
+    D = x.shape[-1]
+    rows, width = x.numel() // max(1, D), min(512, power_of_two(D))
+    block = 2048 // max(32, width)
+    sizes = {"CHUNKS": min(2, cdiv(D, width)), "BLOCK_M": block, "BLOCK_D": width}
+    start(unit_gradient_kernel, (cdiv(rows, block),), x, partial, out, rows, D, partial.shape[0], **sizes)
 
 
 def add_splits(partial: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ BACKEND = Backend(
     device="cuda",
     operators=("cacr", "contrast", "detached_keys"),
     implement=_implement,
+    normalizes=frozenset(_LAUNCHERS),
     half_types=True,
     tests_only_on=("cpu",),  # in its interpreter
 )

@@ -32,6 +32,7 @@ class Arguments(NamedTuple):
     q_index: list[int]
     k_index: list[int]
     inner_product: bool
+    normalize: bool
     q_self: Tensor | None = None  # of contrast alone
 
 
@@ -54,6 +55,8 @@ class SetPairs:
     k: Tensor  # [views of k, M, D]
     q_norm: Tensor  # [views of q, N] squared lengths
     k_norm: Tensor
+    q_unit: Tensor | None  # [views of q, N] factors that make unit rows, where that is asked for
+    k_unit: Tensor | None
     q_id: Tensor  # [N], anything if all kinds are ALL; [2, N] if given_self: ids, and which keys the queries are
     k_id: Tensor
     tau: Tensor  # [S] float64
@@ -63,6 +66,11 @@ class SetPairs:
     inner_product: bool
     keys_are_queries: bool
     given_self: bool = False
+
+    @property
+    def normalize(self) -> bool:
+        """Whether rows are made unit rows."""
+        return self.q_unit is not None
 
     @property
     def N(self) -> int:  # noqa: N802
@@ -90,14 +98,18 @@ class SetPairs:
         return len(self.kinds)
 
     @property
-    def sides(self) -> tuple[Tensor, ...]:
+    def sides(self) -> tuple[Tensor | None, ...]:
         """What a kernel that sees similarities takes first: queries, keys, and what is known of them."""
-        return self.q, self.k, self.q_norm, self.k_norm, self.q_id, self.k_id, self.tau, self.q_view, self.k_view
+        units = self.q_unit, self.k_unit
+        ids = self.q_id, self.k_id
+        return self.q, self.k, self.q_norm, self.k_norm, *units, *ids, self.tau, self.q_view, self.k_view
 
     @property
-    def sides_exchanged(self) -> tuple[Tensor, ...]:
+    def sides_exchanged(self) -> tuple[Tensor | None, ...]:
         """The same with the keys in the place of the queries."""
-        return self.k, self.q, self.k_norm, self.q_norm, self.k_id, self.q_id, self.tau, self.k_view, self.q_view
+        units = self.k_unit, self.q_unit
+        ids = self.k_id, self.q_id
+        return self.k, self.q, self.k_norm, self.q_norm, *units, *ids, self.tau, self.k_view, self.q_view
 
     @property
     def arithmetic(self) -> torch.dtype:
@@ -132,7 +144,8 @@ class SetPairs:
         """What all kernels that see similarities are compiled for."""
         product = "ieee" if self.precision in ("half", "fp64") else self.precision
         sets = {"FIRST_SET": self.kinds[0], "SECOND_SET": self.second_set}
-        return sets | {"INNER_PRODUCT": self.inner_product, "PRECISION": product}
+        flags = {"INNER_PRODUCT": self.inner_product, "NORMALIZE": self.normalize}
+        return sets | flags | {"PRECISION": product}
 
     def row_constants(self) -> dict[str, Any]:
         """What kernels that turn row state into results are compiled for."""

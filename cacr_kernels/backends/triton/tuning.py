@@ -57,6 +57,7 @@ class Key(NamedTuple):
     kinds: tuple[int, ...]
     inner_product: bool
     keys_are_queries: bool
+    normalize: bool
     features: int  # the next power of two
     work: int  # class of the number of similarities: powers of 4
     processor: str
@@ -83,8 +84,9 @@ def run(pairs: SetPairs, kernel: str, sweep: Callable[..., Result], *args: Any, 
 def _fastest(pairs: SetPairs, kernel: str, entry: Tile, sweep: Callable[..., Any], args: tuple[Any, ...]) -> Tile:
     flags = tuple(x for x in args if isinstance(x, bool))
     sizes = features_of(pairs.D), (pairs.N * pairs.M * pairs.P).bit_length() // 2
-    roles = str(pairs.q.dtype), pairs.precision, pairs.kinds, pairs.inner_product, pairs.keys_are_queries
-    key = Key(kernel, sweep.__name__, flags, *roles, *sizes, _name(pairs.q.device), *pairs.processor)
+    products = str(pairs.q.dtype), pairs.precision, pairs.kinds, pairs.inner_product
+    roles = pairs.keys_are_queries, pairs.normalize
+    key = Key(kernel, sweep.__name__, flags, *products, *roles, *sizes, _name(pairs.q.device), *pairs.processor)
     if key not in _chosen:
         with _lock:
             if key not in _chosen:

@@ -12,6 +12,7 @@ FLOAT64 = "tests/triton/interpreted/test_operators.py -k float64"
 RBF = "tests/triton/interpreted/test_losses.py -k 'promise and rbf'"
 DETACHED_KEYS = "tests/triton/interpreted/test_operators.py -k detached_keys"
 TUNING = "tests/triton/test_tuning.py"
+NORMALIZE = "tests/triton/interpreted/test_normalize.py"
 PTX = "tests/triton/test_ptx.py -k 'numbers or planted or found'"
 
 FAULTS = (
@@ -222,5 +223,53 @@ FAULTS = (
         replacement="",
         why="keys with a negative id are negatives",
         tests=FLOAT64,
+    ),
+    Fault(
+        "triton-factor-of-a-query",
+        KERNELS + "tile.py",
+        text="        return S * along(queries.unit, AS_ROWS)",
+        replacement="        return S",
+        why="similarities of unit rows grow with the length of the query",
+        tests=NORMALIZE + " -k 'cacr or detached'",
+    ),
+    Fault(
+        "triton-factor-of-the-other-row",
+        KERNELS + "gradient.py",
+        text="            g *= y.unit[None, :]\n",
+        replacement="",
+        why="gradients of unit rows sum raw rows",
+        tests=NORMALIZE + " -k cacr",
+    ),
+    Fault(
+        "triton-factor-of-zeros",
+        KERNELS + "unit.py",
+        text="return tl.where(length == 0, 0.0, r)",
+        replacement="return r",
+        why="a row of zeros makes coefficients of float16 infinite",
+        tests=NORMALIZE + " -k float16",
+    ),
+    Fault(
+        "triton-range-of-factors",
+        KERNELS + "gradient.py",
+        text="        scale *= inverse_power(most)\n",
+        replacement="",
+        why="short rows take coefficients of float16 out of their range",
+        tests=NORMALIZE + " -k float16",
+    ),
+    Fault(
+        "triton-shortest-in-float32",
+        KERNELS + "unit.py",
+        text="return tl.full((), SHORTEST, tl.float64)",
+        replacement="return SHORTEST",
+        why="in float64 rows shorter than 1e-12 are divided by another length",
+        tests=NORMALIZE + " -k 'shortest or float64'",
+    ),
+    Fault(
+        "triton-gradient-along-a-row",
+        KERNELS + "unit.py",
+        text="            g = r * (g - dot[:, None] * u)",
+        replacement="            g = r * g",
+        why="gradients of raw rows change their length",
+        tests=NORMALIZE + " -k cacr",
     ),
 )

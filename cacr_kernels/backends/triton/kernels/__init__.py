@@ -2,6 +2,7 @@
 
 tile.py           what all of them do with a tile of inner products; the idea is explained there
 norms.py          squared lengths of embeddings
+unit.py           rows that are made unit rows: their factors, and gradients of the raw rows
 statistics.py     row statistics of one or two softmaxes over a split of the keys
 merge.py          value and lse of those of all splits together, in float64
 coefficients.py   what a row's gradient multiplies its weights with

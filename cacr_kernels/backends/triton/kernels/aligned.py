@@ -3,14 +3,15 @@
     F+_vb = sum_{u != v} w_uv c_uv,   w_uv = softmax_u(tau_pos c_uv),   c_uv = |z_vb - z_ub|^2
     dL/dz_vb = sum_u 2 (g_vu + g_uv) (z_vb - z_ub),   g_vu = alpha / (V B) w_uv (1 + tau_pos (c_uv - F+_vb))
 
-Costs are made of differences, because views of an instance are close to each other.
+Costs are made of differences, because views of an instance are close to each other. With NORMALIZE z are unit rows of
+raw ones, and so are the differences (``unit_difference`` in ``tile.py``).
 """
 
 import triton
 import triton.language as tl
 
 from .norms import squared_lengths
-from .tile import COUNTS, load_rows, norm_in_range
+from .tile import COUNTS, load_rows, load_vector, norm_in_range, unit_difference
 
 TAU_POS, TAU_NEG, ALPHA, BETA, RBF_SCALE = (tl.constexpr(i) for i in range(5))  # places in ``numbers``
 
@@ -19,10 +20,11 @@ TAU_POS, TAU_NEG, ALPHA, BETA, RBF_SCALE = (tl.constexpr(i) for i in range(5))  
 def aligned_kernel(
     # inputs
     z,  # [V, B, D]
+    unit,  # [V, B] factors that make unit rows, with NORMALIZE; else None
     numbers,  # [5] float64: tau_pos, tau_neg, alpha, beta, rbf_scale
     # results: for the gradient, then for the repulsion, then statistics
     cost,  # [V, V, B] between views of an instance, in the type of the arithmetic
-    norm,  # [V, B] squared lengths, NaN out of range
+    norm,  # [V, B] squared lengths, NaN out of range; with NORMALIZE not written
     ids,  # [V, B] int32: the instance
     tau,  # [2] float64: the signed temperatures of the repulsion
     value,  # [V, B] float64, as are the next two
@@ -35,6 +37,7 @@ def aligned_kernel(
     D,  # features
     # what is computed, and how
     RBF: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -44,23 +47,28 @@ def aligned_kernel(
     view = tl.cast(B, tl.int64) * D
     rows = b0 + tl.arange(0, BLOCK_M)
     inside = rows < B
-    length = squared_lengths(z + v * view, b0, B, D, BLOCK_M, BLOCK_D, acc_type)
+    if not NORMALIZE:
+        length = squared_lengths(z + v * view, b0, B, D, BLOCK_M, BLOCK_D, acc_type)
     tau_neg = tl.load(numbers + TAU_NEG)
     tau_rbf = tau_neg + tl.load(numbers + RBF_SCALE)
     at = tl.cast(v, tl.int64) * B + rows
-    length = norm_in_range(length, tau_neg, acc_type)
-    length = norm_in_range(length, tau_rbf, acc_type) if RBF else length
-    tl.store(norm + at, length, mask=inside)
+    if not NORMALIZE:  # else unit_kernel has written them
+        length = norm_in_range(length, tau_neg, acc_type)
+        length = norm_in_range(length, tau_rbf, acc_type) if RBF else length
+        tl.store(norm + at, length, mask=inside)
     tl.store(ids + at, rows, mask=inside)
     tau_pos = tl.load(numbers + TAU_POS)
     nothing = tl.zeros((BLOCK_M,), tl.float64)
     top, sum_e, sum_ed = nothing, nothing, nothing  # of the costs c - top, where top has the largest weight
+    x_unit = load_units(unit, v, b0, B, BLOCK_M, NORMALIZE)
     for u in range(V):
+        y_unit = load_units(unit, u, b0, B, BLOCK_M, NORMALIZE)
         c = tl.zeros((BLOCK_M,), dtype=acc_type)
         for d0 in range(0, D, BLOCK_D):
             x = load_rows(z + v * view, b0, B, D, d0, BLOCK_M, BLOCK_D).to(acc_type)  # [BLOCK_M, BLOCK_D]
             y = load_rows(z + u * view, b0, B, D, d0, BLOCK_M, BLOCK_D).to(acc_type)
-            c += tl.sum((x - y) * (x - y), 1)
+            d = difference(x, x_unit, y, y_unit, v < u, NORMALIZE)
+            c += tl.sum(d * d, 1)
         tl.store(cost + u * tl.cast(B, tl.int64) + tl.cast(v, tl.int64) * V * B + rows, c, mask=inside)
         if u != v:
             wide = c.to(tl.float64)
@@ -92,6 +100,23 @@ def aligned_kernel(
 
 
 @triton.jit
+def load_units(unit, v, b0, B, SIZE: tl.constexpr, NORMALIZE: tl.constexpr):
+    """Factors of view v from row b0 on [SIZE, 1]; without NORMALIZE anything."""
+    return load_vector(unit + v * tl.cast(B, tl.int64), b0, B, SIZE, 0.0)[:, None] if NORMALIZE else b0
+
+
+@triton.jit
+def difference(x, x_unit, y, y_unit, x_first, NORMALIZE: tl.constexpr):
+    """``x`` - ``y`` [BLOCK_M, BLOCK_D], of their unit rows; ``x_first`` gives the order, which is to stay the same."""
+    if NORMALIZE:
+        first, second = tl.where(x_first, x, y), tl.where(x_first, y, x)
+        found = unit_difference(first, tl.where(x_first, x_unit, y_unit), second, tl.where(x_first, y_unit, x_unit))
+        return tl.where(x_first, found, -found)
+    else:
+        return x - y
+
+
+@triton.jit
 def aligned_coefficient(c, tau, row_state, one, inside):
     """Derivatives w (1 + tau (c - F)) of the rows that ``row_state`` points to; ``one``: rows of one quantity."""
     d = c - tl.load(row_state, mask=inside, other=0.0)
@@ -103,18 +128,20 @@ def aligned_coefficient(c, tau, row_state, one, inside):
 def aligned_gradient_kernel(
     # inputs
     z,  # [V, B, D]
+    unit,  # [V, B] factors that make unit rows, with NORMALIZE; else None
     numbers,  # [5] float64
     cost,  # [V, V, B], of aligned_kernel
     row_state,  # [3, V, B] float64, of aligned_kernel
     partial,  # [SPLITS, V, B, D]: gradient of the repulsion
     # result
-    grad,  # [V, B, D]: gradient of the loss
+    grad,  # [V, B, D]: gradient of the loss; with NORMALIZE w.r.t. the unit rows, but for a part along them
     # sizes
     V,
     B,
     D,
     SPLITS,
-    # how it is computed
+    # what is computed, and how
+    NORMALIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -128,6 +155,7 @@ def aligned_gradient_kernel(
     tau = tl.load(numbers + TAU_POS)
     scale = tl.load(numbers + ALPHA) / (V * wide).to(tl.float64)
     x = load_rows(z + v * view, b0, B, D, d0, BLOCK_M, BLOCK_D).to(acc_type)
+    x_unit = load_units(unit, v, b0, B, BLOCK_M, NORMALIZE)
     total = tl.zeros((BLOCK_M, BLOCK_D), dtype=acc_type)
     for u in range(V):
         if u != v:
@@ -135,7 +163,8 @@ def aligned_gradient_kernel(
             g = aligned_coefficient(c, tau, row_state + v * wide + rows, V * wide, inside)
             g += aligned_coefficient(c, tau, row_state + u * wide + rows, V * wide, inside)
             y = load_rows(z + u * view, b0, B, D, d0, BLOCK_M, BLOCK_D).to(acc_type)
-            total += (2.0 * scale * g).to(acc_type)[:, None] * (x - y)
+            y_unit = load_units(unit, u, b0, B, BLOCK_M, NORMALIZE)
+            total += (2.0 * scale * g).to(acc_type)[:, None] * difference(x, x_unit, y, y_unit, v < u, NORMALIZE)
     d = d0 + tl.arange(0, BLOCK_D)
     at = (v * wide + rows)[:, None] * D + d[None, :]
     features = inside[:, None] & (d[None, :] < D)

@@ -5,14 +5,29 @@
 
 dL/dq_i is a combination of q_i and the two (``cacr_kernels/reference.py``, Gradients, with a_i and b_i). A program
 keeps sums relative to the largest v as statistics.py does, and the sums of keys beside them, which are rescaled with
-them. Splits of the keys are merged by ``detached_keys_merge_kernel``.
+them. Splits of the keys are merged by ``detached_keys_merge_kernel``. With NORMALIZE k_j are unit rows here, too.
 """
 
 import triton
 import triton.language as tl
 
 from .statistics import base_of, update_max
-from .tile import ALL, COUNTS, LN2, Matrix, key_bias, load_block, load_tile, logits, multiply, similarity, softmax_of
+from .tile import (
+    ALL,
+    COUNTS,
+    LN2,
+    Matrix,
+    key_bias,
+    load_block,
+    load_tile,
+    logits,
+    multiply,
+    of_unit_queries,
+    similarity,
+    slope_of,
+    softmax_of,
+)
+from .unit import inverse_power, largest_unit
 
 RANGE = tl.constexpr(4096.0)  # takes weights of at most 1 into the middle of the range of float16
 
@@ -24,6 +39,8 @@ def detached_keys_kernel(
     k,  # [views of k, M, D]
     q_norm,  # [views of q, N] squared lengths, in the type of the arithmetic
     k_norm,  # [views of k, M]
+    q_unit,  # [views of q, N] factors that make unit rows, with NORMALIZE; else None
+    k_unit,  # [views of k, M]
     q_id,  # [N] int32; not read where the set is ALL
     k_id,  # [M]
     tau,  # [1] float64, signed
@@ -51,18 +68,20 @@ def detached_keys_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_OUT: tl.constexpr,  # features of the sums that a program writes; BLOCK_D if that is all of them
+    NORMALIZE: tl.constexpr = False,  # rows of q and k are made unit rows
 ):
     """Grid: blocks of queries, pairs of sets, splits of the keys times blocks of features."""
     acc_type: tl.constexpr = q_norm.dtype.element_ty
-    scale: tl.constexpr = RANGE if q.dtype.element_ty == tl.float16 else 1.0
+    IN_RANGE: tl.constexpr = RANGE if q.dtype.element_ty == tl.float16 else 1.0
     i0, p = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     split, d_out = tl.program_id(2) // FEATURE_BLOCKS, tl.program_id(2) % FEATURE_BLOCKS * BLOCK_OUT
     begin = split * split_size
     x, y = tl.load(q_view + p).to(tl.int64), tl.load(k_view + p).to(tl.int64)
     q_base, k_base = q + x * N * D, k + y * M * D
     rows = i0 + tl.arange(0, BLOCK_M)
-    all_queries = Matrix(q_base, q_norm + x * N, q_id, N, D)
-    queries = load_block(all_queries, i0, rows, FIRST_SET != ALL)
+    q_factors = q_unit + x * N if NORMALIZE else q_norm
+    all_queries = Matrix(q_base, q_norm + x * N, q_factors, q_id, N, D)
+    queries = load_block(all_queries, i0, rows, FIRST_SET != ALL, False, NORMALIZE)
     q_tile = load_tile(all_queries, i0, 0, BLOCK_M, BLOCK_D) if CHUNKS == 1 else i0  # [BLOCK_M, BLOCK_D]
     softmax = softmax_of(tl.load(tau), acc_type)
     mask_bias, inverse = softmax.mask_bias, 1.0 / softmax.slope
@@ -70,14 +89,22 @@ def detached_keys_kernel(
     row_max, sum_ez, sum_edd = sum_e - mask_bias, sum_e, sum_e
     mean = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=acc_type)  # sum e k; below: sum e z k
     spread = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=acc_type) if MOMENTS else row_max
-    all_keys = Matrix(k_base, k_norm + y * M, k_id, M, D)
-    for j0 in range(begin, min(begin + split_size, M), BLOCK_N):
+    all_keys = Matrix(k_base, k_norm + y * M, k_unit + y * M if NORMALIZE else k_norm, k_id, M, D)
+    end = min(begin + split_size, M)
+    if NORMALIZE and IN_RANGE != 1.0:
+        most = largest_unit(k_unit + y * M, begin, end, M, tl.zeros((1024,), dtype=acc_type))
+        scale = IN_RANGE * inverse_power(most)
+    else:
+        scale = IN_RANGE
+    for j0 in range(begin, end, BLOCK_N):
         columns = j0 + tl.arange(0, BLOCK_N)
         k_tile = load_tile(all_keys, j0, d_out, BLOCK_N, BLOCK_OUT)  # [BLOCK_N, BLOCK_OUT]
-        keys = load_block(all_keys, j0, columns, FIRST_SET != ALL)
+        keys = load_block(all_keys, j0, columns, FIRST_SET != ALL, False, NORMALIZE)
         S = similarity(queries, q_tile, keys, k_tile, BLOCK_D, CHUNKS, PRECISION, acc_type)  # [BLOCK_M, BLOCK_N]
+        S = of_unit_queries(S, queries, True, NORMALIZE)
         bias = tl.where(columns < M, key_bias(keys.norm, softmax.slope, FIRST_SET, INNER_PRODUCT), mask_bias)
-        v = logits(S, S, bias[None, :], softmax, queries, keys, FIRST_SET, INNER_PRODUCT)
+        slope = slope_of(softmax.slope, keys, False, NORMALIZE)
+        v = logits(S, S, slope, bias[None, :], softmax, queries, keys, FIRST_SET, INNER_PRODUCT)
         row_max, shift = update_max(row_max, v, mask_bias)
         z = v - base_of(row_max, mask_bias)[:, None]
         e = tl.exp2(z)
@@ -90,10 +117,11 @@ def detached_keys_kernel(
         sum_ez = (sum_ez + shift * sum_e) * rescale + tl.sum(ez, 1)
         sum_e = sum_e * rescale + tl.sum(e, 1)
         if WANT_MEAN:
+            factor = (keys.unit * scale)[None, :] if NORMALIZE else scale
             if MOMENTS:
                 spread = (spread + shift[:, None] * mean) * rescale[:, None]
-                spread = multiply(ez * scale, k_tile, spread, PRECISION)
-            mean = multiply(e * scale, k_tile, mean * rescale[:, None], PRECISION)
+                spread = multiply(ez * factor, k_tile, spread, PRECISION)
+            mean = multiply(e * factor, k_tile, mean * rescale[:, None], PRECISION)
     one = tl.cast(P, tl.int64) * N  # rows of one quantity
     out = partial_state + split * 4 * one + tl.cast(p, tl.int64) * N + rows
     inside = rows < tl.where(d_out == 0, N, 0)  # the first block of features writes the state

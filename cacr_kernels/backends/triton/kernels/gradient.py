@@ -22,17 +22,21 @@ from .tile import (
     NO_SET,
     SHARED_SET,
     Matrix,
+    along,
     key_bias,
     load_block,
     load_tile,
     load_vector,
     logits,
     multiply,
+    of_unit_queries,
     positive_cost,
     similarity,
+    slope_of,
     softmaxes_of,
     uses_cost,
 )
+from .unit import inverse_power, largest_unit
 
 
 class Sums(NamedTuple):
@@ -71,6 +75,7 @@ class Options(NamedTuple):
     SECOND_SET: tl.constexpr
     CANCELLING: tl.constexpr
     INNER_PRODUCT: tl.constexpr
+    NORMALIZE: tl.constexpr
     WANT_TAU: tl.constexpr
     PRECISION: tl.constexpr
     CHUNKS: tl.constexpr
@@ -93,12 +98,6 @@ def range_scale(bound, BOUNDS, acc_type: tl.constexpr):
 
 
 @triton.jit
-def along(x, ROWS: tl.constexpr):
-    """A vector along the rows of a tile, or along its columns."""
-    return x[:, None] if ROWS else x[None, :]
-
-
-@triton.jit
 def coefficient(pointer, queries, AS_QUERY: tl.constexpr, other=0.0):
     """One coefficient of a block of queries, along the rows of a tile or along its columns; ``other`` outside."""
     SIZE: tl.constexpr = queries.index.shape[0]
@@ -106,12 +105,16 @@ def coefficient(pointer, queries, AS_QUERY: tl.constexpr, other=0.0):
 
 
 @triton.jit
-def tile_logits(S, c, softmax, x, y, AS_QUERY: tl.constexpr, SET: tl.constexpr, INNER_PRODUCT: tl.constexpr):
+def tile_logits(
+    S, c, softmax, x, y,
+    AS_QUERY: tl.constexpr, SET: tl.constexpr, INNER_PRODUCT: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
     """V of a tile. Keys beyond the last one are masked where they are columns; as rows they are not written."""
     bias = key_bias(y.norm if AS_QUERY else x.norm, softmax.slope, SET, INNER_PRODUCT)
     if AS_QUERY:
         bias = tl.where(y.index < y.matrix.count, bias, softmax.mask_bias)
-    return logits(S, c, along(bias, not AS_QUERY), softmax, x, y, SET, INNER_PRODUCT)
+    slope = slope_of(softmax.slope, y if AS_QUERY else x, not AS_QUERY, NORMALIZE)
+    return logits(S, c, slope, along(bias, not AS_QUERY), softmax, x, y, SET, INNER_PRODUCT)
 
 
 @triton.jit
@@ -133,6 +136,7 @@ def sweep(sums, x, x_tile, other, rows, first, second, options):
     FIRST_SET: tl.constexpr = options.FIRST_SET
     SECOND_SET: tl.constexpr = options.SECOND_SET
     INNER_PRODUCT: tl.constexpr = options.INNER_PRODUCT
+    NORMALIZE: tl.constexpr = options.NORMALIZE
     PRECISION: tl.constexpr = options.PRECISION
     MOMENTS: tl.constexpr = options.WANT_TAU and AS_QUERY
     IDS: tl.constexpr = FIRST_SET != ALL or SECOND_SET > ALL
@@ -144,14 +148,15 @@ def sweep(sums, x, x_tile, other, rows, first, second, options):
     for j0 in range(other.begin, other.end, options.BLOCK_N):
         columns = j0 + tl.arange(0, options.BLOCK_N)
         y_tile = load_tile(other.matrix, j0, other.d_out, options.BLOCK_N, options.BLOCK_OUT)  # [BLOCK_N, BLOCK_OUT]
-        y = load_block(other.matrix, j0, columns, IDS, options.GIVEN_SELF and not AS_QUERY)
+        y = load_block(other.matrix, j0, columns, IDS, options.GIVEN_SELF and not AS_QUERY, NORMALIZE)
         queries = x if AS_QUERY else y
         S = similarity(x, x_tile, y, y_tile, options.BLOCK_D, options.CHUNKS, PRECISION, acc_type)
+        S = of_unit_queries(S, queries, AS_QUERY, NORMALIZE)
         if uses_cost(FIRST_SET, INNER_PRODUCT) or uses_cost(SECOND_SET, INNER_PRODUCT):
-            c = positive_cost(x, y, S)
+            c = positive_cost(x, y, S, not AS_QUERY, NORMALIZE)
         else:
             c = S  # not read
-        v = tile_logits(S, c, first, x, y, AS_QUERY, FIRST_SET, INNER_PRODUCT)
+        v = tile_logits(S, c, first, x, y, AS_QUERY, FIRST_SET, INNER_PRODUCT, NORMALIZE)
         z = v - coefficient(row0 + BASE * stride, queries, AS_QUERY, no_query0)
         e = tl.exp2(z)
         a = coefficient(row0 + A * stride, queries, AS_QUERY) * rows.scale
@@ -165,7 +170,7 @@ def sweep(sums, x, x_tile, other, rows, first, second, options):
             if SECOND_SET == SHARED_SET:
                 z = second.slope * z
             else:
-                v = tile_logits(S, c, second, x, y, AS_QUERY, SECOND_SET, INNER_PRODUCT)
+                v = tile_logits(S, c, second, x, y, AS_QUERY, SECOND_SET, INNER_PRODUCT, NORMALIZE)
                 z = v - coefficient(row1 + BASE * stride, queries, AS_QUERY, no_query1)
             e1 = tl.exp2(z)
             a = coefficient(row1 + A * stride, queries, AS_QUERY) * rows.scale
@@ -178,7 +183,11 @@ def sweep(sums, x, x_tile, other, rows, first, second, options):
             if MOMENTS:
                 d = v * inverse1 - coefficient(row1 + MEAN_U * stride, queries, AS_QUERY)
                 moment1 += tl.sum(e1 * d * d, 1)
-        total, lost = add_exactly(sums.g, sums.lost, tl.sum(g, 1))
+        if NORMALIZE:
+            total, lost = sums.g, sums.lost  # x sum g points along x, of which nothing stays
+            g *= y.unit[None, :]
+        else:
+            total, lost = add_exactly(sums.g, sums.lost, tl.sum(g, 1))
         sums = Sums(multiply(g, y_tile, sums.gy, PRECISION), total, lost, moment0, moment1)
     return sums
 
@@ -190,6 +199,8 @@ def gradient_kernel(
     y,  # [views of y, M, D]: the other side
     x_norm,  # [views of x, N] squared lengths, in the type of the arithmetic
     y_norm,  # [views of y, M]
+    x_unit,  # [views of x, N] factors that make unit rows, with NORMALIZE; else None
+    y_unit,  # [views of y, M]
     x_id,  # [N] int32; not read where both sets are ALL
     y_id,  # [M]
     tau,  # [softmaxes] float64, signed
@@ -222,6 +233,7 @@ def gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_OUT: tl.constexpr,  # features of the gradient that a program writes; BLOCK_D if that is all of them
+    NORMALIZE: tl.constexpr = False,  # rows are made unit rows; a part of grad along x is left out: unit.py
     GIVEN_SELF: tl.constexpr = False,  # the ids of the queries are [2, queries]: and which keys they are themselves
 ):
     """Grid: blocks of x, views of x times splits of y, blocks of features."""
@@ -231,11 +243,18 @@ def gradient_kernel(
     begin = split * split_size
     end = min(begin + split_size, M)
     rows = i0 + tl.arange(0, BLOCK_M)
-    own = Matrix(x + view * N * D, x_norm + view * N, x_id, N, D)
-    block = load_block(own, i0, rows, FIRST_SET != ALL or SECOND_SET > ALL, GIVEN_SELF and QUERY)
+    x_factors = x_unit + view * N if NORMALIZE else x_norm
+    own = Matrix(x + view * N * D, x_norm + view * N, x_factors, x_id, N, D)
+    block = load_block(own, i0, rows, FIRST_SET != ALL or SECOND_SET > ALL, GIVEN_SELF and QUERY, NORMALIZE)
     x_tile = load_tile(own, i0, 0, BLOCK_M, BLOCK_D) if CHUNKS == 1 else i0  # [BLOCK_M, BLOCK_D]
     first, second = softmaxes_of(tau, SECOND_SET, acc_type)
     scale = range_scale(bound, BOUNDS, acc_type) if x.dtype.element_ty == tl.float16 else 1.0
+    if NORMALIZE and x.dtype.element_ty == tl.float16:
+        most = tl.zeros((1024,), dtype=acc_type)
+        for p in range(P):
+            last = tl.where(tl.load(x_view + p) == view, end, begin)
+            most = largest_unit(y_unit + tl.load(y_view + p).to(tl.int64) * M, begin, last, M, most)
+        scale *= inverse_power(most)
     SOFTMAXES: tl.constexpr = 1 if SECOND_SET == NO_SET else 2
     queries = tl.cast(N if QUERY else M, tl.int64)
     one = P * queries  # rows of one softmax
@@ -245,7 +264,8 @@ def gradient_kernel(
     for p in range(P):
         here, there = tl.load(x_view + p).to(tl.int64), tl.load(y_view + p).to(tl.int64)
         coefficients_of_pair = RowCoefficients(coefficients + p * queries, one, stride, scale)
-        other = Matrix(y + there * M * D, y_norm + there * M, y_id, M, D)
+        y_factors = y_unit + there * M if NORMALIZE else y_norm
+        other = Matrix(y + there * M * D, y_norm + there * M, y_factors, y_id, M, D)
         # A view walks over nothing in a pair of sets that it takes no part in.
         sums = sweep(
             Sums(gy, g, lost, nothing, nothing),
@@ -256,7 +276,7 @@ def gradient_kernel(
             first,
             second,
             Options(
-                QUERY, FIRST_SET, SECOND_SET, CANCELLING, INNER_PRODUCT, WANT_TAU, PRECISION, CHUNKS,
+                QUERY, FIRST_SET, SECOND_SET, CANCELLING, INNER_PRODUCT, NORMALIZE, WANT_TAU, PRECISION, CHUNKS,
                 BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_OUT, GIVEN_SELF,
             ),
         )  # fmt: skip
@@ -268,7 +288,7 @@ def gradient_kernel(
             if SECOND_SET != NO_SET:
                 tl.store(out + one, sums.moment1, mask=inside)
     d = d_out + tl.arange(0, BLOCK_OUT)
-    if INNER_PRODUCT:
+    if INNER_PRODUCT or NORMALIZE:
         total = -2.0 * gy
     else:
         tile = load_tile(own, i0, d_out, BLOCK_M, BLOCK_OUT).to(acc_type)

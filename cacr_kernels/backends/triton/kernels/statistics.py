@@ -21,8 +21,10 @@ from .tile import (
     load_block,
     load_tile,
     logits,
+    of_unit_queries,
     positive_cost,
     similarity,
+    slope_of,
     softmaxes_of,
     uses_cost,
 )
@@ -58,6 +60,8 @@ def statistics_kernel(
     k,  # [views of k, M, D]
     q_norm,  # [views of q, N] squared lengths, in the type of the arithmetic
     k_norm,  # [views of k, M]
+    q_unit,  # [views of q, N] factors that make unit rows, with NORMALIZE; else None
+    k_unit,  # [views of k, M]
     q_id,  # [N] int32; not read where both sets are ALL
     k_id,  # [M]
     tau,  # [softmaxes] float64, signed
@@ -80,6 +84,7 @@ def statistics_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    NORMALIZE: tl.constexpr = False,  # rows of q and k are made unit rows
     GIVEN_SELF: tl.constexpr = False,  # q_id is [2, N]: ids, and which keys the queries are themselves
 ):
     """Grid: blocks of queries of every pair of sets, splits of the keys."""
@@ -90,24 +95,27 @@ def statistics_kernel(
     x, y = tl.load(q_view + p).to(tl.int64), tl.load(k_view + p).to(tl.int64)
     q_base, k_base = q + x * N * D, k + y * M * D
     rows = i0 + tl.arange(0, BLOCK_M)
-    all_queries = Matrix(q_base, q_norm + x * N, q_id, N, D)
-    queries = load_block(all_queries, i0, rows, IDS, GIVEN_SELF)
+    q_factors = q_unit + x * N if NORMALIZE else q_norm
+    all_queries = Matrix(q_base, q_norm + x * N, q_factors, q_id, N, D)
+    queries = load_block(all_queries, i0, rows, IDS, GIVEN_SELF, NORMALIZE)
     q_tile = load_tile(all_queries, i0, 0, BLOCK_M, BLOCK_D) if CHUNKS == 1 else i0  # [BLOCK_M, BLOCK_D]
     first, second = softmaxes_of(tau, SECOND_SET, acc_type)
     sum_e0 = tl.zeros((BLOCK_M,), dtype=acc_type)
     max0, sum_ez0, max1, sum_e1, sum_ez1 = sum_e0 - first.mask_bias, sum_e0, sum_e0 - second.mask_bias, sum_e0, sum_e0
-    all_keys = Matrix(k_base, k_norm + y * M, k_id, M, D)
+    all_keys = Matrix(k_base, k_norm + y * M, k_unit + y * M if NORMALIZE else k_norm, k_id, M, D)
     for j0 in range(begin, min(begin + split_size, M), BLOCK_N):
         columns = j0 + tl.arange(0, BLOCK_N)
         k_tile = load_tile(all_keys, j0, 0, BLOCK_N, BLOCK_D) if CHUNKS == 1 else j0  # [BLOCK_N, BLOCK_D]
-        keys = load_block(all_keys, j0, columns, IDS)
+        keys = load_block(all_keys, j0, columns, IDS, False, NORMALIZE)
         S = similarity(queries, q_tile, keys, k_tile, BLOCK_D, CHUNKS, PRECISION, acc_type)  # [BLOCK_M, BLOCK_N]
+        S = of_unit_queries(S, queries, True, NORMALIZE)
         if uses_cost(FIRST_SET, INNER_PRODUCT) or uses_cost(SECOND_SET, INNER_PRODUCT):
-            c = positive_cost(queries, keys, S)
+            c = positive_cost(queries, keys, S, False, NORMALIZE)
         else:
             c = S  # not read
         bias = tl.where(columns < M, key_bias(keys.norm, first.slope, FIRST_SET, INNER_PRODUCT), first.mask_bias)
-        v = logits(S, c, bias[None, :], first, queries, keys, FIRST_SET, INNER_PRODUCT)
+        slope = slope_of(first.slope, keys, False, NORMALIZE)
+        v = logits(S, c, slope, bias[None, :], first, queries, keys, FIRST_SET, INNER_PRODUCT)
         max0, shift = update_max(max0, v, first.mask_bias)
         z = v - base_of(max0, first.mask_bias)[:, None]
         sum_e0, sum_ez0 = add_tile(z, shift, sum_e0, sum_ez0)
@@ -116,7 +124,8 @@ def statistics_kernel(
             sum_e1, sum_ez1 = add_tile(second.slope * z, second.slope * shift, sum_e1, sum_ez1)
         elif SECOND_SET != NO_SET:
             bias = tl.where(columns < M, key_bias(keys.norm, second.slope, SECOND_SET, INNER_PRODUCT), second.mask_bias)
-            v = logits(S, c, bias[None, :], second, queries, keys, SECOND_SET, INNER_PRODUCT)
+            slope = slope_of(second.slope, keys, False, NORMALIZE)
+            v = logits(S, c, slope, bias[None, :], second, queries, keys, SECOND_SET, INNER_PRODUCT)
             max1, shift = update_max(max1, v, second.mask_bias)
             sum_e1, sum_ez1 = add_tile(v - base_of(max1, second.mask_bias)[:, None], shift, sum_e1, sum_ez1)
     one = tl.cast(P, tl.int64) * N  # rows of one softmax

@@ -56,6 +56,7 @@ class Matrix(NamedTuple):
 
     base: tl.tensor  # pointer to [count, D]
     norm: tl.tensor  # pointer to [count]: squared lengths
+    unit: tl.tensor  # pointer to [count]: factors that make unit rows, with NORMALIZE; else not read
     id: tl.tensor  # pointer to [count] int32; of queries with GIVEN_SELF [2, count], the second what they are as keys
     count: tl.tensor
     D: tl.tensor
@@ -68,6 +69,7 @@ class Block(NamedTuple):
     first: tl.tensor
     index: tl.tensor  # [SIZE] int32: positions in the matrix
     norm: tl.tensor  # [SIZE]
+    unit: tl.tensor  # [SIZE]
     id: tl.tensor  # [SIZE] int32
     key: tl.tensor  # [SIZE] int32: positions among the keys; of a query that is none of them -1
 
@@ -113,16 +115,19 @@ def load_tile(matrix, first, d0, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_block(matrix, first, index, IDS: tl.constexpr, GIVEN_SELF: tl.constexpr = False):
+def load_block(
+    matrix, first, index, IDS: tl.constexpr, GIVEN_SELF: tl.constexpr = False, NORMALIZE: tl.constexpr = False
+):
     """The rows ``index`` [SIZE], from ``first`` on, without their features; the ids hold anything unless IDS.
 
     Rows are the keys at their positions, queries with GIVEN_SELF those that are given.
     """
     SIZE: tl.constexpr = index.shape[0]
     norm = load_vector(matrix.norm, first, matrix.count, SIZE, 0.0)
+    unit = load_vector(matrix.unit, first, matrix.count, SIZE, 0.0) if NORMALIZE else norm
     ids = load_vector(matrix.id, first, matrix.count, SIZE, 0) if IDS else index
     key = load_vector(matrix.id + matrix.count, first, matrix.count, SIZE, -1) if GIVEN_SELF else index
-    return Block(matrix=matrix, first=first, index=index, norm=norm, id=ids, key=key)
+    return Block(matrix=matrix, first=first, index=index, norm=norm, unit=unit, id=ids, key=key)
 
 
 # ---- inner products and costs ----------------------------------------------------------------------------------------
@@ -156,24 +161,70 @@ def similarity(
 
 
 @triton.jit
-def difference_cost(x, y, S):
+def along(x, ROWS: tl.constexpr):
+    """A vector along the rows of a tile, or along its columns."""
+    return x[:, None] if ROWS else x[None, :]
+
+
+@triton.jit
+def of_unit_queries(S, queries, AS_ROWS: tl.constexpr, NORMALIZE: tl.constexpr):
+    """S times the factors of the queries; those of the keys follow with the slope, which is no work for a tile."""
+    if NORMALIZE:
+        return S * along(queries.unit, AS_ROWS)
+    else:
+        return S
+
+
+@triton.jit
+def slope_of(slope, keys, AS_ROWS: tl.constexpr, NORMALIZE: tl.constexpr):
+    """What S is multiplied with: the slope, with NORMALIZE times the factor of each key."""
+    if NORMALIZE:
+        return along(slope * keys.unit, AS_ROWS)
+    else:
+        return slope
+
+
+@triton.jit
+def unit_difference(x, x_unit, y, y_unit):
+    """x_unit x - y_unit y by Kahan, to the precision of a near difference: what rounds the product cancels.
+
+    The product is only ever added to one that an FMA makes, so no compiler can fuse it with a sum. Exchanged it is
+    rounded otherwise: whoever needs the same cost twice has to keep the order.
+    """
+    x, y = tl.broadcast(x, y)
+    x_unit, y_unit = tl.broadcast_to(x_unit, x.shape), tl.broadcast_to(y_unit, x.shape)
+    product = y_unit * y
+    return tl.fma(x_unit, x, -product) + tl.fma(-y_unit, y, product)
+
+
+@triton.jit
+def difference_cost(x, y, S, KEYS_AS_ROWS: tl.constexpr, NORMALIZE: tl.constexpr):
     """|x - y|^2 in the shape and type of S, feature by feature."""
     c = tl.zeros_like(S)
     for d in range(x.matrix.D):
         x_d = load_tile(x.matrix, x.first, d, S.shape[0], 1).to(S.dtype)  # [ROWS, 1]
         y_d = load_tile(y.matrix, y.first, d, S.shape[1], 1).to(S.dtype)  # [COLUMNS, 1]
-        c += (x_d - tl.trans(y_d)) * (x_d - tl.trans(y_d))
+        if NORMALIZE:
+            if KEYS_AS_ROWS:
+                difference = unit_difference(tl.trans(y_d), y.unit[None, :], x_d, x.unit[:, None])
+            else:
+                difference = unit_difference(x_d, x.unit[:, None], tl.trans(y_d), y.unit[None, :])
+            c += difference * difference
+        else:
+            c += (x_d - tl.trans(y_d)) * (x_d - tl.trans(y_d))
     return c
 
 
 @triton.jit
-def positive_cost(x, y, S):
+def positive_cost(x, y, S, KEYS_AS_ROWS: tl.constexpr, NORMALIZE: tl.constexpr):
     """Costs of all pairs of a tile; those of near pairs with equal ids are differences, which do not cancel."""
+    if NORMALIZE:
+        S = S * along(x.unit if KEYS_AS_ROWS else y.unit, KEYS_AS_ROWS)
     norms = x.norm[:, None] + y.norm[None, :]
     c = norms - 2.0 * S
     near = (x.id[:, None] == y.id[None, :]) & (c <= norms * NEAR) & (norms > 0)
     if tl.max(near.to(tl.int32)) > 0:
-        c = tl.where(near, difference_cost(x, y, S), c)
+        c = tl.where(near, difference_cost(x, y, S, KEYS_AS_ROWS, NORMALIZE), c)
     return c
 
 
@@ -199,13 +250,14 @@ def key_bias(norm, slope, SET: tl.constexpr, INNER_PRODUCT: tl.constexpr):
 
 
 @triton.jit
-def logits(S, c, bias, softmax, x, y, SET: tl.constexpr, INNER_PRODUCT: tl.constexpr):
+def logits(S, c, slope, bias, softmax, x, y, SET: tl.constexpr, INNER_PRODUCT: tl.constexpr):
     """V of one softmax for blocks x and y, one of which are the queries.
 
-    ``bias`` is the ``key_bias``, or ``mask_bias`` where there is no key; it broadcasts to the shape of S.
+    ``slope`` is ``slope_of``, ``bias`` is the ``key_bias``, or ``mask_bias`` where there is no key; both broadcast to
+    the shape of S.
     """
     if SET == ALL or SET == OTHER or SET == OTHER_NOT_SELF or INNER_PRODUCT:
-        v = softmax.slope * S - bias
+        v = slope * S - bias
     else:
         v = -0.5 * softmax.slope * c - bias
     if SET == OTHER:
