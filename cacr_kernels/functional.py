@@ -157,7 +157,7 @@ def cacr_loss(
         options: Any = {"pairing": pairing, "cost": cost, "rbf_scale": rbf_scale}
         options |= {"keys": keys, "ranks": ranks_of(group)}
         if on.operators:
-            terms = losses.cacr(on, z.contiguous(), numbers, **options, normalize=normalize)
+            terms = losses.cacr(on, z.contiguous(), numbers, **options, normalize=bool(normalize))
         else:
             terms = reference.cacr(z, numbers, **options)
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype)
@@ -291,7 +291,7 @@ def queue_call(
     gather_distributed, process_group = ranks
     group = group_of(gather_distributed, process_group, {"queries": q})
     _, on = choose_backend(backend, [q, k, n], math.inf)
-    raw = normalize and bool(on.operators)
+    raw = bool(normalize and on.operators)
     with checks.without_autocast(q.device):
         tensors = [q, k.detach(), n.detach()]
         (q, k, n), (batch,) = prepare(tensors, normalize and not raw, group, gathered=[0] * in_batch)
@@ -395,7 +395,9 @@ def cacr_momentum_loss(
         (temperature,) = as_variables(q.device, temperature)
         options: Any = {"cost": cost, "key_offset": key_offset}
         if on.operators:
-            terms = losses.momentum(on, q.contiguous(), k.contiguous(), temperature, **options, normalize=normalize)
+            terms = losses.momentum(
+                on, q.contiguous(), k.contiguous(), temperature, **options, normalize=bool(normalize)
+            )
         else:
             terms = reference.momentum(q, k, temperature, **options)
         return reduce(connected(terms, temperature), reduction, return_parts, q.dtype)
@@ -512,7 +514,7 @@ def supervised_cacr_loss(
         arguments: Any = (z, y, ref[0] if ref else None, ref_labels, numbers)
         supervised: Callable[..., Terms] = reference.supervised
         if on.operators:
-            supervised = partial(losses.supervised, on, normalize=normalize)
+            supervised = partial(losses.supervised, on, normalize=bool(normalize))
         terms = supervised(*arguments, sets=sets, ranks=ranks)
         counted = None if ignored is None else ranks.total((y != ignored).sum()).to(z.dtype) / (len(y) * ranks.size)
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype, counted)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,7 +145,7 @@ def queue(
             k_id = (torch.arange(queue.shape[0], dtype=torch.int64, device=queue.device) < valid).to(torch.int32)
             ids = torch.zeros_like(queries[0, :, 0], dtype=torch.int32), k_id
         kind = ALL if valid is None else OTHER
-        flags = {"detach_weights": weight_grad != "full", "normalize": normalize}
+        flags: dict[str, Any] = {"detach_weights": weight_grad != "full", "normalize": normalize}
         spec = ContrastSpec(*ids, [kind], every, [0] * num_views, **flags)
         (value,), (lse,) = detached_keys(on, queries, queue[None], vector([-tau_neg], queries.device), spec)
     every_query = in_batch if isinstance(in_batch, Tensor) else None
@@ -152,8 +153,7 @@ def queue(
         detached, tau = weight_grad == "none", vector([-tau_neg], queries.device)
         instances = instance_ids(batch, queries.device)
         among = None if every_query is None else instance_ids(every_query.shape[1], queries.device)
-        flags = {"detach_weights": detached, "normalize": normalize}
-        spec = ContrastSpec(instances, among, [OTHER], every, every, **flags)
+        spec = ContrastSpec(instances, among, [OTHER], every, every, detach_weights=detached, normalize=normalize)
         (batch_value,), (batch_lse,) = contrast(on, queries, every_query, tau.detach() if detached else tau, spec)
         batch_lse = batch_lse.detach() if detached else batch_lse
         if queue.shape[0] and valid is not None:  # the queue may be empty
@@ -207,7 +207,7 @@ def momentum(
         rows = -2 * (p * inner_product).sum(0), 2 * temperature * (p * (lse + 0.0 * value)).sum(0)
     else:
         ids = instance_ids(keys.shape[0], keys.device)
-        flags = {"inner_product": normalize, "detach_weights": True, "normalize": normalize}
+        flags: dict[str, Any] = {"inner_product": normalize, "detach_weights": True, "normalize": normalize}
         spec = ContrastSpec(ids[positives], ids, [OTHER], *index, **flags)
         (value,), (lse,) = detached_keys(on, queries, keys[None], taus, spec)
         entropy = entropy_of(value, lse, tau)

@@ -139,7 +139,8 @@ class CACRQueueLoss(_Loss[Result]):
     ``CACRQueueLoss()(queries, keys, queue)`` uses the caller's queue [K, D]. ``CACRQueueLoss(queue_size=K, dim=D)``
     keeps the last K keys itself: ``loss_fn(queries, keys)`` compares with the keys of earlier calls, and its own enter
     at the next one, where the oldest leave. Until it is full, the queue is the keys that came so far. They are stored
-    normalised (if ``normalize``) in the dtype of the module, whose buffers follow the keys to their device.
+    normalised (if ``normalize``) in the dtype of the module, whose buffers follow the keys to their device, and
+    normalised again when they are read.
 
     Keys are stored in training mode with gradients enabled; ``update_queue=True`` stores them in any mode, ``False``
     never: a closure that an optimizer evaluates twice (SAM, LBFGS) passes ``False`` the second time. A forward that

@@ -90,7 +90,8 @@ def of_raw_rows(grad: Tensor, x: Tensor) -> Tensor:
 def unit_norms(x: Tensor) -> Tensor:
     """Squared lengths of ``unit_rows(x)``: 1, or less where a row is shorter than ``SHORTEST``; constants."""
     length = torch.linalg.vector_norm(x.detach(), dim=-1)
-    return (length / length.clamp(min=SHORTEST)).square()
+    unit: Tensor = length / length.clamp(min=SHORTEST)
+    return unit.square()
 
 
 class Statistics(NamedTuple):
@@ -109,6 +110,11 @@ def pairwise_cost(q: Tensor, k: Tensor) -> Tensor:
     It cancels for close pairs, where the cost is small against the norms; harmless among negatives and N x M in memory.
     """
     return q.square().sum(-1)[..., :, None] + k.square().sum(-1)[..., None, :] - 2 * q @ k.mT
+
+
+def inner_product(q: Tensor, k: Tensor) -> Tensor:
+    """``q_i.k_j`` [.., N, M]."""
+    return q @ k.mT
 
 
 def difference_cost(q: Tensor, k: Tensor) -> Tensor:
@@ -305,7 +311,7 @@ def momentum(queries: Tensor, keys: Tensor, temperature: Temperature, *, cost: C
     attracted = statistics((c_pos / temperature).detach().mT, c_pos.mT, torch.ones_like(c_pos.mT, dtype=torch.bool))
     p = attracted.weights.mT  # [V, B]
 
-    inner = queries @ keys.mT  # [V, B, M]
+    inner = inner_product(queries, keys)  # [V, B, M]
     is_positive = (
         torch.arange(keys.shape[0], dtype=torch.int64, device=queries.device) == key_offset + instance[:, None]
     )

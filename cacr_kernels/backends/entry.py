@@ -43,6 +43,7 @@ class Backend(NamedTuple):
             with a function that what it registers has to go through, which gives it the argument ``normalize``.
         normalizes: which operators take that argument as they are.
         half_types: whether its operators take float16 and bfloat16 as they are.
+        rounds_coefficients: whether what multiplies such features in a gradient is rounded to their type.
         fuses: which views ``(shape [V, B, D], pairing)`` the operator ``cacr`` takes.
         suits: which sizes ``"auto"`` takes it for, if another backend with kernels can run there, too.
         tests_only_on: types of devices on which it runs for tests, so that ``"auto"`` passes it by.
@@ -58,6 +59,7 @@ class Backend(NamedTuple):
     implement: Callable[[str, Adapt], None] | None = None
     normalizes: frozenset[str] = frozenset()
     half_types: bool = False
+    rounds_coefficients: bool = False
     fuses: Callable[[tuple[int, ...], Pairing], bool] = lambda shape, pairing: True
     suits: Callable[[Size], bool] = lambda size: True
     tests_only_on: tuple[str, ...] = ()

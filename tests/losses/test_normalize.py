@@ -256,3 +256,21 @@ def test_yardstick_knows_the_flag() -> None:
     case = testing.Case("cacr_loss", {"V": 2, "B": 11, "D": 7}, options, data="long")
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         assert all(result.ok for result in testing.compare(case, "torch", dtype))
+
+
+@pytest.mark.parametrize("loss", ["cacr_loss", "cacr_momentum_loss", "supervised_cacr_loss"])
+@pytest.mark.parametrize("dtype", testing.HALF, ids=str)
+def test_yardstick_of_rounded_coefficients(dtype: torch.dtype, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only for backends that say so, only gradients, and no looser than the type asks for."""
+    case = next(c for c in testing.cases() if c.loss == loss and c.options.get("normalize"))
+    strict = testing.measure(case, testing.expect(case, dtype), "torch", dtype)
+    table_of = table.named
+    monkeypatch.setattr(testing, "named", lambda name: table_of(name)._replace(rounds_coefficients=True))
+    loose = testing.measure(case, testing.expect(case, dtype), "torch", dtype)
+    assert all(result.ok for result in strict)
+    for a, b in zip(strict, loose, strict=True):
+        assert (a.quantity, a.error) == (b.quantity, b.error)
+        if a.quantity.removeprefix("gradient of ") in testing.DIFFERENTIABLE:
+            assert a.tolerance < b.tolerance < 20 * torch.finfo(dtype).eps
+        else:
+            assert a.tolerance == b.tolerance

@@ -225,7 +225,7 @@ def test_to_another_dtype_in_the_middle(dtype: torch.dtype) -> None:
     assert loss_fn.queue.dtype == dtype
     assert loss_fn.queue_count.dtype == torch.int64
     queue = last_keys([k for _, k in batches(3)], 8).to(dtype)
-    expected = cacr_queue_loss(normalize(q, dim=-1), normalize(k, dim=-1), queue)
+    expected = cacr_queue_loss(q, k, queue, normalize=True)
     assert loss.dtype == expected.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(loss, expected)
     assert kept(loss_fn).dtype == dtype
