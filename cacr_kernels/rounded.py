@@ -34,7 +34,7 @@ def rounded_coefficients(dtype: torch.dtype, positives: bool) -> Iterator[None]:
     names = ["pairwise_cost", "inner_product"] + ["difference_cost"] * positives
 
     def rounding(exact: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda q, k: _RoundedGradient.apply(exact(q, k), dtype)  # type: ignore[no-untyped-call, no-any-return]
+        return lambda q, k: _RoundedGradient.apply(exact(q, k), dtype)  # type: ignore[no-untyped-call]
 
     with contextlib.ExitStack() as stack:
         for name in names:
