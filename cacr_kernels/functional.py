@@ -153,10 +153,10 @@ def cacr_loss(
     check_shared(normalize, reduction, return_parts)
     checks.reduction_of_rbf(cost, reduction)
     group = group_of(gather_distributed, process_group, {"views": z})
-    chosen, on = choose_backend(backend, [z], similarities_of_views(z, pairing), group)
+    chosen, on = choose_backend(backend, [z], similarities_of_views(z, pairing), group, normalize)
     fused = group is None and reduction == "mean" and "cacr" in on.operators and chosen.fuses(z.shape, pairing)
     with checks.without_autocast(z.device):
-        (z,), (keys,) = prepare([z], normalize and not on.operators, group, gathered=[0], as_is=fused)
+        (z,), (keys,) = prepare([z], normalize and not on.normalize, group, gathered=[0], as_is=fused)
         tau_pos, tau_neg = averaged(group, z.device, tau_pos, tau_neg)
         tau_pos, tau_neg, alpha, beta, rbf_scale = as_variables(z.device, tau_pos, tau_neg, alpha, beta, rbf_scale)
         if fused:
@@ -168,7 +168,7 @@ def cacr_loss(
         options |= {"keys": keys, "ranks": ranks_of(group)}
         numbers = Numbers(tau_pos, tau_neg, alpha, beta / (1 - tau_plus) if on.operators else beta)
         if on.operators:
-            terms = losses.cacr(on, z.contiguous(), numbers, **options, normalize=bool(normalize))
+            terms = losses.cacr(on, z.contiguous(), numbers, **options)
             if tau_plus:
                 more_rows = _debiasing(z, pairing, tau_plus, bool(normalize))
                 terms = terms._replace(repulsion=terms.repulsion + more_rows)
@@ -304,18 +304,17 @@ def queue_call(
     check_shared(normalize, reduction, return_parts)
     gather_distributed, process_group = ranks
     group = group_of(gather_distributed, process_group, {"queries": q})
-    _, on = choose_backend(backend, [q, k, n], math.inf)
-    raw = bool(normalize and on.operators)
+    _, on = choose_backend(backend, [q, k, n], math.inf, normalize=normalize)
     with checks.without_autocast(q.device):
         tensors = [q, k.detach(), n.detach()]
-        (q, k, n), (batch,) = prepare(tensors, normalize and not raw, group, gathered=[0] * in_batch)
+        (q, k, n), (batch,) = prepare(tensors, normalize and not on.normalize, group, gathered=[0] * in_batch)
         tau_pos, tau_neg = averaged(group, q.device, tau_pos, tau_neg)
         numbers = Numbers(*as_variables(q.device, tau_pos, tau_neg, alpha, beta))
     arguments: tuple[Any, ...] = q, k, n, numbers
     compute: Callable[..., Terms] = reference.queue
     if on.operators:
         arguments = on, *(t.contiguous() for t in (q, k, n)), numbers
-        compute = partial(losses.queue, normalize=raw)
+        compute = losses.queue
 
     def reduced(terms: Terms) -> Any:
         if one_direction:
@@ -401,17 +400,15 @@ def cacr_momentum_loss(
     key_offset = checks.integer("key_offset", key_offset, 0, k.shape[0] - q.shape[1])
     check_shared(normalize, reduction, return_parts)
     group = group_of(gather_distributed, process_group, {"queries": q, "keys": k})
-    _, on = choose_backend(backend, [q, k], math.inf)
+    _, on = choose_backend(backend, [q, k], math.inf, normalize=normalize)
     with checks.without_autocast(q.device):
-        (q, k), (keys_of_all,) = prepare([q, k.detach()], normalize and not on.operators, group, gathered=[1])
+        (q, k), (keys_of_all,) = prepare([q, k.detach()], normalize and not on.normalize, group, gathered=[1])
         k = k if keys_of_all is None else keys_of_all
         (temperature,) = averaged(group, q.device, temperature)
         (temperature,) = as_variables(q.device, temperature)
         options: Any = {"cost": cost, "key_offset": key_offset}
         if on.operators:
-            terms = losses.momentum(
-                on, q.contiguous(), k.contiguous(), temperature, **options, normalize=bool(normalize)
-            )
+            terms = losses.momentum(on, q.contiguous(), k.contiguous(), temperature, **options)
         else:
             terms = reference.momentum(q, k, temperature, **options)
         return reduce(connected(terms, temperature), reduction, return_parts, q.dtype)
@@ -512,12 +509,12 @@ def supervised_cacr_loss(
     group = group_of(
         gather_distributed, process_group, {"embeddings": z, "ref_embeddings": tensors[1] if tensors[1:] else None}
     )
-    _, on = choose_backend(backend, tensors, similarities_of_embeddings(tensors), group)
+    _, on = choose_backend(backend, tensors, similarities_of_embeddings(tensors), group, normalize)
     with checks.without_autocast(z.device):
         if own_rows is not None or ignored is not None:
             read = losses.rows_in_sets(y, ref_labels, own_rows, ignored, everywhere=group is None)
             tensors = [torch.where(rows[:, None], t, 0.0) for rows, t in zip(read, tensors, strict=True)]
-        unit = normalize and not on.operators
+        unit = normalize and not on.normalize
         (z, *ref), (keys,) = prepare(tensors, unit, group, gathered=[len(tensors) - 1])
         tau_pos, tau_neg = averaged(group, z.device, tau_pos, tau_neg)
         numbers = Numbers(*as_variables(z.device, tau_pos, tau_neg, alpha, beta))
@@ -528,7 +525,7 @@ def supervised_cacr_loss(
         arguments: Any = (z, y, ref[0] if ref else None, ref_labels, numbers)
         supervised: Callable[..., Terms] = reference.supervised
         if on.operators:
-            supervised = partial(losses.supervised, on, normalize=bool(normalize))
+            supervised = partial(losses.supervised, on)
         terms = supervised(*arguments, sets=sets, ranks=ranks)
         counted = None if ignored is None else ranks.total((y != ignored).sum()).to(z.dtype) / (len(y) * ranks.size)
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype, counted)

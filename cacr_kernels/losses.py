@@ -80,14 +80,13 @@ def cacr(
     pairing: Pairing,
     cost: Cost,
     rbf_scale: float,
-    normalize: bool,
     keys: Tensor | None = None,
     ranks: Ranks = ALONE,
 ) -> Terms:
-    """``reference.cacr``, with the repulsion from one call of ``contrast``; ``normalize``: of raw rows."""
+    """``reference.cacr``, with the repulsion from one call of ``contrast``; ``on.normalize``: of raw rows."""
     tau_pos, tau_neg, alpha, beta = numbers
     num_views, batch, dim = views.shape
-    c = aligned_cost(views, views, normalize)
+    c = aligned_cost(views, views, on.normalize)
     attracted = attraction(c, tau_pos * c)
     zero = views.new_zeros(())
     if batch == 1 and keys is None:  # no negatives
@@ -101,7 +100,7 @@ def cacr(
         if keys is not None and k_id is not None:
             keys, k_id = keys.reshape(1, -1, dim), k_id.repeat(num_views)
     index = [x for x, _ in pairs], [y for _, y in pairs]
-    spec = ContrastSpec(q_id, k_id, [OTHER] * len(taus), *index, normalize=normalize)
+    spec = ContrastSpec(q_id, k_id, [OTHER] * len(taus), *index, normalize=on.normalize)
     value, lse = contrast(on, q, keys, vector(taus, views.device), spec)
     pulled = alpha * attracted.value
     if cost == "rbf":
@@ -124,7 +123,6 @@ def queue(
     *,
     in_batch: bool | Tensor,
     weight_grad: WeightGrad,
-    normalize: bool,
     valid: Tensor | None = None,
 ) -> Terms:
     """``reference.queue``: the softmax over queue and batch is the merge of two.
@@ -134,7 +132,7 @@ def queue(
     """
     tau_pos, tau_neg, alpha, beta = numbers
     num_views, batch, _ = queries.shape
-    c = aligned_cost(queries, keys.detach(), normalize)
+    c = aligned_cost(queries, keys.detach(), on.normalize)
     attracted = attraction(c, (tau_pos * c).detach())
 
     value, lse = torch.zeros_like(attracted.value), torch.full_like(attracted.value, -torch.inf)
@@ -145,7 +143,7 @@ def queue(
             k_id = (torch.arange(queue.shape[0], dtype=torch.int64, device=queue.device) < valid).to(torch.int32)
             ids = torch.zeros_like(queries[0, :, 0], dtype=torch.int32), k_id
         kind = ALL if valid is None else OTHER
-        flags: dict[str, Any] = {"detach_weights": weight_grad != "full", "normalize": normalize}
+        flags: dict[str, Any] = {"detach_weights": weight_grad != "full", "normalize": on.normalize}
         spec = ContrastSpec(*ids, [kind], every, [0] * num_views, **flags)
         (value,), (lse,) = detached_keys(on, queries, queue[None], vector([-tau_neg], queries.device), spec)
     every_query = in_batch if isinstance(in_batch, Tensor) else None
@@ -153,7 +151,7 @@ def queue(
         detached, tau = weight_grad == "none", vector([-tau_neg], queries.device)
         instances = instance_ids(batch, queries.device)
         among = None if every_query is None else instance_ids(every_query.shape[1], queries.device)
-        spec = ContrastSpec(instances, among, [OTHER], every, every, detach_weights=detached, normalize=normalize)
+        spec = ContrastSpec(instances, among, [OTHER], every, every, detach_weights=detached, normalize=on.normalize)
         (batch_value,), (batch_lse,) = contrast(on, queries, every_query, tau.detach() if detached else tau, spec)
         batch_lse = batch_lse.detach() if detached else batch_lse
         if queue.shape[0] and valid is not None:  # the queue may be empty
@@ -179,11 +177,10 @@ def momentum(
     *,
     cost: Cost,
     key_offset: int,
-    normalize: bool,
 ) -> Terms:
     """``reference.momentum``: q.k / T is -1 / (2T) times the inner cost -2 q.k, or the cost of unit keys.
 
-    ``normalize``: of raw rows, u = x / max(|x|, 1e-12). Some keys may be zero, as in a bank that is partly filled: of
+    ``on.normalize``: of raw rows, u = x / max(|x|, 1e-12). Some keys may be zero, as in a bank partly filled: of
     these the weight is exp(0), not that of their cost |q|^2. So the costs are made of inner products, sum_j w_j c_j =
     |u_q|^2 + sum_j w_j |u_j|^2 - 2 sum_j w_j u_q.u_j, where |u|^2 is 1 but for rows shorter than 1e-12.
     """
@@ -191,27 +188,27 @@ def momentum(
     batch = queries.shape[1]
     positives = slice(key_offset, key_offset + batch)
     positive = keys[positives]
-    c_pos = aligned_cost(queries, positive[None], normalize)[:, 0].mT  # [B, V]
+    c_pos = aligned_cost(queries, positive[None], on.normalize)[:, 0].mT  # [B, V]
     attracted = statistics((c_pos / temperature).detach(), c_pos, torch.ones_like(c_pos, dtype=torch.bool))
     p = attracted.weights.mT  # [V, B]
     tau = -0.5 / temperature
     taus, index = vector([tau], queries.device), (list(range(queries.shape[0])), [0] * queries.shape[0])
     if cost == "rbf":
-        spec = ContrastSpec(None, None, [ALL], *index, inner_product=True, normalize=normalize)
+        spec = ContrastSpec(None, None, [ALL], *index, inner_product=True, normalize=on.normalize)
         (value,), (lse,) = detached_keys(on, queries, keys[None], taus, spec, detach_value=True)
         entropy = entropy_of(value, lse, tau)
-        if normalize:
+        if on.normalize:
             inner_product = (unit_norms(queries) + unit_norms(positive) - c_pos.mT) / 2
         else:
             inner_product = (queries * positive).sum(-1)
         rows = -2 * (p * inner_product).sum(0), 2 * temperature * (p * (lse + 0.0 * value)).sum(0)
     else:
         ids = instance_ids(keys.shape[0], keys.device)
-        flags: dict[str, Any] = {"inner_product": normalize, "detach_weights": True, "normalize": normalize}
+        flags: dict[str, Any] = {"inner_product": on.normalize, "detach_weights": True, "normalize": on.normalize}
         spec = ContrastSpec(ids[positives], ids, [OTHER], *index, **flags)
         (value,), (lse,) = detached_keys(on, queries, keys[None], taus, spec)
         entropy = entropy_of(value, lse, tau)
-        if normalize:
+        if on.normalize:
             missing = 1 - unit_norms(keys).to(lse.dtype)  # of a weight of about exp(0)
             norms = unit_norms(queries) + 1 - (missing.sum() - missing[positives]) * (-lse).exp()
             value = torch.where(lse == -torch.inf, value, value + norms)
@@ -227,7 +224,6 @@ def supervised(
     ref_labels: Tensor | None,
     numbers: Numbers,
     *,
-    normalize: bool,
     sets: KeySets = WHOLE_SETS,
     ranks: Ranks = ALONE,
 ) -> Terms:
@@ -249,7 +245,7 @@ def supervised(
         if not keys_are_queries and not queries_first:
             q_self = (torch.full_like(labels, -1) if ref_index is None else ref_index).to(torch.int32)
     ids = compact_ids(labels, ref_labels, ignore_index)
-    spec = ContrastSpec(*ids, kinds, [0], [0], q_self=q_self, normalize=normalize)
+    spec = ContrastSpec(*ids, kinds, [0], [0], q_self=q_self, normalize=on.normalize)
     value, lse = contrast(on, embeddings[None], keys, vector([tau_pos, -tau_neg], embeddings.device), spec)
     value, lse = value[:, 0], lse[:, 0]
     nonempty = ranks.total((lse != -torch.inf).sum(-1)).clamp(min=1).to(value.dtype)

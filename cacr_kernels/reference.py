@@ -113,7 +113,7 @@ def pairwise_cost(q: Tensor, k: Tensor) -> Tensor:
 
 
 def inner_product(q: Tensor, k: Tensor) -> Tensor:
-    """``q_i.k_j`` [.., N, M]."""
+    """All inner products ``q_i.k_j``, [.., N, M]."""
     return q @ k.mT
 
 

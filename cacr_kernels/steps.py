@@ -33,7 +33,11 @@ def check_shared(normalize: object, reduction: object, return_parts: object) -> 
 
 
 def choose_backend(
-    backend: object, tensors: Sequence[Tensor], similarities: float, group: Group | None = None
+    backend: object,
+    tensors: Sequence[Tensor],
+    similarities: float,
+    group: Group | None = None,
+    normalize: bool = False,
 ) -> tuple[Backend, Target]:
     """The entry of the backend that computes the loss, and where its operators run.
 
@@ -44,7 +48,8 @@ def choose_backend(
     halves = dtype in (torch.float16, torch.bfloat16) and all(t.dtype == dtype for t in tensors)
     size = Size(similarities, first.shape[-1], dtype if halves else arithmetic_dtype(*tensors))
     chosen = choose(backend, first.device, size)
-    return chosen, Target(chosen.name, chosen.operators, dtype if halves and chosen.half_types else None)
+    half = dtype if halves and chosen.half_types else None
+    return chosen, Target(chosen.name, chosen.operators, half, bool(normalize and chosen.operators))
 
 
 def similarities_of_views(views: Tensor, pairing: Pairing) -> float:

@@ -163,7 +163,7 @@ FAULTS = (
     Fault(
         "losses-normalised-queue",
         PACKAGE + "losses.py",
-        text='{"detach_weights": weight_grad != "full", "normalize": normalize}',
+        text='{"detach_weights": weight_grad != "full", "normalize": on.normalize}',
         replacement='{"detach_weights": weight_grad != "full"}',
         why="queries and queue are compared as they are, only the positives are normalised",
         tests=NORMALIZE,
