@@ -29,9 +29,10 @@ ZERO, LONG, SHORT, TINY = 3, 0, 2, 1  # rows of lengths that are not ordinary
 LENGTHS = {
     torch.float64: (1e10, 1e-17, 1e-8),
     torch.float32: (1e10, 1e-17, 1e-8),
-    torch.float16: (1e3, 1e-2, 1e-2),  # none is shorter than 1e-12
+    torch.float16: (30.0, 0.1, 0.1),  # none is shorter than 1e-12; others: test_lengths_of_float16_that_are_far_apart
     torch.bfloat16: (1e10, 1e-15, 1e-8),
 }
+GRADIENT_EPS = dict.fromkeys(LENGTHS, 8.0) | {torch.float16: 128.0}
 PROBLEMS = {
     "one softmax": Problem(((OTHER, -3.0),), (2, 1, 35, 71, 33), ((0, 0), (1, 0)), cyclic(35, 5), cyclic(71, 5)),
     "chunks of features": Problem(((SAME, 1.0), (OTHER, -2.0)), (1, 1, 35, 41, 131), ((0, 0),), cyclic(35, 3),
@@ -74,7 +75,7 @@ def assert_gradient(found: Tensor, eager: Tensor, true: Tensor, dtype: torch.dty
     In float16 coefficients of keys of all lengths share a range, of which two pieces of 11 bits take what they can.
     """
     assert found.dtype == eager.dtype
-    assert_promise(found, eager, true, by_row=True, eps=128.0 if dtype == torch.float16 else 8.0)
+    assert_promise(found, eager, true, by_row=True, eps=GRADIENT_EPS[dtype])
     assert found[:, ZERO].eq(0).all()
     assert found[:, SHORT].eq(0).all() == (LENGTHS[dtype][1] < 1e-12)
 
@@ -116,6 +117,14 @@ def check(problem: Problem, dtype: torch.dtype, symmetric: bool = False) -> None
 @covering({"problem": {name: name for name in PROBLEMS}, "dtype": DTYPES})
 def test_contrast(problem: str, dtype: torch.dtype) -> None:
     check(PROBLEMS[problem], dtype, symmetric=problem == "keys that are the queries")
+
+
+def test_lengths_of_float16_that_are_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coefficients share the range of float16: of lengths 1e5 apart they keep more than its own precision."""
+    eps = torch.finfo(torch.float16).eps / torch.finfo(torch.float32).eps
+    monkeypatch.setitem(LENGTHS, torch.float16, (1e3, 1e-2, 1e-2))
+    monkeypatch.setitem(GRADIENT_EPS, torch.float16, eps / 8)
+    check(PROBLEMS["inner product"], torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
