@@ -80,7 +80,7 @@ def cacr(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     views, numbers, *known_numbers, pairing, rbf, rbf_scale, normalize, want_grad, want_grad_numbers = arguments
     views = known_views(readable(views), normalize)
     z = views.z
-    known = Numbers(*known_numbers, rbf_scale)
+    known = Numbers._make((*known_numbers, rbf_scale))
     given = (on_device(known, z.device) if numbers is None else numbers).contiguous()
     want_tau = want_grad_numbers and numbers is not None
     positive = attract(views, given, rbf)

@@ -50,7 +50,7 @@ class Incoming(NamedTuple):
 def contrast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Value, lse and row state: one sweep over the keys."""
     *sets, _detach_weights, q_self, normalize = arguments
-    value, lse, row_state = statistics(set_pairs(Arguments(*sets, normalize, q_self)))
+    value, lse, row_state = statistics(set_pairs(Arguments._make((*sets, normalize, q_self))))
     return value, lse, row_state
 
 
@@ -59,7 +59,7 @@ def contrast_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients: one sweep for the queries (for both, if they are the keys), one for the keys."""
     sets, (detach_weights, q_self, normalize, *tensors, want_q, want_k, want_tau) = arguments[:9], arguments[9:]
     value, row_state, grad_value, grad_lse = (t.contiguous() for t in tensors)
-    pairs, incoming = set_pairs(Arguments(*sets, normalize, q_self)), Incoming(grad_value, grad_lse)
+    pairs, incoming = set_pairs(Arguments._make((*sets, normalize, q_self))), Incoming(grad_value, grad_lse)
     coefficients = row_coefficients(pairs, value, row_state, incoming, detach_weights)
     moments = want_tau and not detach_weights
     grad_q, grad_k, grad_tau = pairs.empty(0), pairs.empty(0), pairs.tau.new_empty(0)
@@ -87,7 +87,8 @@ def set_pairs(given: Arguments) -> SetPairs:
         ids = q_id.contiguous() if given.q_self is None else torch.stack([q_id, given.q_self]), k_id.contiguous()
     flags = given.inner_product, given.k is None, given_self
     known = units(q, k) if given.normalize else (*norms(q, k, tau), None, None)
-    return SetPairs(q, k, *known, *ids, tau, *views, tuple(given.kinds), *flags)
+    sets: tuple[Any, ...] = (*known, *ids, tau, *views, tuple(given.kinds), *flags)
+    return SetPairs(q, k, *sets)
 
 
 def readable(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from .table import Tile
 def detached_keys(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Value, lse, means of keys and variance."""
     sets, (detach_weights, detach_value, normalize, want_q, want_tau) = arguments[:9], arguments[9:]
-    pairs = set_pairs(Arguments(*sets, normalize))
+    pairs = set_pairs(Arguments._make((*sets, normalize, None)))
     moments = (want_q or want_tau) and not detach_weights and not detach_value
     state, sums = tuning.run(pairs, "detached_keys", detached_keys_sweep, want_q, moments, two=moments)
     value = pairs.empty(1, pairs.P, pairs.N, dtype=torch.float64)
