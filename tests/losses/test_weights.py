@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cacr_kernels import CACRWeights, cacr_loss, cacr_weights, reference
+from cacr_kernels.operators import aligned
 from tests.agreement import randn, unit
 
 MODULE = importlib.import_module("cacr_kernels.weights")
@@ -172,6 +173,7 @@ def test_memory_is_that_of_a_block(pairing: str, monkeypatch: pytest.MonkeyPatch
     rows = views * batch if pairing == "pooled" else batch
     for block in (1 << 15, 1 << 10):
         monkeypatch.setattr(MODULE, "BLOCK", block)
+        monkeypatch.setattr(aligned, "DIFFERENCES", block // 8)
         queries = torch.arange(0, batch, 29 if block < batch else 1)
         with Largest() as largest:
             weights = cacr_weights(unit(views, batch, dim), pairing=pairing, top_k=top_k, queries=queries)
