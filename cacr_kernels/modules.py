@@ -307,7 +307,7 @@ class CACRQueueLoss(_Loss[Result]):
         if tracing() and (self.training or update_queue):
             raise ValueError("CACRQueueLoss that keeps its queue can only be traced in eval(): a trace keeps no queue")
         if torch.compiler.is_compiling():
-            if (self.training or update_queue) and torch.compiler.is_exporting():
+            if (self.training or update_queue) and state.exporting():
                 raise ValueError(
                     "CACRQueueLoss that keeps its queue can only be exported in eval(): a program keeps no queue"
                 )

@@ -24,6 +24,7 @@ __all__ = [
     "below_autograd",
     "constant_while_compiling",
     "destroy",
+    "exporting",
     "inside_backward",
     "inside_vmap",
     "is_batched",
@@ -74,6 +75,11 @@ without_transforms: Any = getattr(torch._C, "_DisableFuncTorch", contextlib.null
 def inside_backward() -> bool:
     """Whether autograd is running a backward, in which a checkpoint computes a forward again."""
     return _graph_task() != -1
+
+
+def exporting() -> bool:
+    """Whether ``torch.export`` traces what runs; ``torch.compiler.is_exporting`` is true for Dynamo of 2.11 at all times."""
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 def unwrapped(x: Tensor) -> Tensor:

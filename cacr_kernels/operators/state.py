@@ -59,6 +59,11 @@ def inside_backward() -> bool:
     return _torch_private.inside_backward()
 
 
+def exporting() -> bool:
+    """Whether ``torch.export`` traces what runs."""
+    return _torch_private.exporting()
+
+
 def is_shared(x: Tensor) -> bool:
     """Whether other tensors use the memory of ``x``, such as one that a graph has saved."""
     return _torch_private.is_shared(x)

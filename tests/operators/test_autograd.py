@@ -306,6 +306,7 @@ def products_in_backward(loss: Tensor, **options: Any) -> int:
     return sum(event.count for event in profile.key_averages() if event.key == "aten::mul")
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch 2.11, for profilers of one cycle
 def test_the_last_backward_hands_its_gradient_out() -> None:
     """Without a copy where nothing scales it, as often as it is asked for where the graph is kept."""
     leaf = unit(2, 5, 3).requires_grad_()
