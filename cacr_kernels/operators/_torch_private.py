@@ -78,7 +78,10 @@ def inside_backward() -> bool:
 
 
 def exporting() -> bool:
-    """Whether ``torch.export`` traces what runs; ``torch.compiler.is_exporting`` is true for Dynamo of 2.11 at all times."""
+    """Whether ``torch.export`` traces what runs.
+
+    Dynamo of torch 2.11 takes ``torch.compiler.is_exporting()`` for true in all that it compiles.
+    """
     return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
