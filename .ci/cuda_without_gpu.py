@@ -43,7 +43,7 @@ def check_shapes() -> None:
     """Fake tensors on a GPU."""
     with torch._subclasses.FakeTensorMode():
         views = torch.empty(2, 5, 3, device="cuda", dtype=torch.bfloat16)
-        loss, _, grad, _ = OPERATORS.cacr_cuda(views, None, 1, 1, 1, 1, 0, False, 2, True, False)
+        loss, _, grad, _ = OPERATORS.cacr_cuda(views, None, 1, 1, 1, 1, 0, False, 2, False, True, False)
         assert loss.dtype == grad.dtype == torch.float32
         assert grad.device.type == "cuda"
 
