@@ -295,7 +295,7 @@ def detached_keys(n: int, m: int, dim: int, outputs: int) -> Room:
     setup = f"q, k = torch.randn(1, {n}, {dim}), torch.randn(1, {m}, {dim}); {TAU}"
     call = """
 op = torch.ops.cacr_kernels.detached_keys_cpu
-op(q, k, None, None, tau, [0], [0], [0], False, False, False, True, True)
+op(q, k, None, None, tau, [0], [0], [0], False, False, False, False, True, True)
 """
     return Room(setup, call, outputs + 3 * 8 * n)
 

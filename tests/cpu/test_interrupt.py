@@ -35,6 +35,15 @@ def signalled(number, call, delay=0.2):
         return time.process_time() - sent[0], error
     finally:
         timer.join()
+
+def prompt(number, call, kind, words, delay=0.2):
+    "One of three times the exception comes within 0.3 CPU seconds: a busy machine makes some longer."
+    for _ in range(3):
+        seconds, error = signalled(number, call, delay)
+        assert type(error) is kind and str(error) == words, error
+        if seconds < 0.3:
+            return
+    raise AssertionError(seconds)
 """
 
 STOPPED = """
@@ -49,23 +58,19 @@ calls = [
     lambda: cacr_queue_loss(grad[:, :4000], z[:, :4000], bank, in_batch=False, backend="cpu"),
 ]
 for call in calls:
-    seconds, error = signalled(signal.SIGINT, call)
-    assert type(error) is KeyboardInterrupt, error
-    assert seconds < 0.3, seconds
+    prompt(signal.SIGINT, call, KeyboardInterrupt, "")
 small = z[:, :50]
 torch.testing.assert_close(cacr_loss(small, backend="cpu"), cacr_loss(small, backend="reference"))
 
 def backward(grad=grad):
     loss = cacr_loss(grad[:, :6000], reduction="none", backend="cpu").sum()
-    seconds, error = signalled(signal.SIGINT, lambda: loss.backward(retain_graph=True), 0.05)
-    assert type(error) is KeyboardInterrupt and seconds < 0.3, (error, seconds)
+    prompt(signal.SIGINT, lambda: loss.backward(retain_graph=True), KeyboardInterrupt, "", 0.05)
 backward()
 
 def handler(number, frame):
     raise LookupError("of the user")
 signal.signal(signal.SIGTERM, handler)
-seconds, error = signalled(signal.SIGTERM, calls[0])
-assert seconds < 0.3 and str(error) == "of the user", (error, seconds)
+prompt(signal.SIGTERM, calls[0], LookupError, "of the user")
 """
 
 GOES_ON = """

@@ -135,6 +135,7 @@ def contrast(name: str, q: Tensor, k: Tensor | None, backend: str) -> Found:
         assert g.dtype == x.dtype
         assert not g[torch.linalg.vector_norm(x.detach().double(), dim=-1) < 1e-12].any()
     sizes = [sized(g, x.detach()) for g, x in zip(of_raw_rows, raw_rows, strict=True)]
+    of_unit_rows = [x.abs().max().clamp(min=incoming.abs().max()) for x in of_unit_rows]  # of sum_j w_j (q_i - k_j)
     summands = [torch.ones(1), tau.detach().abs().clamp(min=1.0), *of_unit_rows, incoming.abs().sum()]
     return Found([value.detach(), lse.detach()], sizes, of_tau, summands)
 
@@ -212,7 +213,8 @@ def fused(z: Tensor, options: CACROptions, backend: str) -> Found:
         unit = unit_rows(z)
         loss, parts = of_cacr.loss_and_parts(unit, numbers, options._replace(normalize=False))
         of_z, of_numbers, of_unit = grad(loss, (z, numbers, unit))
-        summands = [torch.ones(1), torch.ones(1), of_unit, of_numbers]
+        of_costs = of_numbers.abs().max().clamp(min=1.0)  # of sum_j w_j c_j (c_j - F), which may cancel
+        summands = [torch.ones(1), torch.ones(1), of_unit, of_costs]
         return Found([loss.detach(), parts.detach()], [sized(of_z, z.detach())], [of_numbers], summands)
     loss, parts, of_z, of_numbers = operator("cacr_cpu")(z, numbers, *options, True, True)
     alone = operator("cacr_cpu")(z.detach(), numbers.detach(), *options, False, False)[0]
