@@ -46,7 +46,7 @@ def choose_backend(
     similarities *= 1 if group is None else group.size
     first, dtype = tensors[0], tensors[0].dtype
     halves = dtype in (torch.float16, torch.bfloat16) and all(t.dtype == dtype for t in tensors)
-    size = Size(similarities, first.shape[-1], dtype if halves else arithmetic_dtype(*tensors))
+    size = Size(similarities, first.shape[-1], dtype if halves else arithmetic_dtype(*tensors), bool(normalize))
     chosen = choose(backend, first.device, size)
     half = dtype if halves and chosen.half_types else None
     return chosen, Target(

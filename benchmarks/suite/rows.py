@@ -87,7 +87,8 @@ def ours(case: BenchmarkCase) -> str:
         inputs = replace(case, device="cpu").inputs().values()
         features = [torch.empty_like(x, device=case.device) for x in inputs if x.is_floating_point()]
         pairing = case.problem.options.get("pairing", "unordered")
-        return backend_for(case.problem.loss, features, pairing=pairing)
+        normalize = case.problem.options.get("normalize", False)
+        return backend_for(case.problem.loss, features, normalize=normalize, pairing=pairing)
 
 
 # ---- why a row is left out -------------------------------------------------------------------------------------------

@@ -73,7 +73,8 @@ def work(size: Size) -> float:
     """
     if size.dtype == torch.float64:
         return math.inf
-    owned, pieces, cost = ARITHMETIC[reckoned_products() if size.dtype == torch.float32 else size.dtype]
+    dtype = torch.float32 if size.raw and not NORMALIZES else size.dtype  # the unit vectors that the kernels are given
+    owned, pieces, cost = ARITHMETIC[reckoned_products() if dtype == torch.float32 else dtype]
     groups = -(-size.features // owned)
     return size.similarities * size.features * cost * (1 + 2 * (groups + pieces))
 

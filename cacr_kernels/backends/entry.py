@@ -25,6 +25,7 @@ class Size(NamedTuple):
     similarities: float  # P N M; infinite where the keys get no gradient
     features: int
     dtype: torch.dtype  # in which the backends that take half types read the features
+    raw: bool = False  # whether the operators have to make unit vectors of them
 
 
 class Backend(NamedTuple):

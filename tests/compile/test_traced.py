@@ -44,10 +44,12 @@ def test_jit_trace_of_a_kept_queue(weight_grad: str, backend: str) -> None:
         torch.jit.trace(module, (q, k))
     module.eval()
     traced = torch.jit.trace(module, (q, k))
+    empty = module(k, q)
     module.train()
     for seed in range(2):
         module(randn(2, 3, 4, seed=seed), randn(2, 3, 4, seed=seed + 5))
     module.eval()
+    torch.testing.assert_close(traced(k, q), empty)
     traced.load_state_dict(module.state_dict())
     torch.testing.assert_close(traced(k, q), module(k, q))
 

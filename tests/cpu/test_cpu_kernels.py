@@ -198,13 +198,6 @@ except ValueError as error:
 
 
 # ---- threads ---------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def threads() -> Any:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def everything() -> list[Tensor]:
     """Losses and gradients that take all paths: one sweep, rbf, two softmaxes, unpadded and padded features."""
     found = []

@@ -5,7 +5,7 @@ Gradients are multiplied with the length of their row, as a long row has a small
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.nn.functional import normalize
 
-from cacr_kernels import cacr_loss
+from cacr_kernels import cacr_loss, testing
 from cacr_kernels.operators import cacr as of_cacr
 from cacr_kernels.operators.contrast import plain_contrast
 from cacr_kernels.operators.registry import operator
@@ -25,14 +25,8 @@ from tests.covering import covering
 ALL, SAME, OTHER, SAME_NOT_SELF, OTHER_NOT_SELF = range(5)
 DTYPES = [torch.float32, torch.float64]
 LENGTHS = {"all alike": (0.0, 0.0), "3 apart": (0.0, 0.5), "1e-3 to 1e3": (-3.0, 3.0), "1e-17 to 1e10": (-17.0, 10.0)}
-SEEDS = range(4)
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[Any]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+# Of a summand, what even float64 does not know to an eps of float32 (Scale in cacr_kernels/testing.py).
+KNOWN = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -51,6 +45,11 @@ def raw(*shape: int, lengths: str = "1e-3 to 1e3", seed: int = 0) -> Tensor:
 def sized(gradient: Tensor, x: Tensor) -> Tensor:
     """A gradient of raw rows times their lengths."""
     return gradient.double() * torch.linalg.vector_norm(x.double(), dim=-1, keepdim=True)
+
+
+def of_rows(of_unit_rows: list[Tensor], incoming: Tensor) -> list[Tensor]:
+    """Sizes of gradients of unit rows: of sums of q_i and w_j k_j, of which an entry is about 1 / sqrt(D)."""
+    return [x.abs().max().clamp(min=incoming.abs().max() / x.shape[-1] ** 0.5) for x in of_unit_rows]
 
 
 class Found(NamedTuple):
@@ -82,18 +81,33 @@ def error(found: Found, truth: Found) -> list[float]:
 
 
 def assert_as_exact_as_eager(mine: Callable[..., Found], eager: Callable[..., Found], dtype: torch.dtype) -> None:
-    """``mine(seed, dtype)`` is at most twice as wrong as ``eager(seed, dtype)``, the worst of some draws."""
+    """``mine(seed, dtype)`` is at most twice as wrong as ``eager(seed, dtype)``, the worst of some draws.
+
+    As in ``cacr_kernels/testing.py`` a miss counts if it is still there on more draws.
+    """
+    for count in (testing.DRAWS, *testing.CONFIRM):
+        found = missed(mine, eager, dtype, range(count))
+        if not found:
+            return
+    raise AssertionError(found)
+
+
+def missed(
+    mine: Callable[..., Found], eager: Callable[..., Found], dtype: torch.dtype, seeds: Iterable[int]
+) -> list[str]:
+    """What is too far off."""
     errors: dict[str, list[list[float]]] = {"mine": [], "eager": []}
-    for seed in SEEDS:
+    for seed in seeds:
         truth = eager(seed, torch.float64)
         errors["mine"].append(error(mine(seed, dtype), truth))
         errors["eager"].append(error(eager(seed, torch.float32), truth))
     worst = [[max(of_one) for of_one in zip(*draws, strict=True)] for draws in errors.values()]
     eps, factor = torch.finfo(dtype).eps, 3 if dtype == torch.float64 else 2  # the truth of float64 has errors, too
-    for i, (a, b) in enumerate(zip(*worst, strict=True)):
-        assert a <= factor * b * eps / torch.finfo(torch.float32).eps + 8 * eps, (
-            f"{i}: {a / eps:.1f} eps, eager {b:.1e}"
-        )
+    return [
+        f"{i}: {a / eps:.1f} eps, eager {b:.1e}"
+        for i, (a, b) in enumerate(zip(*worst, strict=True))
+        if not a <= factor * b * eps / torch.finfo(torch.float32).eps + 8 * eps
+    ]
 
 
 # ---- contrast --------------------------------------------------------------------------------------------------------
@@ -135,8 +149,12 @@ def contrast(name: str, q: Tensor, k: Tensor | None, backend: str) -> Found:
         assert g.dtype == x.dtype
         assert not g[torch.linalg.vector_norm(x.detach().double(), dim=-1) < 1e-12].any()
     sizes = [sized(g, x.detach()) for g, x in zip(of_raw_rows, raw_rows, strict=True)]
-    of_unit_rows = [x.abs().max().clamp(min=incoming.abs().max()) for x in of_unit_rows]  # of sum_j w_j (q_i - k_j)
-    summands = [torch.ones(1), tau.detach().abs().clamp(min=1.0), *of_unit_rows, incoming.abs().sum()]
+    summands = [
+        torch.ones(1),
+        tau.detach().abs().clamp(min=1.0),
+        *of_rows(of_unit_rows, incoming),
+        incoming.abs().sum(),
+    ]
     return Found([value.detach(), lse.detach()], sizes, of_tau, summands)
 
 
@@ -191,8 +209,7 @@ def test_detached_keys(
         if detach != "weights":
             loss = loss + (incoming.flip(-1) * lse).sum()
         of_q, of_tau, *of_unit = grad(loss, (q, tau, *unit), allow_unused=True, materialize_grads=True)
-        of_unit = [x.abs().max().clamp(min=incoming.abs().max() / dim**0.5) for x in of_unit]  # of sum_j w_j k_j
-        summands = [torch.ones(1), torch.ones(1), *of_unit, incoming.abs().sum()]
+        summands = [torch.ones(1), torch.ones(1), *of_rows(of_unit, incoming), incoming.abs().sum()]
         return Found([value.detach(), lse.detach()], [sized(of_q, q.detach())], [of_tau], summands)
 
     assert_as_exact_as_eager(lambda *x: run(*x, "cpu"), lambda *x: run(*x, "plain"), dtype)
@@ -213,7 +230,9 @@ def fused(z: Tensor, options: CACROptions, backend: str) -> Found:
         unit = unit_rows(z)
         loss, parts = of_cacr.loss_and_parts(unit, numbers, options._replace(normalize=False))
         of_z, of_numbers, of_unit = grad(loss, (z, numbers, unit))
-        of_costs = of_numbers.abs().max().clamp(min=1.0)  # of sum_j w_j c_j (c_j - F), which may cancel
+        of_costs = (
+            of_numbers.abs().max().clamp(min=KNOWN * 16)
+        )  # of the largest c^2, see Scale in cacr_kernels/testing.py
         summands = [torch.ones(1), torch.ones(1), of_unit, of_costs]
         return Found([loss.detach(), parts.detach()], [sized(of_z, z.detach())], [of_numbers], summands)
     loss, parts, of_z, of_numbers = operator("cacr_cpu")(z, numbers, *options, True, True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,13 +31,6 @@ SETS = {
     "given self": [(SAME_NOT_SELF, 0.9), (OTHER_NOT_SELF, -1.3)],
 }
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-5}
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[Any]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -321,13 +321,6 @@ def test_other_sets_are_refused(kinds: list[int]) -> None:
 
 
 # ---- threads ---------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("kind", [ALL, OTHER])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 3), (3, 7), (2, 131)], ids=str)
 def test_shares_of_keys_and_queries(threads: Callable[[int], None], shape: tuple[int, int], kind: int) -> None:
