@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import numbers
 import reprlib
 import sys
@@ -120,6 +121,7 @@ def _stacked(name: str, value: Sequence[Any], at_least: int) -> Tensor:
 
 
 @constant_while_compiling
+@functools.cache
 def _autocast_available(device_type: str) -> bool:
     """Whether there is an autocast to leave; Dynamo of torch 2.11 cannot ask."""
     available: bool = torch.amp.is_autocast_available(device_type)

@@ -43,7 +43,7 @@ def widest_dtype(device: torch.device) -> torch.dtype:
 
 def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
     """The type of the arithmetic and of the gradients: float64 if any of the tensors is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
 class Numbers(NamedTuple):

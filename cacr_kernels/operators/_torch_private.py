@@ -129,7 +129,8 @@ def below_autograd() -> contextlib.AbstractContextManager[Any]:
 
 def inside_vmap() -> bool:
     """Whether the caller runs under ``torch.func.vmap``."""
-    return any(str(level.key()).endswith("Vmap") for level in _interpreters() or ())
+    levels = _interpreters()
+    return bool(levels) and any(str(level.key()).endswith("Vmap") for level in levels)
 
 
 def needs_functorch(x: Tensor, y: Tensor | None) -> bool:

@@ -113,7 +113,12 @@ class Target(NamedTuple):
 
     def features(self, *tensors: Tensor | None) -> Any:
         """Tensors of features in the type in which the operators read them."""
-        return [x if x is None else x.to(self.half or arithmetic_dtype(x)) for x in tensors]
+        return [x if x is None else _in_dtype(x, self.half or arithmetic_dtype(x)) for x in tensors]
+
+
+def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in the dtype; a call of ``to`` that changes nothing takes 2 us."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def tracing() -> bool:
