@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import numbers
 import reprlib
 import sys
@@ -120,12 +119,15 @@ def _stacked(name: str, value: Sequence[Any], at_least: int) -> Tensor:
         return torch.stack([z.to(dtype) for z in parts])
 
 
+_has_autocast: dict[str, bool] = {}  # by device type
+
+
 @constant_while_compiling
-@functools.cache
 def _autocast_available(device_type: str) -> bool:
     """Whether there is an autocast to leave; Dynamo of torch 2.11 cannot ask."""
-    available: bool = torch.amp.is_autocast_available(device_type)
-    return available
+    if device_type not in _has_autocast:
+        _has_autocast[device_type] = torch.amp.is_autocast_available(device_type)
+    return _has_autocast[device_type]
 
 
 def queries_and_keys(queries: Any, keys: Any) -> tuple[Tensor, Tensor]:

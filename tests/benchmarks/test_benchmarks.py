@@ -291,6 +291,14 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert [quantile([3.0, 1.0, 2.0], q) for q in (0.0, 0.25, 1.0)] == [1.0, 1.5, 3.0]
 
 
+def test_ratios_that_are_shown() -> None:
+    case = BenchmarkCase(cases.cacr(2, 32, 16))
+    ours, other = measure.Timing(dict.fromkeys(range(3), 1.0)), measure.Timing({0: 2.0, 1: 3.0, 2: 7.0})
+    found = results.figures(case, row_named("z.sum()"), other, ours)
+    assert [found[name] for name in ("ratio_p20", "ratio", "ratio_p80")] == pytest.approx([2.4, 3.0, 5.4])
+    assert [found[name] for name in ("p20_ms", "p50_ms", "p80_ms")] == pytest.approx([2400.0, 3000.0, 5400.0])
+
+
 def test_flop_of_every_loss() -> None:
     def units(problem: testing.Case, mode: str = GRADIENTS) -> float:
         case = BenchmarkCase(problem, mode=mode)
