@@ -41,7 +41,7 @@ def variants() -> tuple[Variant, ...]:
     keys = {"QUERY": False, "CANCELLING": False, "WANT_TAU": False}
     queries = {"QUERY": True, "CANCELLING": False, "WANT_TAU": False}
     tau, cancelling, mean = {"WANT_TAU": True}, {"CANCELLING": True}, {"WANT_MEAN": True, "MOMENTS": False}
-    full = mean | {"MOMENTS": True}
+    full, raw = mean | {"MOMENTS": True}, {"NORMALIZE": True}
     return (
         Variant("statistics", "statistics", one, 0),
         Variant("statistics, two softmaxes", "statistics", two, 0),
@@ -52,6 +52,11 @@ def variants() -> tuple[Variant, ...]:
         Variant("gradient of keys, rbf", "gradient", rbf | keys | cancelling, 1),
         Variant("detached keys", "detached_keys", one | mean, 1),
         Variant("detached keys, full gradient", "detached_keys", one | full, 2),
+        Variant("statistics, raw rows", "statistics", one | raw, 0, few),
+        Variant("gradient of queries, raw rows", "gradient", one | queries | raw, 1, few),
+        Variant("gradient of keys, raw rows", "gradient", one | keys | raw, 1, few),
+        Variant("detached keys, raw rows", "detached_keys", one | mean | raw, 1, few),
+        Variant("detached keys, full gradient, raw rows", "detached_keys", one | full | raw, 2, few),
         Variant("statistics, rbf", "statistics", rbf, 0, few),
         Variant("statistics, reference set", "statistics", apart, 0, few),
         Variant("statistics, inner product", "statistics", all_keys | inner, 0, few),
@@ -84,11 +89,16 @@ def small() -> tuple[Small, ...]:
     two = by_cost | {"SOFTMAXES": 2, "DETACH": False}
     full = {"WANT_MEAN": True, "MOMENTS": True, "INNER_PRODUCT": False}
     loss = {"REPELS": True, "WANT_TAU": True, "BLOCK": 512, "num_warps": 8}
-    pairs, raw = {"BLOCK_M": 16, "BLOCK_D": 64}, {"NORMALIZE": False}
+    pairs, unit, raw = {"BLOCK_M": 16, "BLOCK_D": 64}, {"NORMALIZE": False}, {"NORMALIZE": True}
     return (
         Small("norms", "norms_kernel", {"BLOCK_M": 32, "SOFTMAXES": 2}, ROW_DTYPES, (64, 128), 128),
-        Small("aligned", "aligned_kernel", pairs | raw | {"RBF": True}, ROW_DTYPES),
-        Small("aligned gradient", "aligned_gradient_kernel", pairs | raw, ROW_DTYPES),
+        Small("aligned", "aligned_kernel", pairs | unit | {"RBF": True}, ROW_DTYPES),
+        Small("aligned, raw rows", "aligned_kernel", pairs | raw | {"RBF": True}, ROW_DTYPES),
+        Small("aligned gradient", "aligned_gradient_kernel", pairs | unit, ROW_DTYPES),
+        Small("aligned gradient, raw rows", "aligned_gradient_kernel", pairs | raw, ROW_DTYPES),
+        Small("unit factors", "unit_kernel", {"BLOCK_M": 32}, ROW_DTYPES, (64,), 64),
+        Small("unit gradient", "unit_gradient_kernel", {"CHUNKS": 1, "BLOCK_M": 32, "BLOCK_D": 64}, ROW_DTYPES),
+        Small("unit gradient, long", "unit_gradient_kernel", {"CHUNKS": 2, "BLOCK_M": 4, "BLOCK_D": 512}, ROW_DTYPES),
         Small("merge", "merge_kernel", by_cost | {"SECOND_SET": OTHER, "USES_COST0": True} | rows),
         Small("merge, rbf", "merge_kernel", by_cost | {"SECOND_SET": SHARED_SET} | rows),
         Small("coefficients", "coefficients_kernel", two | {"SECOND_SET": OTHER, "CANCELLING": False} | rows),

@@ -297,6 +297,8 @@ def test_ratios_that_are_shown() -> None:
     found = results.figures(case, row_named("z.sum()"), other, ours)
     assert [found[name] for name in ("ratio_p20", "ratio", "ratio_p80")] == pytest.approx([2.4, 3.0, 5.4])
     assert [found[name] for name in ("p20_ms", "p50_ms", "p80_ms")] == pytest.approx([2400.0, 3000.0, 5400.0])
+    assert "gflops" not in found  # it does other work
+    assert results.figures(case, row_named("eager"), other, ours)["gflops"] == pytest.approx(case.flop / 3e9)
 
 
 def test_flop_of_every_loss() -> None:

@@ -201,11 +201,11 @@ def run_losses() -> None:
     from cacr_kernels.backends.triton.detached_keys import detached_keys
 
     numbers, ids = torch.ones(5, dtype=torch.float64), torch.zeros(700, dtype=torch.int32)
-    for D in (64, 200):
+    for D, normalize in ((64, False), (200, False), (64, True), (1024, True)):
         z = torch.zeros(2, 700, D)
         for rbf in (False, True):
-            cacr(z, numbers, 1.0, 1.0, 1.0, 1.0, 0, rbf, 1.0, False, True, True)
-        detached_keys(z, z, None, None, numbers[:1], [0], [0], [0], True, False, False, False, True, True)
+            cacr(z, numbers, 1.0, 1.0, 1.0, 1.0, 0, rbf, 1.0, normalize, True, True)
+        detached_keys(z, z, None, None, numbers[:1], [0], [0], [0], True, False, normalize, False, True, True)
         for kinds in ([1, 2], [3, 2], [2]):  # of few queries, so that keys are split
             arguments = z[:, :20], z, ids[:20], ids, numbers[: len(kinds)], kinds, [0], [0], False, False, None, False
             value, _, row_state = contrast(*arguments)
