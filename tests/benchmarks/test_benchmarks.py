@@ -282,6 +282,19 @@ def test_rounds_are_interleaved_and_a_slow_row_takes_part_in_few() -> None:
     }  # fmt: skip
 
 
+def test_times_of_interleaved_blocks_are_those_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, lengths = [0.0], iter([4.0, 0.01, 0.02, 0.03, 1.0, 2.0, 3.0])
+    monkeypatch.setattr(measure, "clock", lambda: now[0])
+
+    def step() -> Tensor:
+        now[0] += next(lengths)
+        return torch.empty(0)
+
+    assert measure.once(step) == 4.0  # too slow for a second call
+    assert measure.once(step) == pytest.approx(0.01)  # the best of three
+    assert measure.block(step, 3, "cpu") == pytest.approx(2.0)
+
+
 def test_ratios_are_taken_within_a_round() -> None:
     ours = measure.Timing({0: 1.0, 1: 10.0, 2: 100.0})
     other = measure.Timing({0: 2.0, 1: 20.0, 2: 200.0})
