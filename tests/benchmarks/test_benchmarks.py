@@ -215,6 +215,15 @@ def test_a_wrong_row_is_caught_and_nothing_is_timed(change: Any, family: str, mo
     assert len(caught.value.checks) == 2
 
 
+@pytest.mark.parametrize(("family", "ok"), [(OURS, False), (BASELINE, True)])
+def test_the_gate_holds_the_library_to_its_own_promise(family: str, ok: bool) -> None:
+    """Off by five times what the library is allowed, which is less than what a baseline is."""
+    checker = gate.Gate()
+    allowed = checker.check(TINY, row_named("torch")).loss_tolerance
+    scale = max(draw.scale[0] for draw in checker.draws(TINY.smaller(), testing.DRAWS))
+    assert checker.check(TINY, replace(planted(lambda loss: loss + 5 * allowed * scale), family=family)).ok == ok
+
+
 def test_a_row_that_is_wrong_only_at_full_size_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     row = row_named("torch")
     wrong = replace(row, name="planted", loss=lambda case: lambda views: _beyond(row.loss(case), views))
