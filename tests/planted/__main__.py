@@ -1,8 +1,8 @@
 """``python -m tests.planted`` (``make planted``): plants the faults of the catalogue and says who noticed.
 
-Results are kept in ``build/planted`` and used again as long as the fault, its file and the tests named are what they
-were: an interrupted run goes on where it was. Exit status: 0 every fault was caught, 1 one was not, 2 the catalogue or
-the arguments cannot be used.
+Results are kept in ``tests/planted/results.json`` and used again as long as the fault, its file and the tests named are
+what they were: an interrupted run goes on where it was, and what is committed says what the last run found. Exit
+status: 0 every fault was caught, 1 one was not, 2 the catalogue or the arguments cannot be used.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,7 +25,8 @@ from .catalogue import faults, layers
 from .fault import ROOT, Fault
 from .scratch import Outcome, Scratch
 
-FOLDER = ROOT / "build" / "planted"
+SCRATCH = ROOT / "build" / "planted"
+KEPT = ROOT / "tests" / "planted" / "results.json"
 Results = list[tuple[Fault, Outcome]]
 
 
@@ -72,35 +74,50 @@ def key(fault: Fault) -> str:
     return digest.hexdigest()
 
 
-def kept(fault: Fault) -> Outcome | None:
-    """The result of an earlier run of the same."""
+def read() -> dict[str, dict[str, Any]]:
+    """What earlier runs found, by the name of the fault."""
     try:
-        data = json.loads((FOLDER / f"{fault.id}.json").read_text(encoding="utf-8"))
-        return Outcome(**data["outcome"]) if data["key"] == key(fault) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        found: dict[str, dict[str, Any]] = json.loads(KEPT.read_text(encoding="utf-8"))
+        return found
+    except FileNotFoundError:
+        return {}
+
+
+def kept(fault: Fault, earlier: dict[str, dict[str, Any]]) -> Outcome | None:
+    """The result of an earlier run of the same fault in the same code."""
+    found = earlier.get(fault.id)
+    return Outcome(**found["outcome"]) if found and found["key"] == key(fault) else None
+
+
+def keep(fault: Fault, outcome: Outcome) -> None:
+    """Adds a result to those kept, but no error; faults that are no longer in the catalogue are dropped."""
+    if outcome.verdict == "error":
+        return
+    ids = [fault.id for fault in faults()]
+    found = read() | {fault.id: {"key": key(fault), "outcome": outcome._asdict()}}
+    text = json.dumps({name: found[name] for name in ids if name in found}, indent=1)
+    KEPT.write_text(text + "\n", encoding="utf-8")
 
 
 def run(found: list[Fault], options: argparse.Namespace, console: Console) -> Results:
     """Plants one after the other, with a line for each."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    known = {} if options.again else read()
     scratch = None
     results: Results = []
     width = max(len(fault.id) for fault in found)
     for i, fault in enumerate(found, 1):
-        outcome = None if options.again else kept(fault)
+        outcome = kept(fault, known)
         if earlier := outcome is not None:
             text = "kept"
         else:
             if scratch is None:
                 console.print("[dim]copying and compiling the tree")
-                scratch = Scratch(FOLDER / "scratch", options.limit)
+                scratch = Scratch(SCRATCH, options.limit)
             outcome = scratch.plant(fault)
             text = f"{outcome.seconds:.0f} s"
         assert outcome is not None
-        if not earlier and outcome.verdict != "error":  # errors are not kept
-            data = {"key": key(fault), "outcome": outcome._asdict()}
-            (FOLDER / f"{fault.id}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        if not earlier:
+            keep(fault, outcome)
         style = "green" if outcome.caught else "bold red"
         about = (
             f"{outcome.by} [dim]{escape(outcome.said[:100])}[/]" if outcome.by else escape(outcome.said or fault.why)

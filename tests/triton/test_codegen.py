@@ -204,7 +204,8 @@ def run_losses() -> None:
     for D, normalize in ((64, False), (200, False), (64, True), (1024, True)):
         z = torch.zeros(2, 700, D)
         for rbf in (False, True):
-            cacr(z, numbers, 1.0, 1.0, 1.0, 1.0, 0, rbf, 1.0, normalize, True, True)
+            for views in (z, z.bfloat16()):
+                cacr(views, numbers, 1.0, 1.0, 1.0, 1.0, 0, rbf, 1.0, normalize, True, True)
         detached_keys(z, z, None, None, numbers[:1], [0], [0], [0], True, False, normalize, False, True, True)
         for kinds in ([1, 2], [3, 2], [2]):  # of few queries, so that keys are split
             arguments = z[:, :20], z, ids[:20], ids, numbers[: len(kinds)], kinds, [0], [0], False, False, None, False

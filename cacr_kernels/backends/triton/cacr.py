@@ -135,8 +135,8 @@ def attract(views: Views, numbers: Tensor, rbf: bool) -> Attraction:
     value = z.new_empty((V, B), dtype=torch.float64)
     others = norm, z.new_empty((V, B), dtype=torch.int32), value.new_empty(2)
     out = Attraction(cost, *others, value, torch.empty_like(value), torch.empty_like(value), value.new_empty((3, V, B)))
-    block = 16
-    sizes = {"RBF": rbf, "NORMALIZE": unit is not None, "BLOCK_M": block, "BLOCK_D": min(64, power_of_two(D))}
+    block, width = 16, 32 if unit is not None and z.dtype == torch.float32 else 64  # tiles that spill no registers
+    sizes = {"RBF": rbf, "NORMALIZE": unit is not None, "BLOCK_M": block, "BLOCK_D": min(width, power_of_two(D))}
     start(aligned_kernel, (cdiv(B, block), V), z, unit, numbers, *out, V, B, D, **sizes)
     return out
 

@@ -241,8 +241,8 @@ def unit_gradient(x: Tensor, partial: Tensor, out: Tensor) -> None:
     products it is nothing.
     """
     D = x.shape[-1]
-    rows, width = x.numel() // max(1, D), min(512, power_of_two(D))
-    block = 2048 // max(32, width)
+    rows, width = x.numel() // max(1, D), min(256, power_of_two(D))
+    block = (1024 if width >= D else 2048) // max(32, width)  # tiles that spill no registers
     sizes = {"CHUNKS": min(2, cdiv(D, width)), "BLOCK_M": block, "BLOCK_D": width}
     start(unit_gradient_kernel, (cdiv(rows, block),), x, partial, out, rows, D, partial.shape[0], **sizes)
 

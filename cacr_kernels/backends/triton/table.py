@@ -147,10 +147,12 @@ SM_80: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
 SM_90: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (False, "gradient", "ieee"): _row(*[(32, 16, 32, 8, 3, 64)] * 4),
     (False, "detached_keys", "fp64"): _row(*[(64, 16, 32, 4, 2, 32)] * 4),
+    (True, "detached_keys", "ieee"): _row((32, 32, 64, 8, 2, 64), *[(32, 32, 32, 8, 1, 64)] * 3),
+    (True, "detached_keys", "fp64"): _row(*[(64, 16, 32, 4, 2, 32)] * 4),
 }
 SM_100: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (False, "gradient", "half"): _row(
-        (64, 32, 64, 4, 3, 64), (64, 16, 128, 4, 2, 128), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128)
+        (128, 32, 64, 8, 2, 64), (64, 16, 128, 4, 2, 128), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128)
     ),
     (False, "gradient", "ieee"): _row(*[(32, 16, 32, 4, 2, 64)] * 4),
     (False, "gradient", "tf32x3"): _row(*[(64, 32, 32, 4, 2, 64)] * 4),
@@ -161,7 +163,7 @@ SM_100: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (True, "gradient", "half"): _row((128, 16, 64, 4, 1, 64), *[(64, 16, 64, 4, 1, 128)] * 3),
     (True, "gradient", "ieee"): _row(*[(64, 32, 32, 8, 1, 64)] * 4),
     (True, "gradient", "fp64"): _row(*[(32, 32, 32, 8, 2, 32)] * 4),
-    (True, "detached_keys", "fp64"): _row(*[(64, 32, 32, 4, 2, 32)] * 4),
+    (True, "detached_keys", "fp64"): _row(*[(32, 16, 32, 4, 1, 32)] * 4),
 }
 SM_120: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (False, "statistics", "fp64"): _row(*[(32, 64, 32, 4, 3, 0)] * 4),
@@ -171,6 +173,7 @@ SM_120: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (True, "gradient", "ieee"): _row(*[(32, 64, 32, 8, 2, 64)] * 4),
     (True, "gradient", "fp64"): _row(*[(32, 32, 32, 8, 1, 32)] * 4),
     (True, "detached_keys", "half"): _row(*[(64, 32, 32, 4, 2, 64)] * 4),
+    (True, "detached_keys", "fp64"): _row(*[(32, 16, 32, 4, 2, 32)] * 4),
 }
 BY_FAMILY = {"sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_100, "sm_120": SM_120}
 
