@@ -224,6 +224,13 @@ def test_the_gate_holds_the_library_to_its_own_promise(family: str, ok: bool) ->
     assert checker.check(TINY, replace(planted(lambda loss: loss + 5 * allowed * scale), family=family)).ok == ok
 
 
+def test_the_gate_has_a_truth_for_every_dtype() -> None:
+    checker, wide = gate.Gate(), replace(TINY, dtype="float64")
+    draws = [checker.draws(case, 1)[0] for case in (TINY, wide)]
+    assert [draw.inputs["views"].dtype for draw in draws] == [torch.float32, torch.float64]
+    assert checker.draws(replace(TINY, mode=LOSS), 1)[0] is draws[0]
+
+
 def test_a_row_that_is_wrong_only_at_full_size_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     row = row_named("torch")
     wrong = replace(row, name="planted", loss=lambda case: lambda views: _beyond(row.loss(case), views))
