@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from cacr_kernels.operators.registry import operator
-from cacr_kernels.types import ALL, CACROptions
+from cacr_kernels.types import CACROptions
 from tests.covering import covering_set
 from tests.cpu.test_raw_rows import (
     NEAR,
@@ -137,18 +136,6 @@ def test_attraction_of_nearly_equal_rows(
         assert abs(value - truth) <= tolerance * truth
         if operands == "views":
             assert (sized(gradient, z) - sized(right, z)).abs().max() <= 1e-6 * sized(right, z).abs().max()
-
-
-def test_costs_of_equal_rows_of_one_size(emulation: Emulation) -> None:
-    """A cost that is zero: the norms are those of what the similarities multiply."""
-    for dim in (7, 64, 541):
-        g = torch.Generator().manual_seed(dim)
-        z = (torch.randn(dim, generator=g).sign() * (torch.rand((), generator=g) + 0.5)).repeat(1, 9, 1)
-        tau = torch.tensor([-1.0], dtype=torch.float64)
-        value, _, _ = operator("contrast_cuda")(
-            z[:, :1].contiguous(), z, None, None, tau, [ALL], [0], [0], False, False, None, True
-        )
-        assert value.abs() <= 16 * FLOAT_EPS
 
 
 # ---- rows at the edge, bad numbers -----------------------------------------------------------------------------------

@@ -265,7 +265,8 @@ struct GradientUnit {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       Acc row_sum = quad_sum(row_sums[h].rounded());
-      if (p.inner_product || p.normalize) row_sum = 0;  // nothing stays of what points along a raw row
+      if (p.inner_product) row_sum = 0;
+      if (p.normalize) row_sum *= shared.unit.factor[at.row + 8 * h];
       const int64_t row = range.row0 + at.row + 8 * h, d0 = int64_t(chunk0) * kChunk<Element> + at.column;
       if (row >= rows().rows) continue;
       const Element* const x = rows().data + row * p.D + d0;
