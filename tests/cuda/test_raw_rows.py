@@ -6,6 +6,7 @@ multiplied as they are, so their errors are those of float32, too.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ from tests.cpu.test_raw_rows import (
 )
 from tests.cuda.emulated_backend import emulated_cuda
 from tests.cuda.emulated_cuda import Emulation
+from tests.losses import test_normalize as of_losses
+from tests.losses.test_normalize import each_case
 
 pytestmark = pytest.mark.exhaustive  # no machine of a user changes it
 
@@ -171,3 +174,29 @@ def test_zeros_meet_nothing_large(emulation: Emulation) -> None:
     q, k = q.half().double(), k.half().double()
     found = contrast("other", q.float(), k.float(), "cuda", torch.float16)
     assert max(error(found, contrast("other", q, k, "plain"))) <= 16 * FLOAT_EPS
+
+
+# ---- the losses ------------------------------------------------------------------------------------------------------
+@each_case
+def test_losses(emulation: Emulation, loss: str, options: dict[str, Any]) -> None:
+    """What is asked of raw rows on the backends that run here, in all types."""
+    for lengths, dtype in itertools.product(of_losses.LENGTHS, (torch.float32, torch.float64)):
+        of_losses.test_rows_of_any_length(loss, options, lengths, dtype, "cuda")
+    emulation.float32 = "tf32x3"
+    of_losses.test_rows_of_any_length(loss, options, "any", torch.float32, "cuda")
+    of_losses.test_half_types(loss, options, torch.float16, [1.0, 0.0, 60.0], "cuda")
+    of_losses.test_half_types(loss, options, torch.bfloat16, [1.0, 1e10, 1e-5, 0.0], "cuda")
+    of_losses.test_second_derivatives_with_zero_rows(loss, options, "cuda")
+    for dtype in (torch.float32, torch.bfloat16):
+        of_losses.test_nothing_more_is_kept_for_the_backward(loss, options, dtype, "cuda")
+
+
+@pytest.mark.parametrize("loss", of_losses.FIRST)
+def test_gradcheck(emulation: Emulation, loss: str) -> None:
+    of_losses.test_gradcheck(loss, {"weight_grad": "full", "tau_pos": 0.0} if loss == "queue" else {}, "cuda")
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(("distance", "tolerance"), NEAR)
+def test_near_positives(emulation: Emulation, distance: float, tolerance: float, reduction: str) -> None:
+    of_losses.test_near_positives(distance, tolerance, 32, "cuda", reduction)
