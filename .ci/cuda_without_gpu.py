@@ -73,11 +73,12 @@ def check_binding() -> None:
     tau, rows = torch.ones(1, dtype=torch.float64), torch.zeros(1, 1, 5, dtype=torch.float64)
     contrast: dict[str, Any] = {"q": q, "k": None, "q_id": ids, "k_id": None, "tau": tau, "kinds": [2]}
     contrast |= {"q_index": [0], "k_index": [1], "inner": False, "detach_weights": False, "q_self": None}
+    contrast["normalize"] = True
     products = {"float_products": 0}
     backward = contrast | {"value": rows, "row_state": torch.zeros(3, *rows.shape, dtype=torch.float64)}
     backward |= {"grad_value": rows, "grad_lse": rows, "want_q": True, "want_k": False, "want_tau": True}
     numbers = dict.fromkeys(("tau_pos", "tau_neg", "alpha", "beta"), 1.0)
-    loss = {"views": q, "numbers": None, **numbers, "pairing": 0, "rbf": False, "rbf_scale": 2.0}
+    loss = {"views": q, "numbers": None, **numbers, "pairing": 0, "rbf": False, "rbf_scale": 2.0, "normalize": True}
     loss |= {"want_grad": True, "want_grad_numbers": False}
     given = {"contrast": contrast | products, "contrast_backward": backward | products, "cacr": loss | products}
     for name, arguments in given.items():

@@ -569,7 +569,6 @@ def backend_for(
     tensors: Sequence[Tensor],
     *,
     backend: str = "auto",
-    normalize: bool = False,
     pairing: Pairing = "unordered",
 ) -> str:
     """The name of the backend that computes a loss.
@@ -578,7 +577,7 @@ def backend_for(
         loss: the name of a public loss, ``"cacr_loss"`` say.
         tensors: its features in the order of its arguments: views; queries, keys and queue; queries and keys;
             embeddings and, if given, reference embeddings. Several views as one tensor.
-        backend, normalize, pairing: as they are given to the loss.
+        backend, pairing: as they are given to the loss.
     """
     if loss == cacr_loss.__name__:
         similarities = similarities_of_views(tensors[0], pairing)
@@ -588,4 +587,4 @@ def backend_for(
         similarities = math.inf
     else:
         raise ValueError(f"loss={loss!r} is unknown")
-    return choose_backend(backend, tensors, similarities, normalize=normalize)[0].name
+    return choose_backend(backend, tensors, similarities)[0].name

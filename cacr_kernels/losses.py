@@ -18,7 +18,7 @@ from .operators.aligned import aligned_cost
 from .operators.contrast import contrast
 from .operators.detached_keys import detached_keys
 from .operators.registry import Target
-from .reference import Statistics, mean_entropy, rows_of_pairs, statistics, unit_norms, unit_rows, view_pairs
+from .reference import Statistics, mean_entropy, rows_of_pairs, statistics, unit_norms, view_pairs
 from .types import (
     ALL,
     ALONE,
@@ -197,9 +197,7 @@ def momentum(
         spec = ContrastSpec(None, None, [ALL], *index, inner_product=True, normalize=on.normalize)
         (value,), (lse,) = detached_keys(on, queries, keys[None], taus, spec, detach_value=True)
         entropy = entropy_of(value, lse, tau)
-        if on.normalize and not on.inside:  # rounded as the operator rounds them: a single key cancels
-            inner_product = (unit_rows(queries) * unit_rows(positive)).sum(-1)
-        elif on.normalize:
+        if on.normalize:
             inner_product = (unit_norms(queries) + unit_norms(positive) - c_pos.mT) / 2
         else:
             inner_product = (queries * positive).sum(-1)

@@ -46,12 +46,10 @@ def choose_backend(
     similarities *= 1 if group is None else group.size
     first, dtype = tensors[0], tensors[0].dtype
     halves = dtype in (torch.float16, torch.bfloat16) and all(t.dtype == dtype for t in tensors)
-    size = Size(similarities, first.shape[-1], dtype if halves else arithmetic_dtype(*tensors), bool(normalize))
+    size = Size(similarities, first.shape[-1], dtype if halves else arithmetic_dtype(*tensors))
     chosen = choose(backend, first.device, size)
     half = dtype if halves and chosen.half_types else None
-    return chosen, Target(
-        chosen.name, chosen.operators, half, bool(normalize and chosen.operators), bool(chosen.normalizes)
-    )
+    return chosen, Target(chosen.name, chosen.operators, half, bool(normalize and chosen.operators))
 
 
 def similarities_of_views(views: Tensor, pairing: Pairing) -> float:

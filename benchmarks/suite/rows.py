@@ -87,8 +87,7 @@ def ours(case: BenchmarkCase) -> str:
         inputs = replace(case, device="cpu").inputs().values()
         features = [torch.empty_like(x, device=case.device) for x in inputs if x.is_floating_point()]
         pairing = case.problem.options.get("pairing", "unordered")
-        normalize = case.problem.options.get("normalize", False)
-        return backend_for(case.problem.loss, features, normalize=normalize, pairing=pairing)
+        return backend_for(case.problem.loss, features, pairing=pairing)
 
 
 # ---- why a row is left out -------------------------------------------------------------------------------------------

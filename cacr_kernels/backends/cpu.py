@@ -23,5 +23,4 @@ BACKEND = Backend(
     why_not,
     device="cpu",
     operators=("cacr", "contrast", "detached_keys"),
-    normalizes=frozenset({"cacr", "contrast", "contrast_backward", "detached_keys"}),
 )

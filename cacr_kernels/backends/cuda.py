@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..operators import cacr, contrast
 from ..operators.registry import constant_while_compiling, define, implement
 from ..types import Pairing, view_pair_count
 from . import library
-from .entry import Adapt, Backend, Size
-from .normalizing import SCHEMAS, schema_without_flag
+from .entry import Backend, Size
 from .precision import fp32_products
 
-NORMALIZES: frozenset[str] = frozenset()  # operators whose compiled ones take the flag
+SCHEMAS = cacr.SCHEMAS | contrast.SCHEMAS
 COMPILED = "cacr_kernels_cuda"  # namespace of the compiled operators
 IEEE, TF32, TF32X3 = range(3)
 MAX_PAIRS = 64  # of views in the fused loss, kMaxPairs of csrc/cuda/parameters.h
@@ -73,8 +73,7 @@ def work(size: Size) -> float:
     """
     if size.dtype == torch.float64:
         return math.inf
-    dtype = torch.float32 if size.raw and not NORMALIZES else size.dtype  # the unit vectors that the kernels are given
-    owned, pieces, cost = ARITHMETIC[reckoned_products() if dtype == torch.float32 else dtype]
+    owned, pieces, cost = ARITHMETIC[reckoned_products() if size.dtype == torch.float32 else size.dtype]
     groups = -(-size.features // owned)
     return size.similarities * size.features * cost * (1 + 2 * (groups + pieces))
 
@@ -108,12 +107,11 @@ def probe(index: int) -> str | None:
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
-def _implement(name: str, adapt: Adapt) -> None:
+def _implement(name: str) -> None:
     """Declares the compiled operator, and lets that of the package call it."""
-    schema = SCHEMAS[name] if name in NORMALIZES else schema_without_flag(name)
-    define(f"{COMPILED}::{name}", schema.replace(") ->", ", int float_products) ->"))
+    define(f"{COMPILED}::{name}", SCHEMAS[name].replace(") ->", ", int float_products) ->"))
     compiled: Callable[..., Any] = getattr(getattr(torch.ops, COMPILED), name).default
-    implement(f"{name}_cuda", adapt(lambda *arguments: compiled(*arguments, float_products())), "CUDA")
+    implement(f"{name}_cuda", lambda *arguments: compiled(*arguments, float_products()), "CUDA")
 
 
 BACKEND = Backend(
@@ -123,7 +121,6 @@ BACKEND = Backend(
     device="cuda",
     operators=("cacr", "contrast"),
     implement=_implement,
-    normalizes=NORMALIZES,
     half_types=True,
     fuses=fuses,
     suits=lambda size: work(size) <= UP_TO,

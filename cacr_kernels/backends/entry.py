@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from ..operators import cacr, contrast, detached_keys
 from ..types import Pairing
-from .normalizing import Kernel, with_flag
 
 _DECLARE = {"cacr": cacr.register, "contrast": contrast.register, "detached_keys": detached_keys.register}
 _CONSISTS_OF = {"contrast": ("contrast", "contrast_backward")}
-
-
-Adapt = Callable[[Kernel], Kernel]
 
 
 class Size(NamedTuple):
@@ -25,7 +20,6 @@ class Size(NamedTuple):
     similarities: float  # P N M; infinite where the keys get no gradient
     features: int
     dtype: torch.dtype  # in which the backends that take half types read the features
-    raw: bool = False  # whether the operators have to make unit vectors of them
 
 
 class Backend(NamedTuple):
@@ -40,9 +34,7 @@ class Backend(NamedTuple):
         operators: which of ``cacr``, ``contrast`` and ``detached_keys`` it has. With ``contrast`` it can compute all
             losses; without any operator it computes them by the definition.
         implement: called with the name of every operator (``contrast`` comes with ``contrast_backward``) after
-            ``<operator>_<backend>`` was declared, to register what computes it; ``None``: a compiled library does. And
-            with a function that what it registers has to go through, which gives it the argument ``normalize``.
-        normalizes: which operators take that argument as they are.
+            ``<operator>_<backend>`` was declared, to register what computes it; ``None``: a compiled library does.
         half_types: whether its operators take float16 and bfloat16 as they are.
         rounds_coefficients: whether what multiplies such features in a gradient is rounded to their type.
         fuses: which views ``(shape [V, B, D], pairing)`` the operator ``cacr`` takes.
@@ -57,8 +49,7 @@ class Backend(NamedTuple):
     why_not: Callable[[torch.device | None], str | None]
     device: str | None = None
     operators: tuple[str, ...] = ()
-    implement: Callable[[str, Adapt], None] | None = None
-    normalizes: frozenset[str] = frozenset()
+    implement: Callable[[str], None] | None = None
     half_types: bool = False
     rounds_coefficients: bool = False
     fuses: Callable[[tuple[int, ...], Pairing], bool] = lambda shape, pairing: True
@@ -74,12 +65,8 @@ def registered(backend: Backend) -> Backend:
         _DECLARE[family](backend.name)
         for name in _CONSISTS_OF.get(family, (family,)):
             if backend.implement is not None:
-                backend.implement(name, _as_it_is if name in backend.normalizes else partial(with_flag, name))
+                backend.implement(name)
     return backend
-
-
-def _as_it_is(kernel: Kernel) -> Kernel:
-    return kernel
 
 
 def any_device(device: torch.device | None) -> str | None:

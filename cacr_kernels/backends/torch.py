@@ -235,7 +235,6 @@ BACKEND = Backend(
     "plain PyTorch in blocks; bounded memory, any device",
     any_device,
     operators=("contrast",),
-    normalizes=frozenset(_KERNELS),
-    implement=lambda name, adapt: implement(f"{name}_torch", adapt(_KERNELS[name])),
+    implement=lambda name: implement(f"{name}_torch", _KERNELS[name]),
     last_resort=True,
 )

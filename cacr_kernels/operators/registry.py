@@ -98,14 +98,13 @@ class Target(NamedTuple):
     ``half``: the type that the features, float32 here, came in, if the backend takes it as it is, else ``None``. The
     operators get them back in that type, which is exact. The Functions see float32, so that the gradients of several
     operators are added in float32, and a derivative of a derivative is taken in float32. ``normalize``: the features
-    are raw rows of a loss of unit vectors. ``inside``: the backend's own kernels make unit vectors of them.
+    are raw rows of a loss of unit vectors.
     """
 
     backend: str
     operators: tuple[str, ...] = ()
     half: torch.dtype | None = None
     normalize: bool = False
-    inside: bool = True
 
     def operator(self, name: str) -> Any:
         """The operator ``<name>_<backend>`` of the package."""

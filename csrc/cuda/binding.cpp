@@ -94,14 +94,14 @@ struct ContrastCall {
   Tensor tau;
   cacr::Call call{};
 
-  ContrastCall(const ContrastArguments& a, bool detach_weights) : tensors(a), tau(packed(a.tau)) {
+  ContrastCall(const ContrastArguments& a, bool detach_weights, bool normalize) : tensors(a), tau(packed(a.tau)) {
     STD_TORCH_CHECK(tau.scalar_type() == ScalarType::Double && tau.numel() == int64_t(a.kinds.size()),
                     "cacr_kernels: tau [softmaxes] of float64 expected");
     STD_TORCH_CHECK(tensors.q.size(0) <= INT32_MAX && tensors.k.size(0) <= INT32_MAX,
                     "cacr_kernels: at most 2147483647 views");
     tensors.describe(a, call);
     call.q = input(tensors.q), call.k = input(tensors.k), call.tau = input<double>(tau);
-    call.detach_weights = detach_weights;
+    call.detach_weights = detach_weights, call.normalize = normalize;
   }
 };
 
@@ -110,8 +110,9 @@ std::tuple<Tensor, Tensor, Tensor> contrast(const Tensor& q, std::optional<Tenso
                                             std::optional<Tensor> k_id, const Tensor& tau, std::vector<int64_t> kinds,
                                             std::vector<int64_t> q_index, std::vector<int64_t> k_index,
                                             bool inner_product, bool detach_weights, std::optional<Tensor> q_self,
-                                            int64_t float_products) {
-  ContrastCall given({q, k, q_id, k_id, tau, kinds, q_index, k_index, inner_product, q_self}, detach_weights);
+                                            bool normalize, int64_t float_products) {
+  ContrastCall given({q, k, q_id, k_id, tau, kinds, q_index, k_index, inner_product, q_self}, detach_weights,
+                     normalize);
   check_products(float_products);
   check_devices(q, {k, given.tensors.q_id, given.tensors.k_id, given.tensors.q_self, tau});
   cacr::Call& call = given.call;
@@ -127,10 +128,11 @@ std::tuple<Tensor, Tensor, Tensor> contrast(const Tensor& q, std::optional<Tenso
 std::tuple<Tensor, Tensor, Tensor> contrast_backward(
     const Tensor& q, std::optional<Tensor> k, std::optional<Tensor> q_id, std::optional<Tensor> k_id, const Tensor& tau,
     std::vector<int64_t> kinds, std::vector<int64_t> q_index, std::vector<int64_t> k_index, bool inner_product,
-    bool detach_weights, std::optional<Tensor> q_self, const Tensor& any_value, const Tensor& any_row_state,
-    const Tensor& any_grad_value, const Tensor& any_grad_lse, bool want_q, bool want_k, bool want_tau,
-    int64_t float_products) {
-  ContrastCall given({q, k, q_id, k_id, tau, kinds, q_index, k_index, inner_product, q_self}, detach_weights);
+    bool detach_weights, std::optional<Tensor> q_self, bool normalize, const Tensor& any_value,
+    const Tensor& any_row_state, const Tensor& any_grad_value, const Tensor& any_grad_lse, bool want_q, bool want_k,
+    bool want_tau, int64_t float_products) {
+  ContrastCall given({q, k, q_id, k_id, tau, kinds, q_index, k_index, inner_product, q_self}, detach_weights,
+                     normalize);
   const ContrastTensors& t = given.tensors;
   cacr::Call& call = given.call;
   const Sizes rows{call.softmaxes, call.pairs, call.N};
@@ -156,8 +158,8 @@ std::tuple<Tensor, Tensor, Tensor> contrast_backward(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_loss(const Tensor& any_views, std::optional<Tensor> any_numbers,
                                                      double tau_pos, double tau_neg, double alpha, double beta,
-                                                     int64_t pairing, bool rbf, double rbf_scale, bool want_grad,
-                                                     bool want_grad_numbers, int64_t float_products) {
+                                                     int64_t pairing, bool rbf, double rbf_scale, bool normalize,
+                                                     bool want_grad, bool want_grad_numbers, int64_t float_products) {
   check_views(any_views);
   const Tensor views = packed(any_views);
   const std::optional<Tensor> numbers = packed(any_numbers);
@@ -173,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_loss(const Tensor& any_views, st
   check_devices(views, {numbers});
   call.operation = cacr::Operation::kLoss;
   call.q = input(views), call.q_views = views.size(0), call.N = views.size(1), call.D = views.size(2);
-  call.rbf = rbf, call.numbers = input<double>(numbers);
+  call.rbf = rbf, call.normalize = normalize, call.numbers = input<double>(numbers);
   const double given[5] = {tau_pos, tau_neg, alpha, beta, rbf_scale};
   std::copy_n(given, 5, call.given);
   const int32_t dtype = gradient_dtype(views);

@@ -34,6 +34,7 @@ struct Call {
   const double* tau;       // [softmaxes] signed
   int32_t softmaxes, kind[kMaxSoftmaxes];
   bool keys_are_queries, inner_product, detach_weights;
+  bool normalize;  // every row counts as r x, r = 1 / max(|x|, 1e-12)
 
   // forward writes, backward reads
   double* value;      // [softmaxes][pairs][N]

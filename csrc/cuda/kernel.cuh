@@ -27,13 +27,13 @@ CACR_DEVICE void run_phase(int phase, const ParametersOf<Arithmetic>& p, Buffers
   switch (phase) {
     case kNorms:
       norms_phase(p);
-      if (p.fused.on) attraction_phase(p);
       break;
     case kStatistics:
       statistics_phase<Arithmetic>(p, shared);
       break;
     case kFinish:
       finish_phase(p);
+      if (p.fused.on) attraction_phase(p);
       break;
     case kPairSums:
       pair_sums_phase(p, shared.reduction);

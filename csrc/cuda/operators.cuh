@@ -43,6 +43,7 @@ Params contrast_parameters(const Call& c) {
   p.softmaxes = c.softmaxes, p.q_id = c.q_id, p.k_id = c.k_id, p.q_self = c.q_self;
   for (int s = 0; s < c.softmaxes; s++) p.kind[s] = c.kind[s], p.tau[s] = {c.tau + s, nullptr, 1};
   p.keys_are_queries = c.keys_are_queries, p.inner_product = c.inner_product, p.detach_weights = c.detach_weights;
+  p.normalize = c.normalize;
   const int64_t rows = c.softmaxes * c.pairs * c.N;
   p.value = c.value, p.lse = c.lse;
   p.top = c.row_state, p.sum = c.row_state + rows, p.delta = c.row_state + 2 * rows;
@@ -67,7 +68,7 @@ cudaError_t run_contrast(const Call& c, cudaStream_t stream, const Allocator& me
   derive(p);
   for (int64_t first = 0; first == 0 || first < c.pairs; first += kMaxPairs) {
     set_pairs(p, c.q_index, c.k_index, first, std::min<int64_t>(kMaxPairs, c.pairs - first));
-    p.accumulate = first > 0;
+    p.accumulate = first > 0, p.to_raw_rows = c.normalize && first + kMaxPairs >= c.pairs;
     if (const cudaError_t error = run_plan<Arithmetic>(plan, stream, memory)) return error;
   }
   return cudaSuccess;
@@ -96,6 +97,7 @@ cudaError_t run_loss(const Call& c, cudaStream_t stream, const Allocator& memory
   const int64_t count = B > 1 ? int64_t(pairs.q_index.size()) : 0;  // one instance has no negatives
   set_pairs(p, pairs.q_index.data(), pairs.k_index.data(), 0, count);
   p.all_pairs = p.pairs, p.period = int32_t(B), p.keys_are_queries = true;
+  p.normalize = p.to_raw_rows = c.normalize;
   p.softmaxes = c.rbf ? 2 : 1, p.kind[0] = p.kind[1] = kOther;
   set_numbers(c, p.tau, p.fused);
   p.fused.on = true, p.fused.rbf = c.rbf, p.fused.views = V, p.fused.batch = B;

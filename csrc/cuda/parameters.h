@@ -21,9 +21,9 @@ struct alignas(4 * sizeof(Acc)) Coefficients {
 
 // A launch runs some of the phases, in this order, with barriers of the grid between them.
 enum Phase : int {
-  kNorms = 0,         // |q|^2, |k|^2, and the attraction of the fused loss
+  kNorms = 0,         // |q|^2 and |k|^2, and the factors that make unit rows
   kStatistics = 1,    // sums over the keys of a split
-  kFinish = 2,        // value and lse of every row, from the sums of all splits
+  kFinish = 2,        // value and lse of every row, from the sums of all splits, and the attraction of the fused loss
   kPairSums = 3,      // fused rbf: sums over the batch whose log the loss takes
   kCoefficients = 4,  // dL/du as a function of u, for every row
   kGradients = 5,     // gradients of queries and keys, variances of costs
@@ -81,25 +81,30 @@ struct Parameters {
   Number tau[kMaxSoftmaxes];    // [S] signed
   bool keys_are_queries;        // and what flows to both is one gradient
   bool inner_product;           // c = -2 q.k
+  bool normalize;               // every row counts as r x, r = 1 / max(|x|, 1e-12)
   bool detach_weights;
   bool positives;                // costs of equal ids are taken from differences where the product cancels
   bool positive[kMaxSoftmaxes];  // [S] a softmax over those: its u is -c / 2
   bool cancelling;               // two softmaxes over one set: a_0 w_0 + a_1 w_1 = (a_0 + a_1) w_0 + a_1 (w_1 - w_0)
   bool aligned_16;               // rows begin at multiples of 16 bytes
   bool want_q, want_k, want_variance;
-  bool accumulate;  // gradients are added to what is there
+  bool accumulate;   // gradients are added to what is there
+  bool to_raw_rows;  // and, complete with this launch, become those of x where they were those of r x
 
   // ---- workspace
   uint32_t phases;                  // bit mask
   int32_t splits;                   // of the keys, in the statistics
   Units q_units, k_units;           // of the gradients; keys that are the queries have no units of their own
-  Acc* q_norm;                      // [q_views][N]
+  Acc* q_norm;                      // [q_views][N] |r x|^2 with normalize
   Acc* k_norm;                      // [k_views][M], q_norm where the keys are the queries
+  Acc* q_factor;                    // [q_views][N] r with normalize, else null; 0 for a row of zeros
+  Acc* k_factor;                    // [k_views][M], q_factor where the keys are the queries
   double* split_sums;               // [splits][3][S][P][N] top, sum e, sum e (u - u_top); see tile/softmax.cuh
   Coefficients<Acc>* coefficients;  // [S][P][N]
   Acc* ratio;                       // [P][N] where two softmaxes cancel: a of the second one multiplies e_1 - ratio e_0
   Acc* gradient_sum;                // [P][N] sum_j dL/du_ij
-  float* bounds;                    // [grid] bound of |dL/du| over the rows of a block, where coefficients are scaled
+  float* bounds;                    // [3][grid] where coefficients are scaled: a bound of |dL/du| over the rows of a
+                                    // block, and the largest factors of queries and of keys
   double* split_variance;           // [q_units.splits][S][P][N] sum_j w (c - F)^2
   Acc* split_grad_q;                // [q_units.splits][q_views][N][D] where there are several splits
   Acc* split_grad_k;                // [k_units.splits][k_views][M][D] where there are several splits

@@ -72,13 +72,17 @@ struct Plan {
     const int64_t rows = p.pairs * p.N, all = rows * p.softmaxes;
     p.q_norm = w.take<Acc>(p.q_views * p.N);
     p.k_norm = p.keys_are_queries ? p.q_norm : w.take<Acc>(p.k_views * p.M);
+    if (p.normalize) {
+      p.q_factor = w.take<Acc>(p.q_views * p.N);
+      p.k_factor = p.keys_are_queries ? p.q_factor : w.take<Acc>(p.k_views * p.M);
+    }
     if (runs(kStatistics)) p.split_sums = w.take<double>(3 * all * p.splits);
     p.block_scalars = w.take<double>(int64_t(grid) * kScalars);
     if (runs(kGradients)) {
       p.coefficients = w.take<Coefficients<Acc>>(all);
       p.ratio = w.take<Acc>(rows);
       p.gradient_sum = w.take<Acc>(rows);
-      p.bounds = w.take<float>(grid);
+      p.bounds = w.take<float>(3 * int64_t(grid));
       p.split_variance = w.take<double>(p.want_variance ? all * p.q_units.splits : 0);
       p.split_grad_q = take_split_gradient(w, p.want_q, p.q_units, p.q_views * p.N);
       p.split_grad_k = take_split_gradient(w, p.want_k, p.k_units, p.k_views * p.M);

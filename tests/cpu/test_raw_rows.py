@@ -16,8 +16,9 @@ from torch.nn.functional import normalize
 
 from cacr_kernels import cacr_loss, testing
 from cacr_kernels.operators import cacr as of_cacr
+from cacr_kernels.operators import contrast as of_contrast
 from cacr_kernels.operators.contrast import plain_contrast
-from cacr_kernels.operators.registry import operator
+from cacr_kernels.operators.registry import Target, operator
 from cacr_kernels.reference import unit_rows
 from cacr_kernels.types import CACROptions, ContrastSpec
 from tests.covering import covering
@@ -125,8 +126,8 @@ SETS = {
 SHAPES = [(37, 29, 19), (5, 70, 64), (193, 101, 33), (230, 40, 1), (16, 16, 300)]  # N, M, D
 
 
-def contrast(name: str, q: Tensor, k: Tensor | None, backend: str) -> Found:
-    """Value, lse and gradients of ``contrast``; keys ``None``: they are the queries."""
+def contrast(name: str, q: Tensor, k: Tensor | None, backend: str, half: torch.dtype | None = None) -> Found:
+    """Value, lse and gradients of ``contrast``; keys ``None``: they are the queries. half: what the backend reads."""
     tau = torch.tensor([tau for _, tau in SETS[name]], dtype=torch.float64, requires_grad=True)
     q_id, k_id = (torch.arange(x.shape[1]).int() % 6 - int(name == "of no set") for x in (q, q if k is None else k))
     raw_rows = [x.clone().requires_grad_() for x in (q, k) if x is not None]
@@ -138,8 +139,8 @@ def contrast(name: str, q: Tensor, k: Tensor | None, backend: str) -> Found:
         value, lse = plain_contrast(unit[0], unit[-1], tau, spec)
     else:
         x, y = raw_rows[0], None if k is None else raw_rows[1]
-        arguments = q_id, None if k is None else k_id, tau, *spec[2:-1], True
-        value, lse, _ = operator(f"contrast_{backend}")(x, y, *arguments)
+        spec = spec._replace(k_id=None if k is None else k_id, normalize=True)
+        value, lse = of_contrast.contrast(Target(backend, ("contrast",), half), x, y, tau, spec)
     incoming = randn(*value.shape, 1, seed=5)[..., 0]
     loss = (incoming * value).sum() + (incoming.flip(-1) * lse.masked_fill(lse == -torch.inf, 0.0)).sum()
     gradients = list(grad(loss, [*raw_rows, tau, *unit], allow_unused=True, materialize_grads=True))
@@ -223,7 +224,8 @@ VIEWS = {
 }  # fmt: skip
 
 
-def fused(z: Tensor, options: CACROptions, backend: str) -> Found:
+def fused(z: Tensor, options: CACROptions, backend: str, half: torch.dtype | None = None) -> Found:
+    """Loss, parts and gradients of the fused loss. half: what the backend reads."""
     numbers = torch.tensor(options.numbers, dtype=torch.float64, requires_grad=True)
     z = z.clone().requires_grad_()
     if backend == "plain":
@@ -235,10 +237,17 @@ def fused(z: Tensor, options: CACROptions, backend: str) -> Found:
         )  # of the largest c^2, see Scale in cacr_kernels/testing.py
         summands = [torch.ones(1), torch.ones(1), of_unit, of_costs]
         return Found([loss.detach(), parts.detach()], [sized(of_z, z.detach())], [of_numbers], summands)
-    loss, parts, of_z, of_numbers = operator("cacr_cpu")(z, numbers, *options, True, True)
-    alone = operator("cacr_cpu")(z.detach(), numbers.detach(), *options, False, False)[0]
+    views, compute = z.detach().to(half or z.dtype), operator(f"cacr_{backend}")
+    loss, parts, of_z, of_numbers = compute(views, numbers, *options, True, True)
+    alone = compute(views, numbers.detach(), *options, False, False)[0]
     assert abs(alone - loss) <= 10 * torch.finfo(z.dtype).eps * parts.abs().max()
     return Found([loss.detach(), parts], [sized(of_z, z.detach())], [of_numbers], [])
+
+
+def options_of(name: str) -> CACROptions:
+    """Those of ``VIEWS[name]``."""
+    defaults = {"tau_pos": 1.2, "tau_neg": 0.8, "alpha": 1.0, "beta": 1.0, "pairing": 0, "rbf": False, "rbf_scale": 2.0}
+    return CACROptions(**defaults | VIEWS[name], normalize=True)
 
 
 @covering(
@@ -252,11 +261,9 @@ def fused(z: Tensor, options: CACROptions, backend: str) -> Found:
 )  # fmt: skip
 def test_fused_loss(name: str, shape: tuple[int, int, int], lengths: str, dtype: torch.dtype, threads: Any) -> None:
     threads(3)
-    defaults = {"tau_pos": 1.2, "tau_neg": 0.8, "alpha": 1.0, "beta": 1.0, "pairing": 0, "rbf": False, "rbf_scale": 2.0}
-    options = CACROptions(**defaults | VIEWS[name], normalize=True)
 
     def run(seed: int, precision: torch.dtype, backend: str) -> Found:
-        return fused(raw(*shape, lengths=lengths, seed=seed).to(dtype).to(precision), options, backend)
+        return fused(raw(*shape, lengths=lengths, seed=seed).to(dtype).to(precision), options_of(name), backend)
 
     assert_as_exact_as_eager(lambda *x: run(*x, "cpu"), lambda *x: run(*x, "plain"), dtype)
 
@@ -298,7 +305,7 @@ def attraction(z: Tensor, operands: str, backend: str) -> tuple[Tensor, Tensor]:
     x = z.clone().requires_grad_()
     if operands == "views":
         options = CACROptions(1.0, 1.0, 1.0, 0.0, 0, False, 2.0, True)
-        value = of_cacr.loss_and_parts(x, None, options)[0] if backend == "plain" else cacr_of(x, options)
+        value = of_cacr.loss_and_parts(x, None, options)[0] if backend == "plain" else cacr_of(x, options, backend)
         return value.detach().double(), grad(value, x)[0]
     labels = torch.arange(z.shape[1], dtype=torch.int32)
     tau = torch.tensor([1.0], dtype=torch.float64)
@@ -312,12 +319,12 @@ def attraction(z: Tensor, operands: str, backend: str) -> tuple[Tensor, Tensor]:
     else:
         own = operands == "one set"
         arguments = spec.q_id, None if own else spec.k_id, tau, *spec[2:]
-        value, _, _ = operator("contrast_cpu")(q, None if own else k, *arguments)
+        value, _, _ = operator(f"contrast_{backend}")(q, None if own else k, *arguments)
     return value.mean().detach(), grad(value.mean(), x)[0]
 
 
-def cacr_of(x: Tensor, options: CACROptions) -> Tensor:
-    loss: Tensor = operator("cacr_cpu")(x, None, *options, True, False)[0]
+def cacr_of(x: Tensor, options: CACROptions, backend: str) -> Tensor:
+    loss: Tensor = operator(f"cacr_{backend}")(x, None, *options, True, False)[0]
     return loss
 
 

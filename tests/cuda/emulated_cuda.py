@@ -29,7 +29,7 @@ class Call(ctypes.Structure):
         *((name, _Pointer) for name in ("q_index", "k_index", "q_id", "k_id", "q_self", "tau")),
         ("softmaxes", _Int32),
         ("kind", _Int32 * 2),
-        *((name, _Bool) for name in ("keys_are_queries", "inner_product", "detach_weights")),
+        *((name, _Bool) for name in ("keys_are_queries", "inner_product", "detach_weights", "normalize")),
         *((name, _Pointer) for name in ("value", "lse", "row_state", "grad_value", "grad_lse")),
         *((name, _Pointer) for name in ("grad_q", "grad_k", "grad_tau")),
         ("pairing", _Int32),
@@ -92,10 +92,9 @@ class Emulation:
         operation: int,
         tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor],
         lists: tuple[Sequence[int], Sequence[int], Sequence[int]],
-        inner_product: bool,
-        detach: bool,
+        flags: tuple[bool, bool, bool],
     ) -> tuple[Call, Any]:
-        """A call, and what has to stay alive for it."""
+        """A call, and what has to stay alive for it. flags: inner_product, detach_weights, normalize."""
         (q, k, q_id, k_id, q_self, tau), (kinds, *index) = tensors, lists
         q, k = q.contiguous(), None if k is None else k.contiguous()
         keys, masked = q if k is None else k, any(kinds)
@@ -106,7 +105,7 @@ class Emulation:
         call.q_index, call.k_index = (ctypes.cast(a, ctypes.c_void_p) for a in arrays)
         call.q_id, call.k_id, call.q_self, call.tau = map(_pointer, (q_id, k_id, q_self, tau))
         call.softmaxes, call.kind = len(kinds), (ctypes.c_int32 * 2)(*kinds)
-        call.keys_are_queries, call.inner_product, call.detach_weights = k is None, inner_product, detach
+        call.keys_are_queries, (call.inner_product, call.detach_weights, call.normalize) = k is None, flags
         return call, (q, k, q_id, k_id, q_self, tau, arrays)
 
     def contrast(
@@ -122,10 +121,11 @@ class Emulation:
         inner_product: bool,
         detach_weights: bool,
         q_self: Tensor | None,
+        normalize: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``contrast_cuda``."""
-        lists = kinds, q_index, k_index
-        call, keep = self.problem(0, (q, k, q_id, k_id, q_self, tau), lists, inner_product, detach_weights)
+        lists, flags = (kinds, q_index, k_index), (inner_product, detach_weights, normalize)
+        call, keep = self.problem(0, (q, k, q_id, k_id, q_self, tau), lists, flags)
         shape = (len(kinds), len(q_index), q.shape[1])
         value, lse, row_state = (torch.full((*n, *shape), torch.nan, dtype=torch.float64) for n in ((), (), (3,)))
         call.value, call.lse, call.row_state = map(_pointer, (value, lse, row_state))
@@ -146,6 +146,7 @@ class Emulation:
         inner_product: bool,
         detach_weights: bool,
         q_self: Tensor | None,
+        normalize: bool,
         value: Tensor,
         row_state: Tensor,
         grad_value: Tensor,
@@ -155,8 +156,8 @@ class Emulation:
         want_tau: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``contrast_backward_cuda``."""
-        lists = kinds, q_index, k_index
-        call, keep = self.problem(1, (q, k, q_id, k_id, q_self, tau), lists, inner_product, detach_weights)
+        lists, flags = (kinds, q_index, k_index), (inner_product, detach_weights, normalize)
+        call, keep = self.problem(1, (q, k, q_id, k_id, q_self, tau), lists, flags)
         grad_q = _nan(q, *q.shape) if want_q else _nan(q, 0)
         grad_k = _nan(q, *k.shape) if k is not None and want_k else _nan(q, 0)
         grad_tau = torch.full((len(kinds) if want_tau else 0,), torch.nan, dtype=torch.float64)
@@ -178,13 +179,14 @@ class Emulation:
         pairing: int,
         rbf: bool,
         rbf_scale: float,
+        normalize: bool,
         want_grad: bool,
         want_grad_numbers: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``cacr_cuda``."""
         views = views.contiguous()
         (V, B, D), given = views.shape, (tau_pos, tau_neg, alpha, beta, rbf_scale)
-        call = Call(operation=2, q=_pointer(views), q_views=V, N=B, D=D, pairing=pairing, rbf=rbf)
+        call = Call(operation=2, q=_pointer(views), q_views=V, N=B, D=D, normalize=normalize, pairing=pairing, rbf=rbf)
         call.numbers, call.given = _pointer(numbers), (ctypes.c_double * 5)(*given)
         loss, parts, grad = _nan(views), _nan(views, 4), _nan(views, *(views.shape if want_grad else (0,)))
         grad_numbers = torch.zeros(0 if numbers is None else 5, dtype=torch.float64)

@@ -138,7 +138,7 @@ def test_work(monkeypatch):
     assert work_of(monkeypatch, *views, dtype=torch.float16) == unordered * (1 + 2 * (2 + 2))
     assert work_of(monkeypatch, *views, dtype=torch.float32) == unordered * 6 * (1 + 2 * (4 + 1))
     assert work_of(monkeypatch, *views, dtype=torch.float64) == math.inf
-    assert work_of(monkeypatch, *views, normalize=True) == unordered * 6 * (1 + 2 * (4 + 1))
+    assert work_of(monkeypatch, *views, normalize=True) == unordered * (1 + 2 * (2 + 3))
     assert work_of(monkeypatch, *views, pairing="ordered") == 2 * unordered * 11
     assert work_of(monkeypatch, *views, pairing="pooled") == 3 * unordered * 11
     assert work_of(monkeypatch, cacr_kernels.supervised_cacr_loss, (10, 65), (10,)) == 10 * 10 * 65 * 11

@@ -40,6 +40,7 @@ class Problem(NamedTuple):
     taus: tuple[float, ...] = (1.3, -2.1)
     given_self: bool = False
     lowest_id: int = 0
+    normalize: bool = False  # of rows that are up to 9 times as long as others
 
 
 def arguments(problem: Problem, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -48,6 +49,8 @@ def arguments(problem: Problem, dtype: torch.dtype) -> tuple[Any, ...]:
 
     def embeddings(views: int, rows: int) -> Tensor:
         x = torch.randn(views, rows, problem.D, generator=g, dtype=torch.float64) / problem.D**0.5
+        if problem.normalize:
+            x *= 3.0 ** (2.0 * torch.rand(views, rows, 1, generator=g, dtype=torch.float64) - 1.0)
         return x.to(dtype)
 
     def ids(rows: int) -> Tensor:
@@ -60,7 +63,8 @@ def arguments(problem: Problem, dtype: torch.dtype) -> tuple[Any, ...]:
     q_self = None
     if problem.given_self:
         q_self = torch.randint(-1, problem.M or problem.N, (problem.N,), generator=g, dtype=torch.int32)
-    return q, k, q_id, k_id, tau, list(problem.kinds), *index, problem.inner_product, problem.detach, q_self
+    flags = problem.inner_product, problem.detach, q_self, problem.normalize
+    return q, k, q_id, k_id, tau, list(problem.kinds), *index, *flags
 
 
 def everything(forward: Any, backward: Any, given: tuple[Any, ...]) -> list[Tensor]:
@@ -76,7 +80,7 @@ def assert_right(emulation: Emulation, problem: Problem, arithmetic: str) -> lis
     emulation.float32 = arithmetic if arithmetic in ("tf32", "tf32x3") else "float"
     given = arguments(problem, DTYPE.get(arithmetic, torch.float32))
     exact = tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
-    expected = everything(blocks.contrast, blocks.contrast_backward, (*exact, False))
+    expected = everything(blocks.contrast, blocks.contrast_backward, exact)
     found = everything(emulation.contrast, emulation.contrast_backward, given)
     for x, y in zip(found, expected, strict=True):
         finite = y[y.isfinite()].abs()
@@ -98,6 +102,11 @@ PROBLEMS = {
     "no keys": Problem(5, 0, 3, (ALL,)),
     "no pairs": Problem(5, 7, 3, (ALL,), ()),
     "many pairs": Problem(2, 3, 4, (SAME,), ((0, 0), (2, 1), (1, 0)) * 45),
+    "raw rows": Problem(67, 70, 19, (SAME, OTHER), normalize=True),
+    "raw queries": Problem(71, None, 24, (SAME_NOT_SELF, OTHER), ((0, 1), (2, 1), (1, 1)), normalize=True),
+    "raw rows, aligned": Problem(66, 65, 40, (OTHER, OTHER), taus=(-1.0, -3.0), normalize=True),
+    "raw inner product": Problem(65, 5, 16, (OTHER,), inner_product=True, normalize=True),
+    "many pairs of raw rows": Problem(2, 3, 4, (SAME,), ((0, 0), (2, 1), (1, 0)) * 45, normalize=True),
 }
 
 
@@ -153,7 +162,7 @@ def test_many_thousand_views(emulation):
     """Indices of views beyond 16 bits."""
     q = torch.randn(40000, 1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     tau = torch.ones(1, dtype=torch.float64)
-    value, _, _ = emulation.contrast(q, q, None, None, tau, [ALL], [39999, 2], [5, 32768], False, False, None)
+    value, _, _ = emulation.contrast(q, q, None, None, tau, [ALL], [39999, 2], [5, 32768], False, False, None, False)
     exact = [(q[x] - q[y]).square().sum() for x, y in ((39999, 5), (2, 32768))]
     torch.testing.assert_close(value[0, :, 0], torch.stack(exact))
 
@@ -174,10 +183,12 @@ def test_grids(emulation, resident_blocks):
     emulation.resident_blocks = resident_blocks
     assert_right(emulation, PROBLEMS["tails"], "bf16")
     assert_right(emulation, PROBLEMS["symmetric"], "float")
+    assert_right(emulation, PROBLEMS["raw rows"], "f16")
+    assert_right(emulation, PROBLEMS["raw queries"], "float")
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "t", "qk", "qt", "kt"])
-@pytest.mark.parametrize("name", ["tails", "symmetric", "many pairs"])
+@pytest.mark.parametrize("name", ["tails", "symmetric", "many pairs", "raw rows", "many pairs of raw rows"])
 def test_what_is_wanted(emulation, name, wanted):
     """Splits of one side, of variances alone, of all: the gradients are those of a call that wants everything."""
     given = arguments(PROBLEMS[name]._replace(D=70), torch.float64)
@@ -246,8 +257,8 @@ def test_a_late_top(emulation):
     k = torch.full((1, 64 * 256, 1), -0.03)
     k[0, :8], k[0, -3] = 0.0, 1.0
     tau = torch.tensor([-1.0], dtype=torch.float64)
-    given = torch.ones(1, 3, 1), k, None, None, tau, [ALL], [0], [0], True, False, None
-    exact = given[0].double(), k.double(), *given[2:], False
+    given = torch.ones(1, 3, 1), k, None, None, tau, [ALL], [0], [0], True, False, None, False
+    exact = given[0].double(), k.double(), *given[2:]
     value, expected = emulation.contrast(*given)[0], blocks.contrast(*exact)[0]
     torch.testing.assert_close(value, expected, rtol=2e-6, atol=0)
 

@@ -17,6 +17,7 @@ from cacr_kernels import testing
 from cacr_kernels.cases import Case
 from cacr_kernels.testing import Result
 from tests import ptx
+from tests.cpu.test_raw_rows import attraction, near
 from tests.ptx import cuda_ptx
 from tests.ptx.tf32 import TF32Products
 
@@ -28,6 +29,8 @@ ALIGNED = Case("cacr_loss", {"V": 2, "B": 67, "D": 40}, TAUS)  # rows that cp.as
 POOLED = Case("cacr_loss", {"V": 3, "B": 23, "D": 13}, TAUS | {"pairing": "pooled", "cost": "rbf"})
 GENERAL = Case("supervised_cacr_loss", {"B": 37, "D": 17, "C": 5, "M": 75}, TAUS, data="near-equal")
 QUEUE = Case("cacr_queue_loss", {"V": 2, "B": 9, "D": 40, "K": 71}, TAUS | {"weight_grad": "full"})
+UNIT = Case("cacr_loss", {"V": 2, "B": 35, "D": 33}, TAUS | {"normalize": True})
+UNIT_SETS = Case("supervised_cacr_loss", {"B": 37, "D": 17, "C": 5}, TAUS | {"normalize": True}, data="near-equal")
 WIDE = Case("cacr_loss", {"V": 2, "B": 19, "D": 301}, TAUS | {"reduction": "none"})
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "double": torch.float64}
 PRODUCTS = {
@@ -61,11 +64,11 @@ def wrong(case: Case, arithmetic: str) -> list[Result]:
 @pytest.mark.parametrize(
     ("arithmetic", "cases"),
     [
-        ("bf16", (POOLED, GENERAL, QUEUE, WIDE)),
-        ("f16", (FUSED, GENERAL)),
+        ("bf16", (POOLED, GENERAL, QUEUE, WIDE, UNIT)),
+        ("f16", (FUSED, GENERAL, UNIT_SETS)),
         ("tf32", (FUSED, GENERAL._replace(data="unit"))),
-        ("tf32x3", (FUSED, GENERAL)),
-        ("float", (POOLED,)),
+        ("tf32x3", (FUSED, GENERAL, UNIT)),
+        ("float", (POOLED, UNIT_SETS)),
         ("double", (GENERAL,)),
     ],
 )
@@ -81,6 +84,16 @@ def test_one_cooperative_launch() -> None:
     with cuda_ptx.interpreted_cuda() as run:
         assert not wrong(FUSED, "bf16")
     assert len(run.launches) == 1
+
+
+@pytest.mark.parametrize(("distance", "tolerance"), [(1e-3, 1e-6), (1e-5, 1e-4)])
+def test_unit_rows_that_are_nearly_equal(distance: float, tolerance: float) -> None:
+    """No product is fused with a sum that has to be exact without it: raw rows are compared before they are rounded."""
+    z = near(distance, 33, seed=0, count=9)
+    with cuda_ptx.interpreted_cuda(resident_blocks=0):
+        for operands in ("views", "a set and another"):
+            found, truth = attraction(z, operands, "cuda")[0], attraction(z.double(), operands, "plain")[0]
+            assert abs(found - truth) <= tolerance * truth
 
 
 @pytest.mark.parametrize("schedule", [ptx.Random, ptx.Priority])

@@ -49,7 +49,7 @@ struct Shape {
   std::vector<int64_t> q_index, k_index;
   std::vector<int> kinds;
   bool keys_are_queries, inner_product;
-  bool given_self = false;
+  bool given_self = false, normalize = false;
 };
 
 using Pairs = std::vector<int64_t>;
@@ -62,6 +62,8 @@ const Shape kShapes[] = {
     {"given selves", 67, 70, 72, 1, 1, {0}, {0}, {kSameNotSelf, kOtherNotSelf}, false, false, true},
     {"two softmaxes that cancel", 65, 65, 16, 2, 2, {0}, {1}, {kOther, kOther}, true, false},
     {"more pairs than a launch takes", 3, 5, 8, 2, 1, Pairs(65, 1), Pairs(65, 0), {kAll}, false, false},
+    {"raw rows", 35, 67, 37, 2, 1, {0, 1}, {0, 0}, {kSame, kOther}, false, false, false, true},
+    {"raw queries among themselves", 35, 35, 24, 1, 1, {0}, {0}, {kSameNotSelf, kOther}, true, false, false, true},
 };
 
 struct Results {
@@ -127,6 +129,7 @@ Results contrast(const Shape& shape) {
   c.tau = tau.data(), c.softmaxes = int32_t(S);
   for (size_t s = 0; s < S; s++) c.kind[s] = shape.kinds[s];
   c.keys_are_queries = shape.keys_are_queries, c.inner_product = shape.inner_product;
+  c.normalize = shape.normalize;
   c.value = r.value.data(), c.lse = r.lse.data(), c.row_state = r.row_state.data();
   c.operation = Operation::kForward;
   run<A>(c);
@@ -142,7 +145,7 @@ struct LossShape {
   const char* name;
   int64_t V, B, D;
   Pairing pairing;
-  bool rbf, on_device;
+  bool rbf, on_device, normalize = false;
 };
 
 const LossShape kLosses[] = {
@@ -150,6 +153,7 @@ const LossShape kLosses[] = {
     {"loss, ordered, rbf", 2, 67, 24, Pairing::kOrdered, true, true},
     {"loss, pooled", 3, 23, 8, Pairing::kPooled, false, false},
     {"loss, one instance", 2, 1, 5, Pairing::kUnordered, false, true},
+    {"loss of raw rows", 3, 19, 41, Pairing::kUnordered, false, true, true},
 };
 
 template <class A>
@@ -163,6 +167,7 @@ Results loss(const LossShape& shape) {
   Call c{};
   c.operation = Operation::kLoss;
   c.q = z.data(), c.q_views = shape.V, c.N = shape.B, c.D = shape.D, c.pairing = shape.pairing, c.rbf = shape.rbf;
+  c.normalize = shape.normalize;
   c.numbers = shape.on_device ? given.data() : nullptr;
   std::copy(given.begin(), given.end(), c.given);
   c.grad_q = r.grad_q.data(), c.grad_numbers = r.grad_tau.data();

@@ -17,7 +17,7 @@ from cacr_kernels.backends import table
 from tests.agreement import LOSSES, ON_CPU, cast, randn, small_inputs
 
 FIRST = {"cacr": "views", "queue": "queries", "momentum": "queries", "supervised": "embeddings"}
-FUSED = [name for name in ON_CPU if "cacr" in table.named(name).normalizes]  # whose fused loss takes raw rows
+FUSED = [name for name in ON_CPU if "cacr" in table.named(name).operators]  # whose fused loss takes raw rows
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("cacr", {}),
     ("cacr", {"pairing": "pooled", "cost": "rbf"}),

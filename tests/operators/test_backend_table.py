@@ -12,7 +12,7 @@ from torch import Tensor
 import cacr_kernels
 from cacr_kernels import functional, reference
 from cacr_kernels.backends import table
-from cacr_kernels.backends.entry import Adapt, Backend, registered
+from cacr_kernels.backends.entry import Backend, registered
 from cacr_kernels.operators.contrast import members, pack, plain_contrast
 from cacr_kernels.operators.registry import implement
 from tests.agreement import LOSSES, assert_agree, each_loss, run, small_inputs
@@ -23,7 +23,7 @@ dtypes: list[torch.dtype] = []
 
 # ---- the one file ----------------------------------------------------------------------------------------------------
 def contrast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, tau, spec = pack(*arguments, False)
+    q, k, tau, spec = pack(*arguments)
     if k is None:
         k, spec = q, spec._replace(k_id=spec.q_id)
     value, lse = (x.double() for x in plain_contrast(q, k, tau, spec))
@@ -32,8 +32,9 @@ def contrast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def contrast_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The formulas of ``reference.py``, as N x M arrays."""
-    q, k, tau, spec, value, _, g_value, g_lse, *want = pack(*arguments[:11], False, *arguments[11:])
-    symmetric, (k, spec) = k is None, (q, spec._replace(k_id=spec.q_id)) if k is None else (k, spec)
+    raw_q, raw_k, tau, spec, value, _, g_value, g_lse, *want = pack(*arguments)
+    symmetric, (raw_k, spec) = raw_k is None, (raw_q, spec._replace(k_id=spec.q_id)) if raw_k is None else (raw_k, spec)
+    q, k = (reference.unit_rows(x) if spec.normalize else x for x in (raw_q, raw_k))
     grad_q, grad_k, grad_tau = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(tau)
     everything = slice(0, q.shape[1]), slice(0, k.shape[1])
     for (s, kind), (p, i) in itertools.product(enumerate(spec.kinds), enumerate(spec.q_index)):
@@ -47,11 +48,13 @@ def contrast_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         grad_q[i] += 2 * (own * g.sum(1)[:, None] * x - g.to(y) @ y)
         grad_k[spec.k_index[p]] += 2 * (own * g.sum(0)[:, None] * y - g.mT.to(x) @ x)
         grad_tau[s] += 0.0 if spec.detach_weights else (w * (gf * c * apart + gl * c)).sum()
+    if spec.normalize:
+        grad_q, grad_k = reference.of_raw_rows(grad_q, raw_q), reference.of_raw_rows(grad_k, raw_k)
     grads = (grad_q + grad_k, q.new_empty(0), grad_tau) if symmetric else (grad_q, grad_k, grad_tau)
     return tuple(g if wanted else g.new_empty(0) for g, wanted in zip(grads, want, strict=True))  # type: ignore
 
 
-def _implement(name: str, adapt: Adapt) -> None:
+def _implement(name: str) -> None:
     kernel = {"contrast": contrast, "contrast_backward": contrast_backward}[name]
 
     def counted(*arguments: Any) -> Any:
@@ -59,7 +62,7 @@ def _implement(name: str, adapt: Adapt) -> None:
         dtypes.append(arguments[0].dtype)
         return kernel(*(x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x for x in arguments))
 
-    implement(f"{name}_toy", adapt(counted))
+    implement(f"{name}_toy", counted)
 
 
 TOY = registered(Backend("toy", "plain formulas", lambda device: None, operators=("contrast",), implement=_implement))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...operators.registry import constant_while_compiling, implement_traceable
-from ..entry import Adapt, Backend, any_device
+from ..entry import Backend, any_device
 from . import launch as launching
 from . import table
 
@@ -53,7 +53,7 @@ def why_not(device: torch.device | None) -> str | None:
     return None
 
 
-def _implement(name: str, adapt: Adapt) -> None:
+def _implement(name: str) -> None:
     loaded: list[Callable[..., Any]] = []
 
     def launch(*arguments: Any) -> Any:
@@ -66,9 +66,9 @@ def _implement(name: str, adapt: Adapt) -> None:
         if table.processor_of(arguments[0].device).family == "interpreter":
             return NotImplemented
         with launching.tracing():
-            return adapt(launch)(*arguments)
+            return launch(*arguments)
 
-    implement_traceable(f"{name}_triton", adapt(launch), kernels)
+    implement_traceable(f"{name}_triton", launch, kernels)
 
 
 BACKEND = Backend(
@@ -78,7 +78,6 @@ BACKEND = Backend(
     device="cuda",
     operators=("cacr", "contrast", "detached_keys"),
     implement=_implement,
-    normalizes=frozenset(_LAUNCHERS),
     half_types=True,
     tests_only_on=("cpu",),  # in its interpreter
 )

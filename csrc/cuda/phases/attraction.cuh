@@ -1,5 +1,6 @@
 // The attraction of the fused loss: every view of an instance is a query, the other views of that instance its keys.
-// Costs are sums of squared differences. A warp per instance, in the phase of the norms.
+// Costs are sums of squared differences. A warp per instance, in the phase that finishes rows: norms and factors are
+// known there.
 //
 // Definitions and derivatives: cacr_kernels/reference.py.
 #pragma once
@@ -10,17 +11,26 @@
 
 namespace cacr {
 
+// Feature d of z_v - z_u of instance b, of unit rows with normalize.
+template <class Params>
+CACR_DEVICE typename Params::Accumulator view_difference(const Params& p, int64_t v, int64_t u, int64_t b, int64_t d) {
+  using Acc = typename Params::Accumulator;
+  const int64_t x = v * p.fused.batch + b, y = u * p.fused.batch + b;
+  const Acc x_d = widen(p.q[x * p.D + d]), y_d = widen(p.q[y * p.D + d]);
+  return p.normalize ? unit_difference(x_d, p.q_factor[x], y_d, p.q_factor[y]) : x_d - y_d;
+}
+
 // c_vu of instance b for all pairs of views, by all lanes. cost: [V][V], the diagonal is not written.
 template <class Params, class Acc>
 CACR_DEVICE void attraction_costs(const Params& p, int64_t b, Acc* cost) {
-  const int64_t V = p.fused.views, B = p.fused.batch;
+  const int64_t V = p.fused.views;
   const int lane = threadIdx.x % 32;
   for (int64_t v = 0; v < V; v++) {
     for (int64_t u = 0; u < v; u++) {
       Acc sum = 0;
       for (int64_t d = lane; d < p.D; d += 32) {
-        const Acc x = Acc(widen(p.q[(v * B + b) * p.D + d])) - Acc(widen(p.q[(u * B + b) * p.D + d]));
-        sum += x * x;
+        const Acc difference = view_difference(p, v, u, b, d);
+        sum += difference * difference;
       }
       sum = warp_sum(sum);
       if (lane == 0) cost[v * V + u] = cost[u * V + v] = sum;
@@ -78,12 +88,11 @@ CACR_DEVICE void attraction_phase(const Params& p) {
 template <class Params>
 CACR_DEVICE typename Params::Accumulator attraction_gradient(const Params& p, int64_t v, int64_t b, int64_t d) {
   using Acc = typename Params::Accumulator;
-  const int64_t V = p.fused.views, B = p.fused.batch;
+  const int64_t V = p.fused.views;
   const Acc* weight = static_cast<const Acc*>(p.fused.attraction_weight) + (b * V + v) * V;
-  const Acc own = widen(p.q[(v * B + b) * p.D + d]);
   Acc sum = 0;
 #pragma unroll 1
-  for (int64_t u = 0; u < V; u++) sum += weight[u] * (own - Acc(widen(p.q[(u * B + b) * p.D + d])));
+  for (int64_t u = 0; u < V; u++) sum += weight[u] * view_difference(p, v, u, b, d);
   return sum;
 }
 

@@ -63,6 +63,34 @@ CACR_DEVICE double write_coefficients(const Params& p, int64_t pair, int64_t row
   return bound;
 }
 
+// Where the largest numbers of each kind stand in p.bounds.
+enum Bound : int { kOfGradients, kOfQueries, kOfKeys };
+
+// The largest of a block's threads.
+template <class Params>
+CACR_DEVICE void write_bound(const Params& p, Reduction& reduction, Bound kind, double bound) {
+  bound = block_max(reduction, bound);
+  if (threadIdx.x == 0) p.bounds[int(kind * gridDim.x + blockIdx.x)] = float(fmin(bound, 1e38));
+}
+
+// The largest of all blocks.
+template <class Params>
+CACR_DEVICE double read_bound(const Params& p, Reduction& reduction, Bound kind) {
+  const float* const bounds = p.bounds + kind * int(gridDim.x);
+  double bound = 0;
+  for (int b = threadIdx.x; b < int(gridDim.x); b += kThreads) bound = fmax(bound, double(bounds[b]));
+  return block_max(reduction, bound);
+}
+
+// Of the rows of this thread.
+template <class Acc>
+CACR_DEVICE double largest_factor(const Acc* factor, int64_t rows) {
+  double largest = 0;
+  const GridStride threads = GridStride::of_thread();
+  for (int64_t i = threads.first; i < rows; i += threads.step) largest = fmax(largest, double(factor[i]));
+  return largest;
+}
+
 template <class Arithmetic>
 CACR_DEVICE void coefficients_phase(const ParametersOf<Arithmetic>& p, Reduction& reduction) {
   double bound = 0;
@@ -70,17 +98,22 @@ CACR_DEVICE void coefficients_phase(const ParametersOf<Arithmetic>& p, Reduction
   for (int64_t row = threads.first; row < p.pairs * p.N; row += threads.step)
     bound = fmax(bound, write_coefficients<typename Arithmetic::Acc>(p, row / p.N, row));
   if constexpr (Arithmetic::kScaled) {
-    bound = block_max(reduction, bound);
-    if (threadIdx.x == 0) p.bounds[blockIdx.x] = float(fmin(bound, 1e38));
+    write_bound(p, reduction, kOfGradients, bound);
+    if (!p.normalize) return;
+    write_bound(p, reduction, kOfQueries, largest_factor(p.q_factor, p.q_views * p.N));
+    write_bound(p, reduction, kOfKeys, largest_factor(p.k_factor, p.k_views * p.M));
   }
 }
 
-// The power of two that brings the largest dL/du close to the end of the range of float16.
+// The power of two that brings what multiplies the rows on the other side close to the end of the range of float16: the
+// largest dL/du, with normalize times the largest of their factors.
 template <class Params>
-CACR_DEVICE float gradient_scale(const Params& p, Reduction& reduction) {
-  double bound = 0;
-  for (int b = threadIdx.x; b < int(gridDim.x); b += kThreads) bound = fmax(bound, double(p.bounds[b]));
-  bound = block_max(reduction, bound);
+CACR_DEVICE float gradient_scale(const Params& p, Reduction& reduction, bool others_are_queries) {
+  double bound = read_bound(p, reduction, kOfGradients);
+  if (p.normalize) {
+    const double factor = read_bound(p, reduction, others_are_queries ? kOfQueries : kOfKeys);
+    if (factor > 0) bound *= factor;  // or all rows are zeros
+  }
   const double exponent = bound > 0 ? fmin(fmax(13 - ceil(log2(bound)), -100.0), 100.0) : 0.0;
   return float(exp2(exponent));
 }

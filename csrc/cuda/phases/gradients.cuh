@@ -69,9 +69,9 @@ struct GradientUnit {
     if (entry % 2 == 0) return {p.k + p.k_index[pair] * p.M * p.D, p.M, p.D};
     return {p.q + p.q_index[pair] * p.N * p.D, p.N, p.D};
   }
-  CACR_DEVICE const Acc* norm_of_others(int entry) const {
+  CACR_DEVICE Lengths<Acc> lengths_of_others(int entry) const {
     const int pair = entry / 2;
-    return entry % 2 == 0 ? p.k_norm + p.k_index[pair] * p.M : p.q_norm + p.q_index[pair] * p.N;
+    return lengths_of(p, entry % 2 == 1, entry % 2 == 0 ? p.k_index[pair] : p.q_index[pair]);
   }
   // The first entry from `entry` on that has tiles; 2 * pairs: none.
   CACR_DEVICE int next_entry(int entry) const {
@@ -114,10 +114,11 @@ struct GradientUnit {
   // ---- shared memory of the unit ------------------------------------------------------------------------------------
   CACR_DEVICE void stage_unit(float scale) {
     const int x = threadIdx.x;
-    const Acc* const norm = is_key_view ? p.k_norm + view * p.M : p.q_norm + view * p.N;
+    const Lengths<Acc> lengths = lengths_of(p, !is_key_view, view);
     if (x < kTile) {
       const bool exists = x < range.rows;
-      shared.unit.norm[x] = exists && !p.inner_product ? norm[range.row0 + x] : Acc(0);
+      shared.unit.norm[x] = exists && !p.inner_product ? lengths.norm[range.row0 + x] : Acc(0);
+      shared.unit.factor[x] = exists && p.normalize ? lengths.factor[range.row0 + x] : Acc(0);
       shared.unit.tag[x] = exists ? tag_of(p, !is_key_view, range.row0 + x) : RowTag{-1, -1};
     }
     if (x < kMaxSoftmaxes) shared.unit.slope[x] = x < p.softmaxes ? slope_of<Acc>(p, x) : Acc(0);
@@ -131,7 +132,9 @@ struct GradientUnit {
   CACR_DEVICE Rows<Element> rows() const { return shared.unit.rows[0]; }
   CACR_DEVICE ThreadRows<Acc> thread_rows() const {
     const int row = ThreadPosition::of_thread().row;
-    return {{shared.unit.tag[row], shared.unit.tag[row + 8]}, {shared.unit.norm[row], shared.unit.norm[row + 8]}};
+    return {{shared.unit.tag[row], shared.unit.tag[row + 8]},
+            {shared.unit.norm[row], shared.unit.norm[row + 8]},
+            {shared.unit.factor[row], shared.unit.factor[row + 8]}};
   }
 
   // Coefficients of 64 queries of a pair from `first` on, of which `count` exist.
@@ -191,7 +194,7 @@ struct GradientUnit {
       for (int c = 0; c < chunks; c++) {
         step(ahead, stage);
         if (c == 0) {
-          stage_columns(p, shared, !are_queries, norm_of_others(entry), range);
+          stage_columns(p, shared, !are_queries, lengths_of_others(entry), range);
           are_queries ? stage_coefficients(entry / 2, range.row0, range.rows)
                       : stage_coefficients(entry / 2, range.column0, range.columns);
         }
@@ -201,8 +204,9 @@ struct GradientUnit {
       const ThreadRows<Acc> thread = thread_rows();
       const Membership members = find_members(shared.tag, thread.tag, is_masked(p), range);
       const Tile<Element, Acc> seen{are_queries, rows(), columns, range, thread, members};
-      finish_similarities(p, seen, shared.norm, u);
+      finish_similarities(p, seen, shared, u);
       are_queries ? differentiate<true>(u, members, sums, squares) : differentiate<false>(u, members, sums, squares);
+      if (p.normalize) scale_columns(shared.factor, u);  // to multiply raw rows
 #pragma unroll
       for (int c = 0; c < Arithmetic::kGradientChunks; c++) {
         if (c >= owned) continue;
@@ -262,6 +266,7 @@ struct GradientUnit {
     for (int h = 0; h < 2; h++) {
       Acc row_sum = quad_sum(row_sums[h].rounded());
       if (p.inner_product) row_sum = 0;
+      if (p.normalize) row_sum *= shared.unit.factor[at.row + 8 * h];
       const int64_t row = range.row0 + at.row + 8 * h, d0 = int64_t(chunk0) * kChunk<Element> + at.column;
       if (row >= rows().rows) continue;
       const Element* const x = rows().data + row * p.D + d0;
@@ -291,9 +296,13 @@ struct GradientUnit {
 
 template <class Arithmetic>
 CACR_DEVICE void gradients_phase(const ParametersOf<Arithmetic>& p, BuffersOf<Arithmetic>& shared) {
-  const float scale = Arithmetic::kScaled ? gradient_scale(p, shared.reduction) : 1.0f;
+  // Of the units of queries, whose coefficients multiply keys, and of keys.
+  const float scale[2] = {
+      Arithmetic::kScaled ? gradient_scale(p, shared.reduction, false) : 1.0f,
+      Arithmetic::kScaled && p.k_units.count > 0 ? gradient_scale(p, shared.reduction, true) : 1.0f};
   const int units = p.q_units.count + p.k_units.count;
-  for (int unit = blockIdx.x; unit < units; unit += gridDim.x) GradientUnit<Arithmetic>(p, shared, unit).run(scale);
+  for (int unit = blockIdx.x; unit < units; unit += gridDim.x)
+    GradientUnit<Arithmetic>(p, shared, unit).run(unit < p.q_units.count ? scale[0] : scale[1]);
 }
 
 }  // namespace cacr

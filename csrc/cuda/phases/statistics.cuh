@@ -17,7 +17,6 @@ struct StatisticsUnit {
   BuffersOf<Arithmetic>& shared;
   Rows<Element> queries, keys;
   TileRange range;
-  const Acc *q_norm, *k_norm;                     // [N], [M] of the two views
   int first_tile, end_tile, chunks, pair, split;  // tiles of keys
 
   CACR_DEVICE StatisticsUnit(const ParametersOf<Arithmetic>& p_, BuffersOf<Arithmetic>& buffers, int unit)
@@ -30,8 +29,6 @@ struct StatisticsUnit {
     range.rows = int(min(int64_t(kTile), p.N - range.row0));
     queries = {p.q + p.q_index[pair] * p.N * p.D, p.N, p.D};
     keys = {p.k + p.k_index[pair] * p.M * p.D, p.M, p.D};
-    q_norm = p.q_norm + p.q_index[pair] * p.N;
-    k_norm = p.k_norm + p.k_index[pair] * p.M;
     first_tile = split_begin(tiles, split, p.splits), end_tile = split_begin(tiles, split + 1, p.splits);
     chunks = int((p.D + kChunk<Element> - 1) / kChunk<Element>);
   }
@@ -53,7 +50,7 @@ struct StatisticsUnit {
       rows[s][0] = rows[s][1] = RowState<Acc>::empty();
       slope[s] = s < p.softmaxes ? slope_of<Acc>(p, s) : Acc(0);
     }
-    const ThreadRows<Acc> thread = thread_queries<Acc>(p, q_norm, range.row0);
+    const ThreadRows<Acc> thread = thread_queries<Acc>(p, lengths_of(p, true, p.q_index[pair]), range.row0);
     constexpr int kStage = kTile * kStride<Element>;
     const int warp_rows = int(threadIdx.x / 32) * 16 * kStride<Element>;
     int stage = 0;
@@ -64,7 +61,7 @@ struct StatisticsUnit {
       for (int c = 0; c < chunks; c++) {
         ptx::cp_async_wait<0>();
         __syncthreads();  // this stage is there, the other one has been read
-        if (c == 0) stage_columns(p, shared, false, k_norm, range);
+        if (c == 0) stage_columns(p, shared, false, lengths_of(p, false, p.k_index[pair]), range);
         load(c + 1 < chunks ? tile : tile + 1, c + 1 < chunks ? c + 1 : 0, stage ^ 1);
         Arithmetic::product(u, shared.a, stage * kStage + warp_rows, shared.b, stage * kStage);
         stage ^= 1;
@@ -72,7 +69,7 @@ struct StatisticsUnit {
       __syncthreads();  // the columns are there
       const Membership members = find_members(shared.tag, thread.tag, is_masked(p), range);
       const Tile<Element, Acc> seen{true, queries, keys, range, thread, members};
-      finish_similarities(p, seen, shared.norm, u);
+      finish_similarities(p, seen, shared, u);
 #pragma unroll
       for (int s = 0; s < kMaxSoftmaxes; s++)
         if (s < p.softmaxes) add_statistics(rows[s], u, members.of_kind(p.kind[s]), slope[s]);

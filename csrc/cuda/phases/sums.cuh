@@ -84,33 +84,60 @@ CACR_DEVICE void add_grad_tau(const Params& p, double (&x)[kScalars]) {
     }
 }
 
+// The rows of all views of one side, and their gradients.
+template <class Element, class Acc>
+struct Side {
+  const Element* x;           // [rows][D]
+  const Acc *norm, *factor;   // [rows], with normalize
+  Acc* gradient;              // [rows][D]
+  const Acc* split_gradient;  // [splits][rows][D], unused with one split
+  int splits;
+  int64_t rows;
+
+  // Turns the gradient g of r x in row i into that of x, r (g - (g.r x) r x), by the lanes that have written it. along:
+  // this lane's share of g.r x. A row shorter than those that become unit vectors has none.
+  CACR_DEVICE void to_raw_row(int64_t i, int64_t D, Acc along) const {
+    const bool has_none = is_short(factor[i]) || norm[i] == 0;
+    const Acc r = factor[i], part = warp_sum(along);
+#pragma unroll 1
+    for (int64_t d = threadIdx.x % 32; d < D; d += 32) {
+      Acc* const to = gradient + i * D + d;
+      *to = has_none ? Acc(0) : r * (*to - part * (r * Acc(widen(x[i * D + d]))));
+    }
+  }
+};
+
 // Completes the gradients of all rows of one side, a warp per row: adds up all splits in their order, and the
-// attraction. gradient: [rows][D]; split_gradient: [splits][rows][D], or unused with one split.
-template <class Params>
-CACR_DEVICE void complete_side(const Params& p, typename Params::Accumulator* gradient,
-                               const typename Params::Accumulator* split_gradient, int splits, int64_t rows) {
-  using Acc = typename Params::Accumulator;
+// attraction; with normalize they become those of raw rows.
+template <class Params, class Element, class Acc>
+CACR_DEVICE void complete_side(const Params& p, const Side<Element, Acc>& side) {
   const int lane = threadIdx.x % 32;
   const GridStride warps = GridStride::of_warp();
 #pragma unroll 1
-  for (int64_t i = warps.first; i < rows; i += warps.step) {
+  for (int64_t i = warps.first; i < side.rows; i += warps.step) {
     const int64_t v = p.fused.on ? i / p.fused.batch : 0, b = i - v * p.fused.batch;
+    Acc along = 0;
 #pragma unroll 1
     for (int64_t d = lane; d < p.D; d += 32) {
-      Acc* const to = gradient + i * p.D + d;
-      Acc sum = p.accumulate || splits == 1 ? *to : Acc(0);
+      Acc* const to = side.gradient + i * p.D + d;
+      Acc sum = p.accumulate || side.splits == 1 ? *to : Acc(0);
 #pragma unroll 1
-      for (int split = 0; splits > 1 && split < splits; split++) sum += split_gradient[(split * rows + i) * p.D + d];
-      *to = p.fused.on ? sum + attraction_gradient(p, v, b, d) : sum;
+      for (int split = 0; side.splits > 1 && split < side.splits; split++)
+        sum += side.split_gradient[(split * side.rows + i) * p.D + d];
+      if (p.fused.on) sum += attraction_gradient(p, v, b, d);
+      *to = sum;
+      if (p.to_raw_rows) along += sum * (side.factor[i] * Acc(widen(side.x[i * p.D + d])));
     }
+    if (p.to_raw_rows) side.to_raw_row(i, p.D, along);
   }
 }
 
 template <class Params>
 CACR_DEVICE void complete_gradients(const Params& p) {
-  if (p.want_q && (p.q_units.splits > 1 || p.fused.on))
-    complete_side(p, p.grad_q, p.split_grad_q, p.q_units.splits, p.q_views * p.N);
-  if (p.want_k && p.k_units.splits > 1) complete_side(p, p.grad_k, p.split_grad_k, p.k_units.splits, p.k_views * p.M);
+  const Side queries{p.q, p.q_norm, p.q_factor, p.grad_q, p.split_grad_q, p.q_units.splits, p.q_views * p.N};
+  if (p.want_q && (queries.splits > 1 || p.fused.on || p.to_raw_rows)) complete_side(p, queries);
+  const Side keys{p.k, p.k_norm, p.k_factor, p.grad_k, p.split_grad_k, p.k_units.splits, p.k_views * p.M};
+  if (p.want_k && (keys.splits > 1 || p.to_raw_rows)) complete_side(p, keys);
 }
 
 template <class Params>

@@ -20,6 +20,10 @@ CACR_DEVICE double widen(double x) { return x; }
 CACR_DEVICE float exp2_of(float x) { return ptx::exp2_approx(x); }
 CACR_DEVICE double exp2_of(double x) { return exp2(x); }
 
+// x y + z, rounded once.
+CACR_DEVICE float fused(float x, float y, float z) { return __fmaf_rn(x, y, z); }
+CACR_DEVICE double fused(double x, double y, double z) { return fma(x, y, z); }
+
 // A compensated sum: `low` adds up what rounding has taken from `high` (Knuth's two-sum).
 template <class Acc>
 struct Sum {

@@ -56,4 +56,24 @@ CACR_DEVICE Acc squared_distance(const Element* a, const Element* b, int64_t D) 
   return sum;
 }
 
+// r_x x - r_y y by Kahan, right to the precision of a near difference: what rounds the product cancels. Exchanged it is
+// rounded otherwise: whoever needs the same number twice keeps the order.
+template <class Acc>
+CACR_DEVICE Acc unit_difference(Acc x, Acc r_x, Acc y, Acc r_y) {
+  const Acc product = r_y * y;
+  return fused(r_x, x, -product) + fused(-r_y, y, product);
+}
+
+// |r_x x - r_y y|^2
+template <class Acc, class Element>
+CACR_DEVICE Acc unit_squared_distance(const Element* x, Acc r_x, const Element* y, Acc r_y, int64_t D) {
+  Acc sum = 0;
+#pragma unroll 1
+  for (int64_t d = 0; d < D; d++) {
+    const Acc difference = unit_difference<Acc>(widen(x[d]), r_x, widen(y[d]), r_y);
+    sum += difference * difference;
+  }
+  return sum;
+}
+
 }  // namespace cacr

@@ -191,8 +191,8 @@ CUDA_FAULTS = (
     Foreign(
         "foreign-cuda-splits-of-a-second-launch",
         CUDA + "phases/sums.cuh",
-        text="Acc sum = p.accumulate || splits == 1 ? *to : Acc(0);",
-        replacement="Acc sum = splits == 1 ? *to : Acc(0);",
+        text="Acc sum = p.accumulate || side.splits == 1 ? *to : Acc(0);",
+        replacement="Acc sum = side.splits == 1 ? *to : Acc(0);",
         why="contrast of more than 64 pairs of views, keys in splits: the gradients of the first launch are lost",
         tests=OF_CUDA,
     ),
