@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,30 +136,30 @@ def _in_words(sizes: list[int]) -> str:
 # ---- collectives, each with the gradient of the sum of all ranks' losses ---------------------------------------------
 def _all_gather(x: Tensor, group: Group) -> Tensor:
     """``x`` [n, ...] of all ranks as [W n, ...], rank by rank."""
-    return _torch_private.all_gather(x.contiguous(), group.size, group.name)
+    return _torch_private.arrived(_start(x, group))
 
 
-def _by_rank(x: Tensor, group: Group) -> Tensor:
-    """``x`` of all ranks, [W, ...]: this rank first."""
-    return _all_gather(x[None], group).roll(-group.rank, 0)
+def _start(x: Tensor, group: Group) -> Tensor:
+    """The same before it has arrived."""
+    return _torch_private.start_all_gather(x.contiguous(), group.size, group.name)
 
 
 class Gather(SingleProblem):
     """``x`` of all ranks as [W, ...], this rank first; its backward hands every rank the gradients of its ``x``.
 
-    It travels in the dtype ``wire``, which holds it without loss; gradients are added in the dtype of ``x``.
+    ``started`` is what is on its way, ``x`` in a dtype that holds it without loss; gradients are added in that of ``x``.
     """
 
     @staticmethod
     @_torch_private.positional
-    def forward(x: Tensor, group: Group, wire: torch.dtype) -> Tensor:
-        """All ranks' ``x`` in its own dtype."""
-        return _by_rank(x.to(wire), group).to(x.dtype)
+    def forward(x: Tensor, started: Tensor, group: Group) -> Tensor:
+        """All ranks' ``x`` in its own dtype, once it has arrived."""
+        return _torch_private.arrived(started).roll(-group.rank, 0).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keeps the group for the backward."""
-        _, ctx.group, _ = inputs
+        _, _, ctx.group = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -185,7 +185,7 @@ class Scatter(SingleProblem):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """The gradient goes to every rank."""
-        return Gather.apply(grad, ctx.group, grad.dtype), None  # type: ignore[no-untyped-call]
+        return _finish(grad, _begin(grad, ctx.group, grad.dtype), ctx.group), None
 
 
 class Mean(SingleProblem):
@@ -219,8 +219,13 @@ class MeanInBackward(Mean):
 
 
 @opaque
-def _gather(x: Tensor, group: Group, wire: torch.dtype) -> Tensor:
-    gathered: Tensor = Gather.apply(x, group, wire)  # type: ignore[no-untyped-call]
+def _begin(x: Tensor, group: Group, wire: torch.dtype) -> Tensor:
+    return _start(x.detach().to(wire)[None], group)
+
+
+@opaque
+def _finish(x: Tensor, started: Tensor, group: Group) -> Tensor:
+    gathered: Tensor = Gather.apply(x, started, group)  # type: ignore[no-untyped-call]
     return gathered
 
 
@@ -231,13 +236,24 @@ def _mean_in_backward(x: Tensor, group: Group) -> Tensor:
 
 
 # ---- what the losses use ---------------------------------------------------------------------------------------------
-def rows_of_all(x: Tensor, group: Group, *, wire: torch.dtype | None = None, dim: int = -2) -> Tensor:
-    """``x`` [.., B, ..] of all ranks as [.., W B, ..] along ``dim``, this rank's first; gradients flow back.
+def gathering(x: Tensor, group: Group, *, wire: torch.dtype | None = None, dim: int = -2) -> Callable[[], Tensor]:
+    """Sends ``x`` [.., B, ..] to all ranks. The function that is returned waits for theirs.
 
-    ``wire``: a half type that ``x`` came in, which it travels in.
+    It gives [.., W B, ..] along ``dim``, the rows of this rank first; gradients flow back. ``wire``: a half type that
+    ``x`` came in, which it travels in. What is computed in between runs beside the gather.
     """
-    dim %= x.dim()
-    return _gather(x, group, wire or x.dtype).movedim(0, dim).flatten(dim, dim + 1)
+    started = _begin(x, group, wire or x.dtype)
+
+    def arrived() -> Tensor:
+        at = dim % x.dim()
+        return _finish(x, started, group).movedim(0, at).flatten(at, at + 1).contiguous()
+
+    return arrived
+
+
+def rows_of_all(x: Tensor, group: Group, dim: int) -> Tensor:
+    """The same at once."""
+    return gathering(x, group, dim=dim)()
 
 
 def stacked(x: Tensor, group: Group) -> Tensor:
@@ -278,5 +294,5 @@ def _total(group: Group, counts: Tensor) -> Tensor:
 
 def _rbf(group: Group, attraction: Tensor, log_mean: Tensor) -> tuple[Tensor, Tensor]:
     numbers = torch.cat([log_mean, attraction.mean()[None].to(log_mean.dtype)])
-    of_ranks = _gather(numbers, group, numbers.dtype)
+    of_ranks = _finish(numbers, _begin(numbers, group, numbers.dtype), group)
     return of_ranks[:, -1].mean(), of_ranks[:, :-1].logsumexp(0) - math.log(group.size)

@@ -164,11 +164,15 @@ def cacr_loss(
             found = _fused(on, z, given_numbers, (pairing, cost, normalize))
             extra = _debiasing(z, pairing, tau_plus, bool(normalize)).mean() if tau_plus else None
             return _result(*found, extra, return_parts)
-        options: Any = {"pairing": pairing, "cost": cost, "rbf_scale": rbf_scale}
-        options |= {"keys": keys, "ranks": ranks_of(group)}
         numbers = Numbers(tau_pos, tau_neg, alpha, beta / (1 - tau_plus) if on.operators else beta)
+        one_sweep = keys is not None and reduction == "mean" and cost == "sqeuclidean" and "repulsion" in on.operators
+        options: Any = {"pairing": pairing, "cost": cost, "rbf_scale": rbf_scale}
+        options |= {"keys": None if keys is None or one_sweep else keys(), "ranks": ranks_of(group)}
         if on.operators:
-            terms = losses.cacr(on, z.contiguous(), numbers, **options)
+            if keys is not None and one_sweep:
+                terms = losses.cacr_of_ranks(on, z.contiguous(), keys, numbers, pairing)
+            else:
+                terms = losses.cacr(on, z.contiguous(), numbers, **options)
             if tau_plus:
                 more_rows = _debiasing(z, pairing, tau_plus, bool(normalize))
                 terms = terms._replace(repulsion=terms.repulsion + more_rows)
@@ -321,7 +325,7 @@ def queue_call(
             terms = terms._replace(attraction=terms.attraction[0], repulsion=terms.repulsion[0])
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, q.dtype)
 
-    negatives = in_batch if batch is None else batch
+    negatives = in_batch if batch is None else batch()
     options_of_queue: Any = {"in_batch": negatives, "weight_grad": weight_grad, "valid": valid}
     return QueueCall(q.device, partial(compute, **options_of_queue), arguments, reduced)
 
@@ -403,7 +407,7 @@ def cacr_momentum_loss(
     _, on = choose_backend(backend, [q, k], math.inf, normalize=normalize)
     with checks.without_autocast(q.device):
         (q, k), (keys_of_all,) = prepare([q, k.detach()], normalize and not on.normalize, group, gathered=[1])
-        k = k if keys_of_all is None else keys_of_all
+        k = k if keys_of_all is None else keys_of_all()
         (temperature,) = averaged(group, q.device, temperature)
         (temperature,) = as_variables(q.device, temperature)
         options: Any = {"cost": cost, "key_offset": key_offset}
@@ -521,7 +525,7 @@ def supervised_cacr_loss(
         ranks = ranks_of(group)
         sets = KeySets(own_rows, ignored, queries_first=keys is not None and not ref)
         if group is not None and keys is not None:
-            ref, ref_labels = [keys], rows_of_all(y if ref_labels is None else ref_labels, group, dim=0)
+            ref, ref_labels = [keys()], rows_of_all(y if ref_labels is None else ref_labels, group, dim=0)
         arguments: Any = (z, y, ref[0] if ref else None, ref_labels, numbers)
         supervised: Callable[..., Terms] = reference.supervised
         if on.operators:

@@ -8,7 +8,7 @@ left are vectors of one entry per query. ``reference.py`` states what is compute
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from .operators.aligned import aligned_cost
 from .operators.contrast import contrast
 from .operators.detached_keys import detached_keys
 from .operators.registry import Target
-from .reference import Statistics, mean_entropy, rows_of_pairs, statistics, unit_norms, unit_rows, view_pairs
+from .operators.repulsion import repulsion
+from .reference import Statistics, entropy_of, mean_entropy, rows_of_pairs, statistics, unit_norms, unit_rows, view_pairs
 from .types import (
     ALL,
     ALONE,
@@ -48,13 +49,6 @@ def vector(numbers: Sequence[Temperature], device: torch.device) -> Tensor:
     # not torch.tensor on another device: a copy from here waits for it
     parts = [x if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device) for x in numbers]
     return torch.stack([x.to(device=device, dtype=dtype, non_blocking=True) for x in parts])
-
-
-def entropy_of(value: Tensor, lse: Tensor, tau: Temperature) -> Tensor:
-    """Entropy of the weights, averaged over the queries with a non-empty set: lse - tau F."""
-    nonempty = lse != -torch.inf
-    rows = torch.where(nonempty, lse - tau * value, 0.0).detach().clamp(min=0.0)  # rounding, where one key has all
-    return rows.sum() / nonempty.sum().clamp(min=1)
 
 
 def instance_ids(count: int, device: torch.device) -> Tensor:
@@ -112,6 +106,20 @@ def cacr(
         repulsion = -beta * rows_of_pairs(value[0], num_views, pairing)
     entropy = entropy_of(value[0], lse[0], -tau_neg)
     return Terms(pulled, repulsion, mean_entropy(attracted), entropy)
+
+
+def cacr_of_ranks(
+    on: Target, views: Tensor, keys: Callable[[], Tensor], numbers: Numbers, pairing: Pairing
+) -> Terms:
+    """``reference.cacr`` of mean costs, with the mean repulsion from one call of the operator of that name.
+
+    ``keys`` waits for the views of all processes, after the attraction, which needs none of them.
+    """
+    tau_pos, tau_neg, alpha, beta = numbers
+    c = aligned_cost(views, views, on.normalize)
+    attracted = attraction(c, tau_pos * c)
+    value, entropy = repulsion(on, views, keys(), vector([-tau_neg], views.device), pairing)
+    return Terms(alpha * attracted.value, -beta * value, mean_entropy(attracted), entropy)
 
 
 def queue(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from . import checks, reference
 from .backends.entry import Backend, Size
 from .backends.table import choose
-from .distributed import Group, rows_of_all
+from .distributed import Group, gathering
 from .operators.registry import Target, has_values, tracing
 from .types import (
     REDUCTIONS,
@@ -79,14 +79,14 @@ def as_variables(device: torch.device, *values: float | Tensor) -> tuple[Any, ..
 
 def prepare(
     tensors: list[Tensor], unit: bool, group: Group | None = None, *, gathered: Sequence[int] = (), as_is: bool = False
-) -> tuple[list[Tensor], list[Tensor | None]]:
+) -> tuple[list[Tensor], list[Callable[[], Tensor] | None]]:
     """One dtype for all: float64 if any input is, else float32; half types are computed in float32.
 
     ``unit``: as unit vectors, for what takes no raw rows. ``as_is``: in their own dtype.
 
     Temperatures, being 0-dimensional, do not count. Keys of an encoder that ran in inference mode are copied: autograd
-    would not keep them. Then those whose index is in ``gathered``, of all ranks of the group and contiguous; ``[None]``
-    without a group.
+    would not keep them. Those whose index is in ``gathered`` are sent to all ranks of the group: then come functions
+    that wait for those of all ranks, contiguous; ``[None]`` without a group.
     """
     given, dtype = tensors, tensors[0].dtype if as_is else arithmetic_dtype(*tensors)
     # Dynamo takes an argument of torch.func.grad for one that needs no gradient; of a cast it knows better.
@@ -94,10 +94,15 @@ def prepare(
     tensors = [t.to(dtype) if tracing or t.dtype != dtype else t for t in tensors]
     if not tracing and not torch.is_inference_mode_enabled():
         tensors = [t.clone() if t.is_inference() else t for t in tensors]
-    keys = [] if group is None else [rows_of_all(tensors[i], group, wire=given[i].dtype) for i in gathered]
-    if unit:
-        tensors, keys = ([reference.unit_rows(t) for t in some] for some in (tensors, keys))
-    return tensors, [t.contiguous() for t in keys] or [None]
+    arriving: list[Callable[[], Tensor] | None] = [None]
+    if group is not None and gathered:
+        arriving = [_arriving(tensors[i], given[i].dtype, group, unit) for i in gathered]
+    return [reference.unit_rows(t) for t in tensors] if unit else tensors, arriving
+
+
+def _arriving(x: Tensor, wire: torch.dtype, group: Group, unit: bool) -> Callable[[], Tensor]:
+    rows = gathering(x, group, wire=wire)
+    return (lambda: reference.unit_rows(rows())) if unit else rows
 
 
 def checked_ref_index(value: Any, embeddings: Tensor, ref_embeddings: Tensor | None) -> Tensor | None:

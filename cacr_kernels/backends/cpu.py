@@ -22,6 +22,6 @@ BACKEND = Backend(
     "SIMD kernels in C++ for the CPU",
     why_not,
     device="cpu",
-    operators=("cacr", "contrast", "detached_keys"),
-    normalizes=frozenset({"cacr", "contrast", "contrast_backward", "detached_keys"}),
+    operators=("cacr", "contrast", "detached_keys", "repulsion"),
+    normalizes=frozenset({"cacr", "contrast", "contrast_backward", "detached_keys", "repulsion"}),
 )
