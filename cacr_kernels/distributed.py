@@ -147,14 +147,15 @@ def _start(x: Tensor, group: Group) -> Tensor:
 class Gather(SingleProblem):
     """``x`` of all ranks as [W, ...], this rank first; its backward hands every rank the gradients of its ``x``.
 
-    ``started`` is what is on its way, ``x`` in a dtype that holds it without loss; gradients are added in that of ``x``.
+    ``gathered`` [W, ...] is what has arrived, rank by rank, in a dtype that holds ``x`` without loss; gradients are added
+    in the dtype of ``x``.
     """
 
     @staticmethod
     @_torch_private.positional
-    def forward(x: Tensor, started: Tensor, group: Group) -> Tensor:
-        """All ranks' ``x`` in its own dtype, once it has arrived."""
-        return _torch_private.arrived(started).roll(-group.rank, 0).to(x.dtype)
+    def forward(x: Tensor, gathered: Tensor, group: Group) -> Tensor:
+        """All ranks' ``x`` in its own dtype."""
+        return gathered.roll(-group.rank, 0).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -185,7 +186,7 @@ class Scatter(SingleProblem):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """The gradient goes to every rank."""
-        return _finish(grad, _begin(grad, ctx.group, grad.dtype), ctx.group), None
+        return _gather(grad, ctx.group), None
 
 
 class Mean(SingleProblem):
@@ -219,14 +220,25 @@ class MeanInBackward(Mean):
 
 
 @opaque
-def _begin(x: Tensor, group: Group, wire: torch.dtype) -> Tensor:
-    return _start(x.detach().to(wire)[None], group)
+def _send(x: Tensor, group: Group) -> Tensor:
+    """What arrives of ``x`` of all ranks, [W, ...], rank by rank; no gradient."""
+    return _start(x.detach()[None], group)
 
 
 @opaque
-def _finish(x: Tensor, started: Tensor, group: Group) -> Tensor:
-    gathered: Tensor = Gather.apply(x, started, group)  # type: ignore[no-untyped-call]
-    return gathered
+def _wait(arriving: Tensor) -> Tensor:
+    return _torch_private.arrived(arriving)
+
+
+@opaque
+def _with_gradient(x: Tensor, gathered: Tensor, group: Group) -> Tensor:
+    rows: Tensor = Gather.apply(x, gathered, group)  # type: ignore[no-untyped-call]
+    return rows
+
+
+def _gather(x: Tensor, group: Group) -> Tensor:
+    """``x`` of all ranks as [W, ...], this rank first; gradients flow back."""
+    return _with_gradient(x, _wait(_send(x, group)), group)
 
 
 @opaque
@@ -236,24 +248,35 @@ def _mean_in_backward(x: Tensor, group: Group) -> Tensor:
 
 
 # ---- what the losses use ---------------------------------------------------------------------------------------------
-def gathering(x: Tensor, group: Group, *, wire: torch.dtype | None = None, dim: int = -2) -> Callable[[], Tensor]:
-    """Sends ``x`` [.., B, ..] to all ranks. The function that is returned waits for theirs.
+def gathering(
+    x: Tensor, group: Group, *, wire: torch.dtype | None = None, beside: Tensor | None = None
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Sends the rows ``x`` [.., B, D] to all ranks; what is computed before they are used runs beside the gather.
 
-    It gives [.., W B, ..] along ``dim``, the rows of this rank first; gradients flow back. ``wire``: a half type that
-    ``x`` came in, which it travels in. What is computed in between runs beside the gather.
+    The first function waits and gives the rows of all ranks, [.., W B, D], those of this rank first; gradients flow
+    back. The second gives what ``beside`` [V, B, D] is of all ranks, as ``in_order_of_ranks``: it travels in the same
+    message. ``wire``: a half type that ``x`` came in, which it travels in.
     """
-    started = _begin(x, group, wire or x.dtype)
+    sent = x.to(wire or x.dtype)
+    if beside is not None:
+        dtype = torch.promote_types(sent.dtype, beside.dtype)
+        sent = torch.cat([sent.to(dtype), beside.to(dtype)])
+    arriving = _send(sent, group)
 
-    def arrived() -> Tensor:
-        at = dim % x.dim()
-        return _finish(x, started, group).movedim(0, at).flatten(at, at + 1).contiguous()
+    def rows() -> Tensor:
+        gathered = _wait(arriving)
+        of_all = _with_gradient(x, gathered if beside is None else gathered[:, : len(x)], group)
+        return of_all.movedim(0, -3).flatten(-3, -2).contiguous()
 
-    return arrived
+    def others() -> Tensor:
+        return _in_order(_wait(arriving)[:, len(x) :])
+
+    return rows, others
 
 
-def rows_of_all(x: Tensor, group: Group, dim: int) -> Tensor:
-    """The same at once."""
-    return gathering(x, group, dim=dim)()
+def labels_of_all(labels: Tensor, group: Group) -> Tensor:
+    """``labels`` [n] of all ranks as [W, n], this rank first; no gradient."""
+    return stacked(labels, group).roll(-group.rank, 0)
 
 
 def stacked(x: Tensor, group: Group) -> Tensor:
@@ -263,7 +286,11 @@ def stacked(x: Tensor, group: Group) -> Tensor:
 
 def in_order_of_ranks(x: Tensor, group: Group) -> Tensor:
     """``x`` [.., B, D] of all ranks as [.., W B, D], rank 0 first, as one process would hold it; no gradient."""
-    return stacked(x, group).movedim(0, -3).flatten(-3, -2)
+    return _in_order(stacked(x, group))
+
+
+def _in_order(of_ranks: Tensor) -> Tensor:
+    return of_ranks.movedim(0, -3).flatten(-3, -2)
 
 
 def averaged(group: Group | None, device: torch.device, *temperatures: float | Tensor) -> tuple[Any, ...]:
@@ -294,5 +321,5 @@ def _total(group: Group, counts: Tensor) -> Tensor:
 
 def _rbf(group: Group, attraction: Tensor, log_mean: Tensor) -> tuple[Tensor, Tensor]:
     numbers = torch.cat([log_mean, attraction.mean()[None].to(log_mean.dtype)])
-    of_ranks = _finish(numbers, _begin(numbers, group, numbers.dtype), group)
+    of_ranks = _gather(numbers, group)
     return of_ranks[:, -1].mean(), of_ranks[:, :-1].logsumexp(0) - math.log(group.size)

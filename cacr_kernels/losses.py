@@ -129,13 +129,14 @@ def queue(
     queue: Tensor,
     numbers: Numbers,
     *,
-    in_batch: bool | Tensor,
+    in_batch: bool | Callable[[], Tensor],
     weight_grad: WeightGrad,
     valid: Tensor | None = None,
 ) -> Terms:
     """``reference.queue``: the softmax over queue and batch is the merge of two.
 
-    How many rows of the queue are ``valid`` is not read here, where a GPU would have to be waited for: the others have
+    Queries of a larger batch, if ``in_batch`` waits for them, are used after the queue, which needs none of them. How
+    many rows of the queue are ``valid`` is not read here, where a GPU would have to be waited for: the others have
     the id of the queries.
     """
     tau_pos, tau_neg, alpha, beta = numbers
@@ -154,7 +155,7 @@ def queue(
         flags: dict[str, Any] = {"detach_weights": weight_grad != "full", "normalize": on.normalize}
         spec = ContrastSpec(*ids, [kind], every, [0] * num_views, **flags)
         (value,), (lse,) = detached_keys(on, queries, queue[None], vector([-tau_neg], queries.device), spec)
-    every_query = in_batch if isinstance(in_batch, Tensor) else None
+    every_query = None if isinstance(in_batch, bool) else in_batch()
     if every_query is not None or (in_batch and batch > 1):
         detached, tau = weight_grad == "none", vector([-tau_neg], queries.device)
         instances = instance_ids(batch, queries.device)

@@ -77,16 +77,28 @@ def as_variables(device: torch.device, *values: float | Tensor) -> tuple[Any, ..
     return tuple(x if isinstance(x, Tensor) else x * one for x in values)
 
 
+Arriving = Callable[[], Tensor]  # waits for the rows of all ranks
+
+
 def prepare(
-    tensors: list[Tensor], unit: bool, group: Group | None = None, *, gathered: Sequence[int] = (), as_is: bool = False
-) -> tuple[list[Tensor], list[Callable[[], Tensor] | None]]:
+    tensors: list[Tensor],
+    unit: bool,
+    group: Group | None = None,
+    *,
+    gathered: int | None = None,
+    as_is: bool = False,
+    beside: Tensor | None = None,
+) -> tuple[list[Tensor], Arriving | None, Arriving | None]:
     """One dtype for all: float64 if any input is, else float32; half types are computed in float32.
 
     ``unit``: as unit vectors, for what takes no raw rows. ``as_is``: in their own dtype.
 
     Temperatures, being 0-dimensional, do not count. Keys of an encoder that ran in inference mode are copied: autograd
-    would not keep them. Those whose index is in ``gathered`` are sent to all ranks of the group: then come functions
-    that wait for those of all ranks, contiguous; ``[None]`` without a group.
+    would not keep them.
+
+    The tensor ``gathered`` of them is sent to all ranks of the group; what waits for the rows of all comes second,
+    ``None`` without a group. ``beside`` goes with it as it is and without a gradient, and is, in the order of ranks,
+    what the third waits for.
     """
     given, dtype = tensors, tensors[0].dtype if as_is else arithmetic_dtype(*tensors)
     # Dynamo takes an argument of torch.func.grad for one that needs no gradient; of a cast it knows better.
@@ -94,15 +106,16 @@ def prepare(
     tensors = [t.to(dtype) if tracing or t.dtype != dtype else t for t in tensors]
     if not tracing and not torch.is_inference_mode_enabled():
         tensors = [t.clone() if t.is_inference() else t for t in tensors]
-    arriving: list[Callable[[], Tensor] | None] = [None]
-    if group is not None and gathered:
-        arriving = [_arriving(tensors[i], given[i].dtype, group, unit) for i in gathered]
-    return [reference.unit_rows(t) for t in tensors] if unit else tensors, arriving
+    rows = others = None
+    if group is not None and gathered is not None:
+        rows, others = gathering(tensors[gathered], group, wire=given[gathered].dtype, beside=beside)
+    if unit:
+        tensors, rows = [reference.unit_rows(t) for t in tensors], rows and _unit(rows)
+    return tensors, rows, others
 
 
-def _arriving(x: Tensor, wire: torch.dtype, group: Group, unit: bool) -> Callable[[], Tensor]:
-    rows = gathering(x, group, wire=wire)
-    return (lambda: reference.unit_rows(rows())) if unit else rows
+def _unit(rows: Arriving) -> Arriving:
+    return lambda: reference.unit_rows(rows())
 
 
 def checked_ref_index(value: Any, embeddings: Tensor, ref_embeddings: Tensor | None) -> Tensor | None:

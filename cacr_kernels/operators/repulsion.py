@@ -78,6 +78,12 @@ def as_contrast(views: Tensor, keys: Tensor, pairing: Pairing, normalize: bool) 
     return views, keys, ContrastSpec(q_id, k_id, [OTHER], *index, normalize=normalize)
 
 
+def with_views(grads: tuple[Tensor, ...], keys: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of ``contrast`` in the shapes of views, keys and tau."""
+    grad_q, grad_k, grad_tau = grads
+    return grad_q, grad_k.view(keys.shape) if grad_k.numel() else grad_k, grad_tau
+
+
 @own_precision
 def definition(views: Tensor, keys: Tensor, tau: Tensor, options: Options) -> tuple[Tensor, ...]:
     """All outputs of the operator by the plain formula, in the dtype of the arithmetic; differentiable."""
