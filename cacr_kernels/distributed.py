@@ -147,8 +147,8 @@ def _start(x: Tensor, group: Group) -> Tensor:
 class Gather(SingleProblem):
     """``x`` of all ranks as [W, ...], this rank first; its backward hands every rank the gradients of its ``x``.
 
-    ``gathered`` [W, ...] is what has arrived, rank by rank, in a dtype that holds ``x`` without loss; gradients are added
-    in the dtype of ``x``.
+    ``gathered`` [W, ...] is what has arrived, rank by rank, in a dtype that holds ``x`` without loss. Gradients are
+    added in the dtype of ``x``.
     """
 
     @staticmethod

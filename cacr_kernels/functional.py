@@ -290,8 +290,8 @@ def queue_call(
 ) -> QueueCall:
     """:func:`cacr_queue_loss` with the first ``valid`` rows of the queue: a 0-dim int64 tensor, ``None`` for all.
 
-    ``entering`` [V, B, D]: keys that the caller stores afterwards, those of all ranks; they travel with the queries. The
-    caller computes, so that from a loss to its operator there are few calls.
+    ``entering`` [V, B, D]: keys that the caller stores afterwards, with those of all ranks; they travel with the
+    queries. The caller computes, so that from a loss to its operator there are few calls.
     """
     tau_pos, tau_neg, alpha, beta, in_batch, weight_grad, normalize, reduction, return_parts, *ranks, backend = options
     queries, tau_pos, tau_neg = refuse_second_derivative_of_compiled(queries, tau_pos, tau_neg)

@@ -19,7 +19,16 @@ from .operators.contrast import contrast
 from .operators.detached_keys import detached_keys
 from .operators.registry import Target
 from .operators.repulsion import repulsion
-from .reference import Statistics, entropy_of, mean_entropy, rows_of_pairs, statistics, unit_norms, unit_rows, view_pairs
+from .reference import (
+    Statistics,
+    entropy_of,
+    mean_entropy,
+    rows_of_pairs,
+    statistics,
+    unit_norms,
+    unit_rows,
+    view_pairs,
+)
 from .types import (
     ALL,
     ALONE,
@@ -108,9 +117,7 @@ def cacr(
     return Terms(pulled, repulsion, mean_entropy(attracted), entropy)
 
 
-def cacr_of_ranks(
-    on: Target, views: Tensor, keys: Callable[[], Tensor], numbers: Numbers, pairing: Pairing
-) -> Terms:
+def cacr_of_ranks(on: Target, views: Tensor, keys: Callable[[], Tensor], numbers: Numbers, pairing: Pairing) -> Terms:
     """``reference.cacr`` of mean costs, with the mean repulsion from one call of the operator of that name.
 
     ``keys`` waits for the views of all processes, after the attraction, which needs none of them.

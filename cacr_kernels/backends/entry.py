@@ -42,8 +42,8 @@ class Backend(NamedTuple):
         why_not: ``why_not(device)`` is ``None`` if it can run on tensors of that device (``None``: on some device of
             this machine), else a sentence.
         device: type of the devices that its kernels are made for; ``None``: any.
-        operators: which of ``cacr``, ``contrast``, ``detached_keys`` and ``repulsion`` it has. With ``contrast`` it can compute all
-            losses; without any operator it computes them by the definition.
+        operators: which of ``cacr``, ``contrast``, ``detached_keys`` and ``repulsion`` it has. With ``contrast`` it can
+            compute all losses; without any operator it computes them by the definition.
         implement: called with the name of every operator (``contrast`` comes with ``contrast_backward``) after
             ``<operator>_<backend>`` was declared, to register what computes it; ``None``: a compiled library does. And
             with a function that what it registers has to go through, which gives it the argument ``normalize``.

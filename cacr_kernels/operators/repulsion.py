@@ -8,6 +8,7 @@ has met its keys, and nothing has to be computed again for the gradients. They a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +86,7 @@ def with_views(grads: tuple[Tensor, ...], keys: Tensor) -> tuple[Tensor, ...]:
 
 
 @own_precision
-def definition(views: Tensor, keys: Tensor, tau: Tensor, options: Options) -> tuple[Tensor, ...]:
+def definition(options: Options, views: Tensor, keys: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
     """All outputs of the operator by the plain formula, in the dtype of the arithmetic; differentiable."""
     dtype = arithmetic_dtype(views)
 
@@ -99,15 +100,13 @@ def definition(views: Tensor, keys: Tensor, tau: Tensor, options: Options) -> tu
 
 
 @own_precision
-def second_order(
-    g_value: Tensor, views: Tensor, keys: Tensor, tau: Tensor, options: Options, grads: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
+def second_order(options: Options, grads: Sequence[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
     """Derivatives of <grads, g_value grad(value)> w.r.t. g_value, views, keys and tau, by the plain formula."""
 
     def gradient(g: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.to(x.dtype) * x for x in definition(*inputs, options)[2:])
+        return tuple(g.to(x.dtype) * x for x in definition(options, *inputs)[2:])
 
-    found, pull = vjp(gradient, g_value, views, keys, tau)
+    found, pull = vjp(gradient, *inputs)
     second: tuple[Tensor, ...] = pull(tuple(g.to(x.dtype) for g, x in zip(grads, found, strict=True)))
     return second
 
@@ -128,7 +127,7 @@ def gradients(ctx: Any, need: Wanted, grads: Gradients) -> Gradients:
     inputs, found, (options, wanted, _) = ctx.saved_tensors[:3], ctx.saved_tensors[3:], ctx.call
     g_value, _, *g_found = grads
     if any(g is not None and w for g, w in zip(g_found, wanted, strict=True)):
-        outputs, pull = vjp(lambda *inputs: definition(*inputs, options), *inputs)
+        outputs, pull = vjp(partial(definition, options), *inputs)
         known = True, True, *wanted
         arrived = (
             torch.zeros_like(x) if g is None or not k else g for x, g, k in zip(outputs, grads, known, strict=True)
@@ -197,7 +196,7 @@ class RepulsionGradient(SingleProblem):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """Derivatives w.r.t. g_value, views, keys and tau."""
-        return *second_order(*ctx.saved_tensors, ctx.options, grads), None, None, None, None
+        return *second_order(ctx.options, grads, *ctx.saved_tensors), None, None, None, None
 
 
 # ---- registration and entry ------------------------------------------------------------------------------------------
@@ -216,9 +215,7 @@ def register(backend: str) -> None:
     differentiate(f"repulsion_{backend}", formula, setup)
 
 
-def repulsion(
-    on: Target, views: Tensor, keys: Tensor, tau: Tensor, pairing: Pairing
-) -> tuple[Tensor, Tensor]:
+def repulsion(on: Target, views: Tensor, keys: Tensor, tau: Tensor, pairing: Pairing) -> tuple[Tensor, Tensor]:
     """Mean cost and entropy [] of the negatives of all queries, by ``repulsion_<backend>``."""
     grad = torch.is_grad_enabled()
     wanted = tuple(grad and x.requires_grad for x in (views, keys, tau))

@@ -77,9 +77,7 @@ def check(backend: str, inputs: tuple[Tensor, ...], pairing: int, normalize: boo
 @each_pairing
 @each_shape
 @pytest.mark.parametrize("normalize", [False, True])
-def test_against_the_definition(
-    shape: Shape, pairing: int, dtype: torch.dtype, normalize: bool, backend: str
-) -> None:
+def test_against_the_definition(shape: Shape, pairing: int, dtype: torch.dtype, normalize: bool, backend: str) -> None:
     check(backend, tensors(shape, dtype), pairing, normalize)
 
 
@@ -198,5 +196,3 @@ def test_fakes(dtype: torch.dtype, backend: str) -> None:
     for wanted in (ALL_WANTED, (True, False, False), (False, True, True)):
         arguments = (*tensors(SMALL, dtype), 2, False, *wanted)
         assert_like(repulsion.fake(*as_fake(arguments)), operator(f"repulsion_{backend}")(*arguments))
-
-

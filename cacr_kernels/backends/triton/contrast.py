@@ -54,7 +54,7 @@ class Wanted(NamedTuple):
     q: bool
     k: bool
     tau: bool
-    detach_weights: bool
+    detach_weights: bool = False
 
 
 # ---- the operators ---------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def repulsion(*arguments: Any) -> tuple[Tensor, ...]:
     grads = pairs.empty(0), pairs.empty(0), tau.new_empty(0)
     if any(want):
         incoming = Incoming(torch.full_like(value, 1 / value.numel()), torch.zeros_like(value))
-        grads = gradients(pairs, value, row_state, incoming, Wanted(*want, False))
+        grads = gradients(pairs, value, row_state, incoming, Wanted(*want))
     return value.mean(), entropy_of(value, lse, tau), *with_views(grads, keys)
 
 
@@ -165,6 +165,25 @@ def statistics_sweep(pairs: SetPairs, tile: Tile) -> Tensor:
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
+def gradients(
+    pairs: SetPairs, value: Tensor, row_state: Tensor, incoming: Incoming, wanted: Wanted
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of queries, keys and temperatures, as far as they are wanted."""
+    coefficients = row_coefficients(pairs, value, row_state, incoming, wanted.detach_weights)
+    moments = wanted.tau and not wanted.detach_weights
+    grad_q, grad_k, grad_tau = pairs.empty(0), pairs.empty(0), pairs.tau.new_empty(0)
+    if wanted.tau:
+        grad_tau = torch.zeros_like(pairs.tau)
+    if wanted.q or moments:
+        partial, moment = tuning.run(pairs, "gradient", query_sweep, *coefficients, moments)
+        grad_q = whole_gradient(pairs.q, partial, pairs.normalize) if wanted.q else grad_q
+        if moments:
+            grad_tau = temperature_gradient(pairs, moment, coefficients.rows, value, row_state[1], incoming.lse)
+    if wanted.k and not pairs.keys_are_queries:
+        grad_k = whole_gradient(pairs.k, tuning.run(pairs, "gradient", key_sweep, *coefficients), pairs.normalize)
+    return grad_q, grad_k, grad_tau
+
+
 def row_coefficients(
     pairs: SetPairs, value: Tensor, row_state: Tensor, incoming: Incoming, detach_weights: bool
 ) -> Coefficients:
