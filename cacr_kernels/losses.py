@@ -18,7 +18,7 @@ from .operators.aligned import aligned_cost
 from .operators.contrast import contrast
 from .operators.detached_keys import detached_keys
 from .operators.registry import Target
-from .operators.repulsion import repulsion
+from .operators.repulsion import as_contrast, repulsion
 from .reference import (
     Statistics,
     entropy_of,
@@ -96,15 +96,19 @@ def cacr(
         rows = zero if cost == "rbf" else torch.zeros_like(attracted.value)
         return Terms(alpha * attracted.value, rows, mean_entropy(attracted), zero)
     taus = [-tau_neg, -(tau_neg + rbf_scale)] if cost == "rbf" else [-tau_neg]
-    q, q_id, pairs = views, instance_ids(batch, views.device), view_pairs(num_views, pairing)
-    k_id = None if keys is None else instance_ids(keys.shape[1], views.device)
-    if pairing == "pooled":
-        q, q_id, pairs = views.reshape(1, num_views * batch, dim), q_id.repeat(num_views), [(0, 0)]
-        if keys is not None and k_id is not None:
-            keys, k_id = keys.reshape(1, -1, dim), k_id.repeat(num_views)
-    index = [x for x, _ in pairs], [y for _, y in pairs]
-    spec = ContrastSpec(q_id, k_id, [OTHER] * len(taus), *index, normalize=on.normalize)
+    if keys is not None:
+        q, keys, spec = as_contrast(views, keys, pairing, on.normalize)
+    elif pairing == "pooled":
+        q, q_id = views.reshape(1, num_views * batch, dim), instance_ids(batch, views.device).repeat(num_views)
+        spec = ContrastSpec(q_id, None, [OTHER], [0], [0], normalize=on.normalize)
+    else:
+        pairs = view_pairs(num_views, pairing)
+        index = [x for x, _ in pairs], [y for _, y in pairs]
+        q, spec = views, ContrastSpec(instance_ids(batch, views.device), None, [OTHER], *index, normalize=on.normalize)
+    spec = spec._replace(kinds=[OTHER] * len(taus))
     value, lse = contrast(on, q, keys, vector(taus, views.device), spec)
+    if pairing == "pooled":  # all queries are of one mean
+        value, lse = value.flatten(1)[:, None], lse.flatten(1)[:, None]
     pulled = alpha * attracted.value
     if cost == "rbf":
         log_value = lse[1] - lse[0] + 0.0 * value[0].detach()

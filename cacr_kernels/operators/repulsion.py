@@ -113,7 +113,7 @@ def second_order(options: Options, grads: Sequence[Tensor], *inputs: Tensor) -> 
 
 # ---- gradient --------------------------------------------------------------------------------------------------------
 def keep(ctx: Any, call: Call, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-    """Keeps what ``gradients`` needs."""
+    """Keeps what ``gradients`` needs of a call."""
     ctx.call = call
     ctx.save_for_backward(*inputs, *output[2:])
     ctx.set_materialize_grads(False)

@@ -236,7 +236,7 @@ SENT = {"all_gather_into_tensor": "gather", "reduce_scatter_tensor": "reduce-sca
 
 
 class Recorder(TorchDispatchMode):
-    """Collectives, waits, softmaxes of PyTorch and operators of the package, in order; and the largest tensor of all."""
+    """Collectives, waits, softmaxes of PyTorch, operators of the package, in order; and the largest tensor of all."""
 
     def __init__(self) -> None:
         super().__init__()
