@@ -7,6 +7,9 @@ gradient: what flows into the keys of another rank goes there by the reduce-scat
     forward     sizes (where that costs no wait for a device), rows of embeddings, at most labels and a few numbers
     backward    gradients of the embeddings, gradients of the temperatures
 
+Each of these is one collective; docs/several_processes.md says which a loss needs. The rows are sent first and awaited
+when they are used (``gathering``).
+
 Rows of this rank come first, those of rank + 1 next, and so on round to rank - 1: query i is key i on every rank.
 ``torch.distributed`` is the engine; its functional collectives are what ``torch.compile`` can trace. Nothing here runs
 in a single process.

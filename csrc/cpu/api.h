@@ -76,8 +76,8 @@ struct CacrLoss {
   bool normalize;  // as in Contrast
 };
 
-// The repulsion of queries from the other instances among keys that are not the queries: those of all processes. Row i of
-// a view of the queries is row i of that view of the keys.
+// The repulsion of queries from the other instances among keys that are not the queries, those of all processes: row i
+// of a view of the queries is row i of that view of the keys.
 template <class T>
 struct Repulsion {
   const T* z;  // [V][B][D], contiguous

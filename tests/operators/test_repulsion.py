@@ -36,6 +36,7 @@ SHAPES = {
     "two views": Shape(2, 5, 7, 3),
     "one query a view": Shape(2, 1, 3, 4),
     "no other rank": Shape(3, 5, 5, 2),
+    "no negatives": Shape(2, 1, 1, 3),
     "one feature": Shape(2, 3, 6, 1),
     "panels and tiles": Shape(2, 67, 301, 17),
     "large keys": Shape(2, 37, 2311, 129),

@@ -74,16 +74,14 @@ struct RepulsionPlan {
     return means(s, e.p.tau[0], rows);
   }
 
-  // Empty rows have no entropy; rounding may make one a little less than 0.
+  // With a single key every row is empty, and its entropy, made of an lse of -inf, counts as 0; so does one that
+  // rounding has made negative.
   RepulsionResult means(const Statistics& s, double tau, int64_t rows) const {
-    const auto sum = [rows](auto row) { return sum_rows(0, rows, row); };
-    const auto filled = [&](int64_t i) { return s.lse[i] != -INFINITY; };
+    const auto mean = [rows](auto row) { return sum_rows(0, rows, row) / double(rows); };
     RepulsionResult found{};
-    found.value = sum([&](int64_t i) { return s.value[i]; }) / double(rows);
-    found.entropy =
-        sum([&](int64_t i) { return filled(i) ? std::max(row_entropy(s.lse[i], tau, s.value[i]), 0.0) : 0.0; }) /
-        std::max(1.0, sum([&](int64_t i) { return filled(i) ? 1.0 : 0.0; }));
-    if (out.want_tau) found.grad_tau = sum([&](int64_t i) { return s.variance[i]; }) / double(rows);
+    found.value = mean([&](int64_t i) { return s.value[i]; });
+    found.entropy = mean([&](int64_t i) { return std::max(row_entropy(s.lse[i], tau, s.value[i]), 0.0); });
+    if (out.want_tau) found.grad_tau = mean([&](int64_t i) { return s.variance[i]; });
     return found;
   }
 };
