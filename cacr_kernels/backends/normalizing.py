@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..operators import cacr, contrast, detached_keys
+from ..operators import cacr, contrast, detached_keys, repulsion
 from ..reference import of_raw_rows, unit_rows
 from ..types import arithmetic_dtype
 
 Kernel = Callable[..., Any]
-SCHEMAS = cacr.SCHEMAS | contrast.SCHEMAS | detached_keys.SCHEMAS
+SCHEMAS = cacr.SCHEMAS | contrast.SCHEMAS | detached_keys.SCHEMAS | repulsion.SCHEMAS
+GRADIENTS = {"cacr": [(0, 2)], "contrast_backward": [(0, 0), (1, 1)], "repulsion": [(0, 2), (1, 3)]}
 FLAG = ", bool normalize"
 
 
@@ -32,7 +33,7 @@ def position(name: str) -> int:
 def with_flag(name: str, kernel: Kernel) -> Kernel:
     """What computes the operator ``name`` of raw rows, too, from a ``kernel`` that takes no flag."""
     at, features = position(name), 1 if name == "cacr" else 2  # which of its first arguments are rows
-    gradients = {"cacr": [(0, 2)], "contrast_backward": [(0, 0), (1, 1)]}.get(name, [])  # of which input, which output
+    gradients = GRADIENTS.get(name, [])  # of which input, which output
 
     def compute(*arguments: Any) -> Any:
         given, normalize, rest = arguments[:at], arguments[at], arguments[at + 1 :]

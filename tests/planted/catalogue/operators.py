@@ -139,8 +139,8 @@ FAULTS = (
     Fault(
         "operators-positives-rounded-before",
         OPERATORS + "aligned.py",
-        text="wide = widest_dtype(q.device)",
-        replacement="wide = q.dtype",
+        text="unit_rows(x.to(widest_dtype(x.device))) if",
+        replacement="unit_rows(x) if",
         why="normalize=True: costs of nearly equal views lose what their unit vectors are rounded by",
         tests="tests/losses/test_normalize.py -k near",
     ),
