@@ -7,6 +7,9 @@ gradient: what flows into the keys of another rank goes there by the reduce-scat
     forward     sizes (where that costs no wait for a device), rows of embeddings, at most labels and a few numbers
     backward    gradients of the embeddings, gradients of the temperatures
 
+Each of these is one collective; docs/several_processes.md says which a loss needs. The rows are sent first and awaited
+when they are used (``gathering``).
+
 Rows of this rank come first, those of rank + 1 next, and so on round to rank - 1: query i is key i on every rank.
 ``torch.distributed`` is the engine; its functional collectives are what ``torch.compile`` can trace. Nothing here runs
 in a single process.
@@ -17,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,30 +139,31 @@ def _in_words(sizes: list[int]) -> str:
 # ---- collectives, each with the gradient of the sum of all ranks' losses ---------------------------------------------
 def _all_gather(x: Tensor, group: Group) -> Tensor:
     """``x`` [n, ...] of all ranks as [W n, ...], rank by rank."""
-    return _torch_private.all_gather(x.contiguous(), group.size, group.name)
+    return _torch_private.arrived(_start(x, group))
 
 
-def _by_rank(x: Tensor, group: Group) -> Tensor:
-    """``x`` of all ranks, [W, ...]: this rank first."""
-    return _all_gather(x[None], group).roll(-group.rank, 0)
+def _start(x: Tensor, group: Group) -> Tensor:
+    """The same before it has arrived."""
+    return _torch_private.start_all_gather(x.contiguous(), group.size, group.name)
 
 
 class Gather(SingleProblem):
     """``x`` of all ranks as [W, ...], this rank first; its backward hands every rank the gradients of its ``x``.
 
-    It travels in the dtype ``wire``, which holds it without loss; gradients are added in the dtype of ``x``.
+    ``gathered`` [W, ...] is what has arrived, rank by rank, in a dtype that holds ``x`` without loss. Gradients are
+    added in the dtype of ``x``.
     """
 
     @staticmethod
     @_torch_private.positional
-    def forward(x: Tensor, group: Group, wire: torch.dtype) -> Tensor:
+    def forward(x: Tensor, gathered: Tensor, group: Group) -> Tensor:
         """All ranks' ``x`` in its own dtype."""
-        return _by_rank(x.to(wire), group).to(x.dtype)
+        return gathered.roll(-group.rank, 0).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keeps the group for the backward."""
-        _, ctx.group, _ = inputs
+        _, _, ctx.group = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -185,7 +189,7 @@ class Scatter(SingleProblem):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """The gradient goes to every rank."""
-        return Gather.apply(grad, ctx.group, grad.dtype), None  # type: ignore[no-untyped-call]
+        return _gather(grad, ctx.group), None
 
 
 class Mean(SingleProblem):
@@ -219,9 +223,25 @@ class MeanInBackward(Mean):
 
 
 @opaque
-def _gather(x: Tensor, group: Group, wire: torch.dtype) -> Tensor:
-    gathered: Tensor = Gather.apply(x, group, wire)  # type: ignore[no-untyped-call]
-    return gathered
+def _send(x: Tensor, group: Group) -> Tensor:
+    """What arrives of ``x`` of all ranks, [W, ...], rank by rank; no gradient."""
+    return _start(x.detach()[None], group)
+
+
+@opaque
+def _wait(arriving: Tensor) -> Tensor:
+    return _torch_private.arrived(arriving)
+
+
+@opaque
+def _with_gradient(x: Tensor, gathered: Tensor, group: Group) -> Tensor:
+    rows: Tensor = Gather.apply(x, gathered, group)  # type: ignore[no-untyped-call]
+    return rows
+
+
+def _gather(x: Tensor, group: Group) -> Tensor:
+    """``x`` of all ranks as [W, ...], this rank first; gradients flow back."""
+    return _with_gradient(x, _wait(_send(x, group)), group)
 
 
 @opaque
@@ -231,13 +251,35 @@ def _mean_in_backward(x: Tensor, group: Group) -> Tensor:
 
 
 # ---- what the losses use ---------------------------------------------------------------------------------------------
-def rows_of_all(x: Tensor, group: Group, *, wire: torch.dtype | None = None, dim: int = -2) -> Tensor:
-    """``x`` [.., B, ..] of all ranks as [.., W B, ..] along ``dim``, this rank's first; gradients flow back.
+def gathering(
+    x: Tensor, group: Group, *, wire: torch.dtype | None = None, beside: Tensor | None = None
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Sends the rows ``x`` [.., B, D] to all ranks; what is computed before they are used runs beside the gather.
 
-    ``wire``: a half type that ``x`` came in, which it travels in.
+    The first function waits and gives the rows of all ranks, [.., W B, D], those of this rank first; gradients flow
+    back. The second gives what ``beside`` [V, B, D] is of all ranks, as ``in_order_of_ranks``: it travels in the same
+    message. ``wire``: a half type that ``x`` came in, which it travels in.
     """
-    dim %= x.dim()
-    return _gather(x, group, wire or x.dtype).movedim(0, dim).flatten(dim, dim + 1)
+    sent = x.to(wire or x.dtype)
+    if beside is not None:
+        dtype = torch.promote_types(sent.dtype, beside.dtype)
+        sent = torch.cat([sent.to(dtype), beside.to(dtype)])
+    arriving = _send(sent, group)
+
+    def rows() -> Tensor:
+        gathered = _wait(arriving)
+        of_all = _with_gradient(x, gathered if beside is None else gathered[:, : len(x)], group)
+        return of_all.movedim(0, -3).flatten(-3, -2).contiguous()
+
+    def others() -> Tensor:
+        return _in_order(_wait(arriving)[:, len(x) :])
+
+    return rows, others
+
+
+def labels_of_all(labels: Tensor, group: Group) -> Tensor:
+    """``labels`` [n] of all ranks as [W, n], this rank first; no gradient."""
+    return stacked(labels, group).roll(-group.rank, 0)
 
 
 def stacked(x: Tensor, group: Group) -> Tensor:
@@ -247,7 +289,11 @@ def stacked(x: Tensor, group: Group) -> Tensor:
 
 def in_order_of_ranks(x: Tensor, group: Group) -> Tensor:
     """``x`` [.., B, D] of all ranks as [.., W B, D], rank 0 first, as one process would hold it; no gradient."""
-    return stacked(x, group).movedim(0, -3).flatten(-3, -2)
+    return _in_order(stacked(x, group))
+
+
+def _in_order(of_ranks: Tensor) -> Tensor:
+    return of_ranks.movedim(0, -3).flatten(-3, -2)
 
 
 def averaged(group: Group | None, device: torch.device, *temperatures: float | Tensor) -> tuple[Any, ...]:
@@ -278,5 +324,5 @@ def _total(group: Group, counts: Tensor) -> Tensor:
 
 def _rbf(group: Group, attraction: Tensor, log_mean: Tensor) -> tuple[Tensor, Tensor]:
     numbers = torch.cat([log_mean, attraction.mean()[None].to(log_mean.dtype)])
-    of_ranks = _gather(numbers, group, numbers.dtype)
+    of_ranks = _gather(numbers, group)
     return of_ranks[:, -1].mean(), of_ranks[:, :-1].logsumexp(0) - math.log(group.size)

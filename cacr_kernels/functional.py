@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checks, losses, reference
-from .distributed import averaged, group_of, ranks_of, rows_of_all
+from .distributed import averaged, group_of, in_order_of_ranks, labels_of_all, ranks_of
 from .operators.aligned import aligned_cost
 from .operators.cacr import cacr
 from .operators.registry import Target
@@ -156,7 +156,7 @@ def cacr_loss(
     chosen, on = choose_backend(backend, [z], similarities_of_views(z, pairing), group, normalize)
     fused = group is None and reduction == "mean" and "cacr" in on.operators and chosen.fuses(z.shape, pairing)
     with checks.without_autocast(z.device):
-        (z,), (keys,) = prepare([z], normalize and not on.normalize, group, gathered=[0], as_is=fused)
+        (z,), keys, _ = prepare([z], normalize and not on.normalize, group, gathered=0, as_is=fused)
         tau_pos, tau_neg = averaged(group, z.device, tau_pos, tau_neg)
         tau_pos, tau_neg, alpha, beta, rbf_scale = as_variables(z.device, tau_pos, tau_neg, alpha, beta, rbf_scale)
         if fused:
@@ -164,11 +164,15 @@ def cacr_loss(
             found = _fused(on, z, given_numbers, (pairing, cost, normalize))
             extra = _debiasing(z, pairing, tau_plus, bool(normalize)).mean() if tau_plus else None
             return _result(*found, extra, return_parts)
-        options: Any = {"pairing": pairing, "cost": cost, "rbf_scale": rbf_scale}
-        options |= {"keys": keys, "ranks": ranks_of(group)}
         numbers = Numbers(tau_pos, tau_neg, alpha, beta / (1 - tau_plus) if on.operators else beta)
+        one_sweep = keys is not None and reduction == "mean" and cost == "sqeuclidean" and "repulsion" in on.operators
+        options: Any = {"pairing": pairing, "cost": cost, "rbf_scale": rbf_scale}
+        options |= {"keys": None if keys is None or one_sweep else keys(), "ranks": ranks_of(group)}
         if on.operators:
-            terms = losses.cacr(on, z.contiguous(), numbers, **options)
+            if keys is not None and one_sweep:
+                terms = losses.cacr_of_ranks(on, z.contiguous(), keys, numbers, pairing)
+            else:
+                terms = losses.cacr(on, z.contiguous(), numbers, **options)
             if tau_plus:
                 more_rows = _debiasing(z, pairing, tau_plus, bool(normalize))
                 terms = terms._replace(repulsion=terms.repulsion + more_rows)
@@ -267,12 +271,13 @@ class QueueOptions(NamedTuple):
 
 
 class QueueCall(NamedTuple):
-    """A call of the queue loss, checked: ``compute(*arguments)`` are its terms."""
+    """A call of the queue loss, checked: ``compute(*arguments)`` are its terms, ``entering()`` the keys to store."""
 
     device: torch.device
     compute: Callable[..., Terms]
     arguments: tuple[Any, ...]
     reduced: Callable[[Terms], Any]
+    entering: Callable[[], Tensor | None]
 
 
 def queue_call(
@@ -281,10 +286,12 @@ def queue_call(
     queue: Tensor,
     valid: Tensor | None,
     options: QueueOptions,
+    entering: Tensor | None = None,
 ) -> QueueCall:
     """:func:`cacr_queue_loss` with the first ``valid`` rows of the queue: a 0-dim int64 tensor, ``None`` for all.
 
-    The caller computes, so that from a loss to its operator there are few calls.
+    ``entering`` [V, B, D]: keys that the caller stores afterwards, with those of all ranks; they travel with the
+    queries. The caller computes, so that from a loss to its operator there are few calls.
     """
     tau_pos, tau_neg, alpha, beta, in_batch, weight_grad, normalize, reduction, return_parts, *ranks, backend = options
     queries, tau_pos, tau_neg = refuse_second_derivative_of_compiled(queries, tau_pos, tau_neg)
@@ -307,7 +314,8 @@ def queue_call(
     _, on = choose_backend(backend, [q, k, n], math.inf, normalize=normalize)
     with checks.without_autocast(q.device):
         tensors = [q, k.detach(), n.detach()]
-        (q, k, n), (batch,) = prepare(tensors, normalize and not on.normalize, group, gathered=[0] * in_batch)
+        unit = normalize and not on.normalize
+        (q, k, n), batch, stored = prepare(tensors, unit, group, gathered=0 if in_batch else None, beside=entering)
         tau_pos, tau_neg = averaged(group, q.device, tau_pos, tau_neg)
         numbers = Numbers(*as_variables(q.device, tau_pos, tau_neg, alpha, beta))
     arguments: tuple[Any, ...] = q, k, n, numbers
@@ -321,9 +329,14 @@ def queue_call(
             terms = terms._replace(attraction=terms.attraction[0], repulsion=terms.repulsion[0])
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, q.dtype)
 
-    negatives = in_batch if batch is None else batch
+    def keys_of_all() -> Tensor | None:
+        if group is None or entering is None:
+            return entering
+        return in_order_of_ranks(entering, group) if stored is None else stored()
+
+    negatives: Any = in_batch if batch is None else batch if on.operators else batch()
     options_of_queue: Any = {"in_batch": negatives, "weight_grad": weight_grad, "valid": valid}
-    return QueueCall(q.device, partial(compute, **options_of_queue), arguments, reduced)
+    return QueueCall(q.device, partial(compute, **options_of_queue), arguments, reduced, keys_of_all)
 
 
 @overload
@@ -402,8 +415,8 @@ def cacr_momentum_loss(
     group = group_of(gather_distributed, process_group, {"queries": q, "keys": k})
     _, on = choose_backend(backend, [q, k], math.inf, normalize=normalize)
     with checks.without_autocast(q.device):
-        (q, k), (keys_of_all,) = prepare([q, k.detach()], normalize and not on.normalize, group, gathered=[1])
-        k = k if keys_of_all is None else keys_of_all
+        (q, k), keys_of_all, _ = prepare([q, k.detach()], normalize and not on.normalize, group, gathered=1)
+        k = k if keys_of_all is None else keys_of_all()
         (temperature,) = averaged(group, q.device, temperature)
         (temperature,) = as_variables(q.device, temperature)
         options: Any = {"cost": cost, "key_offset": key_offset}
@@ -515,19 +528,22 @@ def supervised_cacr_loss(
             read = losses.rows_in_sets(y, ref_labels, own_rows, ignored, everywhere=group is None)
             tensors = [torch.where(rows[:, None], t, 0.0) for rows, t in zip(read, tensors, strict=True)]
         unit = normalize and not on.normalize
-        (z, *ref), (keys,) = prepare(tensors, unit, group, gathered=[len(tensors) - 1])
+        (z, *ref), keys, _ = prepare(tensors, unit, group, gathered=len(tensors) - 1)
         tau_pos, tau_neg = averaged(group, z.device, tau_pos, tau_neg)
         numbers = Numbers(*as_variables(z.device, tau_pos, tau_neg, alpha, beta))
         ranks = ranks_of(group)
-        sets = KeySets(own_rows, ignored, queries_first=keys is not None and not ref)
+        sets, everyone = KeySets(own_rows, ignored, queries_first=keys is not None and not ref), y
         if group is not None and keys is not None:
-            ref, ref_labels = [keys], rows_of_all(y if ref_labels is None else ref_labels, group, dim=0)
+            of_all = labels_of_all(y if ref_labels is None else torch.cat([y, ref_labels]), group)
+            everyone = of_all[:, : len(y)].flatten()
+            ref_labels = everyone if ref_labels is None else of_all[:, len(y) :].flatten()
+            ref = [keys()]
         arguments: Any = (z, y, ref[0] if ref else None, ref_labels, numbers)
         supervised: Callable[..., Terms] = reference.supervised
         if on.operators:
             supervised = partial(losses.supervised, on)
         terms = supervised(*arguments, sets=sets, ranks=ranks)
-        counted = None if ignored is None else ranks.total((y != ignored).sum()).to(z.dtype) / (len(y) * ranks.size)
+        counted = None if ignored is None else (everyone != ignored).sum().to(z.dtype) / len(everyone)
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype, counted)
 
 

@@ -8,7 +8,7 @@ left are vectors of one entry per query. ``reference.py`` states what is compute
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,16 @@ from .operators.aligned import aligned_cost
 from .operators.contrast import contrast
 from .operators.detached_keys import detached_keys
 from .operators.registry import Target
-from .reference import Statistics, mean_entropy, rows_of_pairs, statistics, unit_norms, view_pairs
+from .operators.repulsion import as_contrast, repulsion
+from .reference import (
+    Statistics,
+    entropy_of,
+    mean_entropy,
+    rows_of_pairs,
+    statistics,
+    unit_norms,
+    view_pairs,
+)
 from .types import (
     ALL,
     ALONE,
@@ -48,13 +57,6 @@ def vector(numbers: Sequence[Temperature], device: torch.device) -> Tensor:
     # not torch.tensor on another device: a copy from here waits for it
     parts = [x if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device) for x in numbers]
     return torch.stack([x.to(device=device, dtype=dtype, non_blocking=True) for x in parts])
-
-
-def entropy_of(value: Tensor, lse: Tensor, tau: Temperature) -> Tensor:
-    """Entropy of the weights, averaged over the queries with a non-empty set: lse - tau F."""
-    nonempty = lse != -torch.inf
-    rows = torch.where(nonempty, lse - tau * value, 0.0).detach().clamp(min=0.0)  # rounding, where one key has all
-    return rows.sum() / nonempty.sum().clamp(min=1)
 
 
 def instance_ids(count: int, device: torch.device) -> Tensor:
@@ -93,15 +95,19 @@ def cacr(
         rows = zero if cost == "rbf" else torch.zeros_like(attracted.value)
         return Terms(alpha * attracted.value, rows, mean_entropy(attracted), zero)
     taus = [-tau_neg, -(tau_neg + rbf_scale)] if cost == "rbf" else [-tau_neg]
-    q, q_id, pairs = views, instance_ids(batch, views.device), view_pairs(num_views, pairing)
-    k_id = None if keys is None else instance_ids(keys.shape[1], views.device)
-    if pairing == "pooled":
-        q, q_id, pairs = views.reshape(1, num_views * batch, dim), q_id.repeat(num_views), [(0, 0)]
-        if keys is not None and k_id is not None:
-            keys, k_id = keys.reshape(1, -1, dim), k_id.repeat(num_views)
-    index = [x for x, _ in pairs], [y for _, y in pairs]
-    spec = ContrastSpec(q_id, k_id, [OTHER] * len(taus), *index, normalize=on.normalize)
+    if keys is not None:
+        q, keys, spec = as_contrast(views, keys, pairing, on.normalize)
+    elif pairing == "pooled":
+        q, q_id = views.reshape(1, num_views * batch, dim), instance_ids(batch, views.device).repeat(num_views)
+        spec = ContrastSpec(q_id, None, [OTHER], [0], [0], normalize=on.normalize)
+    else:
+        pairs = view_pairs(num_views, pairing)
+        index = [x for x, _ in pairs], [y for _, y in pairs]
+        q, spec = views, ContrastSpec(instance_ids(batch, views.device), None, [OTHER], *index, normalize=on.normalize)
+    spec = spec._replace(kinds=[OTHER] * len(taus))
     value, lse = contrast(on, q, keys, vector(taus, views.device), spec)
+    if pairing == "pooled":  # all queries are of one mean
+        value, lse = value.flatten(1)[:, None], lse.flatten(1)[:, None]
     pulled = alpha * attracted.value
     if cost == "rbf":
         log_value = lse[1] - lse[0] + 0.0 * value[0].detach()
@@ -114,6 +120,18 @@ def cacr(
     return Terms(pulled, repulsion, mean_entropy(attracted), entropy)
 
 
+def cacr_of_ranks(on: Target, views: Tensor, keys: Callable[[], Tensor], numbers: Numbers, pairing: Pairing) -> Terms:
+    """``reference.cacr`` of mean costs, with the mean repulsion from one call of the operator of that name.
+
+    ``keys`` waits for the views of all processes, after the attraction, which needs none of them.
+    """
+    tau_pos, tau_neg, alpha, beta = numbers
+    c = aligned_cost(views, views, on.normalize)
+    attracted = attraction(c, tau_pos * c)
+    value, entropy = repulsion(on, views, keys(), vector([-tau_neg], views.device), pairing)
+    return Terms(alpha * attracted.value, -beta * value, mean_entropy(attracted), entropy)
+
+
 def queue(
     on: Target,
     queries: Tensor,
@@ -121,13 +139,14 @@ def queue(
     queue: Tensor,
     numbers: Numbers,
     *,
-    in_batch: bool | Tensor,
+    in_batch: bool | Callable[[], Tensor],
     weight_grad: WeightGrad,
     valid: Tensor | None = None,
 ) -> Terms:
     """``reference.queue``: the softmax over queue and batch is the merge of two.
 
-    How many rows of the queue are ``valid`` is not read here, where a GPU would have to be waited for: the others have
+    Queries of a larger batch, if ``in_batch`` waits for them, are used after the queue, which needs none of them. How
+    many rows of the queue are ``valid`` is not read here, where a GPU would have to be waited for: the others have
     the id of the queries.
     """
     tau_pos, tau_neg, alpha, beta = numbers
@@ -146,7 +165,7 @@ def queue(
         flags: dict[str, Any] = {"detach_weights": weight_grad != "full", "normalize": on.normalize}
         spec = ContrastSpec(*ids, [kind], every, [0] * num_views, **flags)
         (value,), (lse,) = detached_keys(on, queries, queue[None], vector([-tau_neg], queries.device), spec)
-    every_query = in_batch if isinstance(in_batch, Tensor) else None
+    every_query = None if isinstance(in_batch, bool) else in_batch()
     if every_query is not None or (in_batch and batch > 1):
         detached, tau = weight_grad == "none", vector([-tau_neg], queries.device)
         instances = instance_ids(batch, queries.device)

@@ -279,11 +279,12 @@ class CACRQueueLoss(_Loss[Result]):
         own, valid = self._traced_queue(update) if _traced(self.queue) else self._queue_of_host(update)
         one_direction = isinstance(queries, Tensor) and queries.dim() == 2
         pair = (q[0], k[0]) if one_direction else (q, k)
-        call = functional.queue_call(*pair, own, valid, functional.QueueOptions(**self.options()))
+        entering = None if not update else k if self.enqueue == "all" else k[-1:]
+        call = functional.queue_call(*pair, own, valid, functional.QueueOptions(**self.options()), entering)
         with checks.without_autocast(call.device):
             loss = call.reduced(call.compute(*call.arguments))
-        if update:
-            self._store(self._normalized(self._of_all_ranks(k)))
+        if (stored := call.entering()) is not None:
+            self._store(self._normalized(stored))
         return loss
 
     if TYPE_CHECKING:
@@ -355,12 +356,6 @@ class CACRQueueLoss(_Loss[Result]):
             filled = int(ring.filled_rows(self.queue_count, self.queue_size))
         return self.queue.detach()[:filled], None
 
-    def _of_all_ranks(self, keys: Tensor) -> Tensor:
-        """The keys that are stored, with ``gather_distributed`` those of all ranks, as one process would have them."""
-        keys = keys if self.enqueue == "all" else keys[-1:]
-        group = distributed.find(self.gather_distributed, self.process_group)
-        return keys if group is None else distributed.in_order_of_ranks(keys, group)
-
     def _normalized(self, keys: Tensor) -> Tensor:
         """Unit vectors, if the loss normalises, which does that to what it reads again: so short rows stay as short."""
         if not self.normalize:
@@ -384,7 +379,7 @@ class CACRQueueLoss(_Loss[Result]):
 
     def _store(self, keys: Tensor) -> None:
         """Lets keys [V, B, D] wait for the next forward."""
-        keys = keys.flatten(0, 1) if self.enqueue == "all" else keys[-1]
+        keys = keys.flatten(0, 1)
         keys = keys[-self.queue_size :]
         if _traced(self.queue):
             self._store_traced(keys)

@@ -149,6 +149,13 @@ def mean_entropy(stats: Statistics) -> Tensor:
     return stats.entropy.sum() / stats.nonempty.sum().clamp(min=1)
 
 
+def entropy_of(value: Tensor, lse: Tensor, tau: Temperature) -> Tensor:
+    """Entropy of the weights, averaged over the queries with a non-empty set: lse - tau F."""
+    nonempty = lse != -torch.inf
+    rows = torch.where(nonempty, lse - tau * value, 0.0).detach().clamp(min=0.0)  # rounding, where one key has all
+    return rows.sum() / nonempty.sum().clamp(min=1)
+
+
 def cacr(
     views: Tensor,
     numbers: Numbers,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from . import checks, reference
 from .backends.entry import Backend, Size
 from .backends.table import choose
-from .distributed import Group, rows_of_all
+from .distributed import Group, gathering
 from .operators.registry import Target, has_values, tracing
 from .types import (
     REDUCTIONS,
@@ -75,16 +75,28 @@ def as_variables(device: torch.device, *values: float | Tensor) -> tuple[Any, ..
     return tuple(x if isinstance(x, Tensor) else x * one for x in values)
 
 
+Arriving = Callable[[], Tensor]  # waits for the rows of all ranks
+
+
 def prepare(
-    tensors: list[Tensor], unit: bool, group: Group | None = None, *, gathered: Sequence[int] = (), as_is: bool = False
-) -> tuple[list[Tensor], list[Tensor | None]]:
+    tensors: list[Tensor],
+    unit: bool,
+    group: Group | None = None,
+    *,
+    gathered: int | None = None,
+    as_is: bool = False,
+    beside: Tensor | None = None,
+) -> tuple[list[Tensor], Arriving | None, Arriving | None]:
     """One dtype for all: float64 if any input is, else float32; half types are computed in float32.
 
     ``unit``: as unit vectors, for what takes no raw rows. ``as_is``: in their own dtype.
 
     Temperatures, being 0-dimensional, do not count. Keys of an encoder that ran in inference mode are copied: autograd
-    would not keep them. Then those whose index is in ``gathered``, of all ranks of the group and contiguous; ``[None]``
-    without a group.
+    would not keep them.
+
+    The tensor ``gathered`` of them is sent to all ranks of the group; what waits for the rows of all comes second,
+    ``None`` without a group. ``beside`` goes with it as it is and without a gradient, and is, in the order of ranks,
+    what the third waits for.
     """
     given, dtype = tensors, tensors[0].dtype if as_is else arithmetic_dtype(*tensors)
     # Dynamo takes an argument of torch.func.grad for one that needs no gradient; of a cast it knows better.
@@ -92,10 +104,16 @@ def prepare(
     tensors = [t.to(dtype) if tracing or t.dtype != dtype else t for t in tensors]
     if not tracing and not torch.is_inference_mode_enabled():
         tensors = [t.clone() if t.is_inference() else t for t in tensors]
-    keys = [] if group is None else [rows_of_all(tensors[i], group, wire=given[i].dtype) for i in gathered]
+    rows = others = None
+    if group is not None and gathered is not None:
+        rows, others = gathering(tensors[gathered], group, wire=given[gathered].dtype, beside=beside)
     if unit:
-        tensors, keys = ([reference.unit_rows(t) for t in some] for some in (tensors, keys))
-    return tensors, [t.contiguous() for t in keys] or [None]
+        tensors, rows = [reference.unit_rows(t) for t in tensors], rows and _unit(rows)
+    return tensors, rows, others
+
+
+def _unit(rows: Arriving) -> Arriving:
+    return lambda: reference.unit_rows(rows())
 
 
 def checked_ref_index(value: Any, embeddings: Tensor, ref_embeddings: Tensor | None) -> Tensor | None:

@@ -98,6 +98,8 @@ def _of_views(world: int) -> Iterator[Case]:
             yield Case("cacr_loss", {"V": 2, "B": world * B, "D": D}, options | {"normalize": True}, data="long")
             # of two ranks each query has one negative, and temperatures no effect but what is rounded
             yield Case("cacr_loss", {"V": 2, "B": world, "D": D}, options, learnable=world > 2)
+        if pairing != "pooled":
+            yield Case("cacr_loss", {"V": V, "B": world * B, "D": D}, taus | {"pairing": pairing, "tau_plus": 0.1})
         for reduction in ("sum", "none"):
             yield Case(
                 "cacr_loss", {"V": V, "B": world * B, "D": D}, taus | {"pairing": pairing, "reduction": reduction}

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..operators.contrast import members, pack
+from ..operators.contrast import members, pack, unpack
 from ..operators.registry import implement
-from ..reference import of_raw_rows, unit_rows
-from ..types import POSITIVE_KINDS, ContrastSpec
+from ..operators.repulsion import as_contrast, with_views
+from ..reference import entropy_of, of_raw_rows, unit_rows
+from ..types import PAIRINGS, POSITIVE_KINDS, ContrastSpec
 from .entry import Backend, any_device
 
 BLOCK = 1 << 21  # costs in a block: 8 MiB each in float32, about ten such arrays live at once
@@ -228,13 +229,26 @@ def gradients_of_rows(
     return grad_q, q.new_empty(0) if grad_k is grad_q else grad_k, grad_tau
 
 
-_KERNELS = {"contrast": contrast, "contrast_backward": contrast_backward}
+def repulsion(*arguments: Any) -> tuple[Tensor, ...]:
+    """Mean cost and entropy, and their gradients from a second pass; arguments: see ``operators/repulsion.py``."""
+    views, keys, tau, pairing, normalize, *want = arguments
+    q, k, spec = as_contrast(views, keys, PAIRINGS[pairing], normalize)
+    given = unpack(q, k, tau, spec)
+    value, lse, row_state = contrast(*given)
+    grads = views.new_empty(0), keys.new_empty(0), tau.new_empty(0)
+    if any(want):
+        g_value = torch.full_like(value, 1 / value.numel())
+        grads = contrast_backward(*given, value, row_state, g_value, torch.zeros_like(value), *want)
+    return value.mean(), entropy_of(value, lse, tau), *with_views(grads, keys)
+
+
+_KERNELS = {"contrast": contrast, "contrast_backward": contrast_backward, "repulsion": repulsion}
 
 BACKEND = Backend(
     "torch",
     "plain PyTorch in blocks; bounded memory, any device",
     any_device,
-    operators=("contrast",),
+    operators=("contrast", "repulsion"),
     implement=lambda name: implement(f"{name}_torch", _KERNELS[name]),
     last_resort=True,
 )

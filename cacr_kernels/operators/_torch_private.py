@@ -18,8 +18,8 @@ from torch.autograd import Function
 
 __all__ = [
     "FunctionalTensorMode",  # the mode in which torch.compile asks an operator what it consists of
-    "all_gather",
     "all_reduce",
+    "arrived",
     "backward_keeps_graph",
     "below_autograd",
     "constant_while_compiling",
@@ -37,6 +37,7 @@ __all__ = [
     "plain_apply",
     "positional",
     "reduce_scatter",
+    "start_all_gather",
     "transforms_are_active",
     "unwrapped",
     "without_transforms",
@@ -196,23 +197,28 @@ def positional(forward: F) -> F:
 
 
 # ---- collectives that a compiler traces; ``group`` is the name of a process group ------------------------------------
-def _collective(name: str, *arguments: Any) -> Tensor:
-    """Calls a functional collective and waits for it: the host on a CPU, the current stream on a GPU."""
-    operators = torch.ops._c10d_functional
-    result: Tensor = operators.wait_tensor(getattr(operators, name)(*arguments))
+def _start(name: str, *arguments: Any) -> Tensor:
+    """Calls a functional collective; its result may be read after ``arrived``."""
+    started: Tensor = getattr(torch.ops._c10d_functional, name)(*arguments)
+    return started
+
+
+def arrived(x: Tensor) -> Tensor:
+    """The result of a collective that was started: the host waits on a CPU, the current stream on a GPU."""
+    result: Tensor = torch.ops._c10d_functional.wait_tensor(x)
     return result
 
 
-def all_gather(x: Tensor, size: int, group: str) -> Tensor:
-    """``x`` [n, ...] of all ``size`` ranks as [size n, ...]."""
-    return _collective("all_gather_into_tensor", x, size, group)
+def start_all_gather(x: Tensor, size: int, group: str) -> Tensor:
+    """``x`` [n, ...] of all ``size`` ranks as [size n, ...], once it has ``arrived``."""
+    return _start("all_gather_into_tensor", x, size, group)
 
 
 def reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:
     """Of ``x`` [size n, ...] the part [n, ...] of this rank, added over all ranks."""
-    return _collective("reduce_scatter_tensor", x, "sum", size, group)
+    return arrived(_start("reduce_scatter_tensor", x, "sum", size, group))
 
 
 def all_reduce(x: Tensor, group: str) -> Tensor:
     """The sum over all ranks."""
-    return _collective("all_reduce", x, "sum", group)
+    return arrived(_start("all_reduce", x, "sum", group))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,6 +54,45 @@ class AlignedCost(SingleProblem):
         return found[0], found[1], None
 
 
+class AlignedViews(SingleProblem):
+    """c[v, u, b] = |z[v, b] - z[u, b]|^2 of views [V, B, D] with each other, otherwise as :class:`AlignedCost`.
+
+    Every pair of views once, and no view with itself: of two views a quarter of the differences.
+    """
+
+    @staticmethod
+    @_torch_private.positional
+    def forward(z: Tensor, normalize: bool) -> Tensor:
+        """The costs of all pairs of views."""
+        cost = z.new_zeros(z.shape[0], z.shape[0], z.shape[1])
+        for some in _instances(z, z):
+            for v, d in _to_later_views(z[:, some], normalize):
+                cost[v, v + 1 :, some] = cost[v + 1 :, v, some] = d.square().sum(-1).to(z.dtype)
+        return cost
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, bool], output: Tensor) -> None:
+        """Keeps the features; their differences are formed again."""
+        z, ctx.normalize = inputs
+        ctx.save_for_backward(z)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        """dz_v = sum_u 2 (g_vu + g_uv) (z_v - z_u)."""
+        (z,) = ctx.saved_tensors
+        grad, found = 2 * (grad + grad.transpose(0, 1)), []
+        for some in _instances(z, z):
+            flows: list[list[Tensor]] = [[] for _ in z]
+            for v, d in _to_later_views(z[:, some], ctx.normalize):
+                weighted = grad[v, v + 1 :, some, None].to(d.dtype) * d
+                flows[v].append(weighted.sum(0))
+                for u, x in enumerate(weighted, v + 1):
+                    flows[u].append(-x)
+            rows = torch.stack([functools.reduce(torch.add, parts) for parts in flows])
+            found.append(_to_inputs(rows, z[:, some], ctx.normalize))
+        return found[0] if len(found) == 1 else torch.cat(found, 1), None
+
+
 def _instances(q: Tensor, k: Tensor) -> Iterator[slice]:
     """All instances, so many at a time that their differences have a bounded size; a compiler sees them at once."""
     batch = q.shape[1]
@@ -64,12 +104,17 @@ def _instances(q: Tensor, k: Tensor) -> Iterator[slice]:
 
 def _differences(q: Tensor, k: Tensor, normalize: bool, some: slice) -> Tensor:
     """q_v - k_u of some instances, [V, U, b, D]."""
-    x, y = q[:, some], k[:, some]
-    if normalize:
-        wide = widest_dtype(q.device)
-        x = unit_rows(x.to(wide))
-        y = x if k is q else unit_rows(y.to(wide))
-    return x[:, None] - y[None]
+    return _compared(q[:, some], normalize)[:, None] - _compared(k[:, some], normalize)[None]
+
+
+def _to_later_views(z: Tensor, normalize: bool) -> Iterator[tuple[int, Tensor]]:
+    """Every v with z_v - z_u for all u > v, [U, b, D]."""
+    x = _compared(z, normalize)
+    return ((v, x[v] - x[v + 1 :]) for v in range(len(x) - 1))
+
+
+def _compared(x: Tensor, normalize: bool) -> Tensor:
+    return unit_rows(x.to(widest_dtype(x.device))) if normalize else x
 
 
 def _to_inputs(grad: Tensor, x: Tensor, normalize: bool) -> Tensor:
@@ -81,5 +126,5 @@ def aligned_cost(q: Tensor, k: Tensor, normalize: bool = False) -> Tensor:
     """Costs [V, U, B] between the views of the same instances."""
     if tracing():  # which cannot record a Function
         return AlignedCost.forward(q, k, normalize)
-    cost: Tensor = AlignedCost.apply(q, k, normalize)  # type: ignore[no-untyped-call]
+    cost: Tensor = AlignedViews.apply(q, normalize) if k is q else AlignedCost.apply(q, k, normalize)  # type: ignore[no-untyped-call]
     return cost

@@ -5,6 +5,7 @@
     contrast_backward_<backend>  their gradients
     detached_keys_<backend>      row statistics and what the gradients of queries are made of, in one sweep
     detached_keys_backward       these gradients
+    repulsion_<backend>          mean repulsion from the keys of all processes with its gradients, in one go
 
 Each file beside this one declares one operator: schema, fake, autograd formula and second derivative, for all backends.
 The package works without the compiled libraries. Derivatives of derivatives are taken from the reference itself: a

@@ -76,6 +76,18 @@ struct CacrLoss {
   bool normalize;  // as in Contrast
 };
 
+// The repulsion of queries from the other instances among keys that are not the queries, those of all processes: row i
+// of a view of the queries is row i of that view of the keys.
+template <class T>
+struct Repulsion {
+  const T* z;  // [V][B][D], contiguous
+  const T* k;  // [V][M][D], contiguous
+  int64_t V, B, M, D;
+  double tau;  // signed
+  Pairing pairing;
+  bool normalize;  // as in Contrast
+};
+
 // ---- what comes out -------------------------------------------------------------------------------------------------
 // Per query and softmax, all in float64: they are O(N), and differences of them matter.
 struct Statistics {
@@ -110,10 +122,29 @@ struct CacrResult {
   double grad_tau_pos, grad_tau_neg;  // 0 unless wanted
 };
 
+// Means over the queries of all pairs of views, of the entropy over those that have a key.
+struct RepulsionResult {
+  double value, entropy;
+  double grad_tau;  // of the value; 0 unless wanted
+};
+
+// Gradients of the value, overwritten; null: not wanted.
+template <class T>
+struct RepulsionGradients {
+  T* dz;  // [V][B][D] as queries
+  T* dk;  // [V][M][D]
+  bool want_tau;
+};
+
 // ---- the operators --------------------------------------------------------------------------------------------------
 // The loss with its gradients in one go. dz [V][B][D] is overwritten; null: not wanted.
 template <class T>
 CacrResult cacr_loss(const CacrLoss<T>& loss, T* dz, bool want_grad_tau, const Parallel& parallel);
+
+// The mean F of the queries with its gradients in one go.
+template <class T>
+RepulsionResult repulsion(const Repulsion<T>& problem, const RepulsionGradients<T>& gradients,
+                          const Parallel& parallel);
 
 template <class T>
 void contrast_forward(const Contrast<T>& problem, const Statistics& statistics, const Parallel& parallel);

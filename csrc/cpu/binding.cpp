@@ -135,6 +135,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_cpu(const Tensor& any_views, std
   });
 }
 
+// ---- repulsion ------------------------------------------------------------------------------------------------------
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> repulsion_cpu(const Tensor& any_views, const Tensor& any_keys,
+                                                                 const Tensor& tau, int64_t pairing, bool normalize,
+                                                                 bool want_views, bool want_keys, bool want_tau) {
+  check_views(any_views), check_views(any_keys);
+  const Tensor views = packed(any_views), keys = packed(any_keys);
+  STD_TORCH_CHECK(views.scalar_type() == keys.scalar_type() && views.size(0) == keys.size(0) &&
+                      views.size(1) <= keys.size(1) && views.size(2) == keys.size(2),
+                  "cacr_kernels: keys [V, M, D] of the dtype of the views [V, B, D], M >= B, expected");
+  check_option(pairing, cacr::kPairings, "pairing");
+  return with_dtype(views, [&](auto zero) {
+    using T = decltype(zero);
+    cacr::Repulsion<T> problem{};
+    problem.z = input<T>(views), problem.k = input<T>(keys);
+    problem.V = views.size(0), problem.B = views.size(1), problem.M = keys.size(1), problem.D = views.size(2);
+    problem.tau = double_at(tau, 0), problem.pairing = static_cast<cacr::Pairing>(pairing);
+    problem.normalize = normalize;
+    Tensor value = empty_cpu<double>({}), entropy = empty_cpu<double>({}),
+           grad_views = empty_cpu<T>(gradient_sizes(views, want_views)),
+           grad_keys = empty_cpu<T>(gradient_sizes(keys, want_keys)), grad_tau = empty_cpu<double>({want_tau ? 1 : 0});
+    const cacr::RepulsionGradients<T> gradients{want_views ? output<T>(grad_views) : nullptr,
+                                                want_keys ? output<T>(grad_keys) : nullptr, want_tau};
+    SignalCheck signals;
+    const cacr::RepulsionResult r = cacr::repulsion<T>(problem, gradients, torch_threads(signals));
+    *output<double>(value) = r.value, *output<double>(entropy) = r.entropy;
+    if (want_tau) *output<double>(grad_tau) = r.grad_tau;
+    return std::make_tuple(value, entropy, grad_views, grad_keys, grad_tau);
+  });
+}
+
 // ---- contrast -------------------------------------------------------------------------------------------------------
 // ids [n] = i % period for some period? Equal ids then lie on diagonals.
 int64_t period_of(const int32_t* q, int64_t n, const int32_t* k, int64_t m) {
@@ -255,6 +285,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detached_keys_cpu(const Tensor& q, co
 
 STABLE_TORCH_LIBRARY_IMPL(cacr_kernels, CPU, m) {
   m.impl("cacr_cpu", TORCH_BOX(&cacr_cpu));
+  m.impl("repulsion_cpu", TORCH_BOX(&repulsion_cpu));
   m.impl("contrast_cpu", TORCH_BOX(&contrast_cpu));
   m.impl("contrast_backward_cpu", TORCH_BOX(&contrast_backward_cpu));
   m.impl("detached_keys_cpu", TORCH_BOX(&detached_keys_cpu));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cacr_kernels
 from cacr_kernels import CACRLoss, CACRMomentumLoss, CACRQueueLoss, SupervisedCACRLoss
@@ -207,7 +209,7 @@ def compiled_modules() -> None:
 def compiled() -> None:
     """One graph, value and gradients of the eager call."""
     labels = torch.arange(world() * B) % 3
-    losses: list[Callable[[Tensor, Tensor], Tensor]] = [
+    calls: list[Callable[[Tensor, Tensor], Tensor]] = [
         lambda z, tau: cacr_kernels.cacr_loss(z, tau_neg=tau, gather_distributed=True),
         lambda z, tau: cacr_kernels.cacr_loss(z, tau_neg=tau, cost="rbf", gather_distributed=True),
         lambda z, tau: cacr_kernels.supervised_cacr_loss(
@@ -216,7 +218,7 @@ def compiled() -> None:
         lambda z, tau: cacr_kernels.cacr_queue_loss(z, z.flip(0), z[0, :2], tau_neg=tau, gather_distributed=True),
         lambda z, tau: cacr_kernels.cacr_momentum_loss(z, z[0], temperature=tau, gather_distributed=True),
     ]
-    for loss in losses:
+    for loss in calls:
         found = []
         for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
             z = own(whole(V, B, D)).clone().requires_grad_()
@@ -227,6 +229,122 @@ def compiled() -> None:
         for eager, graph in zip(*found, strict=True):
             close(graph, eager)
         torch._dynamo.reset()
+
+
+# ---- what is sent and called -----------------------------------------------------------------------------------------
+SENT = {"all_gather_into_tensor": "gather", "reduce_scatter_tensor": "reduce-scatter", "all_reduce": "all-reduce"}
+
+
+class Recorder(TorchDispatchMode):
+    """Collectives, waits, softmaxes of PyTorch, operators of the package, in order; and the largest tensor of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, str, int]] = []  # name, dtype and dimensions of the first argument
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("_c10d_functional", "cacr_kernels") or func._opname == "_softmax":
+            self.seen.append((func._opname, str(args[0].dtype).removeprefix("torch."), args[0].dim()))
+        out = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, Tensor)]
+        self.largest = max([self.largest, *sizes])
+        return out
+
+    def sent(self) -> list[tuple[str, str, int]]:
+        """The collectives, without the comparison of sizes."""
+        names = {
+            "all_gather_into_tensor": "gather",
+            "reduce_scatter_tensor": "reduce-scatter",
+            "all_reduce": "all-reduce",
+        }
+        found = [(names[name], *rest) for name, *rest in self.seen if name in names]
+        return [x for x in found if x != ("gather", "int64", 3)]
+
+
+def recorded(call: Callable[[], Tensor]) -> tuple[Recorder, Recorder]:
+    """What a call does and what its backward does."""
+    with Recorder() as forward:
+        loss = call()
+    with Recorder() as backward:
+        loss.backward()
+    return forward, backward
+
+
+@check
+def collectives_of_a_call() -> None:
+    """One gather of embeddings in their own type, at most one of labels and one all-reduce; one reduce-scatter back."""
+    if world() == 1:
+        return
+    tau = torch.tensor(0.7, requires_grad=True)
+    options: Any = {"tau_neg": tau, "gather_distributed": True}
+    labels = torch.arange(B) % 3
+    queue_loss = CACRQueueLoss(queue_size=7, dim=D, enqueue="last", **options)
+
+    def z() -> Tensor:
+        return own(whole(V, B, D)).bfloat16().requires_grad_()
+
+    def supervised(**more: Any) -> Tensor:
+        return cacr_kernels.supervised_cacr_loss(z()[0], labels, **more, **options)
+
+    bank: dict[str, Any] = {"ref_embeddings": z()[1], "ref_labels": labels, "ref_index": labels}
+    of_views, of_rows = ("gather", "bfloat16", 4), ("gather", "bfloat16", 3)
+    of_labels, counts = ("gather", "int64", 2), ("all-reduce", "int64", 1)
+    back, rows_back, of_tau = (
+        ("reduce-scatter", "float32", 4),
+        ("reduce-scatter", "float32", 3),
+        ("all-reduce", "float64", 1),
+    )
+    of_all = [of_rows, of_labels, counts]
+    expected: list[tuple[Callable[[], Tensor], list[Any], list[Any]]] = [
+        (lambda: cacr_kernels.cacr_loss(z(), **options), [of_views], [back, of_tau]),
+        (lambda: cacr_kernels.cacr_loss(z(), reduction="sum", **options), [of_views], [back, of_tau]),
+        (lambda: cacr_kernels.cacr_queue_loss(z(), z(), z()[0], **options), [of_views], [back, of_tau]),
+        (lambda: cacr_kernels.cacr_queue_loss(z(), z(), z()[0], in_batch=False, **options), [], [of_tau]),
+        (lambda: queue_loss(z(), z()), [of_views], [back, of_tau]),  # the keys that it stores go with the queries
+        (
+            lambda: cacr_kernels.cacr_momentum_loss(z(), z()[0], temperature=tau, gather_distributed=True),
+            [of_rows],
+            [of_tau],
+        ),
+        (supervised, of_all, [rows_back, of_tau]),
+        (lambda: supervised(ignore_index=0, reduction="sum"), of_all, [rows_back, of_tau]),
+        (lambda: supervised(ignore_index=0, reduction="sum", **bank), of_all, [rows_back, of_tau]),
+        (  # the log of the mean over all ranks: a few numbers more in each direction
+            lambda: cacr_kernels.cacr_loss(z(), cost="rbf", **options),
+            [of_views, ("gather", "float64", 2)],
+            [("reduce-scatter", "float64", 2), back, of_tau],
+        ),
+    ]
+    for i, (call, forth, back_again) in enumerate(expected):
+        forward, backward = recorded(call)
+        assert forward.sent() == forth, (i, forward.sent())
+        assert backward.sent() == back_again, (i, backward.sent())
+
+
+@check
+def the_gather_runs_beside_the_attraction() -> None:
+    """What needs this rank's rows alone is computed between sending and waiting; then one call has all gradients."""
+    if world() == 1:
+        return
+    for backend in ("torch", "cpu"):
+        for pairing in ("unordered", "pooled"):
+            z = own(whole(V, B, D)).clone().requires_grad_()
+            call = functools.partial(cacr_kernels.cacr_loss, z, gather_distributed=True, normalize=True)
+            forward, backward = recorded(functools.partial(call, pairing=pairing, backend=backend))
+            names = [name for name, *_ in forward.seen]
+            assert names[2:] == ["all_gather_into_tensor", "_softmax", "wait_tensor", f"repulsion_{backend}"]
+            assert not [name for name, *_ in backward.seen if name.startswith("contrast")]
+
+
+@check
+def no_array_of_queries_and_keys() -> None:
+    B = 70
+    for pairing in ("ordered", "pooled"):
+        z = own(whole(V, B, D)).clone().requires_grad_()
+        call = functools.partial(cacr_kernels.cacr_loss, z, pairing=pairing, gather_distributed=True, backend="cpu")
+        for found in recorded(call):
+            assert 0 < found.largest <= V * world() * B * D < B * B * world()
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

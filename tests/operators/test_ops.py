@@ -425,7 +425,7 @@ def test_opcheck_overwrite() -> None:
 
 
 def test_every_operator_is_checked() -> None:
-    """A new operator needs an ``opcheck``: here, in ``test_detached_keys``, ``interpreted`` or ``cuda/test_losses``.
+    """A new operator needs an ``opcheck``: here or in the tests of that operator, of a backend, or ``interpreted``.
 
     The compiled ones behind ``<name>_cuda``, with one more argument, have a namespace of their own.
     """
@@ -434,7 +434,8 @@ def test_every_operator_is_checked() -> None:
     names, compiled = ({name for where, name in found if where == space} for space in (NAMESPACE, COMPILED))
     contrasts = {f"{name}_{backend}" for name in ("contrast", "contrast_backward") for backend, *_ in CHECKED}
     detached = {"detached_keys_cpu", "detached_keys_backward"}
-    triton = {f"{name}_triton" for name in ("cacr", "contrast", "contrast_backward", "detached_keys")}
+    repulsions = {"repulsion_cpu", "repulsion_torch"}
+    triton = {f"{name}_triton" for name in ("cacr", "contrast", "contrast_backward", "detached_keys", "repulsion")}
     cuda = {"cacr", "contrast", "contrast_backward"}
     assert compiled == cuda
     assert names == {
@@ -444,6 +445,7 @@ def test_every_operator_is_checked() -> None:
         "overwrite",
         *contrasts,
         *detached,
+        *repulsions,
         *triton,
         *(f"{name}_cuda" for name in cuda),
     }

@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...types import arithmetic_dtype
+from ...operators.contrast import unpack
+from ...operators.repulsion import as_contrast, with_views
+from ...reference import entropy_of
+from ...types import PAIRINGS, arithmetic_dtype
 from . import tuning
 from .kernels.coefficients import coefficients_kernel
 from .kernels.gradient import gradient_kernel
@@ -45,6 +48,15 @@ class Incoming(NamedTuple):
     lse: Tensor
 
 
+class Wanted(NamedTuple):
+    """Which gradients of ``contrast`` are wanted, and whether the weights are constants."""
+
+    q: bool
+    k: bool
+    tau: bool
+    detach_weights: bool = False
+
+
 # ---- the operators ---------------------------------------------------------------------------------------------------
 @on_device_of_first
 def contrast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,20 +71,23 @@ def contrast_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients: one sweep for the queries (for both, if they are the keys), one for the keys."""
     sets, (detach_weights, q_self, normalize, *tensors, want_q, want_k, want_tau) = arguments[:9], arguments[9:]
     value, row_state, grad_value, grad_lse = (t.contiguous() for t in tensors)
-    pairs, incoming = set_pairs(Arguments._make((*sets, normalize, q_self))), Incoming(grad_value, grad_lse)
-    coefficients = row_coefficients(pairs, value, row_state, incoming, detach_weights)
-    moments = want_tau and not detach_weights
-    grad_q, grad_k, grad_tau = pairs.empty(0), pairs.empty(0), pairs.tau.new_empty(0)
-    if want_tau:
-        grad_tau = torch.zeros_like(pairs.tau)
-    if want_q or moments:
-        partial, moment = tuning.run(pairs, "gradient", query_sweep, *coefficients, moments)
-        grad_q = whole_gradient(pairs.q, partial, normalize) if want_q else grad_q
-        if moments:
-            grad_tau = temperature_gradient(pairs, moment, coefficients.rows, value, row_state[1], grad_lse)
-    if want_k and not pairs.keys_are_queries:
-        grad_k = whole_gradient(pairs.k, tuning.run(pairs, "gradient", key_sweep, *coefficients), normalize)
-    return grad_q, grad_k, grad_tau
+    pairs = set_pairs(Arguments._make((*sets, normalize, q_self)))
+    wanted = Wanted(want_q, want_k, want_tau, detach_weights)
+    return gradients(pairs, value, row_state, Incoming(grad_value, grad_lse), wanted)
+
+
+@on_device_of_first
+def repulsion(*arguments: Any) -> tuple[Tensor, ...]:
+    """Mean cost and entropy, and their gradients from sweeps of their own."""
+    views, keys, tau, pairing, normalize, *want = arguments
+    q, k, spec = as_contrast(views, keys, PAIRINGS[pairing], normalize)
+    pairs = set_pairs(Arguments._make((*unpack(q, k, tau, spec)[:9], normalize, None)))
+    value, lse, row_state = statistics(pairs)
+    grads = pairs.empty(0), pairs.empty(0), tau.new_empty(0)
+    if any(want):
+        incoming = Incoming(torch.full_like(value, 1 / value.numel()), torch.zeros_like(value))
+        grads = gradients(pairs, value, row_state, incoming, Wanted(*want))
+    return value.mean(), entropy_of(value, lse, tau), *with_views(grads, keys)
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
@@ -150,6 +165,25 @@ def statistics_sweep(pairs: SetPairs, tile: Tile) -> Tensor:
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
+def gradients(
+    pairs: SetPairs, value: Tensor, row_state: Tensor, incoming: Incoming, wanted: Wanted
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of queries, keys and temperatures, as far as they are wanted."""
+    coefficients = row_coefficients(pairs, value, row_state, incoming, wanted.detach_weights)
+    moments = wanted.tau and not wanted.detach_weights
+    grad_q, grad_k, grad_tau = pairs.empty(0), pairs.empty(0), pairs.tau.new_empty(0)
+    if wanted.tau:
+        grad_tau = torch.zeros_like(pairs.tau)
+    if wanted.q or moments:
+        partial, moment = tuning.run(pairs, "gradient", query_sweep, *coefficients, moments)
+        grad_q = whole_gradient(pairs.q, partial, pairs.normalize) if wanted.q else grad_q
+        if moments:
+            grad_tau = temperature_gradient(pairs, moment, coefficients.rows, value, row_state[1], incoming.lse)
+    if wanted.k and not pairs.keys_are_queries:
+        grad_k = whole_gradient(pairs.k, tuning.run(pairs, "gradient", key_sweep, *coefficients), pairs.normalize)
+    return grad_q, grad_k, grad_tau
+
+
 def row_coefficients(
     pairs: SetPairs, value: Tensor, row_state: Tensor, incoming: Incoming, detach_weights: bool
 ) -> Coefficients:

@@ -23,6 +23,7 @@ _LAUNCHERS = {  # by operator: the module, which imports Triton, and the functio
     "contrast": ("contrast", "contrast"),
     "contrast_backward": ("contrast", "contrast_backward"),
     "detached_keys": ("detached_keys", "detached_keys"),
+    "repulsion": ("contrast", "repulsion"),
 }
 
 
@@ -76,7 +77,7 @@ BACKEND = Backend(
     "Triton kernels for GPUs",
     why_not,
     device="cuda",
-    operators=("cacr", "contrast", "detached_keys"),
+    operators=("cacr", "contrast", "detached_keys", "repulsion"),
     implement=_implement,
     half_types=True,
     tests_only_on=("cpu",),  # in its interpreter

@@ -9,14 +9,6 @@ namespace cacr {
 
 namespace {
 
-// Norms and, where a query gradient is wanted, panels of the keys.
-template <class T>
-void prepare(Engine<T>& e, bool key_panels, int64_t n) {
-  e.allocate_packed(key_panels);
-  parallel_for(e.parallel, n, [&](int64_t i) { e.pack(i, n); });
-  e.find_bound();
-}
-
 // The sweep over all pairs, and what positives add from differences.
 template <class T>
 void backward(Engine<T>& e, const BackwardRows& rows, const SweepGradients<T>& out, int64_t n) {

@@ -5,6 +5,14 @@
 
 namespace cacr {
 
+// Norms and, where a query gradient is wanted, panels of the keys.
+template <class T>
+void prepare(Engine<T>& e, bool key_panels, int64_t n) {
+  e.allocate_packed(key_panels);
+  parallel_for(e.parallel, n, [&](int64_t i) { e.pack(i, n); });
+  e.find_bound();
+}
+
 template <class T>
 void forward_sweep(Engine<T>& e, const Statistics& statistics, int64_t n) {
   if (symmetric_pays(e)) return symmetric_forward(e, statistics, n);

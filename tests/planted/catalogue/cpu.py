@@ -17,6 +17,7 @@ LIBRARY = "tests/cpu/test_cpu_kernels.py"
 BAD_NUMBERS = "tests/losses/test_functional_bad_numbers.py -k cpu"
 VECTORS = "tests/losses/test_vectors.py -k cpu"
 RAW_ROWS = "tests/cpu/test_raw_rows.py"
+REPULSION = "tests/operators/test_repulsion.py -k 'cpu or threads or slices'"
 
 FAULTS = (
     Fault(
@@ -650,5 +651,77 @@ FAULTS = (
         replacement="g.query_row(panel.pair, panel.row0)).r;",
         why="normalize: queries of a queue loss are scaled by the length of another one",
         tests=(RAW_ROWS,),
+    ),
+    Fault(
+        "cpu-repulsion-gradient-of-the-sum",
+        PLANNER + "repulsion.cpp",
+        text="t.scale = mean_weight(1, e.p.pairs, e.p.N);",
+        replacement="t.scale = mean_weight(1, 1, e.p.N);",
+        why="keys of all processes: gradients are those of the sum over the pairs of views",
+        tests=REPULSION,
+    ),
+    Fault(
+        "cpu-repulsion-beyond-the-workspace",
+        PLANNER + "repulsion.cpp",
+        text="std::fill_n(g_value, rows, mean_weight(1, e.p.pairs, e.p.N));",
+        replacement="std::fill_n(g_value, rows, mean_weight(2, e.p.pairs, e.p.N));",
+        why="of many keys on many threads gradients are twice as large",
+        tests=REPULSION,
+    ),
+    Fault(
+        "cpu-repulsion-pooled-instances",
+        PLANNER + "repulsion.cpp",
+        text="ids[size_t(j)] = int32_t(j % given.M);",
+        replacement="ids[size_t(j)] = int32_t(j);",
+        why="pooled: another view of an instance is its negative",
+        tests=REPULSION,
+    ),
+    Fault(
+        "cpu-repulsion-diagonals",
+        PLANNER + "repulsion.cpp",
+        text="p.period = given.M;",
+        replacement="p.period = given.B;",
+        why="instances of other processes are left out, too",
+        tests=REPULSION,
+    ),
+    Fault(
+        "cpu-repulsion-pooled-views",
+        PLANNER + "repulsion.cpp",
+        text="pairs.q_index.push_back(v), pairs.k_index.push_back(0);",
+        replacement="pairs.q_index.push_back(0), pairs.k_index.push_back(0);",
+        why="pooled: the queries of the first view count V times",
+        tests=REPULSION,
+    ),
+    Fault(
+        "cpu-repulsion-raw-keys",
+        PLANNER + "repulsion.cpp",
+        text="e.to_raw_rows(out.dz, out.dk, n);",
+        replacement="e.to_raw_rows(out.dz, static_cast<T*>(nullptr), n);",
+        why="gradients of raw keys are those of unit vectors",
+        tests=REPULSION,
+    ),
+    Fault(
+        "cpu-repulsion-temperature",
+        PLANNER + "repulsion.cpp",
+        text="found.grad_tau = mean([&](int64_t i) { return s.variance[i]; });",
+        replacement="found.grad_tau = mean([&](int64_t i) { return s.value[i]; });",
+        why="the gradient of the temperature is not that of the value",
+        tests=REPULSION,
+    ),
+    Fault(
+        "cpu-repulsion-entropy-of-empty-sets",
+        PLANNER + "repulsion.cpp",
+        text="return std::max(row_entropy(s.lse[i], tau, s.value[i]), 0.0);",
+        replacement="return row_entropy(s.lse[i], tau, s.value[i]);",
+        why="without negatives the entropy is minus infinity",
+        tests=REPULSION,
+    ),
+    Fault(
+        "cpu-repulsion-panels-for-the-temperature",
+        PLANNER + "repulsion.cpp",
+        text="prepare(e, out.dz || out.want_tau, n);",
+        replacement="prepare(e, out.dk || out.want_tau, n);",
+        why="a gradient of the queries alone reads memory that is not there",
+        tests=REPULSION,
     ),
 )

@@ -265,7 +265,7 @@ PYTHON_FAULTS = (
     ),
     Foreign(
         "foreign-python-entropy-over-empty-sets",
-        PACKAGE + "losses.py",
+        PACKAGE + "reference.py",
         text="return rows.sum() / nonempty.sum().clamp(min=1)",
         replacement="return rows.mean()",
         why="supervised, return_parts, a class of one: queries without a positive count in the mean entropy",

@@ -83,8 +83,8 @@ FAULTS = (
     Fault(
         "losses-pooled-instances",
         PACKAGE + "losses.py",
-        text="q_id.repeat(num_views), [(0, 0)]",
-        replacement="q_id.repeat_interleave(num_views), [(0, 0)]",
+        text="instance_ids(batch, views.device).repeat(num_views)",
+        replacement="instance_ids(batch, views.device).repeat_interleave(num_views)",
         why="pooled: other instances pass for views of one",
         tests=(LOSSES, INPUTS),
     ),
@@ -114,7 +114,7 @@ FAULTS = (
     ),
     Fault(
         "losses-entropy-of-empty-sets",
-        PACKAGE + "losses.py",
+        PACKAGE + "reference.py",
         text="return rows.sum() / nonempty.sum().clamp(min=1)",
         replacement="return rows.mean()",
         why="entropies count queries without a set",

@@ -12,6 +12,7 @@ AUTOGRAD = "tests/operators/test_autograd.py"
 REFERENCE_SET = "tests/losses/test_reference_set.py"
 DETACHED_KEYS = "tests/operators/test_detached_keys.py -k 'not opcheck'"
 FAKES = "tests/operators/test_ops.py -k 'opcheck or fake'"
+REPULSION = "tests/operators/test_repulsion.py"
 HALF_TYPES = "tests/cuda/test_losses.py -k dtypes"
 
 FAULTS = (
@@ -138,8 +139,8 @@ FAULTS = (
     Fault(
         "operators-positives-rounded-before",
         OPERATORS + "aligned.py",
-        text="wide = widest_dtype(q.device)",
-        replacement="wide = q.dtype",
+        text="unit_rows(x.to(widest_dtype(x.device))) if",
+        replacement="unit_rows(x) if",
         why="normalize=True: costs of nearly equal views lose what their unit vectors are rounded by",
         tests="tests/losses/test_normalize.py -k near",
     ),
@@ -270,5 +271,61 @@ FAULTS = (
         replacement="",
         why="torch: keys with a negative id are negatives",
         tests=REFERENCE_SET,
+    ),
+    Fault(
+        "operators-repulsion-incoming-gradient",
+        OPERATORS + "repulsion.py",
+        text="return tuple(g_value.to(x.dtype) * x if n else None",
+        replacement="return tuple(x if n else None",
+        why="keys of all processes: gradients are those of the mean, whatever flows into it",
+        tests=REPULSION,
+    ),
+    Fault(
+        "operators-repulsion-incoming-gradient-of-a-graph",
+        OPERATORS + "repulsion.py",
+        text="return tuple(g_value.to(x.dtype) * x for x in (grad_views, grad_keys, grad_tau))",
+        replacement="return grad_views.clone(), grad_keys.clone(), grad_tau.clone()",
+        why="the same where the gradient is differentiated",
+        tests=REPULSION,
+    ),
+    Fault(
+        "operators-repulsion-asked-for-later",
+        OPERATORS + "repulsion.py",
+        text="if any(n and not w for n, w in zip(need, wanted, strict=True)):  # not known",
+        replacement="if need[1] and not wanted[1]:  # not known",
+        why="gradients that were not asked for in forward are missing",
+        tests=REPULSION,
+    ),
+    Fault(
+        "operators-repulsion-second-order",
+        OPERATORS + "repulsion.py",
+        text="return tuple(g.to(x.dtype) * x for x in definition(options, *inputs)[2:])",
+        replacement="return tuple(g.detach().to(x.dtype) * x for x in definition(options, *inputs)[2:])",
+        why="a penalty on the gradient does not reach the graph around the loss",
+        tests=REPULSION,
+    ),
+    Fault(
+        "operators-repulsion-pooled-instances",
+        OPERATORS + "repulsion.py",
+        text="q_id, k_id, keys = ids[:batch], ids.repeat(num_views)",
+        replacement="q_id, k_id, keys = ids[:batch], ids.repeat_interleave(num_views)",
+        why="pooled: views of other instances are left out, those of its own are not",
+        tests=REPULSION,
+    ),
+    Fault(
+        "operators-repulsion-gradient-of-the-sum",
+        BACKENDS + "torch.py",
+        text="g_value = torch.full_like(value, 1 / value.numel())",
+        replacement="g_value = torch.ones_like(value)",
+        why="torch: gradients are those of the sum of the rows",
+        tests=REPULSION,
+    ),
+    Fault(
+        "operators-repulsion-shape-of-the-gradient",
+        OPERATORS + "repulsion.py",
+        text="dtype=dtype if x is not tau else tau.dtype)",
+        replacement="dtype=dtype)",
+        why="a compiler takes the gradient of the temperature for a float32",
+        tests=REPULSION,
     ),
 )

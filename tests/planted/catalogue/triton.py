@@ -11,6 +11,7 @@ LOSSES = "tests/triton/interpreted/test_losses.py"
 FLOAT64 = "tests/triton/interpreted/test_operators.py -k float64"
 RBF = "tests/triton/interpreted/test_losses.py -k 'promise and rbf'"
 DETACHED_KEYS = "tests/triton/interpreted/test_operators.py -k detached_keys"
+OF_REPULSION = "tests/triton/interpreted/test_operators.py -k repulsion"
 TUNING = "tests/triton/test_tuning.py"
 NORMALIZE = "tests/triton/interpreted/test_normalize.py"
 PTX = "tests/triton/test_ptx.py -k 'numbers or planted or found'"
@@ -271,5 +272,21 @@ FAULTS = (
         replacement="            g = r * g",
         why="gradients of raw rows change their length",
         tests=NORMALIZE + " -k cacr",
+    ),
+    Fault(
+        "triton-repulsion-gradient-of-the-sum",
+        HOST + "contrast.py",
+        text="Incoming(torch.full_like(value, 1 / value.numel()), torch.zeros_like(value))",
+        replacement="Incoming(torch.ones_like(value), torch.zeros_like(value))",
+        why="keys of all processes: gradients are those of the sum of the rows",
+        tests=OF_REPULSION,
+    ),
+    Fault(
+        "triton-repulsion-raw-rows",
+        HOST + "contrast.py",
+        text="pairs = set_pairs(Arguments._make((*unpack(q, k, tau, spec)[:9], normalize, None)))",
+        replacement="pairs = set_pairs(Arguments._make((*unpack(q, k, tau, spec)[:9], False, None)))",
+        why="keys of all processes: normalize is forgotten",
+        tests=OF_REPULSION,
     ),
 )

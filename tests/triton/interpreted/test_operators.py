@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from cacr_kernels.operators import cacr, contrast, detached_keys
+from cacr_kernels.operators import cacr, contrast, detached_keys, repulsion
 from cacr_kernels.operators.registry import operator
 from cacr_kernels.reference import unit_rows
 from tests.covering import covering
-from tests.operators import test_detached_keys, test_ops
+from tests.operators import test_detached_keys, test_ops, test_repulsion
 from tests.operators.test_ops import PROBLEMS, Problem, assert_close, assert_like, cyclic, gradients, plain, randn
 
 FORWARD, BACKWARD = operator("contrast_triton"), operator("contrast_backward_triton")
@@ -176,6 +176,8 @@ def test_fakes(dtype: torch.dtype) -> None:
     assert_like(detached_keys.fake(*test_ops.as_fake(detached)), DETACHED_KEYS(*detached))
     views = (randn(3, 5, 4, dtype=dtype), None, 0.7, 1.3, 0.9, 1.1, 0, False, 2.0, False, True, False)
     assert_like(cacr.fake(*test_ops.as_fake(views)), operator("cacr_triton")(*views))
+    gathered = (*test_repulsion.tensors(test_repulsion.SMALL, dtype), 2, True, True, True, True)
+    assert_like(repulsion.fake(*test_ops.as_fake(gathered)), operator("repulsion_triton")(*gathered))
 
 
 # ---- detached keys --------------------------------------------------------------------------------------------------
@@ -211,6 +213,19 @@ def expected_detached_keys(problem: test_detached_keys.Problem, dtype: torch.dty
     return value[None], lse[None], w @ k, (w * centred) @ k, (w * centred.square()).sum(-1)[None]
 
 
+# ---- repulsion -------------------------------------------------------------------------------------------------------
+@covering(
+    {
+        "pairing": {"unordered": 0, "ordered": 1, "pooled": 2},
+        "dtype": {"float64": torch.float64, "float16": torch.float16},
+        "normalize": {"unit": True, "as they are": False},
+    }
+)
+def test_of_repulsion(pairing: int, dtype: torch.dtype, normalize: bool) -> None:
+    for shape in (test_repulsion.SMALL, test_repulsion.Shape(2, 19, 45, 7)):
+        test_repulsion.check("triton", test_repulsion.tensors(shape, dtype), pairing, normalize)
+
+
 # ---- autograd --------------------------------------------------------------------------------------------------------
 def test_opcheck() -> None:
     arguments = PROBLEMS["some empty"].arguments(torch.float64, requires_grad=True)
@@ -225,6 +240,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(DETACHED_KEYS, (*detached, True, True), **quick)
     views = test_ops.cacr_arguments(test_ops.CACR_ARGUMENTS[0], torch.float64, requires_grad=True)
     torch.library.opcheck(operator("cacr_triton"), views, **quick)
+    gathered = test_repulsion.tensors(test_repulsion.SMALL, requires_grad=True)
+    torch.library.opcheck(operator("repulsion_triton"), (*gathered, 0, True, True, True, True), **quick)
     nothing = test_ops.with_numbers(test_ops.cacr_arguments((0, False, False, False), torch.float64, False))
     torch.library.opcheck(operator("cacr_triton"), nothing, **quick)  # no two outputs are one tensor
     torch.library.opcheck(BACKWARD, (*arguments, value, weights, *incoming, False, False, False), **quick)
