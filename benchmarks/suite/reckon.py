@@ -1,4 +1,4 @@
-"""What a gathered loss would take on 8 to 1,024 GPUs, reckoned from bytes and FLOP: ``python -m benchmarks.suite.reckon``.
+"""A gathered loss on 8 to 1,024 GPUs, reckoned from bytes and FLOP: ``python -m benchmarks.suite.reckon``.
 
 Nothing here is measured. Inputs are the peaks that makers of the hardware state, and the share of them that is assumed
 to be reached; every input is an option of the command.
@@ -8,9 +8,10 @@ to be reached; every input is an option of the command.
     products          C = 5 * 2 P B (W B) D FLOP / FLOP/s          what the GPU kernels do: the similarities three
                                                                    times, two gradients
     reduce-scatter    R = (W - 1) V B D 4 bytes / gather bandwidth  float32
-    a gathered step   G + C + R        nothing overlaps: products need all keys, gradients all products
-    a ring            max(C, G' + R')  keys and their gradients go from rank to rank while products run;
-                                       G' and R' with the bandwidth of one link
+    gathered          G + C + R        nothing overlaps: products need all keys, gradients all products
+    at best           max(C, G + R)    if the messages ran beside the products, at no cost
+    a ring            max(C, k (G + R))  keys and their gradients go from rank to rank while products run; k: how many
+                                         times less bandwidth one link has than gathering
 
 Gathering is bound by what a node receives: all its network adapters at once, which its GPUs then share over NVLink. A
 ring crosses from node to node over one adapter.
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 HALF, SINGLE = 2, 4  # bytes
 PRODUCTS = 5  # of the Triton and CUDA kernels
@@ -74,9 +75,14 @@ class Reckoned:
         return self.gather + self.products + self.scatter
 
     @property
-    def best(self) -> float:
-        """The least that overlapping could leave of a step, with the bandwidth of gathering."""
-        return max(self.products, self.gather + self.scatter)
+    def share(self) -> float:
+        """Of a training step, that of encoder and loss."""
+        return self.gathered / (self.encoder + self.gathered)
+
+    @property
+    def saved(self) -> float:
+        """The share of a training step that messages beside the products could save at best."""
+        return min(self.products, self.gather + self.scatter) / (self.encoder + self.gathered)
 
 
 def gather_bandwidth(system: System, ranks: int) -> float:
@@ -114,41 +120,46 @@ def reckon(system: System, ranks: int) -> Reckoned:
     )  # fmt: skip
 
 
-def break_even(system: System, ranks: int) -> float:
-    """Instances a rank from which the products take longer than a ring's messages, which then hide behind them.
+def pays_from(system: System, ranks: int) -> float:
+    """Instances a rank from which a ring takes less time than gathering: k (G + R) < G + C + R.
 
-    C = 10 P B (W B) D / F grows with B^2, the messages (W - 1) V B D 6 / b with B.
+    C grows with B^2, G + R with B; within a node k = 1, and a ring is never slower.
     """
-    pairs = system.V * (system.V - 1) // 2
-    messages = (ranks - 1) * system.V * (HALF + SINGLE) / ring_bandwidth(system, ranks)
-    return messages * system.flops_share * system.flops / (PRODUCTS * 2 * pairs * ranks)
+    one = reckon(replace(system, B=1), ranks)
+    k = gather_bandwidth(system, ranks) / ring_bandwidth(system, ranks)
+    return (k - 1) * (one.gather + one.scatter) / one.products
+
+
+def memory_from(system: System, ranks: int, memory: float = 8 * 2**30) -> float:
+    """Instances a rank from which gathered keys and their gradients take more than ``memory`` bytes."""
+    return memory / reckon(replace(system, B=1), ranks).memory
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 HEADINGS = (
-    "GPUs", "gather G", "products C", "reduce-scatter R", "G + C + R", "of the step", "ring", "gathered keys, gradients"
+    "GPUs", "gather G", "products C", "reduce-scatter R", "G + C + R", "of the step", "overlap saves", "ring", "memory"
 )  # fmt: skip
 
 
 def cells(system: System, ranks: int) -> list[str]:
     """A line of the table."""
     r = reckon(system, ranks)
-    share = r.gathered / (r.encoder + r.gathered)
     times = (r.gather, r.products, r.scatter, r.gathered)
     return [
-        f"{ranks:,}", *(f"{1e3 * t:.3f} ms" for t in times), f"{100 * share:.1f} %", f"{1e3 * r.ring:.3f} ms",
+        f"{ranks:,}", *(f"{1e3 * t:.3f} ms" for t in times), f"{100 * r.share:.2f} %", f"{100 * r.saved:.2f} %",
+        f"{1e3 * r.ring:.3f} ms",
         f"{r.memory / 2**20:,.0f} MiB",
     ]  # fmt: skip
 
 
 def inputs(system: System) -> str:
     """What is put into the formulas, in a sentence."""
+    of = f"of which {100 * system.link_share:.0f} % are reached"
     return (
-        f"B = {system.B} a rank, D = {system.D}, V = {system.V}; {system.flops / 1e12:.0f} TFLOP/s in bfloat16, of which "
-        f"{100 * system.flops_share:.0f} % are reached; NVLink {system.nvlink / 1e9:.0f} GB/s, one adapter of "
-        f"{system.adapter / 1e9:.0f} GB/s for each of {system.node} GPUs of a node, of which {100 * system.link_share:.0f} % "
-        f"are reached; an encoder of {system.encoder / 1e9:.0f} GFLOP a view, so "
-        f"{1e3 * reckon(system, 1).encoder:.0f} ms a step."
+        f"B = {system.B} a rank, D = {system.D}, V = {system.V}; {system.flops / 1e12:.0f} TFLOP/s in bfloat16, of "
+        f"which {100 * system.flops_share:.0f} % are reached; NVLink {system.nvlink / 1e9:.0f} GB/s, one adapter of "
+        f"{system.adapter / 1e9:.0f} GB/s for each of {system.node} GPUs of a node, {of}; an encoder of "
+        f"{system.encoder / 1e9:.0f} GFLOP a view, so {1e3 * reckon(system, 1).encoder:.0f} ms a step."
     )
 
 
@@ -157,11 +168,11 @@ def lines(system: System) -> Iterator[str]:
     yield from (inputs(system), "", "| " + " | ".join(HEADINGS) + " |", "|" + "---:|" * len(HEADINGS))
     for ranks in RANKS:
         yield "| " + " | ".join(cells(system, ranks)) + " |"
-    within, between = break_even(system, system.node), break_even(system, RANKS[-1])
+    most = RANKS[-1]
     yield ""
     yield (
-        f"The messages of a ring hide behind the products from B = {within:,.0f} a rank within a node, from "
-        f"B = {between:,.0f} between nodes."
+        f"Between nodes a ring takes less time than gathering from B = {pays_from(system, most):,.0f} a rank. Gathered "
+        f"keys and their gradients take 8 GiB at B = {memory_from(system, most):,.0f} on {most:,} GPUs."
     )
 
 
