@@ -61,7 +61,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--compare", type=Path, metavar="OLD.json", help="ratios to an earlier run; exit status 1 if slower")
     add("--threshold", type=positive(float), default=1.25, help="times slower that --compare allows (%(default)s)")
     add("--load", type=Path, metavar="RESULTS.json", help="measure nothing, show and compare these results")
-    add("--readme", action="store_true", help="with --load: write the speed section of README.md from these results")
+    add(
+        "--readme", action="store_true", help="with --load: write the section of README.md (or page) from these results"
+    )
     add("--list", action="store_true", help="print the cases and end")
     options = parser.parse_args(arguments)
     if options.readme and options.load is None:
@@ -131,7 +133,9 @@ def show(options: argparse.Namespace, data: dict[str, Any], written: list[Path],
         tables.print_goals(console, goals.verdicts(data["rows"]))
     if written:
         console.print("written: " + ", ".join(str(path) for path in written), soft_wrap=True)
-    if options.readme:
+    if options.readme and data["suite"] == DISTRIBUTED:
+        scaling_tables.write(options.load)
+    elif options.readme:
         console.print(f"README.md now shows {readme.write(options.load)}", soft_wrap=True)
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from . import results
+from .machine import ROOT
 from .results import problem_label
 from .tables import milliseconds
 
 Result = dict[str, Any]
+PAGE = ROOT / "docs" / "several_processes.md"
+BEGIN, END = "<!-- processes: made by `python -m benchmarks --load", "<!-- processes: end -->"
 HEADINGS = ("processes", "B a rank", "B", "ms", "20–80 %", "speed-up", "of the ideal", "collectives", "sent", "needed")
 NOTE = (
     "A step: loss and gradients of a module, one thread a process. Speed-up: over one process with the same batch, "
@@ -79,3 +84,20 @@ def markdown(rows: list[Result]) -> str:
             f"| {title if i == 0 else ''} | " + " | ".join(line[k] for k in keep) + " |" for i, line in enumerate(some)
         ]
     return "\n".join(lines)
+
+
+def block(results_file: Path) -> str:
+    """What the page shows of results, between its markers."""
+    rows = results.read(results_file)["rows"]
+    first, name = rows[0], results_file.resolve().relative_to(ROOT).as_posix()
+    caption = (
+        f"`python -m benchmarks --suite distributed` on {first['machine']} ({first['cores']} cores, load before the run "
+        f"{first['load']}), {first['isa']} kernels, torch {first['torch']}, commit {first['commit']}, {first['date'][:10]}:"
+    )
+    return "\n".join([f"{BEGIN} {name} --readme` -->", caption, "", markdown(rows), "", END])
+
+
+def write(results_file: Path, page: Path = PAGE) -> None:
+    """Writes the block of the page from results."""
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    page.write_text(before + block(results_file) + rest.split(END)[1], encoding="utf-8")
