@@ -90,9 +90,10 @@ def block(results_file: Path) -> str:
     """What the page shows of results, between its markers."""
     rows = results.read(results_file)["rows"]
     first, name = rows[0], results_file.resolve().relative_to(ROOT).as_posix()
+    machine = f"{first['machine']} ({first['cores']} cores, load before the run {first['load']})"
     caption = (
-        f"`python -m benchmarks --suite distributed` on {first['machine']} ({first['cores']} cores, load before the run "
-        f"{first['load']}), {first['isa']} kernels, torch {first['torch']}, commit {first['commit']}, {first['date'][:10]}:"
+        f"`python -m benchmarks --suite distributed` on {machine}, {first['isa']} kernels, torch {first['torch']}, "
+        f"commit {first['commit']}, {first['date'][:10]}:"
     )
     return "\n".join([f"{BEGIN} {name} --readme` -->", caption, "", markdown(rows), "", END])
 
