@@ -129,7 +129,7 @@ class GroupRow(Row):
         return step
 
     def of_all(self, x: Tensor) -> list[Tensor]:
-        """``x`` of each rank."""
+        """What each rank passes as ``x``."""
         found = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(found, x.contiguous(), group=self.group)
         return found
