@@ -127,10 +127,11 @@ def cacr_loss(
     ``DistributedDataParallel`` or ``fully_shard`` averages is its gradient. ``"none"`` gives rows whose mean over all
     ranks is the loss, ``"sum"`` their sum; parts and entropies are those of this rank's queries (under rbf attraction
     and repulsion are those of all). The backward averages gradients of temperatures over the ranks, inside and outside
-    the wrapped module. Who *adds* gradients over the ranks (Megatron-LM with a loss per token, an all-reduce by hand)
-    divides the loss by W. Forward and backward have to run on every rank. Shapes are compared first where the ranks
-    communicate on the host (gloo) or ``torch.distributed.get_debug_level()`` is not ``OFF``, but not in compiled code
-    or while a CUDA graph is captured.
+    the wrapped module. Who *adds* gradients over the ranks (an all-reduce by hand) divides the loss by W, but not under
+    ``"sum"``. Megatron-LM with a loss per token adds, and divides by the tokens that the ranks report: there a rank
+    reports one token and divides nothing. Forward and backward have to run on every rank. Shapes are compared first
+    where the ranks communicate on the host (gloo) or ``torch.distributed.get_debug_level()`` is not ``OFF``, but not in
+    compiled code or while a CUDA graph is captured.
 
     Source: Zheng et al., TMLR 2023 (arXiv 2105.03746), L_CA + L_CR; published code ``our_loss1`` + ``our_loss2``.
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 EXTRAS = ("matplotlib", "rich")
 LATEST = "benchmarks/results/latest"
-SECONDS = {"quick": 2.0, "goals": 5.0, "full": 10.0}
+SECONDS = {"quick": 2.0, "goals": 5.0, "full": 10.0, "distributed": 10.0}
+DISTRIBUTED = "distributed"  # whose rows are numbers of processes
 
 
 def positive(kind: type[int] | type[float]) -> Any:
@@ -47,23 +48,28 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--suite",
         choices=tuple(SECONDS),
         default="quick",
-        help="quick: within two minutes on two cores; goals: the promised figures; full: all sweeps (%(default)s)",
+        help="quick: within two minutes on two cores; goals: the promised figures; full: all sweeps; "
+        "distributed: several processes (%(default)s)",
     )
     add("--filter", default="", metavar="TEXT", help="only cases whose name has every word of TEXT")
     add("--rows", default="", metavar="NAMES", help="only these rows, separated by commas, beside ours")
     add("--device", default="cpu", help="cpu or cuda (%(default)s)")
     add("--threads", type=positive(int), default=None, help="CPU threads (what PyTorch picks)")
-    add("--seconds", type=positive(float), default=None, help="for the rounds of a case (quick 2, goals 5, full 10)")
+    add("--seconds", type=positive(float), default=None, help="for the rounds of a case (quick 2, goals 5, others 10)")
     add("--no-processes", action="store_true", help="no peak memory and no cold start, which take processes")
     add("--out", type=Path, default=None, help=f"where results and pictures go ({LATEST}; with --load beside the file)")
     add("--compare", type=Path, metavar="OLD.json", help="ratios to an earlier run; exit status 1 if slower")
     add("--threshold", type=positive(float), default=1.25, help="times slower that --compare allows (%(default)s)")
     add("--load", type=Path, metavar="RESULTS.json", help="measure nothing, show and compare these results")
-    add("--readme", action="store_true", help="with --load: write the speed section of README.md from these results")
+    add(
+        "--readme", action="store_true", help="with --load: write the section of README.md (or page) from these results"
+    )
     add("--list", action="store_true", help="print the cases and end")
     options = parser.parse_args(arguments)
     if options.readme and options.load is None:
         parser.error("--readme needs --load, results that are committed beside it")
+    if options.suite == DISTRIBUTED and (options.device != "cpu" or options.rows or options.threads):
+        parser.error("--suite distributed has one thread in each process and its own rows, on the CPU")
     return options
 
 
@@ -82,7 +88,7 @@ def measure(options: argparse.Namespace, cases: list[BenchmarkCase], console: Co
     """Runs the suite under a progress bar. Raises ``RedGateError`` before anything wrong is timed."""
     from rich import progress as bars
 
-    from . import machine
+    from . import machine, scaling
     from .measure import Budget
     from .rows import Row, ours, rows
     from .runner import Suite
@@ -106,22 +112,30 @@ def measure(options: argparse.Namespace, cases: list[BenchmarkCase], console: Co
             bar.update(task, advance=weight, **({"description": text} if text else {}))
 
         budget = Budget(options.seconds or SECONDS[options.suite])
-        suite = Suite(cases, budget, environment, progress, chosen, not options.no_processes)
-        bar.update(task, total=suite.weight())
-        found = suite.run()
+        if options.suite == DISTRIBUTED:
+            found = scaling.run(cases, budget, environment, progress)
+        else:
+            suite = Suite(cases, budget, environment, progress, chosen, not options.no_processes)
+            bar.update(task, total=suite.weight())
+            found = suite.run()
     return {"environment": environment, "rows": found, "suite": options.suite}
 
 
 def show(options: argparse.Namespace, data: dict[str, Any], written: list[Path], console: Console) -> None:
     """Prints results, and writes README.md from them if asked to."""
-    from . import goals, readme, tables
+    from . import goals, readme, scaling_tables, tables
 
     tables.print_environment(console, data["environment"])
-    tables.print_results(console, data["rows"])
-    tables.print_goals(console, goals.verdicts(data["rows"]))
+    if data["suite"] == DISTRIBUTED:
+        scaling_tables.print_scaling(console, data["rows"])
+    else:
+        tables.print_results(console, data["rows"])
+        tables.print_goals(console, goals.verdicts(data["rows"]))
     if written:
         console.print("written: " + ", ".join(str(path) for path in written), soft_wrap=True)
-    if options.readme:
+    if options.readme and data["suite"] == DISTRIBUTED:
+        scaling_tables.write(options.load)
+    elif options.readme:
         console.print(f"README.md now shows {readme.write(options.load)}", soft_wrap=True)
 
 
@@ -146,7 +160,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         results.read(options.compare)  # refused now rather than in the end
     if options.load:
         data = results.read(options.load)
-        written = plots.draw(options.out or options.load.parent, data["rows"])
+        written = [] if data["suite"] == DISTRIBUTED else plots.draw(options.out or options.load.parent, data["rows"])
     else:
         cases = select(options)
         if options.list or not cases:
@@ -159,7 +173,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             return 1
         out = options.out or Path(LATEST)
         written = [*results.write(out, data["rows"], data["environment"], data["suite"])]
-        written += plots.draw(out, data["rows"])
+        written += [] if data["suite"] == DISTRIBUTED else plots.draw(out, data["rows"])
     show(options, data, written, console)
     return 0 if compare(options, data, console) else 1
 

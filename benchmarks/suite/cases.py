@@ -199,4 +199,9 @@ def full(threads: int, device: str) -> list[BenchmarkCase]:
     return list({case.key: case for case in cases}.values())
 
 
-SUITES = {"quick": quick, "goals": goals, "full": full}
+def distributed(threads: int, device: str) -> list[BenchmarkCase]:
+    """Batches for 1, 2 and 4 processes of one thread each, on the CPU, so chosen that batches of a rank repeat."""
+    return [BenchmarkCase(cacr(2, B, 128, normalize=True)) for B in (512, 1024, 2048, 4096)]
+
+
+SUITES = {"quick": quick, "goals": goals, "full": full, "distributed": distributed}

@@ -15,6 +15,7 @@ from .measure import Timing, ratios
 from .rows import OURS, Row
 
 SCHEMA = 2
+LATER = ("processes", "collective_share", "needed_mib", "sent_mib")  # fields that older files lack: null in all of them
 DEFINITIONS = {backend.name for backend in TABLE if backend.n_by_m_arrays}  # whose speed nobody promises
 TIMED, SINGLE, SKIPPED = "timed", "called once", "left out"
 
@@ -38,7 +39,12 @@ FIELDS = {
     "single_ms": "the one measured call of the process that measures memory",
     "ratio": "time over ours, median over the rounds", "ratio_p20": "its 20 %", "ratio_p80": "its 80 %",
     "gflops": "operations of the products (see BenchmarkCase.flop) per second, 1e9; for rows of another function null",
-    "peak_gflops": "of fused multiply-adds in registers, same dtype and threads", "peak_source": "how it was measured",
+    "processes": "that share the batch, each with as many threads; null where there is one",
+    "collective_share": "of a step: starting collectives and waiting in them, median over ranks and steps",
+    "needed_mib": "MiB that a rank has to send in a step, by the sizes of its collectives",
+    "sent_mib": "MiB that a rank did send in a step, as the system counts them",
+    "peak_gflops": "of fused multiply-adds in registers, same dtype and threads (times processes, up to all cores)",
+    "peak_source": "how it was measured",
     "mm_gflops": "of a large torch.mm, same dtype and threads",
     "fraction": "gflops over peak_gflops",
     "bandwidth_gbs": "of a large copy with as many threads",
@@ -92,10 +98,11 @@ def read(path: Path) -> dict[str, Any]:
     """What ``write`` wrote; ``ValueError`` with a sentence for anything else."""
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if data["schema"] != SCHEMA or not all(set(FIELDS) <= set(row) for row in data["rows"]):
+        if data["schema"] != SCHEMA or not all(set(FIELDS) - set(LATER) <= set(row) for row in data["rows"]):
             raise ValueError(f"{path} has another schema than {SCHEMA}")
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no results file: {type(error).__name__}: {error}") from error
+    data["rows"] = [dict.fromkeys(LATER) | row for row in data["rows"]]
     return data
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,6 +57,12 @@ def mean_of_ranks(x: Tensor) -> Tensor:
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+def full(x: Tensor | None) -> Tensor:
+    """All of a tensor, of which a rank may hold a part."""
+    assert x is not None
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 # ---- the losses ------------------------------------------------------------------------------------------------------
@@ -452,10 +459,10 @@ def trained(model: nn.Module, parameters: list[nn.Parameter], batches: list[Tens
         optimizer.zero_grad()
         model(x).backward()
         optimizer.step()
-    return [p.detach().clone() for p in parameters]
+    return [full(p.detach()).clone() for p in parameters]
 
 
-def _train_as_one_process(wrap: Callable[[Model], nn.Module]) -> None:
+def train_as_one_process(wrap: Callable[[Model], nn.Module]) -> None:
     batches = [whole(V, B, 6, seed=seed) for seed in range(5)]
     warnings.filterwarnings("ignore", "cacr_kernels: each rank keeps a queue of its own keys")
     for loss in LOSSES:
@@ -472,22 +479,22 @@ def _train_as_one_process(wrap: Callable[[Model], nn.Module]) -> None:
 
 @check
 def inside_ddp() -> None:
-    _train_as_one_process(DistributedDataParallel)
+    train_as_one_process(DistributedDataParallel)
 
 
 @check
 def outside_ddp() -> None:
-    _train_as_one_process(Outside)
+    train_as_one_process(Outside)
 
 
 @check
 def static_graph() -> None:
-    _train_as_one_process(lambda model: DistributedDataParallel(model, static_graph=True))
+    train_as_one_process(lambda model: DistributedDataParallel(model, static_graph=True))
 
 
 @check
 def unused_parameters() -> None:
-    _train_as_one_process(lambda model: DistributedDataParallel(model, find_unused_parameters=True))
+    train_as_one_process(lambda model: DistributedDataParallel(model, find_unused_parameters=True))
 
 
 @check
@@ -508,7 +515,6 @@ def accumulated_gradients() -> None:
 @check
 def fully_sharded() -> None:
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
 
     for loss in ("cacr", "rbf", "supervised"):
         alone, model = Model(loss), Model(loss, gather_distributed=True)

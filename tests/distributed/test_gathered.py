@@ -14,11 +14,13 @@ import torch.distributed as dist
 from cacr_kernels import distributed
 from cacr_kernels.verify_distributed import Row, cases_in, compare
 
+from . import wrappers
 from .checks import CHECKS, SLOW
 from .processes import failures, in_processes
 
 BACKENDS = ("reference", "torch", "cpu")
 WORLDS = [2, *(pytest.param(world, marks=pytest.mark.exhaustive) for world in (1, 3, 4, 8))]
+assert wrappers  # whose checks are among CHECKS
 THOROUGH = os.environ.get("CACR_TEST_ALL") == "1"  # else each backend has a third of the cases
 
 

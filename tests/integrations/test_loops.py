@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,68 +10,19 @@ import pytest
 import torch
 from accelerate import Accelerator
 from lightly.loss import NTXentLoss
-from lightly.models.modules import MoCoProjectionHead, SimCLRProjectionHead
-from lightly.models.utils import deactivate_requires_grad, update_momentum
 from lightly.transforms.simclr_transform import SimCLRTransform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from cacr_kernels import CACRLoss, CACRQueueLoss
 
-
-def images(count: int = 32) -> Tensor:
-    return torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def backbone() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
-
-
-def noisy(x: Tensor, seed: int) -> Tensor:
-    return x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-
-
-def falls(losses: list[float]) -> bool:
-    return sum(losses[-4:]) < sum(losses[:4])
+from .loops import backbone, falls, images, moco, noisy, simclr
 
 
 # ---- lightly: its modules and its loop, for its criterion and for ours -----------------------------------------------
-def simclr(criterion: nn.Module, steps: int = 12) -> list[float]:
-    model = nn.Sequential(backbone(), SimCLRProjectionHead(16, 16, 8))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    losses = []
-    for step in range(steps):
-        x0, x1 = noisy(images(), 2 * step), noisy(images(), 2 * step + 1)
-        loss = criterion(model(x0), model(x1))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
 @pytest.mark.parametrize("criterion", [NTXentLoss(temperature=0.5), CACRLoss(tau_neg=1.0)], ids=["NT-Xent", "CACR"])
 def test_simclr(criterion: nn.Module) -> None:
-    assert falls(simclr(criterion))
-
-
-def moco(criterion: nn.Module, steps: int = 12) -> list[float]:
-    query_model = nn.Sequential(backbone(), MoCoProjectionHead(16, 16, 8))
-    key_model = copy.deepcopy(query_model)
-    deactivate_requires_grad(key_model)
-    optimizer = torch.optim.SGD(query_model.parameters(), lr=0.05)
-    losses = []
-    for step in range(steps):
-        update_momentum(query_model, key_model, m=0.99)
-        query = query_model(noisy(images(), 2 * step))
-        key = key_model(noisy(images(), 2 * step + 1))
-        loss = criterion(query, key)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    assert falls(simclr(criterion).losses)
 
 
 MEMORY = {
@@ -83,7 +33,7 @@ MEMORY = {
 
 @pytest.mark.parametrize("name", MEMORY)
 def test_moco(name: str) -> None:
-    losses = moco(MEMORY[name]())
+    losses = moco(MEMORY[name]()).losses
     assert all(x == x for x in losses)  # no NaN
     if name == "CACR":
         assert falls(losses[1:])  # the first step has no negatives

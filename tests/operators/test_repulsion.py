@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.autograd import grad
 
 from cacr_kernels import reference
-from cacr_kernels.backends.normalizing import with_flag
 from cacr_kernels.operators import repulsion
 from cacr_kernels.operators.registry import Target, operator
 from cacr_kernels.types import PAIRINGS, Numbers
@@ -117,22 +116,6 @@ def test_any_number_of_threads(threads: Any) -> None:
         again = operator("repulsion_cpu")(*inputs, 2, True, *ALL_WANTED)
         assert all(map(torch.equal, found[-1], again))
     assert_close(*found, torch.float64)
-
-
-def test_a_backend_that_takes_unit_vectors_only() -> None:
-    """It is given those, and its gradients become those of the raw rows."""
-
-    def of_unit_vectors(views: Tensor, keys: Tensor, tau: Tensor, pairing: int, *wanted: bool) -> Any:
-        return operator("repulsion_torch")(views, keys, tau, pairing, False, *wanted)
-
-    inputs, compute = tensors(SMALL), with_flag("repulsion", of_unit_vectors)
-    for normalize in (False, True):
-        for wanted in (ALL_WANTED, (False, True, False)):
-            assert_close(
-                compute(*inputs, 2, normalize, *wanted),
-                operator("repulsion_cpu")(*inputs, 2, normalize, *wanted),
-                torch.float64,
-            )
 
 
 @both_backends

@@ -31,6 +31,7 @@ SUITES = {
     "operators": ["interpreted/test_operators.py"],
     "normalize": ["interpreted/test_normalize.py"],
     "losses": ["interpreted/test_losses.py"],
+    "processes": ["interpreted/test_processes.py"],
     "tuning": ["interpreted/test_candidates.py"],
     "vectors": ["../losses/test_vectors.py", "-k", VECTORS.format("")],
     "other vectors": ["../losses/test_vectors.py", "-k", VECTORS.format("not ")],

@@ -7,6 +7,7 @@ from ..fault import Fault
 SUITE = "benchmarks/suite/"
 TESTS = "tests/benchmarks/test_benchmarks.py"
 RESULTS = "tests/benchmarks/test_benchmarks_results.py -k 'compare or goals or json or judged or readme'"
+SCALING = "tests/benchmarks/test_scaling.py"
 RATIOS = f"{TESTS} -k 'ratios or interleaved or gate or wrong or flop or peak or share'"
 
 FAULTS = (
@@ -193,5 +194,85 @@ FAULTS = (
         replacement="",
         why="gradients of later calls are sums",
         tests=f"{TESTS} -k 'every_time'",
+    ),
+    Fault(
+        "benchmarks-bytes-of-a-reduce-scatter",
+        SUITE + "scaling.py",
+        text='"reduce_scatter_tensor": lambda x, W: (W - 1) / W * x,',
+        replacement='"reduce_scatter_tensor": lambda x, W: (W - 1) * x,',
+        why="a rank is said to send all of what it adds up",
+        tests=f"{SCALING} -k bytes_of_collectives",
+    ),
+    Fault(
+        "benchmarks-fastest-rank",
+        SUITE + "scaling.py",
+        text="return Timing({r: max(seconds[r]",
+        replacement="return Timing({r: min(seconds[r]",
+        why="a step of several processes is as long as that of the first rank to end",
+        tests=f"{SCALING} -k slowest",
+    ),
+    Fault(
+        "benchmarks-shares-of-idle-ranks",
+        SUITE + "scaling.py",
+        text="watched = [step for found in ranks[: row.size] for step",
+        replacement="watched = [step for found in ranks for step",
+        why="ranks that take no part count in the share of the collectives",
+        tests=f"{SCALING} -k take_part",
+    ),
+    Fault(
+        "benchmarks-red-processes-are-timed",
+        SUITE + "scaling.py",
+        text="    if ranks[0].red:\n",
+        replacement="    if ranks[0].red and not ranks:\n",
+        why="several processes that compute something else are timed",
+        tests=f"{SCALING} -k red",
+    ),
+    Fault(
+        "benchmarks-processes-are-not-compared",
+        SUITE + "scaling.py",
+        text="found.append(gate.check(case, row)._replace(case=case.key))",
+        replacement="found.append(gate.check(case, rows[0])._replace(case=case.key, row=row.name))",
+        why="what several processes compute is not compared with float64",
+        tests=f"{SCALING} -k red",
+    ),
+    Fault(
+        "benchmarks-processes-work-of-a-batch",
+        SUITE + "scaling_tables.py",
+        text='work = (row["B"] / alone["B"]) ** 2',
+        replacement='work = (row["B"] / alone["B"])',
+        why="the ideal of a larger batch forgets that every query meets more keys",
+        tests=f"{SCALING} -k ideal",
+    ),
+    Fault(
+        "benchmarks-older-results-lack-fields",
+        SUITE + "results.py",
+        text='data["rows"] = [dict.fromkeys(LATER) | row for row in data["rows"]]',
+        replacement='data["rows"] = list(data["rows"])',
+        why="results that are committed cannot be shown any more",
+        tests=f"{SCALING} -k older",
+    ),
+    Fault(
+        "benchmarks-one-adapter-for-a-node",
+        SUITE + "reckon.py",
+        text="network = system.adapter * system.node if",
+        replacement="network = system.adapter if",
+        why="a gather between nodes is reckoned with one adapter of eight",
+        tests=f"{SCALING} -k by_hand",
+    ),
+    Fault(
+        "benchmarks-similarities-formed-once",
+        SUITE + "reckon.py",
+        text="PRODUCTS = 5",
+        replacement="PRODUCTS = 3",
+        why="the reckoned products are those of the CPU kernels",
+        tests=f"{SCALING} -k by_hand",
+    ),
+    Fault(
+        "benchmarks-ring-pays-too-late",
+        SUITE + "reckon.py",
+        text="return (k - 1) * (one.gather",
+        replacement="return k * (one.gather",
+        why="a ring is said to pay later than it does",
+        tests=f"{SCALING} -k pays",
     ),
 )

@@ -210,4 +210,20 @@ FAULTS = (
         why="what the labels tell is counted again by a collective",
         tests=CHECK.format("collectives_of_a_call"),
     ),
+    Fault(
+        "distributed-temperatures-are-added",
+        FILE,
+        text="return _torch_private.all_reduce(x.contiguous(), group.name) / group.size",
+        replacement="return _torch_private.all_reduce(x.contiguous(), group.name)",
+        why="temperatures get as many times their gradient as there are ranks",
+        tests=TESTS + "test_check[trained_outside_fully_shard-2]",
+    ),
+    Fault(
+        "distributed-triton-gradient-of-own-rank",
+        FILE,
+        text="return Scatter.apply(grad, ctx.group), None, None",
+        replacement="return grad[0] * ctx.group.size, None, None",
+        why="on the Triton backend, too, keys get the gradient of their own rank",
+        tests="tests/triton/interpreted/test_processes.py",
+    ),
 )
