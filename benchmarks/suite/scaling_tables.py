@@ -55,7 +55,8 @@ def cells(row: Result, alone: Result) -> list[str]:
     return [
         str(row["processes"]), str(row["B"] // row["processes"]), str(row["B"]), milliseconds(row["p50_ms"]),
         f"{milliseconds(row['p20_ms'])}–{milliseconds(row['p80_ms'])}", f"{1 / row['ratio']:.2f}×",
-        f"{100 * ideal(row, alone):.0f} %", milliseconds(row["cpu_ms"]), f"{100 * row['collective_share']:.0f} %", sent, f"{row['needed_mib']:.2f}",
+        f"{100 * ideal(row, alone):.0f} %", milliseconds(row["cpu_ms"]),
+        f"{100 * row['collective_share']:.0f} %", sent, f"{row['needed_mib']:.2f}",
     ]  # fmt: skip
 
 
