@@ -15,7 +15,13 @@ from .measure import Timing, ratios
 from .rows import OURS, Row
 
 SCHEMA = 2
-LATER = ("processes", "collective_share", "needed_mib", "sent_mib")  # fields that older files lack: null in all of them
+LATER = (
+    "processes",
+    "cpu_ms",
+    "collective_share",
+    "needed_mib",
+    "sent_mib",
+)  # fields that older files lack: null in all of them
 DEFINITIONS = {backend.name for backend in TABLE if backend.n_by_m_arrays}  # whose speed nobody promises
 TIMED, SINGLE, SKIPPED = "timed", "called once", "left out"
 
@@ -40,6 +46,7 @@ FIELDS = {
     "ratio": "time over ours, median over the rounds", "ratio_p20": "its 20 %", "ratio_p80": "its 80 %",
     "gflops": "operations of the products (see BenchmarkCase.flop) per second, 1e9; for rows of another function null",
     "processes": "that share the batch, each with as many threads; null where there is one",
+    "cpu_ms": "median of the processor's time of a step, all threads of the process that needs most",
     "collective_share": "of a step: starting collectives and waiting in them, median over ranks and steps",
     "needed_mib": "MiB that a rank has to send in a step, by the sizes of its collectives",
     "sent_mib": "MiB that a rank did send in a step, as the system counts them",

@@ -9,6 +9,7 @@ waits in one, for other ranks that are late too. Four processes on two cores are
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from cacr_kernels import CACRLoss, distributed
 
 from .cases import BenchmarkCase
 from .gate import Check, Gate, agree, embeddings, threads
-from .measure import Budget, Timing, once, order, plan
+from .measure import Budget, Timing, order, plan
 from .peak import Peaks
 from .results import figures, record
 from .rows import OURS, Row, Step
@@ -160,12 +161,19 @@ class GroupGate(Gate):
 
 
 # ---- in each process -------------------------------------------------------------------------------------------------
+class Spent(NamedTuple):
+    """Seconds of a call of one rank: by the clock, and of the processor in all its threads."""
+
+    wall: float
+    cpu: float
+
+
 class Found(NamedTuple):
-    """What a rank knows: red checks, errors of the green ones, and its times by (case, row)."""
+    """What a rank knows: red checks, errors of the green ones, and its times by (case, row), by round."""
 
     red: list[Check]
     checks: dict[tuple[str, str], Check]
-    seconds: dict[tuple[str, str], dict[int, float]]
+    spent: dict[tuple[str, str], dict[int, Spent]]
     watched: dict[tuple[str, str], list[Watched]]
 
 
@@ -184,18 +192,20 @@ def check(cases: list[BenchmarkCase], rows: list[GroupRow]) -> list[Check]:
     return found
 
 
-def measure(steps: dict[tuple[str, str], tuple[GroupRow, Step]], budget: Budget) -> dict[Any, dict[int, float]]:
+def measure(steps: dict[tuple[str, str], tuple[GroupRow, Step]], budget: Budget) -> dict[Any, dict[int, Spent]]:
     """Seconds per call of this rank by round, where it takes part."""
     first: dict[Any, float] = {}
     for key, (row, step) in steps.items():
         dist.barrier()
         if dist.get_rank() < row.size:
             step()
-            first[key] = once(step)
+            begin = clock()
+            step()  # as often on every rank: whether a call was slow, each of them would decide for itself
+            first[key] = clock() - begin
     planned: list[Any] = [plan(first, budget) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(planned)  # rank 0 takes part in all
     rounds, calls, by_row = planned[0]
-    found: dict[Any, dict[int, float]] = {key: {} for key in steps}
+    found: dict[Any, dict[int, Spent]] = {key: {} for key in steps}
     for r in range(rounds):
         for key in order(list(steps), r):
             row, step = steps[key]
@@ -203,10 +213,10 @@ def measure(steps: dict[tuple[str, str], tuple[GroupRow, Step]], budget: Budget)
             if r >= by_row[key] or dist.get_rank() >= row.size:
                 continue
             step()  # the caches are those of the row before; and the ranks begin together
-            begin = clock()
+            begin, cpu = clock(), time.process_time()
             for _ in range(calls[key]):
                 step()
-            found[key][r] = (clock() - begin) / calls[key]
+            found[key][r] = Spent((clock() - begin) / calls[key], (time.process_time() - cpu) / calls[key])
     return found
 
 
@@ -237,7 +247,7 @@ def _work(rank: int, folder: str, cases: list[BenchmarkCase], budget: Budget) ->
                 for case in cases
                 for row in rows
             }
-            found = found._replace(seconds=measure(steps, budget), watched={key: [] for key in steps})
+            found = found._replace(spent=measure(steps, budget), watched={key: [] for key in steps})
             for _ in range(WATCHED):
                 for key, (row, step) in steps.items():
                     dist.barrier()
@@ -265,17 +275,20 @@ def run(
     return [_result(case, row, ranks, environment, peaks) for case in cases for row in rows]
 
 
-def slowest(ranks: list[Found], case: BenchmarkCase, row: GroupRow) -> Timing:
-    """Seconds by round, of the rank that took longest."""
-    of_ranks = [found.seconds[case.key, row.name] for found in ranks[: row.size]]
-    return Timing({r: max(seconds[r] for seconds in of_ranks) for r in of_ranks[0]})
+def slowest(ranks: list[Found], case: BenchmarkCase, row: GroupRow) -> tuple[Timing, Timing]:
+    """Seconds by round of the rank that took longest, and of the one that needed the processor longest."""
+    of_ranks = [found.spent[case.key, row.name] for found in ranks[: row.size]]
+    wall = {r: max(spent[r].wall for spent in of_ranks) for r in of_ranks[0]}
+    return Timing(wall), Timing({r: max(spent[r].cpu for spent in of_ranks) for r in of_ranks[0]})
 
 
 def _result(
     case: BenchmarkCase, row: GroupRow, ranks: list[Found], environment: dict[str, Any], peaks: Peaks
 ) -> dict[str, Any]:
     alone = group_rows()[0]
-    values = figures(case, row, slowest(ranks, case, row), slowest(ranks, case, alone))
+    wall, cpu = slowest(ranks, case, row)
+    values = figures(case, row, wall, slowest(ranks, case, alone)[0])
+    values["cpu_ms"] = 1e3 * cpu.quantile(0.5)
     watched = [step for found in ranks[: row.size] for step in found.watched[case.key, row.name]]
     values["processes"] = row.size
     values["collective_share"] = quantile([w.collectives / w.seconds for w in watched], 0.5)

@@ -17,10 +17,23 @@ from .tables import milliseconds
 Result = dict[str, Any]
 PAGE = ROOT / "docs" / "several_processes.md"
 BEGIN, END = "<!-- processes: made by `python -m benchmarks --load", "<!-- processes: end -->"
-HEADINGS = ("processes", "B a rank", "B", "ms", "20–80 %", "speed-up", "of the ideal", "collectives", "sent", "needed")
+HEADINGS = (
+    "processes",
+    "B a rank",
+    "B",
+    "ms",
+    "20–80 %",
+    "speed-up",
+    "of the ideal",
+    "CPU ms",
+    "collectives",
+    "sent",
+    "needed",
+)
 NOTE = (
     "A step: loss and gradients of a module, one thread a process. Speed-up: over one process with the same batch, "
     "median over the rounds. Ideal: all processes at once, as far as there are cores, and nothing else to do. "
+    "CPU ms: what the busiest process needs of a core, which is what others leave of it to measure. "
     "Collectives: share of the step in which a rank starts them or waits in them. MiB of a step and rank: sent, as the "
     "system counts it; needed, by the sizes of the collectives."
 )
@@ -42,7 +55,8 @@ def cells(row: Result, alone: Result) -> list[str]:
     return [
         str(row["processes"]), str(row["B"] // row["processes"]), str(row["B"]), milliseconds(row["p50_ms"]),
         f"{milliseconds(row['p20_ms'])}–{milliseconds(row['p80_ms'])}", f"{1 / row['ratio']:.2f}×",
-        f"{100 * ideal(row, alone):.0f} %", f"{100 * row['collective_share']:.0f} %", sent, f"{row['needed_mib']:.2f}",
+        f"{100 * ideal(row, alone):.0f} %", milliseconds(row["cpu_ms"]),
+        f"{100 * row['collective_share']:.0f} %", sent, f"{row['needed_mib']:.2f}",
     ]  # fmt: skip
 
 

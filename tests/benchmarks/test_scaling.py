@@ -15,7 +15,7 @@ from benchmarks.suite import __main__ as command
 from benchmarks.suite import cases, gate, reckon, results, runner, scaling, scaling_tables
 from benchmarks.suite.cases import BenchmarkCase
 from benchmarks.suite.measure import Budget
-from benchmarks.suite.scaling import Collectives, Found, GroupRow, Watched, group_rows
+from benchmarks.suite.scaling import Collectives, Found, GroupRow, Spent, Watched, group_rows
 from tests.benchmarks.benchmarking import BUDGET, ENVIRONMENT, silent
 from tests.distributed.processes import in_processes
 
@@ -56,6 +56,7 @@ def test_the_command_measures_prints_and_writes(
     for row in rows:
         assert row["ours"] == (row["processes"] == 1)
         assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert row["cpu_ms"] > 0
         if row["processes"] == 1:
             assert (row["ratio"], row["collective_share"], row["needed_mib"]) == (1.0, 0.0, 0.0)
         else:
@@ -136,8 +137,10 @@ def test_bytes_of_collectives(tmp_path: Path) -> None:
 
 def test_a_round_is_as_long_as_its_slowest_rank() -> None:
     row, key = group_rows()[1], (TINY.key, "2 processes")
-    ranks = [Found([], {}, {key: {0: a, 1: b}}, {}) for a, b in ((1.0, 4.0), (3.0, 2.0), (9.0, 9.0))]
-    assert scaling.slowest(ranks, TINY, row).rounds == {0: 3.0, 1: 4.0}
+    times = ((1.0, 4.0), (3.0, 2.0), (9.0, 9.0))
+    ranks = [Found([], {}, {key: {0: Spent(a, b), 1: Spent(b, a)}}, {}) for a, b in times]
+    wall, cpu = scaling.slowest(ranks, TINY, row)
+    assert (wall.rounds, cpu.rounds) == ({0: 3.0, 1: 4.0}, {0: 4.0, 1: 3.0})
 
 
 def test_shares_and_bytes_are_those_of_the_ranks_that_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,12 +152,13 @@ def test_shares_and_bytes_are_those_of_the_ranks_that_take_part(monkeypatch: pyt
         for rank in range(nprocs):
             share = 0.9 if rank > 1 else 0.25 * rank
             watched = {key: [Watched(2.0, 2.0 * share, 2**20, 3 * 2**20)] for key in keys}
-            seconds = {key: {0: 0.5 if key[1] == "1 process" else 0.25} for key in keys}
-            torch.save(tuple(Found([], green, seconds, watched)), f"{folder}/rank{rank}.pt")
+            spent = {key: {0: Spent(0.5 if key[1] == "1 process" else 0.25, 0.1 + rank)} for key in keys}
+            torch.save(tuple(Found([], green, spent, watched)), f"{folder}/rank{rank}.pt")
 
     monkeypatch.setattr(scaling.mp, "spawn", spawn)
     rows = scaling.run([TINY], BUDGET, ENVIRONMENT, silent)
     assert [row["ratio"] for row in rows] == [1.0, 0.5, 0.5]
+    assert [row["cpu_ms"] for row in rows] == pytest.approx([100.0, 1100.0, 3100.0])
     assert [row["collective_share"] for row in rows] == pytest.approx([0.0, 0.125, 0.575])
     assert [(row["needed_mib"], row["sent_mib"]) for row in rows] == [(1.0, 3.0)] * 3
     assert rows[1]["fraction"] == pytest.approx(rows[1]["gflops"] / rows[1]["peak_gflops"])

@@ -206,8 +206,8 @@ FAULTS = (
     Fault(
         "benchmarks-fastest-rank",
         SUITE + "scaling.py",
-        text="return Timing({r: max(seconds[r]",
-        replacement="return Timing({r: min(seconds[r]",
+        text="wall = {r: max(spent[r].wall",
+        replacement="wall = {r: min(spent[r].wall",
         why="a step of several processes is as long as that of the first rank to end",
         tests=f"{SCALING} -k slowest",
     ),
