@@ -173,8 +173,8 @@ FAULTS = (
     Fault(
         "distributed-half-types-travel-as-float32",
         FILE,
-        text="    sent = x.to(wire or x.dtype)\n",
-        replacement="    sent = x\n",
+        text="    sent = x.detach().to(wire or x.dtype)\n",
+        replacement="    sent = x.detach()\n",
         why="twice the bytes",
         tests=CHECK.format("collectives_of_a_call"),
     ),
