@@ -147,7 +147,7 @@ FAULTS = (
         tests=CHECK.format("the_gather_runs_beside_the_attraction"),
     ),
     Fault(
-        "distributed-gather-after-the-attraction",
+        "distributed-keys-of-own-rank",
         "cacr_kernels/losses.py",
         text="    value, entropy = repulsion(on, views, keys(), vector([-tau_neg], views.device), pairing)",
         replacement="    value, entropy = repulsion(on, views, views, vector([-tau_neg], views.device), pairing)",
