@@ -260,7 +260,7 @@ def gathering(
     back. The second gives what ``beside`` [V, B, D] is of all ranks, as ``in_order_of_ranks``: it travels in the same
     message. ``wire``: a half type that ``x`` came in, which it travels in.
     """
-    sent = x.to(wire or x.dtype)
+    sent = x.detach().to(wire or x.dtype)
     if beside is not None:
         dtype = torch.promote_types(sent.dtype, beside.dtype)
         sent = torch.cat([sent.to(dtype), beside.to(dtype)])

@@ -113,7 +113,7 @@ def captured(graphs: list[torch.fx.GraphModule]) -> Any:
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")  # what torch itself says while it compiles
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("name", ["contrast", "detached_keys", "cacr"])
+@pytest.mark.parametrize("name", ["contrast", "detached_keys", "repulsion", "cacr"])
 def test_a_compiler_sees_the_kernels(
     name: str, normalize: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -134,6 +134,8 @@ def test_a_compiler_sees_the_kernels(
     def call(z: Tensor, numbers: Tensor) -> Any:
         if name == "cacr":
             return operator("cacr_triton")(z, numbers, 0.0, 0.0, 0.0, 0.0, 0, False, 0.0, normalize, True, True)
+        if name == "repulsion":
+            return operator("repulsion_triton")(z, z, numbers[:1], 0, normalize, True, True, True)
         more = (False, normalize, True, True) if name == "detached_keys" else (None, normalize)  # None: q_self
         op = operator(f"{name}_triton")
         return op(z, z, None, None, numbers[:1], [0], [0, 1], [1, 0], False, False, *more)

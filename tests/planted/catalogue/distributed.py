@@ -147,7 +147,7 @@ FAULTS = (
         tests=CHECK.format("the_gather_runs_beside_the_attraction"),
     ),
     Fault(
-        "distributed-gather-after-the-attraction",
+        "distributed-keys-of-own-rank",
         "cacr_kernels/losses.py",
         text="    value, entropy = repulsion(on, views, keys(), vector([-tau_neg], views.device), pairing)",
         replacement="    value, entropy = repulsion(on, views, views, vector([-tau_neg], views.device), pairing)",
@@ -173,8 +173,8 @@ FAULTS = (
     Fault(
         "distributed-half-types-travel-as-float32",
         FILE,
-        text="    sent = x.to(wire or x.dtype)\n",
-        replacement="    sent = x\n",
+        text="    sent = x.detach().to(wire or x.dtype)\n",
+        replacement="    sent = x.detach()\n",
         why="twice the bytes",
         tests=CHECK.format("collectives_of_a_call"),
     ),
