@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..operators import cacr, contrast
-from ..operators.registry import constant_while_compiling, define, implement
+from ..operators.registry import constant_while_compiling, define, implement, operator
+from ..operators.repulsion import in_two_sweeps
 from ..types import Pairing, view_pair_count
 from . import library
 from .entry import Backend, Size
@@ -108,7 +109,10 @@ def probe(index: int) -> str | None:
 
 # ---- operators -------------------------------------------------------------------------------------------------------
 def _implement(name: str) -> None:
-    """Declares the compiled operator, and lets that of the package call it."""
+    """Declares the compiled operator, and lets that of the package call it; ``repulsion`` is made of ``contrast``."""
+    if name == "repulsion":
+        implement(f"{name}_cuda", in_two_sweeps(operator("contrast_cuda"), operator("contrast_backward_cuda")))
+        return
     define(f"{COMPILED}::{name}", SCHEMAS[name].replace(") ->", ", int float_products) ->"))
     compiled: Callable[..., Any] = getattr(getattr(torch.ops, COMPILED), name).default
     implement(f"{name}_cuda", lambda *arguments: compiled(*arguments, float_products()), "CUDA")
@@ -119,7 +123,7 @@ BACKEND = Backend(
     "CUDA C++ kernels, one launch for a small loss",
     why_not,
     device="cuda",
-    operators=("cacr", "contrast"),
+    operators=("cacr", "contrast", "repulsion"),
     implement=_implement,
     half_types=True,
     fuses=fuses,

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..operators.contrast import members, pack, unpack
+from ..operators.contrast import members, pack
 from ..operators.registry import implement
-from ..operators.repulsion import as_contrast, with_views
-from ..reference import entropy_of, of_raw_rows, unit_rows
-from ..types import PAIRINGS, POSITIVE_KINDS, ContrastSpec
+from ..operators.repulsion import in_two_sweeps
+from ..reference import of_raw_rows, unit_rows
+from ..types import POSITIVE_KINDS, ContrastSpec
 from .entry import Backend, any_device
 
 BLOCK = 1 << 21  # costs in a block: 8 MiB each in float32, about ten such arrays live at once
@@ -229,20 +229,11 @@ def gradients_of_rows(
     return grad_q, q.new_empty(0) if grad_k is grad_q else grad_k, grad_tau
 
 
-def repulsion(*arguments: Any) -> tuple[Tensor, ...]:
-    """Mean cost and entropy, and their gradients from a second pass; arguments: see ``operators/repulsion.py``."""
-    views, keys, tau, pairing, normalize, *want = arguments
-    q, k, spec = as_contrast(views, keys, PAIRINGS[pairing], normalize)
-    given = unpack(q, k, tau, spec)
-    value, lse, row_state = contrast(*given)
-    grads = views.new_empty(0), keys.new_empty(0), tau.new_empty(0)
-    if any(want):
-        g_value = torch.full_like(value, 1 / value.numel())
-        grads = contrast_backward(*given, value, row_state, g_value, torch.zeros_like(value), *want)
-    return value.mean(), entropy_of(value, lse, tau), *with_views(grads, keys)
-
-
-_KERNELS = {"contrast": contrast, "contrast_backward": contrast_backward, "repulsion": repulsion}
+_KERNELS = {
+    "contrast": contrast,
+    "contrast_backward": contrast_backward,
+    "repulsion": in_two_sweeps(contrast, contrast_backward),
+}
 
 BACKEND = Backend(
     "torch",

@@ -7,7 +7,7 @@ has met its keys, and nothing has to be computed again for the gradients. They a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..reference import entropy_of, view_pairs
 from ..types import OTHER, PAIRINGS, ContrastSpec, Pairing, arithmetic_dtype
 from . import _torch_private
-from .contrast import plain_contrast
+from .contrast import plain_contrast, unpack
 from .registry import (
     SingleProblem,
     Target,
@@ -109,6 +109,23 @@ def second_order(options: Options, grads: Sequence[Tensor], *inputs: Tensor) -> 
     found, pull = vjp(gradient, *inputs)
     second: tuple[Tensor, ...] = pull(tuple(g.to(x.dtype) for g, x in zip(grads, found, strict=True)))
     return second
+
+
+def in_two_sweeps(contrast: Callable[..., Any], contrast_backward: Callable[..., Any]) -> Callable[..., Any]:
+    """What computes the operator with the two of ``contrast``: statistics first, then the gradients."""
+
+    def compute(*arguments: Any) -> tuple[Tensor, ...]:
+        views, keys, tau, pairing, normalize, *want = arguments
+        q, k, spec = as_contrast(views, keys, PAIRINGS[pairing], normalize)
+        given = unpack(q, k, tau, spec)
+        value, lse, row_state = contrast(*given)
+        grads = views.new_empty(0), keys.new_empty(0), tau.new_empty(0)
+        if any(want):
+            g_value = torch.full_like(value, 1 / value.numel())
+            grads = contrast_backward(*given, value, row_state, g_value, torch.zeros_like(value), *want)
+        return value.mean(), entropy_of(value, lse, tau), *with_views(grads, keys)
+
+    return compute
 
 
 # ---- gradient --------------------------------------------------------------------------------------------------------

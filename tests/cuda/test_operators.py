@@ -11,7 +11,8 @@ from torch import Tensor
 
 import cacr_kernels
 from cacr_kernels.backends import torch as blocks
-from cacr_kernels.types import ALL, OTHER, OTHER_NOT_SELF, SAME, SAME_NOT_SELF
+from cacr_kernels.operators.registry import operator
+from cacr_kernels.types import ALL, OTHER, OTHER_NOT_SELF, PAIRINGS, SAME, SAME_NOT_SELF
 from tests.cuda.emulated_backend import emulated_cuda
 from tests.cuda.emulated_cuda import Call, Emulation
 
@@ -279,3 +280,17 @@ def test_rows_off_16_bytes(emulation):
         assert any(x.data_ptr() % 16 != 0 for x in elsewhere)
         for x, y in zip(emulation.contrast(*elsewhere, *rest), expected, strict=True):
             assert x.equal(y)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("pairing", range(len(PAIRINGS)), ids=PAIRINGS)
+def test_repulsion(emulation: Emulation, pairing: int, normalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call for the keys of all processes: value, entropy and gradients are those of plain PyTorch."""
+    g = torch.Generator().manual_seed(3)
+    keys = torch.randn(3, 41, 20, generator=g, dtype=torch.float64)
+    given = keys[:, :17].contiguous(), keys, torch.tensor([-1.3], dtype=torch.float64), pairing, normalize
+    found = operator("repulsion_cuda")(*given, True, True, True)
+    torch.testing.assert_close(found, operator("repulsion_torch")(*given, True, True, True))
+    monkeypatch.setattr(emulation, "contrast_backward", lambda *_: pytest.fail("no gradient is wanted"))
+    *_, grad_views, grad_keys, grad_tau = operator("repulsion_cuda")(*given, False, False, False)
+    assert grad_views.numel() == grad_keys.numel() == grad_tau.numel() == 0

@@ -434,7 +434,7 @@ def test_every_operator_is_checked() -> None:
     names, compiled = ({name for where, name in found if where == space} for space in (NAMESPACE, COMPILED))
     contrasts = {f"{name}_{backend}" for name in ("contrast", "contrast_backward") for backend, *_ in CHECKED}
     detached = {"detached_keys_cpu", "detached_keys_backward"}
-    repulsions = {"repulsion_cpu", "repulsion_torch"}
+    repulsions = {"repulsion_cpu", "repulsion_torch", "repulsion_cuda"}
     triton = {f"{name}_triton" for name in ("cacr", "contrast", "contrast_backward", "detached_keys", "repulsion")}
     cuda = {"cacr", "contrast", "contrast_backward"}
     assert compiled == cuda

@@ -314,10 +314,10 @@ FAULTS = (
     ),
     Fault(
         "operators-repulsion-gradient-of-the-sum",
-        BACKENDS + "torch.py",
+        OPERATORS + "repulsion.py",
         text="g_value = torch.full_like(value, 1 / value.numel())",
         replacement="g_value = torch.ones_like(value)",
-        why="torch: gradients are those of the sum of the rows",
+        why="torch and cuda: gradients are those of the sum of the rows",
         tests=REPULSION,
     ),
     Fault(
