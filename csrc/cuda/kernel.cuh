@@ -53,6 +53,17 @@ CACR_DEVICE void run_phase(int phase, const ParametersOf<Arithmetic>& p, Buffers
   }
 }
 
+// The barrier of the grid between two phases. In float64 it is a function of its own: what it computes beforehand would
+// take registers from the phases, which spilled on sm_100.
+inline __device__ __noinline__ void grid_sync_apart() { ptx::grid_sync(); }
+template <class Acc>
+CACR_DEVICE void sync_phases() {
+  if constexpr (sizeof(Acc) == sizeof(double))
+    grid_sync_apart();
+  else
+    ptx::grid_sync();
+}
+
 template <class Arithmetic>
 __global__ void __launch_bounds__(kThreads) run_phases(const __grid_constant__ JobOf<Arithmetic> job) {
   auto& shared = shared_memory<BuffersOf<Arithmetic>>();
@@ -61,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) run_phases(const __grid_constant__ J
   while (left) {
     run_phase<Arithmetic>(__ffs(int(left)) - 1, job.p, shared);
     left &= left - 1;
-    if (left) ptx::grid_sync();
+    if (left) sync_phases<typename Arithmetic::Acc>();
   }
 }
 

@@ -183,8 +183,7 @@ CACR_DEVICE float f16_to_float(uint16_t bits) {
 
 // ---- the whole grid -------------------------------------------------------------------------------------------------
 // Barrier of all threads of a cooperative launch; what was written to global memory before it is seen after it.
-// Not inlined: what it computes beforehand would take registers from the phases.
-inline __device__ __noinline__ void grid_sync(CACR_SITE_ONLY) {
+CACR_DEVICE void grid_sync(CACR_SITE_ONLY) {
 #ifdef __CUDACC__
   cooperative_groups::this_grid().sync();
 #else

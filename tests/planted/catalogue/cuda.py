@@ -177,8 +177,8 @@ FAULTS = (
     Fault(
         "cuda-phase-barrier",
         CUDA + "kernel.cuh",
-        text="if (left) ptx::grid_sync();",
-        replacement="if (left && __ffs(int(left)) - 1 != kFinish) ptx::grid_sync();",
+        text="if (left) sync_phases<typename Arithmetic::Acc>();",
+        replacement="if (left && __ffs(int(left)) - 1 != kFinish) sync_phases<typename Arithmetic::Acc>();",
         why="rows are finished before all splits are there",
         tests=("tests/cuda/test_operators.py -k schedules", "tests/cuda_emulation/test_kernels.py -k schedules"),
     ),
