@@ -72,6 +72,8 @@ def find(gather_distributed: object, process_group: Any) -> Group | None:
     """The group whose batches are one; ``None`` where there is nothing to gather."""
     checks.flag("gather_distributed", gather_distributed)
     checks.process_group("process_group", process_group)
+    if process_group is not None and not gather_distributed:
+        raise ValueError("process_group needs gather_distributed=True, without which nothing is gathered")
     group = Group(*_place(process_group)) if gather_distributed else None
     return group if group is not None and group.size > 1 else None
 

@@ -5,13 +5,15 @@ to be reached; every input is an option of the command.
 
     W ranks, B instances a rank in V views of D features, P pairs of views, halves on the wire
     gather            G = (W - 1) V B D 2 bytes / gather bandwidth
-    products          C = 5 * 2 P B (W B) D FLOP / FLOP/s          what the GPU kernels do: the similarities three
-                                                                   times, two gradients
+    products          C = n * 2 P B (W B) D FLOP / FLOP/s          what the Triton kernels do for halves, n below
     reduce-scatter    R = (W - 1) V B D 4 bytes / gather bandwidth  float32
     gathered          G + C + R        nothing overlaps: products need all keys, gradients all products
     at best           max(C, G + R)    if the messages ran beside the products, at no cost
     a ring            max(C, k (G + R))  keys and their gradients go from rank to rank while products run; k: how many
                                          times less bandwidth one link has than gathering
+
+n = 1 + 2 (g + 1): the similarities once for the statistics, and for each of two gradients a product and the
+similarities again, once for each of the g = ceil(D / 128) groups of features that a program owns.
 
 Gathering is bound by what a node receives: all its network adapters at once, which its GPUs then share over NVLink. A
 ring crosses from node to node over one adapter.
@@ -20,11 +22,12 @@ ring crosses from node to node over one adapter.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 HALF, SINGLE = 2, 4  # bytes
-PRODUCTS = 5  # of the Triton and CUDA kernels
+OWNED = 128  # features of a gradient that a program of the Triton kernels owns, of half types
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -59,7 +62,7 @@ class System:
 
 @dataclass(frozen=True)
 class Reckoned:
-    """Seconds of a step on ``ranks`` GPUs, and bytes of the gathered keys with their gradients."""
+    """Seconds of a step on ``ranks`` GPUs, and bytes of the gathered keys and their gradients, both in float32."""
 
     ranks: int
     gather: float
@@ -104,7 +107,8 @@ def sent(system: System, ranks: int, bytes_each: int) -> float:
 def flop(system: System, ranks: int) -> float:
     """Operations of the products of a rank: its queries against the keys of all."""
     pairs = system.V * (system.V - 1) // 2
-    return float(PRODUCTS * 2 * pairs * system.B * ranks * system.B * system.D)
+    products = 1 + 2 * (math.ceil(system.D / OWNED) + 1)
+    return float(products * 2 * pairs * system.B * ranks * system.B * system.D)
 
 
 def reckon(system: System, ranks: int) -> Reckoned:
@@ -116,7 +120,7 @@ def reckon(system: System, ranks: int) -> Reckoned:
     return Reckoned(
         ranks, gather=keys / together, products=products, scatter=gradients / together,
         ring=max(products, (keys + gradients) / one), encoder=system.encoder * system.V * system.B / reached,
-        memory=float(ranks * system.V * system.B * system.D * (HALF + SINGLE)),
+        memory=float(ranks * system.V * system.B * system.D * 2 * SINGLE),
     )  # fmt: skip
 
 

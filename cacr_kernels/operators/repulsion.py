@@ -119,7 +119,8 @@ def in_two_sweeps(contrast: Callable[..., Any], contrast_backward: Callable[...,
         q, k, spec = as_contrast(views, keys, PAIRINGS[pairing], normalize)
         given = unpack(q, k, tau, spec)
         value, lse, row_state = contrast(*given)
-        grads = views.new_empty(0), keys.new_empty(0), tau.new_empty(0)
+        nothing = views.new_empty(0, dtype=arithmetic_dtype(views))
+        grads = nothing, torch.empty_like(nothing), tau.new_empty(0)
         if any(want):
             g_value = torch.full_like(value, 1 / value.numel())
             grads = contrast_backward(*given, value, row_state, g_value, torch.zeros_like(value), *want)

@@ -227,7 +227,9 @@ def test_reckoned_by_hand() -> None:
     assert found.products == pytest.approx(5 * 2 * 3 * 100 * 1600 * 10 / 5e11)
     assert found.ring == pytest.approx(keys * 6 / 5e7)
     assert found.encoder == pytest.approx(1e9 * 3 * 100 / 5e11)
-    assert found.memory == 16 * 3 * 100 * 10 * 6
+    assert found.memory == 16 * 3 * 100 * 10 * 8
+    wide = reckon.reckon(reckon.replace(system, D=260), 16)  # three groups of features: nine products
+    assert wide.products == pytest.approx(9 * 2 * 3 * 100 * 1600 * 260 / 5e11)
     assert found.gathered == found.gather + found.products + found.scatter
     assert found.share == pytest.approx(found.gathered / (found.gathered + found.encoder))
     assert found.saved == pytest.approx(found.products / (found.gathered + found.encoder))

@@ -294,3 +294,17 @@ def test_repulsion(emulation: Emulation, pairing: int, normalize: bool, monkeypa
     monkeypatch.setattr(emulation, "contrast_backward", lambda *_: pytest.fail("no gradient is wanted"))
     *_, grad_views, grad_keys, grad_tau = operator("repulsion_cuda")(*given, False, False, False)
     assert grad_views.numel() == grad_keys.numel() == grad_tau.numel() == 0
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_repulsion_of_half_types(emulation: Emulation, dtype: torch.dtype, wanted: bool) -> None:
+    """They stay as they are in the products; gradients are float32, also those that are not wanted."""
+    g = torch.Generator().manual_seed(4)
+    keys = torch.randn(2, 41, 20, generator=g).to(dtype)
+    given = keys[:, :17].contiguous(), keys, torch.tensor([-0.6], dtype=torch.float64), 0, True, *[wanted] * 3
+    found = operator("repulsion_cuda")(*given)
+    expected = operator("repulsion_torch")(*(x.double() for x in given[:3]), *given[3:])
+    assert [x.dtype for x in found] == [torch.float64] * 2 + [torch.float32] * 2 + [torch.float64]
+    for mine, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=2e-7)

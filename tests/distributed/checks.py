@@ -240,6 +240,7 @@ def compiled() -> None:
 
 # ---- what is sent and called -----------------------------------------------------------------------------------------
 SENT = {"all_gather_into_tensor": "gather", "reduce_scatter_tensor": "reduce-scatter", "all_reduce": "all-reduce"}
+OF_SIZES = ("gather", "int64", 3)
 
 
 class Recorder(TorchDispatchMode):
@@ -259,14 +260,9 @@ class Recorder(TorchDispatchMode):
         return out
 
     def sent(self) -> list[tuple[str, str, int]]:
-        """The collectives, without the comparison of sizes."""
-        names = {
-            "all_gather_into_tensor": "gather",
-            "reduce_scatter_tensor": "reduce-scatter",
-            "all_reduce": "all-reduce",
-        }
-        found = [(names[name], *rest) for name, *rest in self.seen if name in names]
-        return [x for x in found if x != ("gather", "int64", 3)]
+        """The collectives, without the comparison of sizes, which comes first."""
+        found = [(SENT[name], *rest) for name, *rest in self.seen if name in SENT]
+        return found[1:] if found[:1] == [OF_SIZES] else found
 
 
 def recorded(call: Callable[[], Tensor]) -> tuple[Recorder, Recorder]:
@@ -287,6 +283,7 @@ def collectives_of_a_call() -> None:
     options: Any = {"tau_neg": tau, "gather_distributed": True}
     labels = torch.arange(B) % 3
     queue_loss = CACRQueueLoss(queue_size=7, dim=D, enqueue="last", **options)
+    queue_alone = CACRQueueLoss(queue_size=7, dim=D, in_batch=False, **options)
 
     def z() -> Tensor:
         return own(whole(V, B, D)).bfloat16().requires_grad_()
@@ -309,6 +306,7 @@ def collectives_of_a_call() -> None:
         (lambda: cacr_kernels.cacr_queue_loss(z(), z(), z()[0], **options), [of_views], [back, of_tau]),
         (lambda: cacr_kernels.cacr_queue_loss(z(), z(), z()[0], in_batch=False, **options), [], [of_tau]),
         (lambda: queue_loss(z(), z()), [of_views], [back, of_tau]),  # the keys that it stores go with the queries
+        (lambda: queue_alone(z(), z()), [of_views], [of_tau]),  # here they go alone
         (
             lambda: cacr_kernels.cacr_momentum_loss(z(), z()[0], temperature=tau, gather_distributed=True),
             [of_rows],
@@ -393,6 +391,8 @@ def arguments_that_are_no_group() -> None:
     z = torch.zeros(V, B, D)
     with pytest.raises(TypeError, match="gather_distributed must be True or False, got int 1"):
         cacr_kernels.cacr_loss(z, gather_distributed=1)
+    with pytest.raises(ValueError, match="process_group needs gather_distributed=True"):
+        cacr_kernels.cacr_loss(torch.randn(V, B, D), process_group=dist.group.WORLD)
     with pytest.raises(TypeError, match=r"process_group must be a torch\.distributed.ProcessGroup or None, got str"):
         CACRLoss(gather_distributed=True, process_group="gloo")
     if world() > 1:
@@ -543,12 +543,12 @@ def a_queue_goes_on_in_one_process() -> None:
 
 @check
 def the_last_view_enters_the_queue() -> None:
-    keys = whole(V, B, D)
+    queries, keys = whole(V, B, D), whole(V, B, D, seed=1)
     queues = []
-    for part, options in ((own(keys), {"gather_distributed": True}), (keys, {})):
+    for mine, options in ((own, {"gather_distributed": True}), (lambda x: x, {})):
         loss = CACRQueueLoss(queue_size=world() * B, dim=D, enqueue="last", **options).double()  # type: ignore[arg-type]
         for _ in range(2):
-            loss(part, part)
+            loss(mine(queries), mine(keys))
         queues.append(loss.queue)
     close(*queues)
     close(queues[0], nn.functional.normalize(keys[-1], dim=-1))

@@ -196,6 +196,6 @@ def test_opcheck(wanted: tuple[bool, ...], backend: str) -> None:
 @both_backends
 @both_dtypes
 def test_fakes(dtype: torch.dtype, backend: str) -> None:
-    for wanted in (ALL_WANTED, (True, False, False), (False, True, True)):
+    for wanted in (ALL_WANTED, (True, False, False), (False, True, True), (False, False, False)):
         arguments = (*tensors(SMALL, dtype), 2, False, *wanted)
         assert_like(repulsion.fake(*as_fake(arguments)), operator(f"repulsion_{backend}")(*arguments))

@@ -262,8 +262,8 @@ FAULTS = (
     Fault(
         "benchmarks-similarities-formed-once",
         SUITE + "reckon.py",
-        text="PRODUCTS = 5",
-        replacement="PRODUCTS = 3",
+        text="products = 1 + 2 * (math.ceil(system.D / OWNED) + 1)",
+        replacement="products = 3",
         why="the reckoned products are those of the CPU kernels",
         tests=f"{SCALING} -k by_hand",
     ),
