@@ -147,7 +147,10 @@ def test_a_compiler_sees_the_kernels(
     assert all(x.dtype in (torch.float32, torch.float64) for x in found)
     targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
     kernels = [target for target in targets if "triton_kernel_wrapper" in target]
-    assert len(kernels) == {"contrast": 3, "detached_keys": 3, "cacr": 9 + 2 * normalize}[name], targets
+    assert (
+        len(kernels)
+        == {"contrast": 3, "detached_keys": 3, "repulsion": 7 + 2 * normalize, "cacr": 9 + 2 * normalize}[name]
+    ), targets
     assert not any("cacr_kernels" in target for target in targets), targets
     assert tuning._chosen
     assert not any(tmp_path.iterdir())
