@@ -31,7 +31,7 @@ def test_under_torchrun(tmp_path: Path) -> None:
     done = run(*TORCHRUN, *command)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("processes: ") == 1
-    assert "2 processes: 25 checks: what one process computes" in done.stdout
+    assert "2 processes: 26 checks: what one process computes" in done.stdout
     found = json.loads(report.read_text(encoding="utf-8"))
     assert found["ok"]
     assert len(found["checks"]) == 25
@@ -40,7 +40,7 @@ def test_under_torchrun(tmp_path: Path) -> None:
 @pytest.mark.exhaustive
 def test_it_starts_processes_itself(capfd: pytest.CaptureFixture[str]) -> None:
     assert verify.main(["--processes", "3", "--backend", "torch", "--quick"]) == 0
-    assert "3 processes: 25 checks: what one process computes" in capfd.readouterr().out
+    assert "3 processes: 26 checks: what one process computes" in capfd.readouterr().out
 
 
 def _with_a_wrong_gradient(rank: int, store: str, status: int) -> None:
