@@ -34,7 +34,7 @@ def test_under_torchrun(tmp_path: Path) -> None:
     assert "2 processes: 26 checks: what one process computes" in done.stdout
     found = json.loads(report.read_text(encoding="utf-8"))
     assert found["ok"]
-    assert len(found["checks"]) == 25
+    assert len(found["checks"]) == 26
 
 
 @pytest.mark.exhaustive
