@@ -59,10 +59,13 @@ def test_barriers_are_known() -> None:
 def test_every_barrier_is_missed(left_out: str) -> None:
     """Without it, some results are not those of the orderly schedule, or not numbers: none is there in vain.
 
-    Or memory is read that is none: addresses stand in shared memory, too.
+    Or memory is read that is none: addresses stand in shared memory, too. One barrier is not that of float64.
     """
-    done = run(emulated(PROGRAM), "double", 4, BARRIERS[left_out], left_out)
-    assert done.returncode == -signal.SIGSEGV or re.search(r"^[1-9]\d* failures$", done.stdout, re.MULTILINE)
+    for arithmetic in ("double", "float"):
+        done = run(emulated(PROGRAM), arithmetic, 4, BARRIERS[left_out], left_out)
+        if done.returncode == -signal.SIGSEGV or re.search(r"^[1-9]\d* failures$", done.stdout, re.MULTILINE):
+            return
+    pytest.fail(f"nobody misses {left_out}")
 
 
 def test_offsets_beyond_32_bits() -> None:
