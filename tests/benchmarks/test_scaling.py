@@ -40,6 +40,7 @@ def expected_mib(row: dict[str, Any], bytes_each: float) -> float:
     return (row["processes"] - 1) * row["V"] * rank_batch * row["D"] * bytes_each / 2**20
 
 
+@pytest.mark.exhaustive
 # ---- the command -----------------------------------------------------------------------------------------------------
 def test_the_command_measures_prints_and_writes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
