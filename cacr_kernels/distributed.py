@@ -270,11 +270,11 @@ def gathering(
 
     def rows() -> Tensor:
         gathered = _wait(arriving)
-        of_all = _with_gradient(x, gathered if beside is None else gathered[:, : len(x)], group)
+        of_all = _with_gradient(x, gathered if beside is None else gathered[:, : x.shape[0]], group)
         return of_all.movedim(0, -3).flatten(-3, -2).contiguous()
 
     def others() -> Tensor:
-        return _in_order(_wait(arriving)[:, len(x) :])
+        return _in_order(_wait(arriving)[:, x.shape[0] :])
 
     return rows, others
 

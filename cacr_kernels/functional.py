@@ -536,15 +536,15 @@ def supervised_cacr_loss(
         sets, everyone = KeySets(own_rows, ignored, queries_first=keys is not None and not ref), y
         if group is not None and keys is not None:
             of_all = labels_of_all(y if ref_labels is None else torch.cat([y, ref_labels]), group)
-            everyone = of_all[:, : len(y)].flatten()
-            ref_labels = everyone if ref_labels is None else of_all[:, len(y) :].flatten()
+            everyone = of_all[:, : y.shape[0]].flatten()
+            ref_labels = everyone if ref_labels is None else of_all[:, y.shape[0] :].flatten()
             ref = [keys()]
         arguments: Any = (z, y, ref[0] if ref else None, ref_labels, numbers)
         supervised: Callable[..., Terms] = reference.supervised
         if on.operators:
             supervised = partial(losses.supervised, on)
         terms = supervised(*arguments, sets=sets, ranks=ranks)
-        counted = None if ignored is None else (everyone != ignored).sum().to(z.dtype) / len(everyone)
+        counted = None if ignored is None else (everyone != ignored).sum().to(z.dtype) / everyone.shape[0]
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype, counted)
 
 

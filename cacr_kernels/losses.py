@@ -216,7 +216,7 @@ def momentum(
         spec = ContrastSpec(None, None, [ALL], *index, inner_product=True, normalize=on.normalize)
         (value,), (lse,) = detached_keys(on, queries, keys[None], taus, spec, detach_value=True)
         entropy = entropy_of(value, lse, tau)
-        if on.normalize and len(keys) == 1:  # the positive is the only key: rounded alike, both terms cancel
+        if on.normalize and keys.shape[0] == 1:  # the positive is the only key: rounded alike, both terms cancel
             inner_product = temperature * lse
         elif on.normalize:
             inner_product = (unit_norms(queries) + unit_norms(positive) - c_pos.mT) / 2

@@ -385,8 +385,8 @@ class CACRQueueLoss(_Loss[Result]):
             self._store_traced(keys)
             return
         with state.writing():
-            self._writable("incoming")[: len(keys)] = state.unwrapped(keys)
-            self._writable("incoming_count").fill_(len(keys))
+            self._writable("incoming")[: keys.shape[0]] = state.unwrapped(keys)
+            self._writable("incoming_count").fill_(keys.shape[0])
 
     # ---- where it does not: in compiled code and on a device ---------------------------------------------------------
     def _traced_queue(self, update: bool) -> tuple[Tensor, Tensor]:
@@ -405,9 +405,9 @@ class CACRQueueLoss(_Loss[Result]):
     def _store_traced(self, keys: Tensor) -> None:
         with state.writing():
             first = state.outside_backward(self.incoming_count)
-            old = self.incoming[: len(keys)]
+            old = self.incoming[: keys.shape[0]]
             state.overwrite(old, torch.where(first > 0, state.unwrapped(keys).to(old.dtype), old))
-            state.overwrite(self.incoming_count, torch.where(first > 0, len(keys), self.incoming_count))
+            state.overwrite(self.incoming_count, torch.where(first > 0, keys.shape[0], self.incoming_count))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         counts = {}

@@ -92,8 +92,8 @@ FAULTS = (
     Fault(
         "modules-wrapped-keys",
         FILE,
-        text='self._writable("incoming")[: len(keys)] = state.unwrapped(keys)',
-        replacement='self._writable("incoming")[: len(keys)] = keys',
+        text='self._writable("incoming")[: keys.shape[0]] = state.unwrapped(keys)',
+        replacement='self._writable("incoming")[: keys.shape[0]] = keys',
         why="torch.func.grad over the module leaves a wrapper in it, or fails",
         tests=STATE,
     ),
