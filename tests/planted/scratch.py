@@ -81,8 +81,8 @@ class Scratch:
         return status, output
 
     def compile(self) -> tuple[int | None, str]:
-        """Makes the CPU library, as far as something has changed."""
-        return self.run("setup.py", "build_ext", "--inplace", limit=BUILD_LIMIT, CACR_BUILD_CUDA="0")
+        """Makes the CPU library, as far as something has changed, in half the time of what is shipped."""
+        return self.run("setup.py", "build_ext", "--inplace", limit=BUILD_LIMIT, CACR_BUILD_CUDA="0", CXXFLAGS="-O1")
 
     def test(self, *arguments: str) -> Outcome:
         """The verdict of pytest up to the first failure: of the tests of ``make test``, then of all."""
