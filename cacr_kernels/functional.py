@@ -155,7 +155,7 @@ def cacr_loss(
     checks.reduction_of_rbf(cost, reduction)
     group = group_of(gather_distributed, process_group, {"views": z})
     chosen, on = choose_backend(backend, [z], similarities_of_views(z, pairing), group, normalize)
-    fused = group is None and reduction == "mean" and "cacr" in on.operators and chosen.fuses(z.shape, pairing)
+    fused = group is None and reduction != "none" and "cacr" in on.operators and chosen.fuses(z.shape, pairing)
     with checks.without_autocast(z.device):
         (z,), keys, _ = prepare([z], normalize and not on.normalize, group, gathered=0, as_is=fused)
         tau_pos, tau_neg = averaged(group, z.device, tau_pos, tau_neg)
@@ -163,10 +163,11 @@ def cacr_loss(
         if fused:
             given_numbers = tau_pos, tau_neg, alpha, beta / (1 - tau_plus), rbf_scale
             found = _fused(on, z, given_numbers, (pairing, cost, normalize))
-            extra = _debiasing(z, pairing, tau_plus, bool(normalize)).mean() if tau_plus else None
-            return _result(*found, extra, return_parts)
+            extra = _debiasing(z, pairing, tau_plus, bool(normalize), on).mean() if tau_plus else None
+            rows = 1 if reduction == "mean" else z.shape[0] * z.shape[1]
+            return _result(*found, extra, rows, return_parts)
         numbers = Numbers(tau_pos, tau_neg, alpha, beta / (1 - tau_plus) if on.operators else beta)
-        one_sweep = keys is not None and reduction == "mean" and cost == "sqeuclidean" and "repulsion" in on.operators
+        one_sweep = keys is not None and reduction != "none" and cost == "sqeuclidean" and "repulsion" in on.operators
         options: Any = {"pairing": pairing, "cost": cost, "rbf_scale": rbf_scale}
         options |= {"keys": None if keys is None or one_sweep else keys(), "ranks": ranks_of(group)}
         if on.operators:
@@ -175,7 +176,7 @@ def cacr_loss(
             else:
                 terms = losses.cacr(on, z.contiguous(), numbers, **options)
             if tau_plus:
-                more_rows = _debiasing(z, pairing, tau_plus, bool(normalize))
+                more_rows = _debiasing(z, pairing, tau_plus, bool(normalize), on)
                 terms = terms._replace(repulsion=terms.repulsion + more_rows)
         else:
             terms = reference.cacr(z, numbers, tau_plus=tau_plus, **options)
@@ -561,10 +562,12 @@ def _fused(on: Target, views: Tensor, given: Sequence[Any], kind: tuple[Pairing,
     return cacr(on, views, numbers, options, wanted)
 
 
-def _result(loss: Tensor, parts: Tensor, extra: Tensor | None, return_parts: bool) -> Any:
-    """The loss or its parts, with the mean ``extra`` of the repulsion added to both."""
+def _result(loss: Tensor, parts: Tensor, extra: Tensor | None, rows: int, return_parts: bool) -> Any:
+    """``rows`` times the loss, or its parts, with the mean ``extra`` of the repulsion added to both."""
     if extra is not None:
         loss = loss + extra.to(loss.dtype)
+    if rows != 1:
+        loss = loss * rows
     if not return_parts:
         return loss
     attraction, repulsion, *entropies = parts.detach().unbind()
@@ -573,10 +576,10 @@ def _result(loss: Tensor, parts: Tensor, extra: Tensor | None, return_parts: boo
     return CACRParts(loss, attraction, repulsion, *(h.clamp(min=0.0) for h in entropies))
 
 
-def _debiasing(views: Tensor, pairing: Pairing, tau_plus: float, normalize: bool) -> Tensor:
+def _debiasing(views: Tensor, pairing: Pairing, tau_plus: float, normalize: bool, on: Target) -> Tensor:
     """What ``tau_plus`` adds to the rows [V, B] of a repulsion whose beta has been divided by 1 - tau_plus."""
     views = views.to(arithmetic_dtype(views))
-    cost = aligned_cost(views, views, normalize)
+    cost = aligned_cost(views, views, normalize, on)
     own = torch.stack([cost[x, y] for x, y in reference.view_pairs(views.shape[0], pairing)])
     return reference.rows_of_pairs(own, views.shape[0], pairing) * (-tau_plus / (1 - tau_plus))
 

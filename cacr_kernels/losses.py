@@ -88,7 +88,7 @@ def cacr(
     """``reference.cacr``, with the repulsion from one call of ``contrast``; ``on.normalize``: of raw rows."""
     tau_pos, tau_neg, alpha, beta = numbers
     num_views, batch, dim = views.shape
-    c = aligned_cost(views, views, on.normalize)
+    c = aligned_cost(views, views, on.normalize, on)
     attracted = attraction(c, tau_pos * c)
     zero = views.new_zeros(())
     if batch == 1 and keys is None:  # no negatives
@@ -126,7 +126,7 @@ def cacr_of_ranks(on: Target, views: Tensor, keys: Callable[[], Tensor], numbers
     ``keys`` waits for the views of all processes, after the attraction, which needs none of them.
     """
     tau_pos, tau_neg, alpha, beta = numbers
-    c = aligned_cost(views, views, on.normalize)
+    c = aligned_cost(views, views, on.normalize, on)
     attracted = attraction(c, tau_pos * c)
     value, entropy = repulsion(on, views, keys(), vector([-tau_neg], views.device), pairing)
     return Terms(alpha * attracted.value, -beta * value, mean_entropy(attracted), entropy)
@@ -151,7 +151,7 @@ def queue(
     """
     tau_pos, tau_neg, alpha, beta = numbers
     num_views, batch, _ = queries.shape
-    c = aligned_cost(queries, keys.detach(), on.normalize)
+    c = aligned_cost(queries, keys.detach(), on.normalize, on)
     attracted = attraction(c, (tau_pos * c).detach())
 
     value, lse = torch.zeros_like(attracted.value), torch.full_like(attracted.value, -torch.inf)
@@ -207,7 +207,7 @@ def momentum(
     batch = queries.shape[1]
     positives = slice(key_offset, key_offset + batch)
     positive = keys[positives]
-    c_pos = aligned_cost(queries, positive[None], on.normalize)[:, 0].mT  # [B, V]
+    c_pos = aligned_cost(queries, positive[None], on.normalize, on)[:, 0].mT  # [B, V]
     attracted = statistics((c_pos / temperature).detach(), c_pos, torch.ones_like(c_pos, dtype=torch.bool))
     p = attracted.weights.mT  # [V, B]
     tau = -0.5 / temperature
