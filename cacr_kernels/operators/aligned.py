@@ -16,7 +16,7 @@ from torch import Tensor
 from ..reference import of_raw_rows, unit_rows
 from ..types import widest_dtype
 from . import _torch_private
-from .registry import SingleProblem, Target, declare, differentiate, opaque, operator, tracing
+from .registry import SingleProblem, Target, declare, differentiate, opaque, operator, own_precision, tracing, vjp
 
 DIFFERENCES = 1 << 20  # that live at once: 8 MiB in float64
 FEW_VIEWS = 4  # up to which every pair of views once is faster than all at once
@@ -124,12 +124,46 @@ class AlignedCost(SingleProblem):
 def pulled(
     tensors: tuple[Tensor, Tensor | None], grad: Tensor, normalize: bool, need_q: bool, need_k: bool, by: str | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of q and k: by the backend unless somebody differentiates them."""
-    if by is None or torch.is_grad_enabled():
+    """Gradients of q and k, as far as they are needed; differentiable."""
+    if by is None:
         return gradients(*tensors, grad, normalize, need_q, need_k)
-    with _torch_private.below_autograd():
-        grad_q, grad_k = operator(f"aligned_backward_{by}")(*tensors, grad, normalize, need_q, need_k)
-    return grad_q if need_q else None, grad_k if need_k else None
+    grads = AlignedGradient.apply(*tensors, grad, (normalize, need_q, need_k), by)  # type: ignore[no-untyped-call]
+    return grads[0] if need_q else None, grads[1] if need_k else None
+
+
+class AlignedGradient(SingleProblem):
+    """``aligned_backward``, whose own backward differentiates the plain formula."""
+
+    @staticmethod
+    @_torch_private.positional
+    def forward(
+        q: Tensor, k: Tensor | None, grad: Tensor, options: tuple[bool, bool, bool], by: str
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of q and k."""
+        with _torch_private.below_autograd():
+            grads: tuple[Tensor, Tensor] = operator(f"aligned_backward_{by}")(q, k, grad, *options)
+        return grads
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Saves what the plain formula is made of."""
+        *tensors, ctx.options, _ = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @own_precision
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Derivatives w.r.t. q, k and the incoming gradient."""
+        q, k, grad = ctx.saved_tensors
+        wanted = ctx.options[1], ctx.options[2] and k is not None
+
+        def gradient(grad: Tensor, q: Tensor, *k: Tensor) -> tuple[Tensor, ...]:
+            found = gradients(q, k[0] if k else None, grad, *ctx.options)
+            return tuple(x for x in found if x is not None)
+
+        _, pull = vjp(gradient, grad, q, *(() if k is None else (k,)))
+        of_grad, of_q, *of_k = pull(tuple(g for g, w in zip(grads, wanted, strict=True) if w))
+        return of_q, of_k[0] if of_k else None, of_grad, None, None
 
 
 def _instances(q: Tensor, k: Tensor) -> Iterator[slice]:

@@ -53,11 +53,13 @@ struct AlignedCosts {
     const T* g = t.grad;
     for (idx b = t.b0; b < t.b1; b++) {
       for (idx v = 0; v < t.V && t.dq; v++)
-        add_up(t.U, t.dq + (v * t.B + b) * t.D, [&](idx u) { return rows(v, u, b); },
-               [&](idx u) { return t.same ? 2 * (g[at(v, u, b)] + g[at(u, v, b)]) : 2 * g[at(v, u, b)]; });
+        add_up(
+            t.U, t.dq + (v * t.B + b) * t.D, [&](idx u) { return rows(v, u, b); },
+            [&](idx u) { return t.same ? 2 * (g[at(v, u, b)] + g[at(u, v, b)]) : 2 * g[at(v, u, b)]; });
       for (idx u = 0; u < t.U && t.dk; u++)
-        add_up(t.V, t.dk + (u * t.B + b) * t.D, [&](idx v) { return rows(v, u, b); },
-               [&](idx v) { return -2 * g[at(v, u, b)]; });
+        add_up(
+            t.V, t.dk + (u * t.B + b) * t.D, [&](idx v) { return rows(v, u, b); },
+            [&](idx v) { return -2 * g[at(v, u, b)]; });
     }
   }
 

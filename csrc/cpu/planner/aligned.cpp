@@ -35,7 +35,8 @@ struct AlignedPlan {
       AlignedCostParams<T> mine = params;
       mine.b0 = share(given.B, i, n), mine.b1 = share(given.B, i + 1, n);
       each_view(q_r, given.V, given.q, [&](const T* x, T* r, int64_t) { measure(kernels, mine, x, r); });
-      if (!given.same) each_view(k_r, given.U, given.k, [&](const T* x, T* r, int64_t) { measure(kernels, mine, x, r); });
+      if (!given.same)
+        each_view(k_r, given.U, given.k, [&](const T* x, T* r, int64_t) { measure(kernels, mine, x, r); });
       kernels.aligned_costs(mine);
       const auto to_raw = [&](T* gradient) {
         return [&, gradient](const T* x, T* r, int64_t v) {
