@@ -77,6 +77,7 @@ CALLS = {
     'cacr_loss(pairing="ordered")': Call(cacr_loss, views, {"pairing": "ordered"}),
     'cacr_loss(pairing="pooled")': Call(cacr_loss, pooled_views, {"pairing": "pooled"}),
     'cacr_loss(cost="rbf")': Call(cacr_loss, views, {"cost": "rbf"}),
+    'cacr_loss(reduction="sum")': Call(cacr_loss, views, {"reduction": "sum"}),
     'cacr_loss(reduction="none")': Call(cacr_loss, views, {"reduction": "none"}),
     "cacr_queue_loss": Call(cacr_queue_loss, queue),
     'cacr_queue_loss(weight_grad="full")': Call(cacr_queue_loss, queue, {"weight_grad": "full"}),
