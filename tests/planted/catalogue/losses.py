@@ -92,8 +92,8 @@ FAULTS = (
     Fault(
         "losses-supervised-factor",
         PACKAGE + "losses.py",
-        text="-beta * value[1] * factor[1],",
-        replacement="-beta * value[1] * factor[0],",
+        text="weights[s] * value[i] * factor[i]",
+        replacement="weights[s] * value[i] * factor[0]",
         why="supervised: the repulsion is averaged over queries that have positives",
         tests=(LOSSES, INPUTS),
     ),
