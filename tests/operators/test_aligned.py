@@ -111,3 +111,17 @@ def test_refusals() -> None:
             operator("aligned_cpu")(q, wrong, False)
     with pytest.raises(RuntimeError, match=r"gradients \[V, U, B\] of the costs, in their dtype, expected"):
         operator("aligned_backward_cpu")(q, k, torch.zeros(3, 2, 4, dtype=torch.float64), False, True, True)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.4])
+def test_positives_at_some_distance_lose_no_digits(share: float, backend: str) -> None:
+    """Costs that are a ``share`` of |q|^2 + |k|^2: made of products they would be off by eps / share."""
+    generator = torch.Generator().manual_seed(0)
+    q, noise = torch.randn(2, 1, 200, 64, generator=generator, dtype=torch.float64)
+    k = (q + (2 * share) ** 0.5 * noise).float()
+    q, ids = q.float(), torch.arange(200, dtype=torch.int32)
+    tau = torch.ones(1, dtype=torch.float64)
+    value, *_ = operator(f"contrast_{backend}")(q, k, ids, ids, tau, [1], [0], [0], False, False, None, False)
+    exact = (q.double() - k.double()).square().sum(-1)
+    assert ((value[0] - exact).abs() / exact).max() <= 4 * EPS[torch.float32]

@@ -212,7 +212,7 @@ FAULTS = (
         text="cost > T(0.5) * (norm - splat_panel(2 * bias[j]))",
         replacement="cost > T(1) / 64 * (norm - splat_panel(2 * bias[j]))",
         why="positives at some distance come from the product form, which loses digits",
-        tests=(NUMBERS, CONTRAST, EXTREMES),
+        tests=(ALIGNED, NUMBERS, CONTRAST, EXTREMES),
     ),
     Fault(
         "cpu-tail-of-panels",
