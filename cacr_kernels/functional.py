@@ -18,10 +18,12 @@ from .operators.registry import Target
 from .operators.second_derivative import refuse_second_derivative_of_compiled
 from .steps import (
     as_variables,
+    asked_terms,
     check_shared,
     checked_ref_index,
     choose_backend,
     connected,
+    only_asked,
     prepare,
     reduce,
     similarities_of_embeddings,
@@ -100,7 +102,8 @@ def cacr_loss(
         more: the other views, if ``views`` is only the first: ``cacr_loss(z0, z1)`` is ``cacr_loss([z0, z1])``.
         tau_pos, tau_neg: inverse temperatures >= 0 (per unit of squared distance); numbers, or 0-dim or
             one-element tensors, which receive gradients. 0 gives uniform weights.
-        alpha, beta: weights of the two terms.
+        alpha, beta: weights of the two terms. A term whose weight is 0 is not computed, unless ``return_parts`` asks
+            for its entropy.
         pairing: ``"unordered"`` (published): queries of view x, negatives of view y, x < y; ``"ordered"``: all x != y;
             ``"pooled"``: one softmax per query over the other instances of all views, its own included.
         cost: of the repulsion, ``"sqeuclidean"`` or ``"rbf"``.
@@ -155,7 +158,10 @@ def cacr_loss(
     checks.reduction_of_rbf(cost, reduction)
     group = group_of(gather_distributed, process_group, {"views": z})
     chosen, on = choose_backend(backend, [z], similarities_of_views(z, pairing), group, normalize)
-    fused = group is None and reduction == "mean" and "cacr" in on.operators and chosen.fuses(z.shape, pairing)
+    asked = asked_terms(alpha, beta or tau_plus, return_parts, group)
+    fused = (
+        group is None and reduction != "none" and "cacr" in on.operators and chosen.fuses(z.shape, pairing) and asked[1]
+    )
     with checks.without_autocast(z.device):
         (z,), keys, _ = prepare([z], normalize and not on.normalize, group, gathered=0, as_is=fused)
         tau_pos, tau_neg = averaged(group, z.device, tau_pos, tau_neg)
@@ -163,10 +169,11 @@ def cacr_loss(
         if fused:
             given_numbers = tau_pos, tau_neg, alpha, beta / (1 - tau_plus), rbf_scale
             found = _fused(on, z, given_numbers, (pairing, cost, normalize))
-            extra = _debiasing(z, pairing, tau_plus, bool(normalize)).mean() if tau_plus else None
-            return _result(*found, extra, return_parts)
-        numbers = Numbers(tau_pos, tau_neg, alpha, beta / (1 - tau_plus) if on.operators else beta)
-        one_sweep = keys is not None and reduction == "mean" and cost == "sqeuclidean" and "repulsion" in on.operators
+            extra = _debiasing(z, pairing, tau_plus, bool(normalize), on).mean() if tau_plus else None
+            rows = 1 if reduction == "mean" else z.shape[0] * z.shape[1]
+            return _result(*found, extra, rows, return_parts)
+        numbers = Numbers(tau_pos, tau_neg, alpha, beta / (1 - tau_plus) if on.operators else beta, *asked)
+        one_sweep = keys is not None and reduction != "none" and cost == "sqeuclidean" and "repulsion" in on.operators
         options: Any = {"pairing": pairing, "cost": cost, "rbf_scale": rbf_scale}
         options |= {"keys": None if keys is None or one_sweep else keys(), "ranks": ranks_of(group)}
         if on.operators:
@@ -175,11 +182,11 @@ def cacr_loss(
             else:
                 terms = losses.cacr(on, z.contiguous(), numbers, **options)
             if tau_plus:
-                more_rows = _debiasing(z, pairing, tau_plus, bool(normalize))
+                more_rows = _debiasing(z, pairing, tau_plus, bool(normalize), on)
                 terms = terms._replace(repulsion=terms.repulsion + more_rows)
         else:
             terms = reference.cacr(z, numbers, tau_plus=tau_plus, **options)
-        return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype)
+        return reduce(connected(only_asked(terms, numbers, z), *numbers[:2]), reduction, return_parts, z.dtype)
 
 
 @overload
@@ -318,7 +325,10 @@ def queue_call(
         unit = normalize and not on.normalize
         (q, k, n), batch, stored = prepare(tensors, unit, group, gathered=0 if in_batch else None, beside=entering)
         tau_pos, tau_neg = averaged(group, q.device, tau_pos, tau_neg)
-        numbers = Numbers(*as_variables(q.device, tau_pos, tau_neg, alpha, beta))
+        asked = asked_terms(alpha, beta, return_parts, group)
+        numbers = Numbers(*as_variables(q.device, tau_pos, tau_neg, alpha, beta))._replace(
+            attracts=asked[0], repels=asked[1]
+        )
     arguments: tuple[Any, ...] = q, k, n, numbers
     compute: Callable[..., Terms] = reference.queue
     if on.operators:
@@ -328,6 +338,7 @@ def queue_call(
     def reduced(terms: Terms) -> Any:
         if one_direction:
             terms = terms._replace(attraction=terms.attraction[0], repulsion=terms.repulsion[0])
+        terms = only_asked(terms, numbers, q[0] if one_direction else q)
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, q.dtype)
 
     def keys_of_all() -> Tensor | None:
@@ -531,7 +542,10 @@ def supervised_cacr_loss(
         unit = normalize and not on.normalize
         (z, *ref), keys, _ = prepare(tensors, unit, group, gathered=len(tensors) - 1)
         tau_pos, tau_neg = averaged(group, z.device, tau_pos, tau_neg)
-        numbers = Numbers(*as_variables(z.device, tau_pos, tau_neg, alpha, beta))
+        asked = asked_terms(alpha, beta, return_parts, group)
+        numbers = Numbers(*as_variables(z.device, tau_pos, tau_neg, alpha, beta))._replace(
+            attracts=asked[0], repels=asked[1]
+        )
         ranks = ranks_of(group)
         sets, everyone = KeySets(own_rows, ignored, queries_first=keys is not None and not ref), y
         if group is not None and keys is not None:
@@ -545,7 +559,8 @@ def supervised_cacr_loss(
             supervised = partial(losses.supervised, on)
         terms = supervised(*arguments, sets=sets, ranks=ranks)
         counted = None if ignored is None else (everyone != ignored).sum().to(z.dtype) / everyone.shape[0]
-        return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype, counted)
+        terms = connected(only_asked(terms, numbers, z), *numbers[:2])
+        return reduce(terms, reduction, return_parts, z.dtype, counted)
 
 
 def _fused(on: Target, views: Tensor, given: Sequence[Any], kind: tuple[Pairing, Cost, bool]) -> tuple[Tensor, Tensor]:
@@ -561,10 +576,12 @@ def _fused(on: Target, views: Tensor, given: Sequence[Any], kind: tuple[Pairing,
     return cacr(on, views, numbers, options, wanted)
 
 
-def _result(loss: Tensor, parts: Tensor, extra: Tensor | None, return_parts: bool) -> Any:
-    """The loss or its parts, with the mean ``extra`` of the repulsion added to both."""
+def _result(loss: Tensor, parts: Tensor, extra: Tensor | None, rows: int, return_parts: bool) -> Any:
+    """``rows`` times the loss, or its parts, with the mean ``extra`` of the repulsion added to both."""
     if extra is not None:
         loss = loss + extra.to(loss.dtype)
+    if rows != 1:
+        loss = loss * rows
     if not return_parts:
         return loss
     attraction, repulsion, *entropies = parts.detach().unbind()
@@ -573,10 +590,10 @@ def _result(loss: Tensor, parts: Tensor, extra: Tensor | None, return_parts: boo
     return CACRParts(loss, attraction, repulsion, *(h.clamp(min=0.0) for h in entropies))
 
 
-def _debiasing(views: Tensor, pairing: Pairing, tau_plus: float, normalize: bool) -> Tensor:
+def _debiasing(views: Tensor, pairing: Pairing, tau_plus: float, normalize: bool, on: Target) -> Tensor:
     """What ``tau_plus`` adds to the rows [V, B] of a repulsion whose beta has been divided by 1 - tau_plus."""
     views = views.to(arithmetic_dtype(views))
-    cost = aligned_cost(views, views, normalize)
+    cost = aligned_cost(views, views, normalize, on)
     own = torch.stack([cost[x, y] for x, y in reference.view_pairs(views.shape[0], pairing)])
     return reference.rows_of_pairs(own, views.shape[0], pairing) * (-tau_plus / (1 - tau_plus))
 

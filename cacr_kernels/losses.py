@@ -23,6 +23,7 @@ from .reference import (
     Statistics,
     entropy_of,
     mean_entropy,
+    no_term,
     rows_of_pairs,
     statistics,
     unit_norms,
@@ -86,14 +87,16 @@ def cacr(
     ranks: Ranks = ALONE,
 ) -> Terms:
     """``reference.cacr``, with the repulsion from one call of ``contrast``; ``on.normalize``: of raw rows."""
-    tau_pos, tau_neg, alpha, beta = numbers
+    tau_pos, tau_neg, alpha, beta, attracts, repels = numbers
     num_views, batch, dim = views.shape
-    c = aligned_cost(views, views, on.normalize)
-    attracted = attraction(c, tau_pos * c)
     zero = views.new_zeros(())
-    if batch == 1 and keys is None:  # no negatives
-        rows = zero if cost == "rbf" else torch.zeros_like(attracted.value)
-        return Terms(alpha * attracted.value, rows, mean_entropy(attracted), zero)
+    pulled, entropy_pulled = no_term(views), zero
+    if attracts:
+        c = aligned_cost(views, views, on.normalize, on)
+        attracted = attraction(c, tau_pos * c)
+        pulled, entropy_pulled = alpha * attracted.value, mean_entropy(attracted)
+    if not repels or (batch == 1 and keys is None):  # no negatives
+        return Terms(pulled, zero if cost == "rbf" else no_term(views), entropy_pulled, zero)
     taus = [-tau_neg, -(tau_neg + rbf_scale)] if cost == "rbf" else [-tau_neg]
     if keys is not None:
         q, keys, spec = as_contrast(views, keys, pairing, on.normalize)
@@ -108,7 +111,6 @@ def cacr(
     value, lse = contrast(on, q, keys, vector(taus, views.device), spec)
     if pairing == "pooled":  # all queries are of one mean
         value, lse = value.flatten(1)[:, None], lse.flatten(1)[:, None]
-    pulled = alpha * attracted.value
     if cost == "rbf":
         log_value = lse[1] - lse[0] + 0.0 * value[0].detach()
         log_mean = log_value.logsumexp(-1) - math.log(log_value.shape[-1])
@@ -117,7 +119,7 @@ def cacr(
     else:
         repulsion = -beta * rows_of_pairs(value[0], num_views, pairing)
     entropy = entropy_of(value[0], lse[0], -tau_neg)
-    return Terms(pulled, repulsion, mean_entropy(attracted), entropy)
+    return Terms(pulled, repulsion, entropy_pulled, entropy)
 
 
 def cacr_of_ranks(on: Target, views: Tensor, keys: Callable[[], Tensor], numbers: Numbers, pairing: Pairing) -> Terms:
@@ -125,8 +127,8 @@ def cacr_of_ranks(on: Target, views: Tensor, keys: Callable[[], Tensor], numbers
 
     ``keys`` waits for the views of all processes, after the attraction, which needs none of them.
     """
-    tau_pos, tau_neg, alpha, beta = numbers
-    c = aligned_cost(views, views, on.normalize)
+    tau_pos, tau_neg, alpha, beta, *_ = numbers
+    c = aligned_cost(views, views, on.normalize, on)
     attracted = attraction(c, tau_pos * c)
     value, entropy = repulsion(on, views, keys(), vector([-tau_neg], views.device), pairing)
     return Terms(alpha * attracted.value, -beta * value, mean_entropy(attracted), entropy)
@@ -149,12 +151,18 @@ def queue(
     many rows of the queue are ``valid`` is not read here, where a GPU would have to be waited for: the others have
     the id of the queries.
     """
-    tau_pos, tau_neg, alpha, beta = numbers
+    tau_pos, tau_neg, alpha, beta, attracts, repels = numbers
     num_views, batch, _ = queries.shape
-    c = aligned_cost(queries, keys.detach(), on.normalize)
-    attracted = attraction(c, (tau_pos * c).detach())
+    pulled, entropy_pulled = no_term(queries), queries.new_zeros(())
+    if attracts:
+        c = aligned_cost(queries, keys.detach(), on.normalize, on)
+        attracted = attraction(c, (tau_pos * c).detach())
+        pulled, entropy_pulled = alpha * attracted.value, mean_entropy(attracted)
+    value = no_term(queries)
+    if not repels:
+        return Terms(pulled, value, entropy_pulled, queries.new_zeros(()))
 
-    value, lse = torch.zeros_like(attracted.value), torch.full_like(attracted.value, -torch.inf)
+    lse = torch.full_like(value, -torch.inf)
     every = list(range(num_views))
     if queue.shape[0]:
         ids: tuple[Tensor | None, Tensor | None] = None, None
@@ -179,7 +187,7 @@ def queue(
             value, lse = (torch.where(some, x, y) for x, y in zip(merged, (batch_value, batch_lse), strict=True))
         else:
             value, lse = merge(value, lse, batch_value, batch_lse) if queue.shape[0] else (batch_value, batch_lse)
-    return Terms(alpha * attracted.value, -beta * value, mean_entropy(attracted), entropy_of(value, lse, -tau_neg))
+    return Terms(pulled, -beta * value, entropy_pulled, entropy_of(value, lse, -tau_neg))
 
 
 def merge(value_a: Tensor, lse_a: Tensor, value_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,7 +215,7 @@ def momentum(
     batch = queries.shape[1]
     positives = slice(key_offset, key_offset + batch)
     positive = keys[positives]
-    c_pos = aligned_cost(queries, positive[None], on.normalize)[:, 0].mT  # [B, V]
+    c_pos = aligned_cost(queries, positive[None], on.normalize, on)[:, 0].mT  # [B, V]
     attracted = statistics((c_pos / temperature).detach(), c_pos, torch.ones_like(c_pos, dtype=torch.bool))
     p = attracted.weights.mT  # [V, B]
     tau = -0.5 / temperature
@@ -252,7 +260,10 @@ def supervised(
 
     Embeddings in no set have been replaced by zeros (``rows_in_sets``), but for one that is alone.
     """
-    tau_pos, tau_neg, alpha, beta = numbers
+    tau_pos, tau_neg, alpha, beta, attracts, repels = numbers
+    if not attracts and not repels:
+        zero = embeddings.new_zeros(())
+        return Terms(no_term(embeddings), no_term(embeddings), zero, zero)
     keys_are_queries = ref_embeddings is None or ref_labels is None
     if keys_are_queries and labels.shape[0] == 1:  # in no set: not read
         embeddings = torch.zeros_like(embeddings) + 0.0 * torch.where(
@@ -266,17 +277,19 @@ def supervised(
         if not keys_are_queries and not queries_first:
             q_self = (torch.full_like(labels, -1) if ref_index is None else ref_index).to(torch.int32)
     ids = compact_ids(labels, ref_labels, ignore_index)
-    spec = ContrastSpec(*ids, kinds, [0], [0], q_self=q_self, normalize=on.normalize)
-    value, lse = contrast(on, embeddings[None], keys, vector([tau_pos, -tau_neg], embeddings.device), spec)
+    taus, weights = [tau_pos, -tau_neg], [alpha, -beta]
+    asked = [s for s, term in enumerate((attracts, repels)) if term]
+    spec = ContrastSpec(*ids, [kinds[s] for s in asked], [0], [0], q_self=q_self, normalize=on.normalize)
+    numbers_asked = vector([taus[s] for s in asked], embeddings.device)
+    value, lse = contrast(on, embeddings[None], keys, numbers_asked, spec)
     value, lse = value[:, 0], lse[:, 0]
     nonempty = ranks.total((lse != -torch.inf).sum(-1)).clamp(min=1).to(value.dtype)
     factor = value.shape[1] * ranks.size / nonempty
-    return Terms(
-        alpha * value[0] * factor[0],
-        -beta * value[1] * factor[1],
-        entropy_of(value[0], lse[0], tau_pos),
-        entropy_of(value[1], lse[1], -tau_neg),
-    )
+    rows, entropies = [no_term(embeddings)] * 2, [embeddings.new_zeros(())] * 2
+    for i, s in enumerate(asked):
+        rows[s] = weights[s] * value[i] * factor[i]
+        entropies[s] = entropy_of(value[i], lse[i], taus[s])
+    return Terms(*rows, *entropies)
 
 
 def rows_in_sets(

@@ -144,6 +144,11 @@ def statistics(logit: Tensor, cost: Tensor, members: Tensor) -> Statistics:
     return Statistics((weights * cost).sum(-1), lse, entropy, nonempty, weights)
 
 
+def no_term(rows: Tensor) -> Tensor:
+    """A term of weight 0: one zero for each of ``rows`` [.., D], in whose graph they are; nothing flows to them."""
+    return rows[..., :0].sum(-1)
+
+
 def mean_entropy(stats: Statistics) -> Tensor:
     """Entropy averaged over the queries that have a non-empty set; 0 if there is none."""
     return stats.entropy.sum() / stats.nonempty.sum().clamp(min=1)
@@ -179,7 +184,7 @@ def cacr(
     ``"pooled"`` has one softmax per query over all views. Rows [V, B]; under rbf ``repulsion`` is 0-dimensional.
     ``keys`` [V, M, D]: the views of more instances, of which those of ``views`` come first; by default ``views``.
     """
-    tau_pos, tau_neg, alpha, beta = numbers
+    tau_pos, tau_neg, alpha, beta, *_ = numbers
     attracted = attraction_statistics(views, tau_pos)
     c, members = negative_costs(views, pairing, keys)
     repelled = statistics(-tau_neg * c, c, members)
@@ -272,7 +277,7 @@ def queue(
     Of the queue the first ``valid`` rows count, all if it is ``None``. ``in_batch`` is whether other queries of the
     batch are negatives, or the queries [V, M, D] of a larger batch, of which these come first.
     """
-    tau_pos, tau_neg, alpha, beta = numbers
+    tau_pos, tau_neg, alpha, beta, *_ = numbers
     keys, queue = keys.detach(), queue.detach()
     num_views, batch, _ = queries.shape
     device = queries.device
@@ -360,7 +365,7 @@ def supervised(
 
     The costs of positives are differences: this holds an [N, M, D] array.
     """
-    tau_pos, tau_neg, alpha, beta = numbers
+    tau_pos, tau_neg, alpha, beta, *_ = numbers
     self, ignore_index, queries_first = sets
     k, k_labels = ref_embeddings, ref_labels
     if k is None or k_labels is None:

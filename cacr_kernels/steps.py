@@ -16,6 +16,7 @@ from .operators.registry import Target, has_values, tracing
 from .types import (
     REDUCTIONS,
     CACRParts,
+    Numbers,
     Pairing,
     Reduction,
     Terms,
@@ -124,6 +125,26 @@ def checked_ref_index(value: Any, embeddings: Tensor, ref_embeddings: Tensor | N
     if has_values(index) and ref_embeddings is not None:
         checks.rows_or_none("ref_index", index, ref_embeddings.shape[0])
     return index
+
+
+def asked_terms(alpha: float, beta: float, return_parts: bool, group: Group | None) -> tuple[bool, bool]:
+    """Whether attraction and repulsion have to be computed: not with weight 0, unless somebody reads their entropies.
+
+    Not decided while compiling, where a schedule of weights is one graph, nor where other ranks wait for rows.
+    """
+    if return_parts or group is not None or torch.compiler.is_compiling():
+        return True, True
+    return alpha != 0, beta != 0
+
+
+def only_asked(terms: Terms, numbers: Numbers, rows: Tensor) -> Terms:
+    """The same terms; those that nobody asks for are 0. ``rows``: the queries."""
+    if not numbers.attracts:
+        terms = terms._replace(attraction=reference.no_term(rows))
+    if not numbers.repels:
+        zeros = reference.no_term(rows)
+        terms = terms._replace(repulsion=zeros if terms.repulsion.dim() else zeros.sum())
+    return terms
 
 
 def connected(terms: Terms, *temperatures: float | Tensor) -> Terms:

@@ -47,12 +47,14 @@ def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 class Numbers(NamedTuple):
-    """The four numbers of attraction and repulsion."""
+    """The four numbers of attraction and repulsion, and whether anybody asks for either term."""
 
     tau_pos: Temperature
     tau_neg: Temperature
     alpha: Any = 1.0  # a number; while compiling a 0-dim tensor
     beta: Any = 1.0
+    attracts: bool = True
+    repels: bool = True
 
 
 class SharedKeywords(TypedDict, total=False):

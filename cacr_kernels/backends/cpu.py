@@ -22,5 +22,5 @@ BACKEND = Backend(
     "SIMD kernels in C++ for the CPU",
     why_not,
     device="cpu",
-    operators=("cacr", "contrast", "detached_keys", "repulsion"),
+    operators=("aligned", "cacr", "contrast", "detached_keys", "repulsion"),
 )

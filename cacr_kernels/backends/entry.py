@@ -7,16 +7,17 @@ from typing import NamedTuple
 
 import torch
 
-from ..operators import cacr, contrast, detached_keys, repulsion
+from ..operators import aligned, cacr, contrast, detached_keys, repulsion
 from ..types import Pairing
 
 _DECLARE = {
+    "aligned": aligned.register,
     "cacr": cacr.register,
     "contrast": contrast.register,
     "detached_keys": detached_keys.register,
     "repulsion": repulsion.register,
 }
-_CONSISTS_OF = {"contrast": ("contrast", "contrast_backward")}
+_CONSISTS_OF = {"aligned": ("aligned", "aligned_backward"), "contrast": ("contrast", "contrast_backward")}
 
 
 class Size(NamedTuple):
@@ -36,8 +37,8 @@ class Backend(NamedTuple):
         why_not: ``why_not(device)`` is ``None`` if it can run on tensors of that device (``None``: on some device of
             this machine), else a sentence.
         device: type of the devices that its kernels are made for; ``None``: any.
-        operators: which of ``cacr``, ``contrast``, ``detached_keys`` and ``repulsion`` it has. With ``contrast`` it can
-            compute all losses; without any operator it computes them by the definition.
+        operators: which of ``aligned``, ``cacr``, ``contrast``, ``detached_keys`` and ``repulsion`` it has. With
+            ``contrast`` it can compute all losses; without any operator it computes them by the definition.
         implement: called with the name of every operator (``contrast`` comes with ``contrast_backward``) after
             ``<operator>_<backend>`` was declared, to register what computes it; ``None``: a compiled library does.
         half_types: whether its operators take float16 and bfloat16 as they are.

@@ -1,5 +1,7 @@
 """What the operators ``torch.ops.cacr_kernels.*`` share: their namespace, how they are declared, and where they run.
 
+    aligned_<backend>            costs between the views of the same instances
+    aligned_backward_<backend>   their gradients
     cacr_<backend>               cacr_loss of all views with its gradients, in one go (the fused path)
     contrast_<backend>           row statistics of one or two softmaxes (the general path)
     contrast_backward_<backend>  their gradients

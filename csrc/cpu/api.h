@@ -88,6 +88,16 @@ struct Repulsion {
   bool normalize;  // as in Contrast
 };
 
+// Costs c[v][u][b] = |q[v][b] - k[u][b]|^2 between views of the same instances.
+template <class T>
+struct Aligned {
+  const T* q;  // [V][B][D], contiguous
+  const T* k;  // [U][B][D], contiguous
+  int64_t V, U, B, D;
+  bool same;       // the keys are the queries
+  bool normalize;  // as in Contrast
+};
+
 // ---- what comes out -------------------------------------------------------------------------------------------------
 // Per query and softmax, all in float64: they are O(N), and differences of them matter.
 struct Statistics {
@@ -145,6 +155,15 @@ CacrResult cacr_loss(const CacrLoss<T>& loss, T* dz, bool want_grad_tau, const P
 template <class T>
 RepulsionResult repulsion(const Repulsion<T>& problem, const RepulsionGradients<T>& gradients,
                           const Parallel& parallel);
+
+// cost [V][U][B]
+template <class T>
+void aligned_forward(const Aligned<T>& problem, T* cost, const Parallel& parallel);
+
+// From what flows into the costs, grad [V][U][B]: dq [V][B][D] and dk [U][B][D], overwritten; null: not wanted. Where
+// the keys are the queries dq is the sum of both.
+template <class T>
+void aligned_backward(const Aligned<T>& problem, const T* grad, T* dq, T* dk, const Parallel& parallel);
 
 template <class T>
 void contrast_forward(const Contrast<T>& problem, const Statistics& statistics, const Parallel& parallel);

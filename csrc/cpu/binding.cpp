@@ -135,6 +135,54 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_cpu(const Tensor& any_views, std
   });
 }
 
+// ---- aligned --------------------------------------------------------------------------------------------------------
+// The problem points into the tensors, which are contiguous.
+template <class T>
+cacr::Aligned<T> aligned_problem(const Tensor& q, const std::optional<Tensor>& k, bool normalize) {
+  const Tensor& keys = k ? *k : q;
+  return {input<T>(q), input<T>(keys), q.size(0), keys.size(0), q.size(1), q.size(2), !k, normalize};
+}
+
+void check_aligned(const Tensor& q, const std::optional<Tensor>& k) {
+  check_views(q);
+  STD_TORCH_CHECK(!k || (k->dim() == 3 && k->scalar_type() == q.scalar_type() && k->size(1) == q.size(1) &&
+                         k->size(2) == q.size(2)),
+                  "cacr_kernels: q [V, B, D] and k [U, B, D] of one dtype expected");
+}
+
+Tensor aligned_cpu(const Tensor& any_q, std::optional<Tensor> any_k, bool normalize) {
+  check_aligned(any_q, any_k);
+  const Tensor q = packed(any_q);
+  const std::optional<Tensor> k = packed(any_k);
+  return with_dtype(q, [&](auto zero) {
+    using T = decltype(zero);
+    const cacr::Aligned<T> problem = aligned_problem<T>(q, k, normalize);
+    Tensor cost = empty_cpu<T>({problem.V, problem.U, problem.B});
+    SignalCheck signals;
+    cacr::aligned_forward<T>(problem, output<T>(cost), torch_threads(signals));
+    return cost;
+  });
+}
+
+std::tuple<Tensor, Tensor> aligned_backward_cpu(const Tensor& any_q, std::optional<Tensor> any_k,
+                                                const Tensor& any_grad, bool normalize, bool want_q, bool want_k) {
+  check_aligned(any_q, any_k);
+  const Tensor q = packed(any_q), grad = packed(any_grad);
+  const std::optional<Tensor> k = packed(any_k);
+  return with_dtype(q, [&](auto zero) {
+    using T = decltype(zero);
+    const cacr::Aligned<T> problem = aligned_problem<T>(q, k, normalize);
+    STD_TORCH_CHECK(grad.scalar_type() == q.scalar_type() && grad.dim() == 3 && grad.size(0) == problem.V &&
+                        grad.size(1) == problem.U && grad.size(2) == problem.B,
+                    "cacr_kernels: gradients [V, U, B] of the costs, in their dtype, expected");
+    Tensor dq = empty_cpu<T>(gradient_sizes(q, want_q)), dk = empty_cpu<T>(gradient_sizes(k ? *k : q, want_k && k));
+    SignalCheck signals;
+    cacr::aligned_backward<T>(problem, input<T>(grad), want_q ? output<T>(dq) : nullptr,
+                              want_k && k ? output<T>(dk) : nullptr, torch_threads(signals));
+    return std::make_tuple(dq, dk);
+  });
+}
+
 // ---- repulsion ------------------------------------------------------------------------------------------------------
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> repulsion_cpu(const Tensor& any_views, const Tensor& any_keys,
                                                                  const Tensor& tau, int64_t pairing, bool normalize,
@@ -285,6 +333,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detached_keys_cpu(const Tensor& q, co
 
 STABLE_TORCH_LIBRARY_IMPL(cacr_kernels, CPU, m) {
   m.impl("cacr_cpu", TORCH_BOX(&cacr_cpu));
+  m.impl("aligned_cpu", TORCH_BOX(&aligned_cpu));
+  m.impl("aligned_backward_cpu", TORCH_BOX(&aligned_backward_cpu));
   m.impl("repulsion_cpu", TORCH_BOX(&repulsion_cpu));
   m.impl("contrast_cpu", TORCH_BOX(&contrast_cpu));
   m.impl("contrast_backward_cpu", TORCH_BOX(&contrast_backward_cpu));

@@ -40,7 +40,9 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 def ids(n: int, layout: str) -> Tensor:
     index = torch.arange(n, dtype=torch.int32)
-    return {"diagonals": index % max(1, n // 2), "few": index % 3, "sorted": index // 5, "one": 0 * index}[layout]
+    many = index * 37 % 101
+    layouts = {"diagonals": index % max(1, n // 2), "few": index % 3, "sorted": index // 5, "one": 0 * index}
+    return (layouts | {"many": many, "equal low bits": index % 5 * 1024})[layout]
 
 
 def temperatures(name: str) -> Tensor:
@@ -93,7 +95,7 @@ def test_own_keys_are_a_copy_of_the_queries(name: str, size: tuple[int, int], dt
     threads(3)
     z = randn(2, n, dim).to(dtype)
     factor = 300.0 if name == "unbounded" else 1.0  # what one rounding error of an exponent does to a weight
-    for layout in ("diagonals", "few", "sorted", "one"):
+    for layout in ("diagonals", "few", "sorted", "one", "many", "equal low bits"):
         expected = with_gradient(name, "cpu", z.double(), False, ids(n, layout))
         assert_close(with_gradient(name, "cpu", z, True, ids(n, layout)), expected, dtype, factor)
 

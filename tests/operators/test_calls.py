@@ -42,7 +42,7 @@ class Depth(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         self.stacks[func._opname] = ours()
         fakes = func(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in args))
-        return tuple(torch.zeros(fake.shape, dtype=fake.dtype) for fake in fakes)
+        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype), fakes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -207,6 +207,19 @@ PROBLEMS = {
     "given self, in all tiles": Problem(
         NOT_SELF, (1, 1, 67, 301, 17), q_id=draws(67, -2, 4), k_id=draws(301, -2, 4), q_self=draws(67, -1, 301)
     ),
+    # Of many classes a panel of queries meets few: most keys need no mask.
+    "many classes": Problem(
+        ((SAME, 0.5), (OTHER, -1.0)), (1, 1, 67, 301, 17), q_id=draws(67, 0, 500), k_id=draws(301, 0, 500)
+    ),
+    "many classes, positives alone": Problem(
+        ((SAME, 0.5),), (1, 1, 67, 301, 17), q_id=draws(67, 0, 200), k_id=draws(301, 0, 200)
+    ),
+    "many classes, given self": Problem(
+        NOT_SELF, (1, 1, 67, 301, 17), q_id=draws(67, 0, 500), k_id=draws(301, -40, 500), q_self=draws(67, -1, 301)
+    ),
+    "equal low bits": Problem(
+        ((OTHER, -1.0), (SAME, 0.5)), (1, 1, 67, 301, 17), q_id=(5,) * 67, k_id=(5, 1029, 6, 5 - 2**20) * 75 + (2053,)
+    ),
 }
 PROBLEMS |= {
     f"raw rows: {name}": PROBLEMS[name]._replace(normalize=True)
@@ -437,12 +450,14 @@ def test_every_operator_is_checked() -> None:
     repulsions = {"repulsion_cpu", "repulsion_torch", "repulsion_cuda"}
     triton = {f"{name}_triton" for name in ("cacr", "contrast", "contrast_backward", "detached_keys", "repulsion")}
     cuda = {"cacr", "contrast", "contrast_backward"}
+    aligned = {"aligned_cpu", "aligned_backward_cpu"}
     assert compiled == cuda
     assert names == {
         "cacr_cpu",
         "gradient_of",
         "outside_backward",
         "overwrite",
+        *aligned,
         *contrasts,
         *detached,
         *repulsions,

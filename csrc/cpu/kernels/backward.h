@@ -5,13 +5,14 @@
 
 namespace cacr::CACR_ISA {
 
-// The parts of a tile that all panels share.
+// What the functions of a tile are given of panel i.
 template <class T>
-GradientTile<T> gradient_tile(const SweepSetup<T>& g, const BlockRows<T>& rows, idx i) {
+GradientTile<T> gradient_tile(const SweepSetup<T>& g, const BlockRows<T>& rows, idx i, const Active& active) {
   GradientTile<T> tile{};
-  for (int s = 0; s < g.p.softmaxes; s++) {
-    tile.slope[s] = g.slope[s], tile.kind[s] = g.p.kind[s];
-    tile.rows[s] = rows.softmax[s].from(i * kPanel<T>);
+  for (int x = 0; x < active.count; x++) {
+    const int s = active.softmax[x];
+    tile.slope[x] = g.slope[s], tile.kind[x] = g.p.kind[s];
+    tile.rows[x] = rows.softmax[s].from(i * kPanel<T>);
   }
   tile.row_sum = rows.row_sum + i * kPanel<T>;
   return tile;
@@ -19,8 +20,14 @@ GradientTile<T> gradient_tile(const SweepSetup<T>& g, const BlockRows<T>& rows, 
 
 // f with what the tile functions are compiled for: two softmaxes, bounded, masked, with moments.
 template <class T, class F>
-void with_gradient_flags(const SweepSetup<T>& g, bool masked, F f) {
-  with_flags(f, g.p.softmaxes == 2, g.t.bounded, masked, g.t.want_moment);
+void with_gradient_flags(const SweepSetup<T>& g, const Active& active, bool masked, F f) {
+  with_flags(f, active.count == 2, g.t.bounded, masked, g.t.want_moment);
+}
+
+// Keys of a tile that are in no set.
+template <class T>
+void no_gradient(TileKeys keys, T* H) {
+  for (idx x = 0; x < keys.n; x++) store_panel(H + kPanel<T> * keys[x], Panel<T>{});
 }
 
 // H, the sums of its rows and, where dK is wanted, of its columns.
@@ -29,12 +36,14 @@ void tile_gradients(const SweepSetup<T>& g, const Block<T>& b, const BlockScratc
                     const T* S, Keys keys) {
   constexpr idx PW = kPanel<T>, W = Lanes<T>::W;
   for (idx i = 0; i < b.panels; i++) {
-    GradientTile<T> tile = gradient_tile(g, rows, i);
-    for_parts(g, b.row0 + i * PW, keys, [&](idx j, idx count, bool masked) {
-      const idx at = (i * g.t.blocking.keys + j - keys.j0) * PW;
-      tile.n = count, tile.S = S + at, tile.H = s.H + at, tile.ids = tile_ids(g, b, s, i, j);
+    for_parts(g, b.row0 + i * PW, keys, tile_ids(g, b, s, i, keys.j0), s.lists, [&](const Part& part) {
+      const idx j = part.first, at = (i * g.t.blocking.keys + j - keys.j0) * PW;
+      const Active active = Active::of(g, part);
+      if (active.count == 0) return no_gradient(part.keys, s.H + at);
+      GradientTile<T> tile = gradient_tile(g, rows, i, active);
+      tile.keys = part.keys, tile.S = S + at, tile.H = s.H + at, tile.ids = tile_ids(g, b, s, i, j);
       tile.columns = g.t.want_dk ? s.columns + (j - g.t.share.key0) * W : nullptr;
-      with_gradient_flags(g, masked, [&](auto two, auto bounded, auto mask, auto moment) {
+      with_gradient_flags(g, active, part.masked, [&](auto two, auto bounded, auto mask, auto moment) {
         if constexpr (mask.value)
           if (g.holes) return tile_gradient<T, 1 + two.value, bounded.value, true, moment.value, true>(tile);
         tile_gradient<T, 1 + two.value, bounded.value, mask.value, moment.value, false>(tile);

@@ -22,9 +22,10 @@ struct SweepSetup {
   // A softmax over positives: their entries of S are replaced by -c/2, c from differences where the product form
   // cancels. It then counts as one with |q|^2 = 0.
   bool positive[kMaxSoftmaxes], any_positive = false;
-  bool holes = false;  // a kind leaves out rows with a negative id
-  bool cancelling;     // two softmaxes over one set (rbf): their sum must carry the rounding errors of H itself
-  idx Dp;              // D rounded up to panels
+  bool holes = false;     // a kind leaves out rows with a negative id
+  bool but_self = false;  // or the query itself
+  bool cancelling;        // two softmaxes over one set (rbf): their sum must carry the rounding errors of H itself
+  idx Dp;                 // D rounded up to panels
 
   explicit SweepSetup(const SweepParams<T>& params) : t(params), p(*params.problem), Dp(padded<T>(p.D)) {
     diagonal = p.period >= PW;
@@ -34,6 +35,7 @@ struct SweepSetup {
       positive[s] = is_same(p.kind[s]);
       any_positive |= positive[s];
       holes |= p.kind[s] == kOtherNotSelf;
+      but_self |= p.kind[s] == kOtherNotSelf || p.kind[s] == kSameNotSelf;
     }
     for (int s = 0; s < p.softmaxes; s++) any_positive &= p.kind[s] != kAll;  // which reads the same entries
     for (int s = 0; s < p.softmaxes; s++) positive[s] &= any_positive;
@@ -92,6 +94,7 @@ struct BlockScratch {
   T* q_norm;        // [rows]
   int32_t* q_id;    // [rows]
   int32_t* q_self;  // [rows]
+  int32_t* lists;   // [2][keys or rows] parts of a tile
   BlockRows<T> rows;
 
   // Cuts the memory for one tile, or for as many as the strip keeps, from `at`, which moves behind it.
@@ -112,6 +115,7 @@ struct BlockScratch {
     s.q_norm = carve<T>(at, R);
     s.q_id = carve<int32_t>(at, R);
     s.q_self = carve<int32_t>(at, p.q_self ? R : 0);
+    s.lists = carve<int32_t>(at, p.q_id ? 2 * max_of(R, K) : 0);
     for (SoftmaxRows<T>& rows : s.rows.softmax) rows = SoftmaxRows<T>::of(carve<T>(at, SoftmaxRows<T>::kArrays * R), R);
     return s;
   }
@@ -164,22 +168,65 @@ TileIds<T> tile_ids(const SweepSetup<T>& g, const Block<T>& b, const BlockScratc
           g.p.q_self ? s.q_self + i * kPanel<T> : nullptr};
 }
 
-// f(first key, count, masked) over the parts of the keys that do and do not need a mask for the panel of queries at
-// `row`.
+// Keys of a tile that do need a mask for a panel of queries, or that do not. Without a mask no key has the id of a
+// query: in a set of positives there is none of them, in one of others there are all.
+struct Part {
+  idx first;      // the tile's keys are counted from here
+  TileKeys keys;  // of which these
+  bool masked;
+};
+
+// The softmaxes that have members in a part.
+struct Active {
+  int count, softmax[kMaxSoftmaxes];
+
+  template <class T>
+  static Active of(const SweepSetup<T>& g, const Part& part) {
+    Active active{};
+    for (int s = 0; s < g.p.softmaxes; s++)
+      if (part.masked || !is_same(g.p.kind[s])) active.softmax[active.count++] = s;
+    return active;
+  }
+};
+
+// Parts by a filter of ids: where there are many classes a panel meets few of them. lists: [2 keys]
 template <class T, class F>
-void for_parts(const SweepSetup<T>& g, idx row, Keys keys, F f) {
+void for_parts_by_id(const SweepSetup<T>& g, Keys keys, const TileIds<T>& ids, int32_t* lists, F f) {
+  constexpr idx PW = kPanel<T>, kSlots = 1024;
+  const auto slot = [](int32_t id) { return uint32_t(id) % kSlots; };
+  uint8_t met[kSlots] = {};
+  for (idx l = 0; l < PW; l++) {
+    if (g.holes && ids.q_id[l] < 0) return f(Part{keys.j0, {keys.n, nullptr}, true});  // in no set
+    met[slot(ids.q_id[l])] = 1;
+    const idx self = (ids.q_self ? ids.q_self[l] : ids.q_row + l) - ids.k_row;  // whose id may be another one
+    if (g.but_self && self >= 0 && self < keys.n) met[slot(ids.k_id[self])] = 1;
+  }
+  int32_t *const plain = lists, *const masked = lists + keys.n;
+  idx plains = 0, some = 0;
+  for (idx j = 0; j < keys.n; j++) {
+    const bool mask = met[slot(ids.k_id[j])] | (g.holes & (ids.k_id[j] < 0));
+    masked[some] = plain[plains] = int32_t(j);
+    some += mask, plains += !mask;
+  }
+  if (plains) f(Part{keys.j0, {plains, some ? plain : nullptr}, false});
+  if (some) f(Part{keys.j0, {some, plains ? masked : nullptr}, true});
+}
+
+// f(part) over the parts of the keys for the panel of queries at `row`. ids: of the panel and the keys
+template <class T, class F>
+void for_parts(const SweepSetup<T>& g, idx row, Keys keys, const TileIds<T>& ids, int32_t* lists, F f) {
   constexpr idx PW = kPanel<T>;
   const idx period = g.p.period, end = keys.j0 + keys.n;
-  if (!g.p.q_id) return f(keys.j0, keys.n, false);
-  if (!g.diagonal) return f(keys.j0, keys.n, true);
+  if (!g.p.q_id) return f(Part{keys.j0, {keys.n, nullptr}, false});
+  if (!g.diagonal) return for_parts_by_id(g, keys, ids, lists, f);
   const idx first = row % period;
   idx at = keys.j0;
   for (idx m = (keys.j0 - first - PW + 1) / period - 1; at < end; m++) {  // diagonal m covers [lo, lo + PW)
     const idx lo = m * period + first;
     if (lo + PW <= at) continue;
-    if (lo > at) f(at, min_of(lo, end) - at, false);
+    if (lo > at) f(Part{at, {min_of(lo, end) - at, nullptr}, false});
     at = max_of(at, min_of(lo, end));
-    if (at < end) f(at, min_of(lo + PW, end) - at, true);
+    if (at < end) f(Part{at, {min_of(lo + PW, end) - at, nullptr}, true});
     at = min_of(lo + PW, end);
   }
 }
@@ -199,27 +246,35 @@ void compute_similarities(const SweepSetup<T>& g, const Block<T>& b, const Block
 template <class T>
 void replace_positives(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, T* S, Keys keys) {
   for (idx i = 0; i < b.panels; i++) {
-    const Membership<T> same = Membership<T>::make(tile_ids(g, b, s, i, keys.j0), kSame);
-    for (idx j = 0; j < keys.n; j++)
-      if (any_lane(same.of_key(j)))
-        replace_positives_of_key(g, b, s, S + (i * g.t.blocking.keys + j) * kPanel<T>, i, keys.j0 + j);
+    const TileIds<T> ids = tile_ids(g, b, s, i, keys.j0);
+    const Membership<T> same = Membership<T>::make(ids, kSame);
+    const Panel<T> norm = load_panel(s.q_norm + i * kPanel<T>);
+    const T* bias = b.k_bias(g) + keys.j0;
+    for_parts(g, b.row0 + i * kPanel<T>, keys, ids, s.lists, [&](const Part& part) {
+      for (idx x = 0; part.masked && x < part.keys.n; x++) {
+        const idx j = part.keys[x];
+        const PanelMask<T> mask = same.of_key(j);
+        if (!any_lane(mask)) continue;
+        T* const u = S + (i * g.t.blocking.keys + j) * kPanel<T>;
+        const Panel<T> product = load_panel(u), cost = norm - T(2) * product;
+        store_panel(u, choose(mask, T(-0.5) * cost, product));
+        const PanelMask<T> close = without(mask, cost > T(0.5) * (norm - splat_panel(2 * bias[j])));
+        if (!g.p.inner_product && any_lane(close)) replace_close(g, b, u, close, i, keys.j0 + j);
+      }
+    });
   }
 }
 
-// u [PW]: of panel i and key j.
+// u [PW]: of panel i and key j, from differences where `close` says so.
 template <class T>
-void replace_positives_of_key(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, T* u, idx i, idx j) {
+void replace_close(const SweepSetup<T>& g, const Block<T>& b, T* u, const PanelMask<T>& close, idx i, idx j) {
   const Contrast<T>& p = g.p;
-  const T* q = b.q(p) + i * kPanel<T> * p.q_row_stride;
-  const T bias = b.k_bias(g)[j], *q_r = b.q_r(g), *k_r = b.k_r(g);
+  const T *q = b.q(p) + i * kPanel<T> * p.q_row_stride, *q_r = b.q_r(g), *k_r = b.k_r(g);
   for (idx l = 0; l < b.rows_of_panel(i); l++) {
-    const idx row = i * kPanel<T> + l;
-    if (s.q_id[row] != p.k_id[j]) continue;
-    const T norm = s.q_norm[row];
-    T cost = norm - 2 * u[l];
-    if (!p.inner_product && !(cost > (norm - 2 * bias) / 2))
-      cost = k_r ? RowPair<T, true>{q + l * p.q_row_stride, b.k(p, j), q_r[row], k_r[j]}.squared_distance(p.D)
-                 : RowPair<T, false>{q + l * p.q_row_stride, b.k(p, j), 1, 1}.squared_distance(p.D);
+    if (!close.v[l / Lanes<T>::W][l % Lanes<T>::W]) continue;
+    const T* x = q + l * p.q_row_stride;
+    const T cost = k_r ? RowPair<T, true>{x, b.k(p, j), q_r[i * kPanel<T> + l], k_r[j]}.squared_distance(p.D)
+                       : RowPair<T, false>{x, b.k(p, j), 1, 1}.squared_distance(p.D);
     u[l] = -cost / 2;
   }
 }

@@ -12,14 +12,14 @@ void start_rows(const SoftmaxRows<T>& r, idx n) {
   for (idx i = 0; i < n; i++) r.top[i] = -kHuge<T>;
 }
 
-// Adds keys [0, n) of a tile to the sums of one panel.
+// Adds keys of a tile to the sums of one panel.
 template <class T>
-void add_keys(const SweepSetup<T>& g, idx n, const T* S, int s, const SoftmaxRows<T>& rows, const TileIds<T>& ids,
-              bool masked) {
+void add_keys(const SweepSetup<T>& g, TileKeys keys, const T* S, int s, const SoftmaxRows<T>& rows,
+              const TileIds<T>& ids, bool masked) {
   auto add = [&](auto bounded, auto mask) {
     if constexpr (mask.value)
-      if (g.holes) return add_statistics<T, bounded.value, true, true>(n, S, g.slope[s], rows, g.p.kind[s], ids);
-    add_statistics<T, bounded.value, mask.value, false>(n, S, g.slope[s], rows, g.p.kind[s], ids);
+      if (g.holes) return add_statistics<T, bounded.value, true, true>(keys, S, g.slope[s], rows, g.p.kind[s], ids);
+    add_statistics<T, bounded.value, mask.value, false>(keys, S, g.slope[s], rows, g.p.kind[s], ids);
   };
   with_flags(add, g.t.bounded, masked);
 }
@@ -29,10 +29,14 @@ void accumulate_statistics(const SweepSetup<T>& g, const Block<T>& b, const Bloc
                            const BlockRows<T>& rows, const T* S, Keys keys) {
   constexpr idx PW = kPanel<T>;
   for (idx i = 0; i < b.panels; i++)
-    for_parts(g, b.row0 + i * PW, keys, [&](idx j, idx count, bool masked) {
-      const T* part = S + (i * g.t.blocking.keys + j - keys.j0) * PW;
-      for (int s = 0; s < g.p.softmaxes; s++)
-        add_keys(g, count, part, s, rows.softmax[s].from(i * PW), tile_ids(g, b, scratch, i, j), masked);
+    for_parts(g, b.row0 + i * PW, keys, tile_ids(g, b, scratch, i, keys.j0), scratch.lists, [&](const Part& part) {
+      const T* at = S + (i * g.t.blocking.keys + part.first - keys.j0) * PW;
+      const TileIds<T> ids = tile_ids(g, b, scratch, i, part.first);
+      const Active active = Active::of(g, part);
+      for (int x = 0; x < active.count; x++) {
+        const int s = active.softmax[x];
+        add_keys(g, part.keys, at, s, rows.softmax[s].from(i * PW), ids, part.masked);
+      }
     });
 }
 

@@ -1,5 +1,6 @@
 // Every kernel for one instruction set: compiled once per set, torch-free.
 #include "aligned.h"
+#include "aligned_costs.h"
 #include "detached_keys.h"
 #include "positives.h"
 #include "strip.h"
@@ -37,7 +38,7 @@ constexpr Kernels<T> table() {
   k.symmetric_scratch = symmetric_scratch<T>, k.symmetric_states = symmetric_states<T>;
   k.symmetric_sweep = symmetric_sweep<T>, k.symmetric_finish = symmetric_finish<T>;
   k.symmetric_prepare = symmetric_prepare<T>;
-  k.aligned_scratch = aligned_scratch<T>, k.aligned = aligned<T>;
+  k.aligned_scratch = aligned_scratch<T>, k.aligned = aligned<T>, k.aligned_costs = aligned_costs<T>;
   k.positives = positives<T>;
   k.detached_keys_scratch = detached_keys_scratch<T>, k.detached_keys_state = PanelState<T>::bytes;
   k.detached_keys = detached_keys<T>, k.detached_keys_merge = detached_keys_merge<T>;

@@ -90,6 +90,19 @@ struct AlignedParams {
   void* scratch;
 };
 
+// Costs between views of instances [b0, b1), or their gradients.
+template <class T>
+struct AlignedCostParams {
+  const T *q, *k;      // [V][B][D], [U][B][D]
+  const T *q_r, *k_r;  // [V][B], [U][B] inverse lengths of raw rows; null: rows are taken as they are
+  int64_t V, U, B, D;
+  bool same;      // k is q
+  T* cost;        // [V][U][B]; null: the gradients are wanted
+  const T* grad;  // [V][U][B] of the costs
+  T *dq, *dk;     // [V][B][D], [U][B][D] of unit rows where the rows are raw; null: not wanted
+  int64_t b0, b1;
+};
+
 // Norms and panels of rows [row0, row1) of one view, as queries and as keys. Null: not wanted.
 template <class T>
 struct PackParams {
@@ -182,6 +195,7 @@ struct Kernels {
 
   size_t (*aligned_scratch)(int64_t views);
   void (*aligned)(const AlignedParams<T>&);
+  void (*aligned_costs)(const AlignedCostParams<T>&);
   void (*positives)(const PositivesParams<T>&);
 
   size_t (*detached_keys_scratch)(const DetachedKeysParams<T>&);

@@ -135,13 +135,16 @@ void accumulate_keys(const SymmetricSweep<T>& w, const Block<T>& b, const T* S, 
   const SweepSetup<T>& g = w.g;
   int32_t id[PW] = {};
   for (idx l = 0; g.p.q_id && l < n; l++) id[l] = g.p.q_id[j + l];
-  for (int s = 0; s < g.p.softmaxes; s++) {
-    if (s == 0 || g.positive[s] != g.positive[s - 1]) turn(w, b, S, j, n, !g.positive[s]);
-    for_parts(g, j, {b.row0, b.rows}, [&](idx i, idx count, bool masked) {
-      add_keys(g, count, w.s.turned + (i - b.row0) * PW, s, w.all.at(s, b.pair, j),
-               {id, g.p.q_id ? g.p.q_id + i : nullptr, j, i, nullptr}, masked);
+  const auto ids = [&](idx i) { return TileIds<T>{id, g.p.q_id ? g.p.q_id + i : nullptr, j, i, nullptr}; };
+  int turned = -1;  // for which softmax
+  for (int s = 0; s < g.p.softmaxes; s++)
+    for_parts(g, j, {b.row0, b.rows}, ids(b.row0), w.s.block.lists, [&](const Part& part) {
+      if (!part.masked && is_same(g.p.kind[s])) return;
+      if (turned < 0 || g.positive[s] != g.positive[turned]) turn(w, b, S, j, n, !g.positive[s]);
+      turned = s;
+      add_keys(g, part.keys, w.s.turned + (part.first - b.row0) * PW, s, w.all.at(s, b.pair, j), ids(part.first),
+               part.masked);
     });
-  }
 }
 
 // Adds up what two threads found about n rows.
@@ -178,16 +181,20 @@ void symmetric_gradients(const SymmetricSweep<T>& w, const Block<T>& b, const Bl
     T q_bias[PW] = {};
     for (idx l = 0; l < b.rows_of_panel(i); l++) q_bias[l] = bias[b.row0 + i * PW + l];
     SymmetricTile<T> tile{};
-    tile.tile = gradient_tile(g, rows, i);
-    for (int s = 0; s < g.p.softmaxes; s++) tile.shifted[s] = !g.positive[s];
-    tile.q_bias = q_bias, tile.lanes = b.rows_of_panel(i), tile.total = g.cancelling, tile.moment_stride = g.p.N * W;
-    for_parts(g, b.row0 + i * PW, keys, [&](idx j, idx count, bool masked) {
-      const idx at = (i * g.t.blocking.keys + j - keys.j0) * PW;
-      tile.tile.n = count, tile.tile.S = w.s.block.S + at, tile.tile.H = w.s.block.H + at;
+    tile.q_bias = q_bias, tile.total = g.cancelling, tile.moment_stride = g.p.N * W;
+    for_parts(g, b.row0 + i * PW, keys, tile_ids(g, b, w.s.block, i, keys.j0), w.s.block.lists, [&](const Part& part) {
+      const idx j = part.first, at = (i * g.t.blocking.keys + j - keys.j0) * PW;
+      const Active active = Active::of(g, part);
+      if (active.count == 0) return no_gradient(part.keys, w.s.block.H + at);
+      tile.tile = gradient_tile(g, rows, i, active);
+      tile.tile.keys = part.keys, tile.tile.S = w.s.block.S + at, tile.tile.H = w.s.block.H + at;
       tile.tile.ids = tile_ids(g, b, w.s.block, i, j), tile.tile.columns = w.s.block.columns + j * W;
-      for (int s = 0; s < g.p.softmaxes; s++) tile.keys[s] = w.all.at(s, b.pair, j);
-      tile.k_bias = bias + j, tile.key_moments = w.s.moments + j * W;
-      with_gradient_flags(g, masked, [&](auto two, auto bounded, auto mask, auto moment) {
+      for (int x = 0; x < active.count; x++) {
+        tile.keys[x] = w.all.at(active.softmax[x], b.pair, j);
+        tile.shifted[x] = !g.positive[active.softmax[x]];
+      }
+      tile.k_bias = bias + j, tile.key_moments = w.s.moments + active.softmax[0] * tile.moment_stride + j * W;
+      with_gradient_flags(g, active, part.masked, [&](auto two, auto bounded, auto mask, auto moment) {
         if constexpr (mask.value)
           if (g.holes) return tile_gradient_symmetric<T, 1 + two.value, bounded.value, true, moment.value, true>(tile);
         tile_gradient_symmetric<T, 1 + two.value, bounded.value, mask.value, moment.value, false>(tile);

@@ -85,6 +85,14 @@ struct Membership {
   }
 };
 
+// Which keys of a tile a function is about: the first n, or the n of `order`.
+struct TileKeys {
+  idx n;
+  const int32_t* order;  // null: 0, 1, ...
+
+  idx operator[](idx x) const { return order ? order[x] : x; }
+};
+
 // ---- forward --------------------------------------------------------------------------------------------------------
 // How far the top of a panel has moved, as u_before - u_now, and what that makes of the weights so far.
 template <class T>
@@ -101,10 +109,10 @@ CACR_INLINE MovedTop<T> move_top(T slope, Panel<T> before, Panel<T> now) {
           {{exp2_flushed<T>(sign * slope * moved.v[0]), exp2_flushed<T>(sign * slope * moved.v[1])}}};
 }
 
-// Adds keys [0, n) of a tile to the sums of one panel of queries (r: at the panel's first row).
+// Adds keys of a tile to the sums of one panel of queries (r: at the panel's first row).
 // kBounded: the caller knows |log2(e) tau c| <= 64 for every pair, so that no exponent leaves the range of 2^x.
 template <class T, bool kBounded, bool kMasked, bool kHoles>
-CACR_NOINLINE void add_statistics(idx n, const T* S, T slope, const SoftmaxRows<T>& r, int kind,
+CACR_NOINLINE void add_statistics(TileKeys keys, const T* S, T slope, const SoftmaxRows<T>& r, int kind,
                                   const TileIds<T>& ids) {
   constexpr idx PW = kPanel<T>;
   Membership<T, kHoles> member;
@@ -112,7 +120,8 @@ CACR_NOINLINE void add_statistics(idx n, const T* S, T slope, const SoftmaxRows<
   const T sign = slope < 0 ? T(-1) : T(1);
   const Panel<T> before = load_panel(r.top), none = splat_panel(-kHuge<T>);
   Panel<T> top = before;
-  for (idx j = 0; j < n; j++) {
+  for (idx x = 0; x < keys.n; x++) {
+    const idx j = keys[x];
     Panel<T> z = sign * load_panel(S + PW * j);
     if constexpr (kMasked) z = choose(member.of_key(j), z, none);
     top = max_vec(top, z);
@@ -121,7 +130,8 @@ CACR_NOINLINE void add_statistics(idx n, const T* S, T slope, const SoftmaxRows<
   const MovedTop<T> m = move_top(slope, before, top);
   Panel<T> e{}, ed{};
 #pragma GCC unroll 2
-  for (idx j = 0; j < n; j++) {
+  for (idx x = 0; x < keys.n; x++) {
+    const idx j = keys[x];
     Panel<T> d = load_panel(S + PW * j) - m.u_top, w = exp2_panel<kBounded>(slope * d);
     if constexpr (kMasked) {
       const PanelMask<T> mask = member.of_key(j);
@@ -136,18 +146,18 @@ CACR_NOINLINE void add_statistics(idx n, const T* S, T slope, const SoftmaxRows<
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
-// One panel of queries against keys [0, n) of a tile.
+// One panel of queries against keys of a tile.
 template <class T>
 struct GradientTile {
-  idx n;
-  const T* S;  // [n][PW]
-  T* H;        // [n][PW] dL/du
+  TileKeys keys;
+  const T* S;  // [keys][PW]
+  T* H;        // [keys][PW] dL/du
   T slope[kMaxSoftmaxes];
   int32_t kind[kMaxSoftmaxes];
   SoftmaxRows<T> rows[kMaxSoftmaxes];  // at the panel's first row
   TileIds<T> ids;
   T* row_sum;  // [PW] sum_j H_ij is added to it
-  T* columns;  // [n][W] both halves of H[j] are added to it, if given
+  T* columns;  // [keys][W] both halves of H[j] are added to it, if given
 };
 
 // What the tile functions keep in registers of a panel's rows in one softmax.
@@ -166,7 +176,7 @@ struct GradientRows {
 template <class T, int kSoftmaxes, bool kBounded, bool kMasked, bool kMoment, bool kHoles>
 CACR_NOINLINE void tile_gradient(const GradientTile<T>& tile) {
   constexpr idx PW = kPanel<T>, W = Lanes<T>::W;
-  const idx n = tile.n;
+  const TileKeys keys = tile.keys;
   const T* const S = tile.S;
   T *const H = tile.H, *const columns = tile.columns;
   Membership<T, kHoles> member[kSoftmaxes];
@@ -181,7 +191,8 @@ CACR_NOINLINE void tile_gradient(const GradientTile<T>& tile) {
     if constexpr (kMoment) moment[s] = load_panel(tile.rows[s].moment);
   }
 #pragma GCC unroll 2
-  for (idx j = 0; j < n; j++) {
+  for (idx x = 0; x < keys.n; x++) {
+    const idx j = keys[x];
     const Panel<T> u = load_panel(S + PW * j);
     Panel<T> h{}, first{};
     for (int s = 0; s < kSoftmaxes; s++) {
@@ -210,17 +221,17 @@ CACR_NOINLINE void tile_gradient(const GradientTile<T>& tile) {
 
 // The same where queries and keys are the same rows: H[j][i] = dL/du_ij + dL/du_ji, where u_ji = u_ij + |k_j|^2/2 -
 // |q_i|^2/2 (or u_ij where `shifted` says no). What each row receives as a key of others is added to the row sums
-// (lanes) and columns; `total`: and what it gives as a query, too.
+// (lanes) and columns; `total`: and what it gives as a query, too. All rows of the panel exist: the last one, where
+// some may not, has no keys to the right of its square.
 template <class T>
 struct SymmetricTile {
   GradientTile<T> tile;
   SoftmaxRows<T> keys[kMaxSoftmaxes];  // of the tile's first key
   bool shifted[kMaxSoftmaxes];
   const T* q_bias;  // [PW] -|q|^2/2
-  const T* k_bias;  // [n] -|k|^2/2
-  idx lanes;        // rows of the panel that exist; weights of the others would be anything
+  const T* k_bias;  // [keys] -|k|^2/2
   bool total;
-  T* key_moments;  // [softmaxes][n][W], moment_stride apart: the keys' moments, by lanes
+  T* key_moments;  // [softmaxes][keys][W], moment_stride apart: the keys' moments, by lanes
   idx moment_stride;
 };
 
@@ -229,7 +240,8 @@ CACR_NOINLINE void tile_gradient_symmetric(const SymmetricTile<T>& symmetric) {
   using V = Vec<T>;
   constexpr idx PW = kPanel<T>, W = Lanes<T>::W;
   const GradientTile<T>& tile = symmetric.tile;
-  const idx n = tile.n, moment_stride = symmetric.moment_stride;
+  const TileKeys those = tile.keys;
+  const idx moment_stride = symmetric.moment_stride;
   const T *const S = tile.S, *const k_bias = symmetric.k_bias;
   T *const H = tile.H, *const columns = tile.columns, *const key_moments = symmetric.key_moments;
   const bool total = symmetric.total;
@@ -245,8 +257,6 @@ CACR_NOINLINE void tile_gradient_symmetric(const SymmetricTile<T>& symmetric) {
   for (int half = 0; half < 2; half++) {  // one after the other: rows and keys of both would not fit the registers
     const idx l = half * W;
     const V bias = load(symmetric.q_bias + l);
-    IntVec<T> exists;
-    for (int x = 0; x < W; x++) exists[x] = -(l + x < symmetric.lanes);
     V u_top[kSoftmaxes], a[kSoftmaxes], b[kSoftmaxes], delta[kSoftmaxes], moment[kSoftmaxes], ratio{}, sum{};
     if constexpr (kSoftmaxes == 2) ratio = load(tile.rows[1].ratio + l);
     for (int s = 0; s < kSoftmaxes; s++) {
@@ -255,7 +265,8 @@ CACR_NOINLINE void tile_gradient_symmetric(const SymmetricTile<T>& symmetric) {
       if constexpr (kMoment) moment[s] = load(r.moment + l);
     }
 #pragma GCC unroll 2
-    for (idx j = 0; j < n; j++) {
+    for (idx x = 0; x < those.n; x++) {
+      const idx j = those[x];
       const V u = load(S + PW * j + l), other = u + (bias - k_bias[j]);
       V given{}, received{}, first{}, first_key{};
       for (int s = 0; s < kSoftmaxes; s++) {
@@ -274,7 +285,7 @@ CACR_NOINLINE void tile_gradient_symmetric(const SymmetricTile<T>& symmetric) {
         if constexpr (kMoment) {
           T* m = key_moments + s * moment_stride + W * j;
           moment[s] += w * d * d;
-          store<T>(m, load(m) + select<T>(exists, w_key * d_key * d_key));
+          store<T>(m, load(m) + w_key * d_key * d_key);
         }
         if constexpr (kSoftmaxes == 1) {
           given = key_gradient(w, d, a[s], b[s]), received = key_gradient(w_key, d_key, r.a[j], r.b[j]);
@@ -284,7 +295,6 @@ CACR_NOINLINE void tile_gradient_symmetric(const SymmetricTile<T>& symmetric) {
           first = w, first_key = w_key;
         }
       }
-      received = select<T>(exists, received);
       const V h = given + received;
       store<T>(H + PW * j + l, h);
       sum += total ? h : received;

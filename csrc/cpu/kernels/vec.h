@@ -206,6 +206,10 @@ CACR_INLINE Panel<T> select(PanelMask<T> mask, Panel<T> a) {  // a where the mas
   return {{select<T>(mask.v[0], a.v[0]), select<T>(mask.v[1], a.v[1])}};
 }
 template <class T>
+CACR_INLINE PanelMask<T> without(PanelMask<T> mask, PanelMask<T> others) {
+  return {{mask.v[0] & ~others.v[0], mask.v[1] & ~others.v[1]}};
+}
+template <class T>
 CACR_INLINE bool any_lane(PanelMask<T> mask) {
   return any_lane<T>(mask.v[0] | mask.v[1]);
 }

@@ -13,6 +13,7 @@ VECTORS = "tests/losses/test_vectors.py -k 'cpu or torch'"
 REFUSALS = "tests/losses/test_refusals.py tests/losses/test_refused_tensors.py"
 NORMALIZE = "tests/losses/test_normalize.py -k any_length"
 CUDA_BACKEND = "tests/cuda/test_backend.py"
+WEIGHT_ZERO = "tests/losses/test_weight_zero.py"
 MODULES = "tests/losses/test_modules.py"
 
 FAULTS = (
@@ -91,8 +92,8 @@ FAULTS = (
     Fault(
         "losses-supervised-factor",
         PACKAGE + "losses.py",
-        text="-beta * value[1] * factor[1],",
-        replacement="-beta * value[1] * factor[0],",
+        text="weights[s] * value[i] * factor[i]",
+        replacement="weights[s] * value[i] * factor[0]",
         why="supervised: the repulsion is averaged over queries that have positives",
         tests=(LOSSES, INPUTS),
     ),
@@ -343,6 +344,47 @@ FAULTS = (
         replacement="return number",
         why="large uint64 labels are not ignored",
         tests=REFERENCE_SET,
+    ),
+    Fault(
+        "losses-sum-of-views",
+        PACKAGE + "functional.py",
+        text='rows = 1 if reduction == "mean" else z.shape[0] * z.shape[1]',
+        replacement='rows = 1 if reduction == "mean" else z.shape[1]',
+        why="the sum of the rows of all views is that of one",
+        tests=("tests/losses/test_functional.py",),
+    ),
+    Fault(
+        "losses-weight-zero-entropy",
+        PACKAGE + "steps.py",
+        text="if return_parts or group is not None or",
+        replacement="if group is not None or",
+        why="entropies of a term of weight 0 are 0",
+        tests=WEIGHT_ZERO,
+    ),
+    Fault(
+        "losses-weight-zero-softmax",
+        PACKAGE + "losses.py",
+        text="entropies[s] = entropy_of(value[i], lse[i], taus[s])",
+        replacement="entropies[s] = entropy_of(value[i], lse[i], taus[i])",
+        why="supervised: the entropy of the negatives alone is made with the temperature of the positives",
+        tests=WEIGHT_ZERO,
+        equivalent="where entropies are read both terms are computed",
+    ),
+    Fault(
+        "losses-weight-zero-repulsion",
+        PACKAGE + "losses.py",
+        text="asked = [s for s, term in enumerate((attracts, repels)) if term]",
+        replacement="asked = [s for s, term in enumerate((repels, attracts)) if term]",
+        why="supervised: with one weight 0 the other term is left out",
+        tests=WEIGHT_ZERO,
+    ),
+    Fault(
+        "losses-weight-zero-debiased",
+        PACKAGE + "functional.py",
+        text="asked_terms(alpha, beta or tau_plus, return_parts, group)",
+        replacement="asked_terms(alpha, beta, return_parts, group)",
+        why="with beta = 0 the debiasing of tau_plus is lost",
+        tests=WEIGHT_ZERO,
     ),
     Fault(
         "losses-zero-keys",
