@@ -30,6 +30,7 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_preprocess_types = False
+napoleon_use_param = False  # names that share an explanation stay together
 
 html_theme = "furo"
 html_title = f"cacr_kernels {__version__}"
