@@ -5,18 +5,18 @@ A script that imports ``our_loss1`` and ``our_loss2`` runs on any device after o
     from cacr_kernels.integrations.cacr_ssl import our_loss1, our_loss2
 
 Values, gradients and weights are those of the published functions. The weights, which the scripts mostly ignore, are
-formed only when they are looked at.
+formed only when they are looked at. The losses of MoCo, which are methods of a model there, are functions here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..functional import cacr_loss, cacr_momentum_loss
+from ..functional import cacr_loss, cacr_momentum_loss, cacr_queue_loss
 
 CHOICES = ("full", "none", "without_w1", "without_w2")
 
@@ -158,6 +158,81 @@ def our_loss2(
         return (-tau_neg * cost[others].view(cost.shape[0], -1)).softmax(1)
 
     return loss, LazyWeights(weights)
+
+
+class MoCoLosses(NamedTuple):
+    """Attraction and repulsion, as the published model of MoCo v2 returns them.
+
+    Example:
+        >>> import torch
+        >>> from cacr_kernels.integrations.cacr_ssl import MoCoLosses
+        >>> MoCoLosses(torch.tensor(1.0), torch.tensor(-2.0)).combine().item()
+        -1.0
+    """
+
+    loss1: Tensor
+    loss2: Tensor
+
+    def combine(self, loss1_w: float = 1, loss2_w: float = 1) -> Tensor:
+        """The weighted sum of both, a scalar."""
+        return loss1_w * self.loss1 + loss2_w * self.loss2
+
+
+def moco_losses(
+    q_list: Sequence[Tensor],
+    k_list: Sequence[Tensor],
+    queue: Tensor,
+    *,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.0,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    unif_intra_batch: bool = True,
+) -> MoCoLosses:
+    """The losses of the published MoCo v2, which its model computes from queries, keys and its queue.
+
+    ::
+
+        loss1 = alpha mean_{v,b} sum_u w c(q[v,b], k[u,b]),   u != v,   weights w detached
+        loss2 = -beta mean_{v,b} sum_j w c(q[v,b], n_j),      n in queue + {q[v,j] : j != b}, one softmax
+
+    In ``forward`` of the published ``MoCo`` this call stands for the loop over views, before the keys enter the queue::
+
+        losses = moco_losses(q_list, k_list, self.queue, tau_pos=self.tau_pos, ...)
+
+    There the product of the first view with the queue is kept and used for the other views, too, so that their
+    repulsion is not that of their own queries. Here every view has its own. Numbers of a run of the published model
+    differ by that.
+
+    Args:
+        q_list: query embeddings, V >= 2 tensors [B, D]; they are normalised.
+        k_list: momentum embeddings, V tensors [B, D]; normalised and detached.
+        queue: [D, K], as the published buffer: a column is a key. Unit vectors; detached.
+        tau_pos, tau_neg, alpha, beta: see :func:`cacr_kernels.cacr_queue_loss`.
+        unif_intra_batch: whether the other queries of the batch and view are negatives too.
+
+    Returns:
+        Two scalars, differentiable in the queries; ``combine()`` adds them.
+
+    Raises:
+        TypeError, ValueError: see :func:`cacr_kernels.cacr_queue_loss`.
+
+    Source: the published ``MoCo.forward`` of MoCo v2.
+
+    Example:
+        >>> import torch
+        >>> from cacr_kernels.integrations.cacr_ssl import moco_losses
+        >>> basis = torch.eye(8)
+        >>> losses = moco_losses([basis[:4]] * 2, [basis[:4]] * 2, basis[4:].T)
+        >>> losses.loss1.item(), losses.loss2.item()
+        (0.0, -2.0)
+    """
+    given: Any = list(q_list), list(k_list), queue.T
+    options: Any = {"in_batch": unif_intra_batch, "normalize": True}
+    return MoCoLosses(
+        cacr_queue_loss(*given, alpha=alpha, tau_pos=tau_pos, beta=0.0, **options),
+        cacr_queue_loss(*given, beta=beta, tau_neg=tau_neg, alpha=0.0, **options),
+    )
 
 
 def _momentum(q_list: Sequence[Tensor], k: Tensor, temperature: float, **options: Any) -> Tensor:
