@@ -8,6 +8,7 @@ Python numbers may follow a schedule, also under ``torch.compile``.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
@@ -23,7 +24,7 @@ from .reference import unit_norms, unit_rows
 from .types import ENQUEUES, Cost, Enqueue, Pairing, Reduction, WeightGrad, arithmetic_dtype
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
     from .types import CACRParts, MomentumModuleKeywords, QueueModuleKeywords, SupervisedModuleKeywords, ViewsKeywords
 
@@ -35,6 +36,14 @@ class _Loss(nn.Module, Generic[Result]):
 
     To type checkers a loss is generic in what it returns, which ``return_parts`` decides.
     """
+
+    def __new__(cls, *_: Any, **options: Any) -> Self:
+        """Refuses ``temperature``, the keyword of NT-Xent and SupCon, and says what to write instead."""
+        if "temperature" in options:
+            parameters = inspect.signature(cls).parameters.values()
+            if not any(p.name == "temperature" or p.kind is p.VAR_KEYWORD for p in parameters):
+                checks.no_temperature(cls.__name__, options["temperature"])
+        return super().__new__(cls)
 
     def __init__(self, **options: Any) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ import torch
 from pytorch_metric_learning import losses, reducers
 from torch import Tensor
 
+from .. import checks
 from ..functional import supervised_cacr_loss
 from .pairs import pair_rows
 
@@ -53,6 +54,8 @@ class CACRLoss(losses.BaseMetricLossFunction):  # type: ignore[misc]
         backend: str = "auto",
         **options: Any,
     ) -> None:
+        if "temperature" in options:
+            checks.no_temperature("CACRLoss", options["temperature"])
         if "distance" in options:
             raise ValueError("CACRLoss takes no distance: its cost is the squared distance; see normalize")
         super().__init__(**options)
