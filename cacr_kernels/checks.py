@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import numbers
 import reprlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 from .backends.table import check_option as check_backend
 from .operators.registry import constant_while_compiling, line_of_user
 from .types import Cost, Pairing, Reduction, WeightGrad, widest_dtype
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
@@ -313,6 +316,18 @@ def no_temperature(of: str, value: Any) -> None:
     """Refuses the keyword of other losses, which divides where these multiply, and says what to write."""
     here = f", here {1 / (2 * value):g}" if isinstance(value, int | float) and value > 0 else ""
     raise TypeError(f"{of} takes no temperature: pass its inverse, tau_neg = 1 / (2 * temperature){here}")
+
+
+def without_temperature(init: F) -> F:
+    """For a constructor: refuses the keyword ``temperature``, which it has not, in words."""
+
+    @functools.wraps(init)
+    def checked(self: Any, *arguments: Any, **options: Any) -> None:
+        if "temperature" in options:
+            no_temperature(type(self).__name__, options["temperature"])
+        init(self, *arguments, **options)
+
+    return checked  # type: ignore[return-value]
 
 
 def options(given: Mapping[str, Any]) -> None:

@@ -90,6 +90,9 @@ def our_loss1(
         choice: ``"full"``; ``"none"`` and ``"without_w1"`` weigh the positives equally (the weights that are returned
             stay those of ``tau_pos``, as published); ``"without_w2"`` is ``"full"`` here.
 
+    Returns:
+        The loss, a scalar, and the weights, which are computed when they are first looked at.
+
     Raises:
         TypeError, ValueError: see :func:`cacr_kernels.cacr_loss`.
 
@@ -134,6 +137,9 @@ def our_loss2(
         choice: ``"full"``; ``"none"`` and ``"without_w2"`` weigh the negatives equally, and are never debiased, as
             published; ``"without_w1"`` is ``"full"`` here.
         with_debiased: whether to debias.
+
+    Returns:
+        The loss, a scalar, and the weights, which are computed when they are first looked at.
 
     Raises:
         TypeError, ValueError: see :func:`cacr_kernels.cacr_loss`.
@@ -253,6 +259,9 @@ def cacr_rbfloss(q_list: Sequence[Tensor], k: Tensor, T: float) -> Tensor:
         k: momentum embeddings [B, D] of this rank; normalised, and gathered from all ranks where there are several.
         T: temperature, in the published code an attribute of the model.
 
+    Returns:
+        The loss, a scalar.
+
     Raises:
         TypeError, ValueError: see :func:`cacr_kernels.cacr_momentum_loss`.
 
@@ -274,7 +283,15 @@ def cacr_euclideanloss(q_list: Sequence[Tensor], k: Tensor, T: float) -> Tensor:
 
         sum_b sum_v p_v (|q_v - k+|^2 - sum_{j != +} w_j |q_v - k_j|^2) / 2,   w = softmax_j(q_v.k_j / T)
 
-    Arguments and refusals are those of :func:`cacr_rbfloss`.
+    Args:
+        q_list, k: V query embeddings [B, D] and momentum embeddings [B, D], see :func:`cacr_rbfloss`.
+        T: temperature.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        TypeError, ValueError: see :func:`cacr_kernels.cacr_momentum_loss`.
 
     Source: the published method of that name.
 
