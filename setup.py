@@ -8,8 +8,8 @@ Python symbol, so one wheel serves every torch >= 2.10 and Python >= 3.10.
 The CUDA library is built where there is nvcc (``NVCC``, ``CUDA_HOME`` or ``PATH``) and a CUDA build of torch, but not
 in an isolated build, whose torch is not the user's.
 
-Environment: ``CACR_BUILD_CPU=0`` leaves out the CPU library, ``CACR_BUILD_CUDA=0`` that for CUDA; with 1 nvcc alone is
-enough. ``CACR_CUDA_ARCHS="80 90"`` compiles for these compute capabilities, and PTX of the newest, instead of for all;
+Environment: ``CACR_BUILD_CPU=0`` leaves out the CPU library, ``CACR_BUILD_CUDA=0`` that for CUDA; with 1 it is built
+wherever there is nvcc. ``CACR_CUDA_ARCHS="80 90"`` compiles for these compute capabilities, and PTX of the newest, instead of for all;
 without it ``TORCH_CUDA_ARCH_LIST`` counts. ``CXX``, ``CXXFLAGS``, ``LDFLAGS``, ``MAX_JOBS`` as usual.
 """
 
@@ -180,6 +180,20 @@ def check_nvcc_flags() -> None:
             raise ExecError(f"the CUDA kernels need exact arithmetic: take {found[0]} out of {name}; {WITHOUT_CUDA}")
 
 
+def say_if_newer_than_torch(nvcc: Path, root: Path) -> None:
+    """Warns of an nvcc whose CUDA is newer than that of torch: then the driver may be too old for the kernels."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    of_nvcc = re.search(r"release (\d+)\.\d+", said)
+    of_torch = re.search(r"^cuda\b.*'(\d+)\.\d+'", (root / "version.py").read_text(encoding="utf-8"), re.MULTILINE)
+    if of_nvcc and of_torch and int(of_nvcc[1]) > int(of_torch[1]):
+        warnings.warn(
+            f"the CUDA kernels are compiled by CUDA {of_nvcc[1]}, torch is for CUDA {of_torch[1]}: they bring "
+            f"their own runtime, and the driver has to know CUDA {of_nvcc[1]}; CUDA_HOME names another toolkit; "
+            f"{WITHOUT_CUDA}",
+            stacklevel=2,
+        )
+
+
 def torch_has_cuda(root: Path) -> bool:
     """Whether the torch in ``root`` is a CUDA build, and the one that the kernels will run with."""
     if not (root / "lib" / "libtorch_cuda.so").exists():
@@ -229,6 +243,7 @@ def libraries() -> list[NativeLibrary]:
     if nvcc is not None and (cuda == "1" or torch_has_cuda(torch_root())):
         check_nvcc_flags()
         try:
+            say_if_newer_than_torch(nvcc, torch_root())
             found.append(cuda_library(nvcc))
         except (IndexError, OSError, subprocess.CalledProcessError) as error:
             raise ExecError(f"{nvcc} does not work: {error!r}; {WITHOUT_CUDA}") from error

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import numbers
 import reprlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .backends.table import check_option as check_backend
-from .operators.registry import constant_while_compiling
+from .operators.registry import constant_while_compiling, line_of_user
 from .types import Cost, Pairing, Reduction, WeightGrad, widest_dtype
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
@@ -152,7 +155,7 @@ def warn_once(message: str, kind: str | None = None) -> None:
     if torch.compiler.is_compiling() or (kind or message) in _warned:
         return
     _warned.add(kind or message)
-    warnings.warn(f"cacr_kernels: {message}", UserWarning, stacklevel=5)
+    warnings.warn(f"cacr_kernels: {message}", UserWarning, stacklevel=line_of_user())
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -309,6 +312,24 @@ def comparable(name: str, value: Tensor, other_name: str, other: Tensor) -> None
 
 
 # ---- options of the modules, before there is any tensor --------------------------------------------------------------
+def no_temperature(of: str, value: Any) -> None:
+    """Refuses the keyword of other losses, which divides where these multiply, and says what to write."""
+    here = f", here {1 / (2 * value):g}" if isinstance(value, int | float) and value > 0 else ""
+    raise TypeError(f"{of} takes no temperature: pass its inverse, tau_neg = 1 / (2 * temperature){here}")
+
+
+def without_temperature(init: F) -> F:
+    """For a constructor: refuses the keyword ``temperature``, which it has not, in words."""
+
+    @functools.wraps(init)
+    def checked(self: Any, *arguments: Any, **options: Any) -> None:
+        if "temperature" in options:
+            no_temperature(type(self).__name__, options["temperature"])
+        init(self, *arguments, **options)
+
+    return checked  # type: ignore[return-value]
+
+
 def options(given: Mapping[str, Any]) -> None:
     """What a module holds, refused as the function refuses it; the device of the tensors is not known yet."""
     for name, value in given.items():

@@ -26,7 +26,10 @@ def chunked_backward(
     A loss whose negatives are the batch needs all embeddings at once, but not all activations. The views are encoded
     in chunks without a graph; the loss and the gradients of the embeddings are found; then each chunk is encoded again,
     with the random numbers of the first time, and its part of these gradients is pushed back. Gradients are accumulated
-    as by ``backward``, in the parameters of the loss too. (Gao et al., 2021, arXiv 2101.06983, *GradCache*.)
+    as by ``backward``, in the parameters of the loss too. (Gao et al., 2021, arXiv 2101.06983, *GradCache*.) With z the
+    embeddings and w the parameters of the encoder, that is the chain rule, chunk by chunk::
+
+        dL/dw = sum over chunks C of (dL/dz_C) (dz_C/dw)
 
     The result is that of the whole batch for an encoder without dropout and batch statistics; with dropout that of the
     same chunks with their graphs kept. Batch statistics are those of a chunk, and running averages see it twice.
@@ -43,6 +46,10 @@ def chunked_backward(
 
     Returns:
         What ``loss`` returned, detached.
+
+    Raises:
+        TypeError, ValueError: the views are not of one length, there is not one encoder or one for each view,
+            ``chunk_size`` is not a positive integer, or something is not callable.
 
     Example:
         >>> import torch, cacr_kernels

@@ -67,7 +67,21 @@ class _Loss(nn.Module, Generic[Result]):
 class CACRLoss(_Loss[Result]):
     """:func:`cacr_kernels.cacr_loss` with ``normalize=True``.
 
-    ``CACRLoss()(z0, z1, ...)`` takes the views as arguments [B, D], or one tensor [V, B, D], or one list of views.
+    ``CACRLoss()(z0, z1, ...)`` takes the views as arguments [B, D], or one tensor [V, B, D], or one list of views::
+
+        attraction = alpha mean_{v,b} sum_u w c(z[v,b], z[u,b]),               u != v
+        repulsion  = -beta mean_{x<y} mean_b sum_j w c(z[x,b], z[y,j]),        j != b
+
+    Args:
+        tau_pos, tau_neg: inverse temperatures; ``tau_neg = 1 / (2 * temperature)`` of other losses.
+        alpha, beta, pairing, cost, rbf_scale, tau_plus: see :func:`cacr_kernels.cacr_loss`.
+        normalize, reduction, return_parts, gather_distributed, process_group, backend: see there.
+
+    Returns:
+        From a call the loss, or :class:`CACRParts`, see :func:`cacr_kernels.cacr_loss`.
+
+    Raises:
+        TypeError, ValueError: see :func:`cacr_kernels.cacr_loss`; of options when the module is made.
 
     Example:
         >>> import torch, cacr_kernels
@@ -89,6 +103,7 @@ class CACRLoss(_Loss[Result]):
         self: CACRLoss[Tensor | CACRParts], *, return_parts: bool, **options: Unpack[ViewsKeywords]
     ) -> None: ...
 
+    @checks.without_temperature
     def __init__(
         self,
         *,
@@ -127,7 +142,7 @@ class CACRLoss(_Loss[Result]):
         checks.tau_plus("tau_plus", tau_plus, pairing, cost)
 
     def forward(self, *views: Tensor | Sequence[Tensor]) -> Result:
-        """The loss of the views."""
+        """The loss of the views: two or more tensors [B, D], or one tensor [V, B, D], or one sequence of views."""
         given: Any = views[0] if len(views) == 1 else views
         loss: Result = functional.cacr_loss(given, **self.options())
         return loss
@@ -166,13 +181,25 @@ class CACRQueueLoss(_Loss[Result]):
     rank 0 once, when wrapping: load a rank's checkpoint after that.) The replicas of ``nn.DataParallel`` cannot fill
     the queue.
 
+    The formula::
+
+        attraction = alpha mean_{v,b} sum_u w c(q[v,b], k[u,b]),   u != v,   weights w detached
+        repulsion  = -beta mean_{v,b} sum_j w c(q[v,b], n_j),      n in queue + {q[v,j] : j != b}, one softmax
+
     Args:
         queue_size: K, how many keys to keep; 0: none.
         dim: D, the number of features, together with ``queue_size``.
         enqueue: the keys of which views are stored, ``"all"`` or, as published, ``"last"``; of more than K the last K.
+        tau_pos, tau_neg: inverse temperatures; ``tau_neg = 1 / (2 * temperature)`` of other losses.
+        alpha, beta, in_batch, weight_grad: see :func:`cacr_kernels.cacr_queue_loss`.
+        normalize, reduction, return_parts, gather_distributed, process_group, backend: see there.
+
+    Returns:
+        From a call the loss, or :class:`CACRParts`, see :func:`cacr_kernels.cacr_queue_loss`.
 
     Raises:
         ValueError: a queue is given although the module keeps one, or the reverse; features that are not ``dim``.
+        TypeError, ValueError: see :func:`cacr_kernels.cacr_queue_loss`; of options when the module is made.
 
     Example:
         >>> import torch, cacr_kernels
@@ -199,6 +226,7 @@ class CACRQueueLoss(_Loss[Result]):
         self: CACRQueueLoss[Tensor | CACRParts], *, return_parts: bool, **options: Unpack[QueueModuleKeywords]
     ) -> None: ...
 
+    @checks.without_temperature
     def __init__(
         self,
         *,
@@ -440,7 +468,19 @@ class CACRMomentumLoss(_Loss[Result]):
 
     ``CACRMomentumLoss()(queries, keys, key_offset=0)`` takes queries [V, B, D] or [B, D] and the momentum keys [M, D].
     Only the queries get a gradient. Where the keys come from an encoder that is to learn, a text tower say, this is not
-    its loss: use :class:`CACRLoss`. Keys that require grad are warned about once.
+    its loss: use :class:`CACRLoss`. Keys that require grad are warned about once. With ``cost="rbf"``, per instance::
+
+        sum_v p_v 2T (logsumexp_j(q_v.k_j / T) - q_v.k+ / T),   p_v = softmax_v(|q_v - k+|^2 / T), detached
+
+    Args:
+        temperature, cost: see :func:`cacr_kernels.cacr_momentum_loss`, with the formula of ``cost="sqeuclidean"``.
+        normalize, reduction, return_parts, gather_distributed, process_group, backend: see there.
+
+    Returns:
+        From a call the loss, or :class:`CACRParts`, see :func:`cacr_kernels.cacr_momentum_loss`.
+
+    Raises:
+        TypeError, ValueError: see :func:`cacr_kernels.cacr_momentum_loss`; of options when the module is made.
 
     Example:
         >>> import torch, cacr_kernels
@@ -507,7 +547,21 @@ class SupervisedCACRLoss(_Loss[Result]):
     """:func:`cacr_kernels.supervised_cacr_loss` with ``normalize=True``.
 
     ``SupervisedCACRLoss()(embeddings, labels)`` takes embeddings [N, D] and labels [N]; or also a reference set [M, D]
-    and its labels [M], which are the keys then.
+    and its labels [M], which are the keys then::
+
+        attraction = alpha mean_i sum_j w c(z[i], z[j]),   y[j] == y[i], j != i
+        repulsion  = -beta mean_i sum_j w c(z[i], z[j]),   y[j] != y[i]
+
+    Args:
+        tau_pos, tau_neg: inverse temperatures; ``tau_neg = 1 / (2 * temperature)`` of other losses.
+        alpha, beta, ignore_index: see :func:`cacr_kernels.supervised_cacr_loss`.
+        normalize, reduction, return_parts, gather_distributed, process_group, backend: see there.
+
+    Returns:
+        From a call the loss, or :class:`CACRParts`, see :func:`cacr_kernels.supervised_cacr_loss`.
+
+    Raises:
+        TypeError, ValueError: see :func:`cacr_kernels.supervised_cacr_loss`; of options when the module is made.
 
     Example:
         >>> import torch, cacr_kernels
@@ -532,6 +586,7 @@ class SupervisedCACRLoss(_Loss[Result]):
         self: SupervisedCACRLoss[Tensor | CACRParts], *, return_parts: bool, **options: Unpack[SupervisedModuleKeywords]
     ) -> None: ...
 
+    @checks.without_temperature
     def __init__(
         self,
         *,
@@ -569,7 +624,10 @@ class SupervisedCACRLoss(_Loss[Result]):
         ref_labels: Tensor | None = None,
         ref_index: Tensor | None = None,
     ) -> Result:
-        """The loss of embeddings [N, D] with labels [N]."""
+        """The loss of embeddings [N, D] with labels [N]; keys are the embeddings, or a reference set [M, D].
+
+        ``ref_index`` [N] says which row of the reference set a query is itself, -1: none.
+        """
         loss: Result = functional.supervised_cacr_loss(
             embeddings,
             labels,

@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -160,11 +161,17 @@ def gradchecks() -> list[Gradcheck]:
 
 
 class Progress:
-    """A line on stderr that says what is being checked and how far it is; nothing unless stderr is a terminal."""
+    """Says on stderr what is being checked and how far it is.
+
+    On a terminal that is one line which changes. In a file or a pipe it is a line now and then.
+    """
+
+    PAUSE = 10.0  # seconds between two lines in a file
 
     def __init__(self, total: int) -> None:
         self._total, self._done, self._text = total, 0, ""
-        self._visible = sys.stderr.isatty()
+        self._terminal = sys.stderr.isatty()
+        self._last = -math.inf
 
     def now(self, text: str) -> None:
         """Shows what is checked next."""
@@ -177,16 +184,17 @@ class Progress:
         self._show()
 
     def close(self) -> None:
-        """Clears the line, so that what is printed next starts at its beginning."""
-        self._write("")
+        """Clears the line of a terminal, so that what is printed next starts at its beginning."""
+        if self._terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     def _show(self) -> None:
-        percent = 100 * self._done // max(1, self._total)
-        self._write(f"{percent:3d} %  {self._text}")
-
-    def _write(self, line: str) -> None:
-        if self._visible:
+        line = f"{100 * self._done // max(1, self._total):3d} %  {self._text}"
+        if self._terminal:
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+        elif (now := time.monotonic()) - self._last >= self.PAUSE:
+            self._last = now
+            print(line, file=sys.stderr, flush=True)
 
 
 def run_checks(names: list[str], device: str, quick: bool) -> tuple[list[Row], list[dict[str, Any]]]:

@@ -26,6 +26,12 @@ class CACRWeights(NamedTuple):
     ``indices`` [P, Q, K]: whose weights they are: instance j of view ``pairs[p][1]``; for ``"pooled"`` the position
     u * B + j among the keys of all views.
     ``pairs``: the (query view, key view) of each p; empty for ``"pooled"``, where P = 1.
+
+    Example:
+        >>> import torch, cacr_kernels
+        >>> found = cacr_kernels.cacr_weights(torch.eye(4).repeat(3, 1, 1), top_k=2)
+        >>> found.attraction.shape, found.repulsion.shape, found.pairs
+        (torch.Size([3, 4, 3]), torch.Size([3, 4, 2]), [(0, 1), (0, 2), (1, 2)])
     """
 
     attraction: Tensor
@@ -55,14 +61,14 @@ def cacr_weights(
     Keys are read in blocks: beside the inputs and the result, memory is that of one block.
 
     Args:
-        views: see :func:`cacr_kernels.cacr_loss`.
+        views: tensor [V, B, D], or a sequence of V >= 2 tensors [B, D], see :func:`cacr_kernels.cacr_loss`.
         queries: indices [Q] of the instances whose negatives are wanted (for ``"pooled"``: positions v * B + b), a
             tensor or a sequence of integers; ``None``: all.
         top_k: how many of the negatives; all, if there are fewer. Equal weights come in any order.
         tau_pos, tau_neg, pairing, normalize: see :func:`cacr_kernels.cacr_loss`.
 
     Returns:
-        The weights, and whose they are.
+        The weights and whose they are, attraction [V, B, V], repulsion and indices [P, Q, K] for P pairs of views.
 
     Raises:
         TypeError, ValueError: see :func:`cacr_kernels.cacr_loss`.

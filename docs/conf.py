@@ -24,12 +24,14 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(torch|Tensor|nn)\b.*|optional")]
 exclude_patterns = ["_build"]
 
+autodoc_mock_imports = ["pytorch_metric_learning", "sentence_transformers"]  # what the pages say of them needs neither
 autodoc_typehints = "none"  # docstrings say shapes; signatures are of the functions, not of their overloads
 autodoc_class_signature = "mixed"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_preprocess_types = False
+napoleon_use_param = False  # names that share an explanation stay together
 
 html_theme = "furo"
 html_title = f"cacr_kernels {__version__}"

@@ -22,7 +22,7 @@ BLUE, ORANGE, GREY = "#4c72b0", "#dd8452", "#b0b0b0"
 def save(figure: Figure, name: str) -> None:
     """Without a date, so that the same numbers give the same file."""
     figure.tight_layout()
-    figure.savefig(PICTURES / f"{name}.svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(PICTURES / f"{name}.svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
     plt.close(figure)
 
 

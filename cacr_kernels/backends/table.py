@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from ..operators.registry import refuse_vmap
+from ..operators.registry import line_of_user, refuse_vmap
 from . import cpu, cuda, reference, triton
 from . import torch as plain
 from .entry import Backend, Size, registered
@@ -120,5 +120,5 @@ def _warn_slow(device: torch.device) -> None:
     warnings.warn(
         f"cacr_kernels: only the plain PyTorch backend can run on {device.type} ({listed})",
         RuntimeWarning,
-        stacklevel=6,
+        stacklevel=line_of_user(),
     )

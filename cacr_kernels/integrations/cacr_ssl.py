@@ -5,18 +5,18 @@ A script that imports ``our_loss1`` and ``our_loss2`` runs on any device after o
     from cacr_kernels.integrations.cacr_ssl import our_loss1, our_loss2
 
 Values, gradients and weights are those of the published functions. The weights, which the scripts mostly ignore, are
-formed only when they are looked at.
+formed only when they are looked at. The losses of MoCo, which are methods of a model there, are functions here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..functional import cacr_loss, cacr_momentum_loss
+from ..functional import cacr_loss, cacr_momentum_loss, cacr_queue_loss
 
 CHOICES = ("full", "none", "without_w1", "without_w2")
 
@@ -90,6 +90,9 @@ def our_loss1(
         choice: ``"full"``; ``"none"`` and ``"without_w1"`` weigh the positives equally (the weights that are returned
             stay those of ``tau_pos``, as published); ``"without_w2"`` is ``"full"`` here.
 
+    Returns:
+        The loss, a scalar, and the weights, which are computed when they are first looked at.
+
     Raises:
         TypeError, ValueError: see :func:`cacr_kernels.cacr_loss`.
 
@@ -135,6 +138,9 @@ def our_loss2(
             published; ``"without_w1"`` is ``"full"`` here.
         with_debiased: whether to debias.
 
+    Returns:
+        The loss, a scalar, and the weights, which are computed when they are first looked at.
+
     Raises:
         TypeError, ValueError: see :func:`cacr_kernels.cacr_loss`.
 
@@ -160,6 +166,81 @@ def our_loss2(
     return loss, LazyWeights(weights)
 
 
+class MoCoLosses(NamedTuple):
+    """Attraction and repulsion, as the published model of MoCo v2 returns them.
+
+    Example:
+        >>> import torch
+        >>> from cacr_kernels.integrations.cacr_ssl import MoCoLosses
+        >>> MoCoLosses(torch.tensor(1.0), torch.tensor(-2.0)).combine().item()
+        -1.0
+    """
+
+    loss1: Tensor
+    loss2: Tensor
+
+    def combine(self, loss1_w: float = 1, loss2_w: float = 1) -> Tensor:
+        """The weighted sum of both, a scalar."""
+        return loss1_w * self.loss1 + loss2_w * self.loss2
+
+
+def moco_losses(
+    q_list: Sequence[Tensor],
+    k_list: Sequence[Tensor],
+    queue: Tensor,
+    *,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.0,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    unif_intra_batch: bool = True,
+) -> MoCoLosses:
+    """The losses of the published MoCo v2, which its model computes from queries, keys and its queue.
+
+    ::
+
+        loss1 = alpha mean_{v,b} sum_u w c(q[v,b], k[u,b]),   u != v,   weights w detached
+        loss2 = -beta mean_{v,b} sum_j w c(q[v,b], n_j),      n in queue + {q[v,j] : j != b}, one softmax
+
+    In ``forward`` of the published ``MoCo`` this call stands for the loop over views, before the keys enter the queue::
+
+        losses = moco_losses(q_list, k_list, self.queue, tau_pos=self.tau_pos, ...)
+
+    There the product of the first view with the queue is kept and used for the other views, too, so that their
+    repulsion is not that of their own queries. Here every view has its own. Numbers of a run of the published model
+    differ by that.
+
+    Args:
+        q_list: query embeddings, V >= 2 tensors [B, D]; they are normalised.
+        k_list: momentum embeddings, V tensors [B, D]; normalised and detached.
+        queue: [D, K], as the published buffer: a column is a key. Unit vectors; detached.
+        tau_pos, tau_neg, alpha, beta: see :func:`cacr_kernels.cacr_queue_loss`.
+        unif_intra_batch: whether the other queries of the batch and view are negatives too.
+
+    Returns:
+        Two scalars, differentiable in the queries; ``combine()`` adds them.
+
+    Raises:
+        TypeError, ValueError: see :func:`cacr_kernels.cacr_queue_loss`.
+
+    Source: the published ``MoCo.forward`` of MoCo v2.
+
+    Example:
+        >>> import torch
+        >>> from cacr_kernels.integrations.cacr_ssl import moco_losses
+        >>> basis = torch.eye(8)
+        >>> losses = moco_losses([basis[:4]] * 2, [basis[:4]] * 2, basis[4:].T)
+        >>> losses.loss1.item(), losses.loss2.item()
+        (0.0, -2.0)
+    """
+    given: Any = list(q_list), list(k_list), queue.T
+    options: Any = {"in_batch": unif_intra_batch, "normalize": True}
+    return MoCoLosses(
+        cacr_queue_loss(*given, alpha=alpha, tau_pos=tau_pos, beta=0.0, **options),
+        cacr_queue_loss(*given, beta=beta, tau_neg=tau_neg, alpha=0.0, **options),
+    )
+
+
 def _momentum(q_list: Sequence[Tensor], k: Tensor, temperature: float, **options: Any) -> Tensor:
     options |= {"temperature": temperature, "normalize": True, "gather_distributed": True}
     loss: Tensor = cacr_momentum_loss(torch.stack(list(q_list)), k.detach(), **options)
@@ -177,6 +258,9 @@ def cacr_rbfloss(q_list: Sequence[Tensor], k: Tensor, T: float) -> Tensor:
         q_list: query embeddings, V tensors [B, D]; they are normalised.
         k: momentum embeddings [B, D] of this rank; normalised, and gathered from all ranks where there are several.
         T: temperature, in the published code an attribute of the model.
+
+    Returns:
+        The loss, a scalar.
 
     Raises:
         TypeError, ValueError: see :func:`cacr_kernels.cacr_momentum_loss`.
@@ -199,7 +283,15 @@ def cacr_euclideanloss(q_list: Sequence[Tensor], k: Tensor, T: float) -> Tensor:
 
         sum_b sum_v p_v (|q_v - k+|^2 - sum_{j != +} w_j |q_v - k_j|^2) / 2,   w = softmax_j(q_v.k_j / T)
 
-    Arguments and refusals are those of :func:`cacr_rbfloss`.
+    Args:
+        q_list, k: V query embeddings [B, D] and momentum embeddings [B, D], see :func:`cacr_rbfloss`.
+        T: temperature.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        TypeError, ValueError: see :func:`cacr_kernels.cacr_momentum_loss`.
 
     Source: the published method of that name.
 

@@ -9,6 +9,7 @@ import torch
 from pytorch_metric_learning import losses, reducers
 from torch import Tensor
 
+from .. import checks
 from ..functional import supervised_cacr_loss
 from .pairs import pair_rows
 
@@ -34,12 +35,19 @@ class CACRLoss(losses.BaseMetricLossFunction):  # type: ignore[misc]
         reducer, embedding_regularizer, embedding_reg_weight, collect_stats: those of the library. There is no
             ``distance``: the cost is the squared distance, of unit vectors with ``normalize=True``.
 
-    Example::
+    Returns:
+        From a call with embeddings [N, D] and labels [N] what the reducer makes of the values [N], with
+        ``MeanReducer`` a scalar. ``ref_emb`` is [M, D], ``ref_labels`` [M].
 
-        from cacr_kernels.integrations.pytorch_metric_learning import CACRLoss
+    Raises:
+        TypeError, ValueError: see :func:`cacr_kernels.supervised_cacr_loss`; a ``distance`` or a ``temperature``.
 
-        loss_fn = CACRLoss(tau_neg=5.0)
-        loss = loss_fn(embeddings, labels)
+    Example:
+        >>> import torch
+        >>> from cacr_kernels.integrations.pytorch_metric_learning import CACRLoss
+        >>> loss_fn = CACRLoss(tau_neg=5.0)
+        >>> loss_fn(torch.randn(8, 16), torch.arange(8) % 3).shape
+        torch.Size([])
     """
 
     def __init__(
@@ -53,6 +61,8 @@ class CACRLoss(losses.BaseMetricLossFunction):  # type: ignore[misc]
         backend: str = "auto",
         **options: Any,
     ) -> None:
+        if "temperature" in options:
+            checks.no_temperature("CACRLoss", options["temperature"])
         if "distance" in options:
             raise ValueError("CACRLoss takes no distance: its cost is the squared distance; see normalize")
         super().__init__(**options)
@@ -99,6 +109,13 @@ class CrossBatchMemory(losses.CrossBatchMemory):  # type: ignore[misc]
 
     The batch is in the memory when the loss is computed. Without a miner and without ``indices_tuple`` no list of all
     N x M pairs is made: the rows of the memory that are the batch itself are left out of their own sets.
+
+    Example:
+        >>> import torch
+        >>> from cacr_kernels.integrations.pytorch_metric_learning import CACRLoss, CrossBatchMemory
+        >>> memory = CrossBatchMemory(CACRLoss(), embedding_size=16, memory_size=32)
+        >>> memory(torch.randn(8, 16), torch.arange(8) % 3).shape
+        torch.Size([])
     """
 
     @staticmethod
@@ -128,7 +145,14 @@ class CrossBatchMemory(losses.CrossBatchMemory):  # type: ignore[misc]
 
 
 class SelfSupervisedLoss(losses.SelfSupervisedLoss):  # type: ignore[misc]
-    """The library's ``SelfSupervisedLoss``, for :class:`CACRLoss`: two views of each instance."""
+    """The library's ``SelfSupervisedLoss``, for :class:`CACRLoss`: two views [B, D] of each instance.
+
+    Example:
+        >>> import torch
+        >>> from cacr_kernels.integrations.pytorch_metric_learning import CACRLoss, SelfSupervisedLoss
+        >>> SelfSupervisedLoss(CACRLoss())(torch.randn(8, 16), torch.randn(8, 16)).shape
+        torch.Size([])
+    """
 
     @staticmethod
     def supported_losses() -> list[str]:

@@ -45,16 +45,27 @@ class CACRLoss(nn.Module):
     Inputs:
         (anchor, positive) pairs, or with any number of hard negatives: (anchor, positive, negative_1, ...). No labels.
 
+    Returns:
+        From a call the loss, a scalar; its embeddings are [B, D] in each column.
+
+    Raises:
+        TypeError, ValueError: see :func:`cacr_kernels.supervised_cacr_loss`; fewer than two columns.
+
     Source: Zheng et al., TMLR 2023 (arXiv 2105.03746).
 
-    Example::
-
-        from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
-        from cacr_kernels.integrations.sentence_transformers import CACRLoss
+    For the trainer::
 
         model = SentenceTransformer("all-MiniLM-L6-v2")
         trainer = SentenceTransformerTrainer(model=model, train_dataset=pairs, loss=CACRLoss(model, tau_neg=10.0))
         trainer.train()
+
+    Example:
+        >>> import torch
+        >>> from cacr_kernels.integrations.sentence_transformers import CACRLoss
+        >>> loss_fn = CACRLoss(torch.nn.Identity(), tau_neg=10.0)  # in the place of a model
+        >>> anchors, positives = torch.randn(2, 8, 16)
+        >>> loss_fn.compute_loss_from_embeddings([anchors, positives]).shape
+        torch.Size([])
     """
 
     def __init__(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -233,6 +234,18 @@ def has_values(x: Tensor) -> bool:
     """Whether Python may look at the values of a tensor: not while something is traced, nor on another device."""
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return not tracing and x.device.type == "cpu" and type(x) is Tensor and not _torch_private.inside_vmap()
+
+
+def line_of_user() -> int:
+    """The ``stacklevel`` with which a warning of the function that calls this names a line of the user.
+
+    That is the innermost frame that is neither of this package nor of torch, whose modules and wrappers call it.
+    """
+    passed_over = "cacr_kernels", "torch"
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in passed_over:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 # ---- vmap ------------------------------------------------------------------------------------------------------------

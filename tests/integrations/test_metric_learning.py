@@ -130,6 +130,8 @@ def test_other_losses_work_in_the_wrappers() -> None:
 
 def test_refusals() -> None:
     z, labels = embeddings()
+    with pytest.raises(TypeError, match=r"CACRLoss takes no temperature: .*, here 5$"):
+        CACRLoss(temperature=0.1)
     with pytest.raises(ValueError, match="takes no distance"):
         CACRLoss(distance=object())
     with pytest.raises(ValueError, match="labels or indices_tuple must be given"):

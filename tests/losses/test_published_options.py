@@ -15,6 +15,7 @@ from cacr_kernels.integrations.cacr_ssl import (
     LazyWeights,
     cacr_euclideanloss,
     cacr_rbfloss,
+    moco_losses,
     our_loss1,
     our_loss2,
 )
@@ -139,3 +140,61 @@ def test_functions_of_moco_v3(vector: Any) -> None:
         loss = function(queries, torch.as_tensor(vector.arrays["keys"]), T=vector.meta["T"])
         close(loss, vector.arrays[f"loss_{name}"])
         close(torch.stack(torch.autograd.grad(loss, queries)), vector.arrays[f"grad_{name}"])
+
+
+# ---- MoCo v2 ---------------------------------------------------------------------------------------------------------
+def published_moco_v2(vector: Any, queries: list[Tensor], cached: bool) -> tuple[Tensor, Tensor]:
+    """By the formulas of the published model, which keeps the first view's distances to the queue."""
+    m, keys, queue = vector.meta, torch.as_tensor(vector.arrays["keys"]), torch.as_tensor(vector.arrays["queue"])
+    q = [torch.nn.functional.normalize(x, dim=1) for x in queries]
+    of_view = [2 - 2 * x @ queue.T for x in q]
+    others = ~torch.eye(len(q[0]), dtype=torch.bool)
+    pulled, pushed = [], []
+    for v, x in enumerate(q):
+        cost = torch.stack([(x - k).square().sum(-1) for u, k in enumerate(keys) if u != v], dim=1)
+        pulled.append(((m["tau_pos"] * cost).softmax(1).detach() * cost).sum(1).mean())
+        cost = of_view[0 if cached else v]
+        logits = -m["tau_neg"] * cost.detach()
+        if m["intra_batch"]:
+            near = (x[:, None] - x).square().sum(-1)[others].view(len(x), -1)
+            cost, logits = torch.cat([cost, near], 1), torch.cat([logits, -m["tau_neg"] * near], 1)
+        pushed.append((logits.softmax(1) * cost).sum(1).mean())
+    return m["alpha"] * torch.stack(pulled).mean(), -m["beta"] * torch.stack(pushed).mean()
+
+
+every_queue = pytest.mark.parametrize("vector", load_vectors("queue"), ids=vector_id)
+
+
+def leaves(vector: Any) -> list[Tensor]:
+    return [torch.as_tensor(q).clone().requires_grad_() for q in vector.arrays["queries"]]
+
+
+@every_queue
+def test_function_of_moco_v2(vector: Any) -> None:
+    """With a queue [D, K] that holds a key in each column, as there."""
+    m, a, queries = vector.meta, vector.arrays, leaves(vector)
+    options = {name: m[name] for name in ("tau_pos", "tau_neg", "alpha", "beta")}
+    keys, queue = list(torch.as_tensor(a["keys"])), torch.as_tensor(a["queue"])
+    losses = moco_losses(queries, keys, queue.T, **options, unif_intra_batch=m["intra_batch"])
+    for found, name in zip(losses, ("attraction", "repulsion"), strict=True):
+        close(found, a[name])
+        close(torch.stack(torch.autograd.grad(found, queries, retain_graph=True)), a[f"grad_{name}"])
+    close(losses.combine(2.0, 3.0), 2 * a["attraction"] + 3 * a["repulsion"])
+    close(losses.combine(), a["attraction"] + a["repulsion"])
+
+
+def test_what_the_cache_of_moco_v2_changes() -> None:
+    """`docs/coming_from.md` says how much: of the repulsion, and of all gradients."""
+    repulsions: list[float] = []
+    gradients: list[float] = []
+    for vector in load_vectors("queue"):
+        queries = leaves(vector)
+        exact, cached = (published_moco_v2(vector, queries, cached) for cached in (False, True))
+        for found, name in zip(exact, ("attraction", "repulsion"), strict=True):
+            close(found, vector.arrays[name])
+        repulsions.append((cached[1] / exact[1] - 1).abs().item())
+        own, other = (torch.stack(torch.autograd.grad(x[0] + x[1], queries)) for x in (exact, cached))
+        gradients.append(((own - other).norm() / own.norm()).item())
+    assert max(repulsions) == pytest.approx(0.04, abs=0.005)
+    assert max(gradients) == pytest.approx(0.63, abs=0.01)
+    assert sum(x > 0.2 for x in gradients) == 4

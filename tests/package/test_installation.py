@@ -121,22 +121,32 @@ def test_command_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str
     assert "--yaml" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["", ".chunked", ".functional", ".modules", ".types", ".weights", ".backends.table"])
+WITH_EXAMPLES = ["", ".chunked", ".functional", ".modules", ".types", ".weights", ".backends.table"]
+
+
+@pytest.mark.parametrize("name", [*WITH_EXAMPLES, ".integrations.cacr_ssl"])
 def test_examples_of_the_docstrings(name: str) -> None:
     result = doctest.testmod(importlib.import_module(f"cacr_kernels{name}"))
     assert result.failed == 0
     assert result.attempted > 0
 
 
-SECTIONS = {"loss": ("Args:", "Returns:", "Raises:", "Example:", "::\n"), "Loss": ("Example:",)}
+SECTIONS = ("Args:", "Returns:", "Raises:", "Example:", "::\n")
+OF_SOME = {  # what is no function of arguments
+    "CACRParts": ("Example:",),
+    "CACRWeights": ("Example:",),
+    "available_backends": ("Returns:", "Example:"),
+}
+PUBLISHED = [".our_loss1", ".our_loss2", ".cacr_rbfloss", ".cacr_euclideanloss", ".moco_losses"]
 
 
-@pytest.mark.parametrize("name", [name for name in cacr_kernels.__all__ if not name.startswith("__")])
+@pytest.mark.parametrize("name", [*(name for name in cacr_kernels.__all__ if not name.startswith("__")), *PUBLISHED])
 def test_sections_of_the_docstrings(name: str) -> None:
-    """A loss has its formula, too."""
-    text = getattr(cacr_kernels, name).__doc__
-    wanted = SECTIONS.get(name[-4:], ("Example:",) if name != "CACRWeights" else ())
-    assert [section for section in wanted if section not in text] == []
+    """Formula, shapes of tensors, what is returned and refused, an example."""
+    where = importlib.import_module("cacr_kernels.integrations.cacr_ssl") if name[0] == "." else cacr_kernels
+    text = getattr(where, name.removeprefix(".")).__doc__
+    assert [section for section in OF_SOME.get(name, SECTIONS) if section not in text] == []
+    assert name in OF_SOME or re.search(r"\[(B|N|V|M|K|Q), [^\]]*[BDK.]\]", text)
 
 
 # ---- setup.py with tools that only say what they were asked ----------------------------------------------------------
@@ -285,6 +295,64 @@ def test_old_setuptools_is_refused_in_one_line() -> None:
     with mock.patch("setuptools.__version__", "65.5.0"), pytest.raises(SystemExit) as refused:
         runpy.run_path(str(ROOT / "setup.py"))
     assert refused.value.code == "setuptools >= 77 is needed, found 65.5.0: pip install 'setuptools>=77'"
+
+
+@pytest.fixture
+def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder that is all of PATH, and nothing in the environment that names a tool."""
+    for name in ("CXX", "NVCC", "CUDA_HOME", "CUDA_PATH", "CACR_BUILD_CPU", "CACR_BUILD_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path
+
+
+def test_without_a_compiler_the_package_is_pure_python(setup_py, bare_machine) -> None:
+    with pytest.warns(UserWarning, match=r"^no C\+\+ compiler \(GCC or Clang\) found: .* pure Python$"):
+        assert setup_py["libraries"]() == []
+
+
+def test_without_nvcc_there_are_no_cuda_kernels(setup_py, bare_machine, monkeypatch) -> None:
+    """Nothing is said, unless they were asked for."""
+    script(bare_machine / "c++", "exit 0")
+    assert [library.name for library in setup_py["libraries"]()] == ["cacr_kernels._C_cpu"]
+    monkeypatch.setenv("CACR_BUILD_CUDA", "1")
+    with pytest.raises(Exception, match=r"^CACR_BUILD_CUDA=1 needs nvcc, found none; .* CUDA_HOME$"):
+        setup_py["libraries"]()
+
+
+def test_without_ninja(setup_py, monkeypatch, tmp_path) -> None:
+    with (
+        mock.patch("shutil.which", return_value=None),
+        pytest.raises(Exception, match=r"needs ninja: pip install ninja$"),
+    ):
+        setup_py["NativeBuild"].build_extension(mock.Mock(), setup_py["cpu_library"]())
+
+
+@pytest.mark.parametrize("version", ["2.9.1", None])
+def test_without_a_torch_to_compile_against(setup_py, version) -> None:
+    found = mock.patch("importlib.util.find_spec", return_value=version and mock.Mock())
+    refused = pytest.raises(Exception, match=rf"needs torch >= 2.10, found {version or 'none'}; .*CACR_BUILD_CPU=0$")
+    with found, mock.patch("importlib.metadata.version", return_value=version), refused:
+        setup_py["torch_root"]()
+
+
+@pytest.mark.parametrize(
+    ("of_nvcc", "of_torch", "said"),
+    [("13.0", "'12.6'", True), ("12.4", "'12.6'", False), ("12.4", "'13.0'", False), ("13.0", "None", False)],
+)
+def test_an_nvcc_of_another_cuda(setup_py, tmp_path, of_nvcc, of_torch, said) -> None:
+    """The runtime is in the library: only a driver that is too old could refuse it."""
+    (tmp_path / "version.py").write_text(f"debug = False\ncuda: Optional[str] = {of_torch}\nhip = None\n")
+    nvcc = script(tmp_path / "nvcc", f"echo 'Cuda compilation tools, release {of_nvcc}, V{of_nvcc}.76'")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        setup_py["say_if_newer_than_torch"](nvcc, tmp_path)
+    assert ["the driver has to know CUDA 13" in str(warning.message) for warning in found] == [True] * said
+
+
+@pytest.mark.parametrize("extra", ["triton", "integrations", "docs", "test", "dev"])
+def test_extras(extra: str) -> None:
+    assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def test_torch_of_containers_meets_the_requirement() -> None:

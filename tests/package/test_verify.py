@@ -139,9 +139,19 @@ class _Terminal(io.StringIO):
 
 
 @pytest.mark.usefixtures("few")
-def test_progress_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_progress_in_a_file_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     assert verify.main(["--backend", "torch"]) == 0
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err.splitlines() == ["  0 %  torch float64 cacr_loss unordered sqeuclidean"]  # seconds
+    monkeypatch.setattr(verify.Progress, "PAUSE", 0.0)
+    assert verify.main(["--backend", "torch"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert " 87 %  torch float16 supervised_cacr_loss" in lines
+    assert lines[-1].startswith("100 %")
+    assert not any("\x1b" in line or "\r" in line for line in lines)
+
+
+@pytest.mark.usefixtures("few")
+def test_progress_on_a_terminal_is_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stderr", _Terminal())
     assert verify.main(["--backend", "torch"]) == 0
     shown = sys.stderr.getvalue()

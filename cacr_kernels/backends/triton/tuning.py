@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ..._version import __version__
+from ...operators.registry import line_of_user
 from .launch import launched, power_of_two, recording
 from .pairs import SetPairs
 from .table import Precision, Tile
@@ -216,7 +217,7 @@ def _warn(text: str) -> None:
     """Warn, but only once in a process."""
     if not _warned:
         _warned.append(text)
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        warnings.warn(text, RuntimeWarning, stacklevel=line_of_user())
 
 
 @functools.cache

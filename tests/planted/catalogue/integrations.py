@@ -65,4 +65,28 @@ FAULTS = (
         why="cacr_euclideanloss is a mean, the published one a sum",
         tests=TESTS,
     ),
+    Fault(
+        "integrations-queue-of-columns",
+        FILE,
+        text="list(k_list), queue.T",
+        replacement="list(k_list), queue.T.flip(1)",
+        why="moco_losses compares with a queue whose features are in another order",
+        tests=TESTS,
+    ),
+    Fault(
+        "integrations-negatives-of-the-batch",
+        FILE,
+        text='"in_batch": unif_intra_batch',
+        replacement='"in_batch": True',
+        why="unif_intra_batch=False of moco_losses is forgotten",
+        tests=TESTS,
+    ),
+    Fault(
+        "integrations-weights-of-combine",
+        FILE,
+        text="return loss1_w * self.loss1 + loss2_w * self.loss2",
+        replacement="return loss1_w * (self.loss1 + self.loss2)",
+        why="combine() forgets the weight of the repulsion",
+        tests=TESTS,
+    ),
 )

@@ -7,6 +7,7 @@ from ..fault import Fault
 FILE = "cacr_kernels/modules.py"
 QUEUE = "tests/losses/test_queue.py"
 STATE = "tests/losses/test_queue_state.py"
+WARNINGS = "tests/package/test_warnings.py"
 
 FAULTS = (
     Fault(
@@ -120,5 +121,46 @@ FAULTS = (
         replacement="given: Any = views[0] if len(views) == 1 else views[:2]\n",
         why="of three views given as arguments the third is forgotten",
         tests="tests/losses/test_modules.py",
+    ),
+    Fault(
+        "modules-temperature-as-it-is",
+        "cacr_kernels/checks.py",
+        text="{1 / (2 * value):g}",
+        replacement="{1 / value:g}",
+        why="who passes a temperature is told to write twice the inverse temperature of it",
+        tests=WARNINGS,
+    ),
+    Fault(
+        "modules-temperature-of-a-subclass",
+        FILE,
+        text="    @checks.without_temperature\n",
+        replacement="",
+        why="SupervisedCACRLoss(temperature=) says what Python says",
+        tests=WARNINGS,
+        occurrence=2,
+    ),
+    Fault(
+        "modules-line-of-torch",
+        "cacr_kernels/operators/registry.py",
+        text='passed_over = "cacr_kernels", "torch"',
+        replacement='passed_over = ("cacr_kernels",)',
+        why="warnings of a module name a line of torch",
+        tests=WARNINGS,
+    ),
+    Fault(
+        "modules-line-of-a-warning",
+        "cacr_kernels/checks.py",
+        text="UserWarning, stacklevel=line_of_user())",
+        replacement="UserWarning, stacklevel=5)",
+        why="warnings name a line of the package",
+        tests=WARNINGS,
+    ),
+    Fault(
+        "modules-line-of-the-slow-backend",
+        "cacr_kernels/backends/table.py",
+        text="stacklevel=line_of_user(),",
+        replacement="stacklevel=6,",
+        why="the warning that only plain PyTorch can run names a line of the package",
+        tests=WARNINGS,
     ),
 )

@@ -170,4 +170,28 @@ FAULTS = (
         why="all draws are the same",
         tests=OF_TESTING,
     ),
+    Fault(
+        "verify-silent-in-a-pipe",
+        VERIFY,
+        text="elif (now := time.monotonic()) - self._last >= self.PAUSE:",
+        replacement="elif (now := time.monotonic()) - self._last < -self.PAUSE:",
+        why="in a file or a pipe nothing is said for minutes",
+        tests=OF_VERIFY,
+    ),
+    Fault(
+        "verify-flood-in-a-pipe",
+        VERIFY,
+        text="            self._last = now\n",
+        replacement="",
+        why="in a file or a pipe every check is a line",
+        tests=OF_VERIFY,
+    ),
+    Fault(
+        "verify-older-nvcc-is-warned-about",
+        "setup.py",
+        text="int(of_nvcc[1]) > int(of_torch[1])",
+        replacement="int(of_nvcc[1]) >= int(of_torch[1])",
+        why="an nvcc of the CUDA of torch is warned about",
+        tests="tests/package/test_installation.py -k another_cuda",
+    ),
 )
