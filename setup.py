@@ -9,8 +9,9 @@ The CUDA library is built where there is nvcc (``NVCC``, ``CUDA_HOME`` or ``PATH
 in an isolated build, whose torch is not the user's.
 
 Environment: ``CACR_BUILD_CPU=0`` leaves out the CPU library, ``CACR_BUILD_CUDA=0`` that for CUDA; with 1 it is built
-wherever there is nvcc. ``CACR_CUDA_ARCHS="80 90"`` compiles for these compute capabilities, and PTX of the newest, instead
-of for all; without it ``TORCH_CUDA_ARCH_LIST`` counts. ``CXX``, ``CXXFLAGS``, ``LDFLAGS``, ``MAX_JOBS`` as usual.
+wherever there is nvcc. ``CACR_CUDA_ARCHS="80 90"`` compiles for these compute capabilities, and PTX of the newest,
+instead of for all; without it ``TORCH_CUDA_ARCH_LIST`` counts. ``CXX``, ``CXXFLAGS``, ``LDFLAGS``, ``MAX_JOBS`` as
+usual.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import cacr_kernels
 from cacr_kernels import types
+from cacr_kernels.integrations import cacr_ssl
 from tests.package import typed_script
 
 SHARED = (
@@ -40,6 +41,13 @@ SIGNATURES = {
     "cacr_weights": "views, *, queries=None, top_k=10, tau_pos=1.0, tau_neg=1.0, pairing='unordered', normalize=False",
     "chunked_backward": "encoder, views, loss, *, chunk_size",
     "supervised_cacr_loss": f"embeddings, labels, *, {REFERENCES}, {NUMBERS}, {SHARED}",
+}
+PUBLISHED = {  # in cacr_kernels.integrations.cacr_ssl, as the published scripts call them
+    "cacr_euclideanloss": "q_list, k, T",
+    "cacr_rbfloss": "q_list, k, T",
+    "moco_losses": f"q_list, k_list, queue, *, {NUMBERS}, unif_intra_batch=True",
+    "our_loss1": "latent_codes_list, alpha=1.0, tau_pos=1.0, choice='full'",
+    "our_loss2": "latent_codes_list, beta=1.0, tau_neg=1.0, tau_plus=0.1, choice='full', with_debiased=False",
 }
 KEYWORDS = {  # the declarations for type checkers
     "CACRLoss": types.ViewsKeywords,
@@ -78,6 +86,11 @@ def test_names() -> None:
 def test_signatures(name: str) -> None:
     wanted = SIGNATURES[name].format(name.startswith(("CACR", "Supervised")))
     assert plain_signature(public(name)) == wanted
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_signatures_of_the_published_functions(name: str) -> None:
+    assert plain_signature(getattr(cacr_ssl, name)) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("name", KEYWORDS)
