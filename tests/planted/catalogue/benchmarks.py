@@ -8,6 +8,7 @@ SUITE = "benchmarks/suite/"
 TESTS = "tests/benchmarks/test_benchmarks.py"
 RESULTS = "tests/benchmarks/test_benchmarks_results.py -k 'compare or goals or json or judged or readme'"
 SCALING = "tests/benchmarks/test_scaling.py"
+CODEGEN, PREDICT = "benchmarks/codegen/", "tests/benchmarks/test_predict.py"
 RATIOS = f"{TESTS} -k 'ratios or interleaved or gate or wrong or flop or peak or share'"
 
 FAULTS = (
@@ -274,5 +275,45 @@ FAULTS = (
         replacement="return k * (one.gather",
         why="a ring is said to pay later than it does",
         tests=f"{SCALING} -k pays",
+    ),
+    Fault(
+        "benchmarks-predicts-the-fastest-unit",
+        CODEGEN + "predict.py",
+        text="unit = max(units, key=lambda name: units[name])",
+        replacement="unit = min(units, key=lambda name: units[name])",
+        why="a launch is predicted to take as long as the unit that has least to do",
+        tests=PREDICT,
+    ),
+    Fault(
+        "benchmarks-predicts-one-side",
+        CODEGEN + "predict.py",
+        text='CUDA_SWEEPS = {"statistics": 1, "gradients": 2}',
+        replacement='CUDA_SWEEPS = {"statistics": 1, "gradients": 1}',
+        why="the CUDA kernels are predicted to need half of their gradients",
+        tests=PREDICT,
+    ),
+    Fault(
+        "benchmarks-predicts-even-programs",
+        CODEGEN + "predict.py",
+        text="busiest = -(-programs // device.cores) / programs",
+        replacement="busiest = 1 / device.cores",
+        why="cores with more programs than others are predicted to take no longer",
+        tests=PREDICT,
+    ),
+    Fault(
+        "benchmarks-predicts-one-pass",
+        CODEGEN + "predict.py",
+        text="per[kind] = passes * (b + (b - a) * (chunks - high) / (high - low))",
+        replacement="per[kind] = b + (b - a) * (chunks - high) / (high - low)",
+        why="for many features similarities are predicted to be formed once",
+        tests=PREDICT,
+    ),
+    Fault(
+        "benchmarks-predicts-mma-sync-at-the-peak",
+        CODEGEN + "predict.py",
+        text="rate * (gpu.mma_sync if small else 1)",
+        replacement="rate",
+        why="small product instructions are predicted to reach the peak of large ones",
+        tests=PREDICT,
     ),
 )
