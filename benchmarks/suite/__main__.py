@@ -197,11 +197,12 @@ def count(options: argparse.Namespace, cases: list[BenchmarkCase], console: Cons
 
 def take_turns(options: argparse.Namespace, cases: list[BenchmarkCase], console: Console) -> int:
     """Compares with another checkout, round by round; the exit status."""
-    from . import tables, verdict, versus
+    from . import machine, tables, verdict, versus
     from .measure import Budget
 
     margin = options.threshold or verdict.INTERLEAVED_MARGIN
     folder = versus.checkout(options.compare, console.print)
+    tables.print_environment(console, machine.environment(options.device))
     budget = Budget(options.seconds or SECONDS[options.suite])
     with versus.workers(folder) as both:
         found = [versus.take_turns(both, case, budget, margin) for case in cases if case.timed]

@@ -173,7 +173,8 @@ def table(threads: int, device: str) -> list[BenchmarkCase]:
     widths = ((5, 128, 128), (2, 2048, 64), (2, 2048, 512))
     classes = ((1024, 100), (4096, 1000), (4096, 10))
     return [
-        *(case(raw(cacr(*shape))) for shape in (*views, *widths)),
+        *(case(raw(cacr(*shape)), *((NTXENT,) if shape[1] in (256, 2048) else ())) for shape in views),
+        *(case(raw(cacr(*shape))) for shape in widths),
         *(case(raw(cacr(2, B, 128, pairing="pooled"))) for B in (1024, 2048)),
         *(case(raw(queue(2, 128, 128, K))) for K in (65536, 4096)),
         *(case(raw(queue(2, B, D, K)), KEPT) for B, D, K in ((32, 128, 65536), (16, 256, 262144))),

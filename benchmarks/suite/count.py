@@ -121,7 +121,7 @@ def by_callgrind(jobs: Sequence[Job]) -> list[Counted]:
 
 
 def callgrind_total(text: str) -> float | None:
-    """Instructions of a part that callgrind wrote."""
+    """The instructions of a part that callgrind wrote."""
     found = re.search(r"^(?:summary|totals): (\d+)", text, re.MULTILINE)
     return float(found[1]) if found else None
 

@@ -141,7 +141,7 @@ def print_goals(console: Console, verdicts: list[Verdict]) -> None:
     """The figures the project promises, as far as they were measured."""
     if not verdicts:
         return
-    console.print("[bold]Goals: float32, loss and gradients, two threads")
+    console.print("[bold]Goals, two threads; float32, loss and gradients where not said")
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("case")
     table.add_column("figure")
@@ -166,7 +166,7 @@ def print_goals(console: Console, verdicts: list[Verdict]) -> None:
         f"{met} of {len(verdicts)} goals met"
         + (f"; {rest} need cases that were not measured (--suite goals measures all, on two threads)" if rest else "")
         + (f"; {beyond} ask for more than the FMA peak of this machine" if beyond else "")
-        + "\n[dim]The ratios required were set on another machine, with AVX2.[/dim]\n",
+        + "\n[dim]The ratios to other forms of the loss were set on another machine, with AVX2.[/dim]\n",
         soft_wrap=True,
     )
 
@@ -201,7 +201,7 @@ def print_comparison(console: Console, compared: list[Comparison], margin: float
     mine = [c for c in compared if c.counts]
     counts = ", ".join(f"{sum(c.verdict == verdict for c in mine)} {verdict}" for verdict in VERDICTS)
     console.print(
-        f"{len(mine)} rows of the library: {counts}. A row is slower if the {100 * CONFIDENCE:.0f} % interval of its "
+        f"Rows of the library: {counts}. A row is slower if the {100 * CONFIDENCE:.0f} % interval of its "
         f"ratio lies above {margin:g}, faster if below {1 / margin:.3f}, the same if between.",
         soft_wrap=True,
     )

@@ -3,6 +3,8 @@
 Each checkout has a process of its own (``worker.py``) that keeps inputs and libraries. In a round both time one block
 of calls of the same problem, in an order that changes from round to round, so that a slow moment of the machine hits
 both.
+The other checkout has two processes: what those differ by, though they run the same code, is the control. On a busy
+machine it is far from 1, and the interval of the ratio is widened by as much.
 A commit is exported and compiled below ``build/``, once.
 """
 
@@ -25,12 +27,12 @@ import torch
 from .cases import GRADIENTS, BenchmarkCase
 from .compare import Comparison
 from .machine import ROOT
-from .measure import BLOCK_SECONDS, MAX_ROUNDS, MIN_ROUNDS, Budget
+from .measure import BLOCK_SECONDS, MAX_ROUNDS, MIN_ROUNDS, Budget, order
 from .rows import OURS
-from .verdict import CANNOT_TELL, judge, median_interval
+from .verdict import CANNOT_TELL, Interval, judge, median_interval
 
 CHECKOUTS = ROOT / "build" / "benchmarks" / "checkouts"
-OLD, NEW = "old", "new"
+OLD, NEW, CONTROL = "old", "new", "old again"
 DIFFERENCE, OF_HALVES = 1e-3, 2e-2  # of sums and norms of what the two compute, relative: more is another loss
 WORKER = Path(__file__).with_name("worker.py")
 IN_TURNS = "turns"
@@ -86,6 +88,7 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
+            self.close()
             raise NoCheckoutError(f"a process ended with status {self._process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
@@ -99,17 +102,18 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process, which reads to the end of its requests."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            stream.close()
         self._process.wait()
 
 
 @contextmanager
 def workers(old: Path, new: Path = ROOT) -> Iterator[dict[str, Worker]]:
-    """A process for each of the two checkouts."""
+    """Two processes for the old checkout and one for the new."""
     with ExitStack() as stack:
         found = {}
-        for name, folder in ((OLD, old), (NEW, new)):
+        for name, folder in ((OLD, old), (NEW, new), (CONTROL, old)):
             found[name] = Worker(folder)
             stack.callback(found[name].close)
         yield found
@@ -137,19 +141,27 @@ def take_turns(both: dict[str, Any], case: BenchmarkCase, budget: Budget, margin
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget.seconds / round_seconds)))
     seconds: dict[str, list[float]] = {name: [] for name in both}
     for r in range(rounds):
-        for name in (OLD, NEW) if r % 2 else (NEW, OLD):
+        for name in order(list(both), r):
             seconds[name].append(both[name].ask(calls=calls[name])["seconds"])
     return verdict_of(case, seconds, margin)
 
 
 def verdict_of(case: BenchmarkCase, seconds: dict[str, list[float]], margin: float) -> Comparison:
     """What the times of the rounds say."""
-    ratios = [new / old for new, old in zip(seconds[NEW], seconds[OLD], strict=True)]
-    interval = median_interval(ratios)
+    ratios, same = ([a / b for a, b in zip(seconds[name], seconds[OLD], strict=True)] for name in (NEW, CONTROL))
+    interval = widened(median_interval(ratios), median_interval(same))
     middle = {name: sorted(times)[len(times) // 2] for name, times in seconds.items()}
     time = sorted(ratios)[len(ratios) // 2]
     old_ms, new_ms = 1e3 * middle[OLD], 1e3 * middle[NEW]
     return Comparison(case.key, "auto", OURS, old_ms, new_ms, time, interval, IN_TURNS, judge(interval, margin))
+
+
+def widened(interval: Interval | None, control: Interval | None) -> Interval | None:
+    """The interval with what two processes of the same code may differ by on top, to either side."""
+    if interval is None or control is None:
+        return None
+    factor = max(1.0, control.high, 1 / control.low)
+    return Interval(interval.low / factor, interval.high * factor)
 
 
 def differ(old: list[float], new: list[float], allowed: float) -> bool:

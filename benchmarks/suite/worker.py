@@ -65,7 +65,7 @@ def load(request: dict[str, Any]) -> tuple[Step, str]:
 
 
 def finish(device: str) -> None:
-    """Waits for a GPU."""
+    """Waits for a GPU, if it is one."""
     if device != "cpu":
         torch.cuda.synchronize(device)
 

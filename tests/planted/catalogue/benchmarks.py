@@ -8,6 +8,8 @@ SUITE = "benchmarks/suite/"
 TESTS = "tests/benchmarks/test_benchmarks.py"
 RESULTS = "tests/benchmarks/test_benchmarks_results.py -k 'compare or goals or json or judged or readme'"
 SCALING = "tests/benchmarks/test_scaling.py"
+COMPARE = "tests/benchmarks/test_compare.py"
+COUNT, ROWS = "tests/benchmarks/test_count.py", "tests/benchmarks/test_rows.py"
 CODEGEN, PREDICT = "benchmarks/codegen/", "tests/benchmarks/test_predict.py"
 RATIOS = f"{TESTS} -k 'ratios or interleaved or gate or wrong or flop or peak or share'"
 
@@ -125,20 +127,20 @@ FAULTS = (
         tests=(RATIOS, RESULTS),
     ),
     Fault(
-        "benchmarks-comparison-by-eager-upside-down",
-        SUITE + "results.py",
-        text='(yardsticks[0]["p50_ms"] / yardsticks[1]["p50_ms"])',
-        replacement='(yardsticks[1]["p50_ms"] / yardsticks[0]["p50_ms"])',
+        "benchmarks-comparison-by-peak-upside-down",
+        SUITE + "compare.py",
+        text="found.times(peaks[1] / peaks[0])",
+        replacement="found.times(peaks[0] / peaks[1])",
         why="a slower machine counts twice in the comparison of two runs",
-        tests=(RATIOS, RESULTS),
+        tests=COMPARE,
     ),
     Fault(
-        "benchmarks-slower-by-either",
-        SUITE + "results.py",
-        text="min(self.time, relative) > threshold",
-        replacement="max(self.time, relative) > threshold",
-        why="a busy machine makes the library slower",
-        tests=(RATIOS, RESULTS),
+        "benchmarks-slower-by-the-yardstick",
+        SUITE + "compare.py",
+        text="if (verdict == SLOWER and time <= 1) or (verdict == FASTER and time >= 1):",
+        replacement="if False:",
+        why="a yardstick that changed makes the library faster or slower",
+        tests=COMPARE,
     ),
     Fault(
         "benchmarks-goal-at-most",
@@ -275,6 +277,79 @@ FAULTS = (
         replacement="return k * (one.gather",
         why="a ring is said to pay later than it does",
         tests=f"{SCALING} -k pays",
+    ),
+    Fault(
+        "benchmarks-verdict-of-the-middle",
+        SUITE + "verdict.py",
+        text="if interval.low > margin:",
+        replacement="if (interval.low + interval.high) / 2 > margin:",
+        why="noise is called slower",
+        tests=COMPARE,
+    ),
+    Fault(
+        "benchmarks-verdict-same-by-either-end",
+        SUITE + "verdict.py",
+        text="return SAME if interval.low >= 1 / margin and interval.high <= margin else CANNOT_TELL",
+        replacement="return SAME if interval.low >= 1 / margin or interval.high <= margin else CANNOT_TELL",
+        why="what cannot be told is called the same",
+        tests=COMPARE,
+    ),
+    Fault(
+        "benchmarks-interval-too-narrow",
+        SUITE + "verdict.py",
+        text="if 2 * outside > 1 - confidence:",
+        replacement="if outside > 1 - confidence:",
+        why="an interval of 95 % holds the median in 90 % of the runs",
+        tests=COMPARE,
+    ),
+    Fault(
+        "benchmarks-runs-know-each-other",
+        SUITE + "verdict.py",
+        text="return None if both[0] is None or both[1] is None else both[0].over(both[1])",
+        replacement="return None if both[0] is None or both[1] is None else Interval("
+        "both[0].low / both[1].low, both[0].high / both[1].high)",
+        why="the interval of the ratio of two runs is too narrow",
+        tests=COMPARE,
+    ),
+    Fault(
+        "benchmarks-turns-without-control",
+        SUITE + "versus.py",
+        text="factor = max(1.0, control.high, 1 / control.low)",
+        replacement="factor = 1.0",
+        why="on a busy machine a checkout is faster or slower than itself",
+        tests=COMPARE,
+    ),
+    Fault(
+        "benchmarks-turns-of-different-losses",
+        SUITE + "versus.py",
+        text="return any(not abs(a - b) <= allowed * s for",
+        replacement="return any(abs(a - b) > 1e9 * s for",
+        why="a checkout that computes something else is called faster",
+        tests=COMPARE,
+    ),
+    Fault(
+        "benchmarks-perf-counts-imports",
+        SUITE + "count.py",
+        text="(many - few) / MORE",
+        replacement="many / MORE",
+        why="instructions of importing torch are counted for the loss",
+        tests=COUNT,
+    ),
+    Fault(
+        "benchmarks-reference-set-gets-a-gradient",
+        SUITE + "rows.py",
+        text=" and name not in CONSTANT",
+        replacement="",
+        why="the loss with a reference set is timed with twice the gradients that its share of the peak counts",
+        tests=ROWS,
+    ),
+    Fault(
+        "benchmarks-modules-of-unit-rows",
+        SUITE + "cases.py",
+        text='return problem._replace(options=problem.options | {"normalize": True}, data="long")',
+        replacement='return problem._replace(options=problem.options | {"normalize": True})',
+        why="modules are timed with rows that are normalised already",
+        tests=ROWS,
     ),
     Fault(
         "benchmarks-predicts-the-fastest-unit",
