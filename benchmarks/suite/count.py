@@ -52,7 +52,7 @@ class Counted(NamedTuple):
 
 
 class Tool(NamedTuple):
-    """What counts, and how."""
+    """What counts instructions, and how."""
 
     name: str
     count: Callable[[Sequence[Job]], list[Counted]]
