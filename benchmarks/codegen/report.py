@@ -3,7 +3,8 @@
 It counts, it does not time. Every kernel is compiled for every processor, dtype and number of features, with the launch
 configuration that would be used there. The machine code says how many registers, spills and bytes of shared memory that
 takes, and how many instructions of each kind a similarity costs. What the units of a processor execute per clock then
-bounds how fast the kernel can be: the slowest unit sets the bound, a real run is slower.
+bounds how fast the kernel can be: the slowest unit sets the bound, a real run is slower. With the bytes and launches of
+a whole loss that makes a predicted time (``predict.py``): ``predicted.csv``, and a table of ``docs/backends.md``.
 
     python -m benchmarks.codegen [--only TEXT] [--jobs N] [--out benchmarks/results/codegen]
 """
@@ -25,11 +26,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import cuda_kernels, triton_kernels
+from . import cuda_kernels, predicted, triton_kernels
 from .rows import CODE, DEVICES, KernelCase, Row, describe, problems
 
 OUT = Path(__file__).parents[1] / "results" / "codegen"
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "backends.md"
+PREDICTED = "predicted.csv"
 START, END = "<!-- codegen: made by `python -m benchmarks.codegen --docs` -->", "<!-- codegen: end -->"
 
 
@@ -201,17 +203,30 @@ def sentences(rows: list[Row]) -> str:
 
 
 def write_page(rows: dict[str, Row]) -> None:
-    """Writes the sentences between their marks in docs/backends.md."""
+    """Writes the sentences and the table of predicted times between their marks in docs/backends.md."""
     text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    PAGE.write_text(before + START + "\n" + wrapped(rows) + "\n" + END + after, encoding="utf-8")
+    for start, end, block in (
+        (START, END, wrapped(rows)),
+        (predicted.START, predicted.END, predicted.page(rows)),
+    ):
+        before, rest = text.split(start)
+        text = before + start + "\n" + block + "\n" + end + rest.split(end)[1]
+    PAGE.write_text(text, encoding="utf-8")
 
 
 def wrapped(rows: dict[str, Row]) -> str:
     """The sentences as an item of a list."""
     text = sentences(list(rows.values()))
     return textwrap.fill(text, 118, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+
+
+def predict(options: argparse.Namespace, console: Console) -> None:
+    """Times from a report that there is, for the file beside it and, with ``--docs``, for the page."""
+    rows = load(options.out / "codegen.json")
+    predicted.write(rows, options.out / PREDICTED)
+    if options.docs:
+        write_page(rows)
+    predicted.show(rows, console)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -223,11 +238,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--docs", action="store_true", help="compile nothing, put what the report says into docs/backends.md"
     )
+    parser.add_argument("--predict", action="store_true", help="compile nothing, predict times from the report")
     options = parser.parse_args(argv)
     console = Console(highlight=False)
     report = options.out / "codegen.json"
-    if options.docs:
-        write_page(load(report))
+    if options.docs or options.predict:
+        predict(options, console)
         return 0
     console.print("Compiled and inspected, not timed: there is no GPU in this.")
     known = matrix()
@@ -250,8 +266,10 @@ def main(argv: list[str] | None = None) -> int:
                 console.print(f"{KernelCase(*row[:5]).name}: {describe(row)}: {'; '.join(bad)}", soft_wrap=True)
     if any(row.code.pictured for row in rows.values()):
         picture(list(rows.values()), options.out / "codegen.png")
+    predicted.write(rows, options.out / PREDICTED)
     summary([row for name, row in rows.items() if name in wanted], console)
     if len(rows) == len(known):
+        predicted.show(rows, console)
         console.print(sentences(list(rows.values())), soft_wrap=True)
     console.print(
         f"{len(rows)} rows in {report}; {wrong} of {len(wanted)} compiled now are not as they should be", soft_wrap=True

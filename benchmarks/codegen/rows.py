@@ -60,11 +60,12 @@ class Code(NamedTuple):
     fp64_on_tensor_cores: bool  # where those are faster
     bounded_exponentials: bool  # a similarity may cost no more than its row says
     pictured: bool
+    stand_in: str = ""  # processor whose instructions are taken where its code cannot be read
 
 
 CODE = {
     "triton": Code(("statistics", "gradient of queries", "detached keys"), True, True, True, True),
-    "cuda": Code(("statistics", "gradients"), False, False, False, False),
+    "cuda": Code(("statistics", "gradients"), False, False, False, False, "A100"),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .cases import BenchmarkCase
+    from .rows import Row
 
 EXTRAS = ("matplotlib", "rich")
 LATEST = "benchmarks/results/latest"
@@ -48,7 +50,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--suite",
         choices=tuple(SECONDS),
         default="quick",
-        help="quick: within two minutes on two cores; goals: the promised figures; full: all sweeps; "
+        help="quick: within three minutes on two cores; goals: the promised figures; full: all sweeps; "
         "distributed: several processes (%(default)s)",
     )
     add("--filter", default="", metavar="TEXT", help="only cases whose name has every word of TEXT")
@@ -58,8 +60,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seconds", type=positive(float), default=None, help="for the rounds of a case (quick 2, goals 5, others 10)")
     add("--no-processes", action="store_true", help="no peak memory and no cold start, which take processes")
     add("--out", type=Path, default=None, help=f"where results and pictures go ({LATEST}; with --load beside the file)")
-    add("--compare", type=Path, metavar="OLD.json", help="ratios to an earlier run; exit status 1 if slower")
-    add("--threshold", type=positive(float), default=1.25, help="times slower that --compare allows (%(default)s)")
+    add(
+        "--compare",
+        metavar="OLD",
+        help="results.json of an earlier run; or a commit, or the folder of a built checkout, which then takes turns "
+        "with this one. Exit status 1 if the library is slower",
+    )
+    add("--threshold", type=positive(float), default=None, help="margin of --compare (1.05 in turns, 1.1 for two runs)")
+    add("--count", action="store_true", help="instructions of each row by perf or callgrind; nothing is timed")
     add("--load", type=Path, metavar="RESULTS.json", help="measure nothing, show and compare these results")
     add(
         "--readme", action="store_true", help="with --load: write the section of README.md (or page) from these results"
@@ -68,6 +76,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.readme and options.load is None:
         parser.error("--readme needs --load, results that are committed beside it")
+    if options.threshold is not None and options.threshold < 1:
+        parser.error("--threshold is a factor of at least 1")
     if options.suite == DISTRIBUTED and (options.device != "cpu" or options.rows or options.threads):
         parser.error("--suite distributed has one thread in each process and its own rows, on the CPU")
     return options
@@ -84,22 +94,30 @@ def select(options: argparse.Namespace) -> list[BenchmarkCase]:
     return [case for case in SUITES[options.suite](threads, options.device) if all(w in case.key for w in words)]
 
 
+def named_rows(options: argparse.Namespace) -> tuple[list[Row], set[str]]:
+    """All rows, and the names of those that ``--rows`` asks for."""
+    from .rows import rows
+
+    names = {name.strip() for name in options.rows.split(",") if name.strip()}
+    known = rows()
+    if names - {row.name for row in known}:
+        accepted = ", ".join(row.name for row in known)
+        raise SystemExit(f"--rows: {options.rows!r} has an unknown name; accepted: {accepted}")
+    return known, names
+
+
 def measure(options: argparse.Namespace, cases: list[BenchmarkCase], console: Console) -> dict[str, Any]:
     """Runs the suite under a progress bar. Raises ``RedGateError`` before anything wrong is timed."""
     from rich import progress as bars
 
     from . import machine, scaling
     from .measure import Budget
-    from .rows import Row, ours, rows
+    from .rows import ours
     from .runner import Suite
 
     def chosen() -> list[Row]:
-        names = {name.strip() for name in options.rows.split(",") if name.strip()}
-        known = rows()
-        if names - {row.name for row in known}:
-            accepted = ", ".join(row.name for row in known)
-            raise SystemExit(f"--rows: {options.rows!r} has an unknown name; accepted: {accepted}")
-        always = {ours(case) for case in cases}
+        known, names = named_rows(options)
+        always = {case.base or ours(case) for case in cases}
         return [row for row in known if not names or row.name in names | always]
 
     environment = machine.environment(options.device)
@@ -139,16 +157,56 @@ def show(options: argparse.Namespace, data: dict[str, Any], written: list[Path],
         console.print(f"README.md now shows {readme.write(options.load)}", soft_wrap=True)
 
 
-def compare(options: argparse.Namespace, data: dict[str, Any], console: Console) -> bool:
-    """Whether nothing of the library got slower than in the old results beyond the threshold."""
-    from . import results, tables
+def compare(options: argparse.Namespace, data: dict[str, Any], console: Console) -> int:
+    """The exit status: 1 if anything of the library got slower than in the old results."""
+    from . import compare, results, tables, verdict
 
     if options.compare is None:
-        return True
-    old = results.read(options.compare)
-    same = all(old["environment"][k] == data["environment"][k] for k in ("machine", "cores", "isa", "torch"))
-    compared = results.compare(old["rows"], data["rows"])
-    return tables.print_comparison(console, compared, options.threshold, same)
+        return 0
+    old = results.read(Path(options.compare))
+    differ = compare.differing(old["environment"], data["environment"])
+    margin = options.threshold or verdict.RUNS_MARGIN
+    return tables.print_comparison(console, compare.compare(old["rows"], data["rows"], margin, differ), margin)
+
+
+def count(options: argparse.Namespace, cases: list[BenchmarkCase], console: Console) -> int:
+    """Counts instructions, of ours unless ``--rows`` names others, too; always 0."""
+    from . import count
+    from .rows import ours
+
+    tool = count.find_tool()
+    if isinstance(tool, str):
+        console.print(tool, soft_wrap=True)
+        return 0
+    known, names = named_rows(options)
+
+    def chosen(case: BenchmarkCase) -> list[Row]:
+        wanted = names | {case.base or ours(case)}
+        return [row for row in known if row.name in wanted and row.why_not(case) is None]
+
+    jobs, large = count.jobs_of(cases, chosen)
+    found = tool.count(jobs)
+    count.show(console, tool.name, found, large)
+    out = (options.out or Path(LATEST)) / "counts.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = [counted._asdict() for counted in found]
+    out.write_text(json.dumps({"counted_by": tool.name, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    console.print(f"written: {out}", soft_wrap=True)
+    return 0
+
+
+def take_turns(options: argparse.Namespace, cases: list[BenchmarkCase], console: Console) -> int:
+    """Compares with another checkout, round by round; the exit status."""
+    from . import machine, tables, verdict, versus
+    from .measure import Budget
+
+    margin = options.threshold or verdict.INTERLEAVED_MARGIN
+    folder = versus.checkout(options.compare, console.print)
+    tables.print_environment(console, machine.environment(options.device))
+    budget = Budget(options.seconds or SECONDS[options.suite])
+    with versus.workers(folder) as both:
+        found = [versus.take_turns(both, case, budget, margin) for case in cases if case.timed]
+    return tables.print_comparison(console, found, margin)
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
@@ -156,8 +214,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
     from . import plots, results, tables
     from .runner import RedGateError
 
-    if options.compare:
-        results.read(options.compare)  # refused now rather than in the end
+    in_turns = options.compare is not None and not Path(options.compare).is_file()
+    if options.compare and not in_turns:
+        results.read(Path(options.compare))  # refused now rather than in the end
     if options.load:
         data = results.read(options.load)
         written = [] if data["suite"] == DISTRIBUTED else plots.draw(options.out or options.load.parent, data["rows"])
@@ -166,6 +225,10 @@ def run(options: argparse.Namespace, console: Console) -> int:
         if options.list or not cases:
             console.print("\n".join(case.key for case in cases) or f"no case has {options.filter!r}", markup=False)
             return 0 if cases else 1
+        if in_turns:
+            return take_turns(options, cases, console)
+        if options.count:
+            return count(options, cases, console)
         try:
             data = measure(options, cases, console)
         except RedGateError as error:
@@ -175,7 +238,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         written = [*results.write(out, data["rows"], data["environment"], data["suite"])]
         written += [] if data["suite"] == DISTRIBUTED else plots.draw(out, data["rows"])
     show(options, data, written, console)
-    return 0 if compare(options, data, console) else 1
+    return compare(options, data, console)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

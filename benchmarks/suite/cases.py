@@ -21,6 +21,8 @@ class BenchmarkCase:
     ``leave_out`` names rows that the suite does not measure here; ``only``, if not empty, those that it measures beside
     ours. ``memory`` asks for their peak memory, too; ``start`` names those whose first call in a fresh process is
     measured, beside ours. A case that is not ``timed`` is called once, in the process that measures its memory.
+    ``module``: modules are called instead of functions. ``base``: the row that ratios are relative to, if not that of
+    the backend which ``"auto"`` takes. ``share``: of the seconds that the suite has for a case.
     """
 
     problem: testing.Case
@@ -33,11 +35,15 @@ class BenchmarkCase:
     memory: bool = False
     start: tuple[str, ...] = ()
     timed: bool = True
+    module: bool = False
+    base: str = ""
+    share: float = 1.0
 
     @property
     def key(self) -> str:
         """Readable and unique; results of two runs are matched by it."""
-        return f"{self.problem.name} {self.dtype} {self.mode} threads={self.threads} {self.device}"
+        kind = "".join(f" {word}" for word in (self.module and "module", self.base and f"base={self.base}") if word)
+        return f"{self.problem.name} {self.dtype} {self.mode}{kind} threads={self.threads} {self.device}"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -60,13 +66,23 @@ class BenchmarkCase:
         if self.problem.loss == "cacr_momentum_loss":
             return V, B, shape["M"], D
         if self.problem.loss == "supervised_cacr_loss" or options.get("pairing") == "pooled":
-            return 1, V * B, V * B, D
+            return 1, V * B, shape.get("M", 0) or V * B, D
         return V * (V - 1) // (1 if options.get("pairing") == "ordered" else 2), B, B, D
 
     @property
     def constant_keys(self) -> bool:
-        """Whether the keys of the loss carry no gradient."""
-        return self.problem.loss in ("cacr_queue_loss", "cacr_momentum_loss")
+        """Whether the keys of the loss carry no gradient; those of a reference set get none here (``CONSTANT``)."""
+        return self.problem.loss in ("cacr_queue_loss", "cacr_momentum_loss") or bool(self.problem.shape.get("M"))
+
+    @property
+    def inputs_kind(self) -> str:
+        """How the embeddings are made, for people."""
+        return INPUTS[str(self.problem.data)]
+
+    @property
+    def needs_incoming(self) -> bool:
+        """Whether the loss is one number per query, so that a gradient has to flow into each."""
+        return self.problem.per_query
 
     @property
     def flop(self) -> float:
@@ -77,7 +93,8 @@ class BenchmarkCase:
         """
         P, N, M, D = self.extent
         unit = 2.0 * P * N * M * D
-        symmetric = self.problem.loss == "supervised_cacr_loss" or self.problem.options.get("pairing") == "pooled"
+        own_keys = self.problem.loss == "supervised_cacr_loss" and not self.constant_keys
+        symmetric = own_keys or self.problem.options.get("pairing") == "pooled"
         if self.mode == LOSS:
             return unit / 2 if symmetric else unit
         return 2 * unit if symmetric or self.constant_keys else 3 * unit
@@ -86,15 +103,15 @@ class BenchmarkCase:
         """The tensors by argument name, in the dtype and on the device of the case (labels stay integers)."""
         return testing.rounded(testing.make_inputs(self.problem, seed), self.torch_dtype, self.device)
 
-    def smaller(self, batch: int = 61, keys: int = 97) -> BenchmarkCase:
-        """The same case with few queries and keys, for the correctness gate."""
-        most = {"B": batch, "K": keys, "M": max(keys, batch)}
+    def smaller(self, batch: int = 61, keys: int = 97, views: int = 16) -> BenchmarkCase:
+        """The same case with few queries, keys and views, for the correctness gate."""
+        most = {"V": views, "B": batch, "K": keys, "M": max(keys, batch)}
         shape = {k: min(v, most.get(k, v)) for k, v in self.problem.shape.items()}
         return replace(self, problem=self.problem._replace(shape=shape))
 
     def to_json(self) -> dict[str, Any]:
         """Everything a process needs to build the case again."""
-        fields = {k: getattr(self, k) for k in ("mode", "dtype", "threads", "device")}
+        fields = {k: getattr(self, k) for k in ("mode", "dtype", "threads", "device", "module", "base")}
         return fields | {"problem": self.problem._asdict()}
 
     @staticmethod
@@ -118,30 +135,79 @@ def momentum(V: int, B: int, D: int, M: int, **options: Any) -> testing.Case:
     return testing.Case("cacr_momentum_loss", {"V": V, "B": B, "D": D, "M": M}, {"temperature": 0.5} | options)
 
 
-def supervised(B: int, D: int, C: int) -> testing.Case:
-    """A problem for ``supervised_cacr_loss``: B embeddings in C classes."""
-    return testing.Case("supervised_cacr_loss", {"B": B, "D": D, "C": C}, TEMPERATURES)
+def supervised(B: int, D: int, C: int, M: int = 0, **options: Any) -> testing.Case:
+    """A problem for ``supervised_cacr_loss``: B embeddings in C classes, and M of a reference set."""
+    shape = {"B": B, "D": D, "C": C} | ({"M": M} if M else {})
+    return testing.Case("supervised_cacr_loss", shape, TEMPERATURES | options)
 
 
+def raw(problem: testing.Case) -> testing.Case:
+    """The same with rows that the loss has to normalise, as an encoder gives them."""
+    return problem._replace(options=problem.options | {"normalize": True}, data="long")
+
+
+INPUTS = {
+    "unit": "random unit rows",
+    "long": "random rows of other lengths than 1",
+    "clustered": "unit rows around 5 centres",
+    "near-equal": "unit rows, views of an instance 1e-3 apart",
+    "huge": "random rows, 30 times normal numbers",
+    "tiny": "random rows, 1e-15 times normal numbers",
+}
+CONSTANT = ("ref_embeddings",)  # inputs that could get a gradient, but get none in any case here
 OURS_ONLY = ("ours",)  # beside ours no row at all
 EAGER, COMPILED, PRODUCTS, BROADCASTING, SUM = "eager", "compiled", "bare mm", "broadcasting", "z.sum()"
+NTXENT, KEPT = "ntxent eager", "kept queue"
+MODULES = (NTXENT, "ntxent lightly", "ntxent pml", "supcon pml", "cosine lightly")  # other losses, as modules
 RATIOS = (EAGER, COMPILED, PRODUCTS)
 
 
+def table(threads: int, device: str) -> list[BenchmarkCase]:
+    """The cases of the table of goals, modules where embeddings are raw: ours alone, unless the goal is a ratio."""
+
+    def case(problem: testing.Case, *only: str, **fields: Any) -> BenchmarkCase:
+        fields = {"share": 0.4, "module": problem.data == "long"} | fields
+        return BenchmarkCase(problem, threads=threads, device=device, only=only or OURS_ONLY, **fields)
+
+    views = ((2, 16384, 128), (2, 4096, 128), (2, 2048, 128), (2, 1024, 128), (2, 512, 128), (2, 256, 128))
+    widths = ((5, 128, 128), (2, 2048, 64), (2, 2048, 512))
+    classes = ((1024, 100), (4096, 1000), (4096, 10))
+    return [
+        *(case(raw(cacr(*shape)), *((NTXENT,) if shape[1] in (256, 2048) else ())) for shape in views),
+        *(case(raw(cacr(*shape))) for shape in widths),
+        *(case(raw(cacr(2, B, 128, pairing="pooled"))) for B in (1024, 2048)),
+        *(case(raw(queue(2, 128, 128, K))) for K in (65536, 4096)),
+        *(case(raw(queue(2, B, D, K)), KEPT) for B, D, K in ((32, 128, 65536), (16, 256, 262144))),
+        case(raw(momentum(2, 256, 128, 4096))),
+        *(case(raw(supervised(N, 128, C))) for N, C in classes),
+        *(case(raw(supervised(N, 128, 100, M))) for N, M in ((256, 65536), (1024, 8192))),
+        *(case(raw(cacr(2, B, 128, reduction="sum"))) for B in (512, 2048)),
+        *(case(raw(cacr(2, B, 128, reduction="none"))) for B in (512, 2048)),
+        *(case(cacr(V, 16, 128), "torch", "reference", base="torch", share=0.2) for V in (16, 64)),
+        *(case(cacr(V, 16, 128, reduction="none"), "reference", share=0.2) for V in (16, 64)),
+        *(case(raw(cacr(2, B, 128)), mode=LOSS) for B in (512, 2048)),
+        *(case(raw(cacr(2, B, 128)), dtype="float64") for B in (512, 2048)),
+        case(raw(cacr(2, 32, 64)), SUM, *MODULES),
+        case(raw(cacr(2, 64, 64)), NTXENT),
+        case(raw(supervised(256, 128, 10)), "supcon pml"),
+        case(raw(cacr(2, 2048, 128)), dtype="bfloat16"),
+    ]
+
+
 def quick(threads: int, device: str) -> list[BenchmarkCase]:
-    """What fits into two minutes on two cores: every loss and every kind of figure once.
+    """What fits into three minutes on two cores: every loss and kind of figure once, and the table of goals.
 
     Without KeOps, which compiles for about a minute per number of features when it is used for the first time.
     """
 
     def case(problem: testing.Case, *only: str, **fields: Any) -> BenchmarkCase:
-        return BenchmarkCase(problem, threads=threads, device=device, only=only, **fields)
+        return BenchmarkCase(problem, threads=threads, device=device, only=only, **({"share": 0.6} | fields))
 
     return [
-        case(cacr(2, 512, 128), memory=True, start=(EAGER, COMPILED), leave_out=("keops", "ntxent lightly")),
+        case(cacr(2, 512, 128), memory=True, start=(EAGER, COMPILED), leave_out=("keops", *MODULES)),
         case(cacr(2, 2048, 128), *RATIOS, memory=True),
         case(cacr(5, 128, 128), EAGER, PRODUCTS),
-        case(cacr(2, 128, 128), EAGER, BROADCASTING, PRODUCTS, "ntxent lightly", "ntxent pml", memory=True),
+        case(cacr(2, 128, 128), EAGER, BROADCASTING, PRODUCTS, memory=True),
         case(cacr(2, 32, 64), EAGER, SUM),
         case(cacr(2, 2048, 128), EAGER, mode=LOSS),
         case(cacr(2, 1024, 128, pairing="pooled"), EAGER, PRODUCTS),
@@ -149,6 +215,8 @@ def quick(threads: int, device: str) -> list[BenchmarkCase]:
         case(queue(2, 128, 128, 65536), EAGER),
         case(momentum(2, 256, 128, 4096, cost="rbf"), EAGER),
         case(supervised(1024, 128, 100), EAGER),
+        case(cacr(2, 1024, 128)._replace(data="clustered"), EAGER),
+        *table(threads, device),
     ]
 
 
@@ -169,11 +237,12 @@ def goals(threads: int, device: str) -> list[BenchmarkCase]:
         case(cacr(2, 32, 64), SUM),
         case(cacr(2, 32768, 128), memory=True, timed=False),
         case(cacr(2, 65536, 128), memory=True, timed=False),
+        *table(threads, device),
     ]
 
 
 def full(threads: int, device: str) -> list[BenchmarkCase]:
-    """Sweeps over B, V, D, queue length, dtypes, threads, the four losses and their options; has every goal."""
+    """Sweeps over B, V, D, queue length, dtypes, threads, kinds of inputs, the four losses, options; has every goal."""
     base = BenchmarkCase(cacr(2, 2048, 128), threads=threads, device=device)
     batches = (32, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
     shapes = ((2, 32, 64), (3, 128, 128), (5, 128, 128), (8, 128, 128), (5, 512, 128))
@@ -195,6 +264,10 @@ def full(threads: int, device: str) -> list[BenchmarkCase]:
         *(replace(base, problem=queue(2, 128, 128, K), memory=K == 65536) for K in (1024, 4096, 16384, 65536)),
         *(replace(base, problem=cacr(2, 1024, 128), dtype=dtype) for dtype in ("float64", "bfloat16", "float16")),
         *(replace(base, problem=cacr(*shape), threads=1) for shape in ((5, 128, 128), (2, 512, 128), (2, 2048, 128))),
+        *(replace(base, problem=cacr(2, 1024, 128)._replace(data=data)) for data in ("clustered", "near-equal")),
+        *(replace(base, problem=raw(cacr(2, B, 128)), module=True, only=MODULES) for B in (128, 2048)),
+        replace(base, problem=raw(supervised(1024, 128, 100)), module=True, only=("supcon pml",)),
+        *table(threads, device),
     ]
     return list({case.key: case for case in cases}.values())
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 PairCost = Callable[[Tensor, Tensor], Tensor]
 
@@ -135,12 +137,23 @@ def cacr_momentum_loss(
     return (p * loss).sum(0).mean()
 
 
-def supervised_cacr_loss(embeddings: Tensor, labels: Tensor, *, tau_pos: float, tau_neg: float) -> Tensor:
-    """The loss ``cacr_kernels.supervised_cacr_loss`` without a reference set, by masks."""
+def supervised_cacr_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_embeddings: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    tau_pos: float,
+    tau_neg: float,
+) -> Tensor:
+    """The loss ``cacr_kernels.supervised_cacr_loss`` by masks."""
     embeddings = single(embeddings)
-    c = matmul_cost(embeddings, embeddings)
-    same = labels[:, None] == labels
-    positive = same & ~eye(len(labels), embeddings)
+    keys, key_labels = embeddings, labels
+    if ref_embeddings is not None and ref_labels is not None:
+        keys, key_labels = single(ref_embeddings), ref_labels
+    c = matmul_cost(embeddings, keys)
+    same = labels[:, None] == key_labels
+    positive = same & ~eye(len(labels), embeddings) if ref_embeddings is None else same
     loss = embeddings.new_zeros(())
     for tau, members, sign in ((tau_pos, positive, 1.0), (-tau_neg, ~same, -1.0)):
         # A row without members gets equal finite logits and counts as 0.
@@ -148,3 +161,22 @@ def supervised_cacr_loss(embeddings: Tensor, labels: Tensor, *, tau_pos: float, 
         value = torch.where(members, logit.softmax(1) * c, 0.0).sum(1)
         loss = loss + sign * value.sum() / members.any(1).sum().clamp(min=1)
     return loss
+
+
+def normalized(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The loss of unit rows: every tensor of numbers, and every tensor of a list of views, is normalised first."""
+
+    def unit(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return F.normalize(single(x), dim=-1) if x.is_floating_point() else x
+        return [unit(view) for view in x]
+
+    return lambda *tensors, **named: loss(*map(unit, tensors), **{name: unit(x) for name, x in named.items()})
+
+
+def ntxent(views: Sequence[Tensor], temperature: float) -> Tensor:
+    """NT-Xent of two views of raw rows, as in SimCLR: 2B x 2B cosines, the other view of an instance is the class."""
+    z = F.normalize(torch.cat([single(view) for view in views]), dim=1)
+    B = len(views[0])
+    logits = (z @ z.T / temperature).masked_fill(eye(2 * B, z), -math.inf)
+    return F.cross_entropy(logits, torch.arange(2 * B, device=z.device).roll(B))

@@ -141,6 +141,8 @@ def _draw(case: BenchmarkCase, seed: int) -> Draw:
     name = next(k for k in inputs if k in testing.DIFFERENTIABLE)
     count = 1 if case.problem.loss == "cacr_momentum_loss" else case.problem.shape.get("V", 1)
     count *= case.problem.shape["B"]
+    whole = count if case.problem.options.get("reduction") == "sum" else 1  # the loss is as many times the mean
+    count = 1 if "reduction" in case.problem.options else count
     truth, scale = testing.true_quantities(case.problem, inputs)
     single = testing.rounded(inputs, torch.float32, case.device) if case.dtype == "float64" else inputs
     exact = testing.true_quantities(case.problem, single)[0] if single is not inputs else truth
@@ -150,7 +152,10 @@ def _draw(case: BenchmarkCase, seed: int) -> Draw:
         ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         yardstick = [ratio * (testing.FACTOR + 1) / testing.FACTOR * y for y in yardstick]
     return Draw(
-        inputs, (truth["loss"], truth[name] / count), (scale["loss"], scale[name] / count), (yardstick[0], yardstick[1])
+        inputs,
+        (whole * truth["loss"], truth[name] / count),
+        (whole * scale["loss"], scale[name] / count),
+        (yardstick[0], yardstick[1]),
     )
 
 
@@ -158,7 +163,7 @@ def agree(row: Row, case: BenchmarkCase, outputs: Sequence[Tensor], like: Tensor
     """Roughly the same numbers as another row at the size that is timed: catches what only large shapes show."""
     rough = ROUGH.get(case.dtype, 1e-3)
     loss, other = outputs[0].detach().double(), others[0].detach().double()
-    error = abs((loss - other).item()) / max(1.0, abs(other.item()))
+    error = (loss - other).abs().max().item() / max(1.0, other.abs().max().item())
     mine, theirs = gradient(outputs, like), gradient(others, like)
     gradient_error = 0.0
     if mine is not None and theirs is not None:

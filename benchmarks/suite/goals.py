@@ -1,6 +1,7 @@
 """The figures the project promises, and what a run says about them.
 
-All of them are for float32, loss and gradients, on two threads. Ratios to other formulations were set on a machine with
+All of them are for two threads, and for float32, loss and gradients, where not said. The rows of ``cases.table`` call
+modules, which normalise. Ratios to other formulations were set on a machine with
 AVX2 on which those were slower or faster than here: what a machine gives is measured, not assumed.
 """
 
@@ -9,13 +10,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .cases import BROADCASTING, COMPILED, EAGER, PRODUCTS, SUM, BenchmarkCase, cacr, queue
+from cacr_kernels.backends.table import TABLE
+
+from .cases import (
+    BROADCASTING,
+    COMPILED,
+    EAGER,
+    KEPT,
+    LOSS,
+    NTXENT,
+    PRODUCTS,
+    SUM,
+    BenchmarkCase,
+    cacr,
+    queue,
+    table,
+)  # fmt: skip
 from .peak import FMA
 from .results import problem_label
 
 THREADS = 2
 Row = dict[str, Any]
 Figure = tuple[float, float, float]  # 20 %, median, 80 %
+
+
+DEFINITION = TABLE[0].name
+OTHER_FORMS = (EAGER, COMPILED, PRODUCTS, BROADCASTING)
 
 
 class Goal(NamedTuple):
@@ -92,6 +112,33 @@ RATIOS = (
 )
 
 
+# Of the table's cases, in their order: what share of the FMA peak, in percent; or a ratio to another row.
+SHARES = (86, 86, 86, 82, 74, 52, 66, 80, 87, 80, 80, 84, 72, None, None, 75, 65, 75, 75, 75, 75, 74, 86, 50, 60) + (
+    (None,) * 4 + (66, 85, 70, 80) + (None,) * 4
+)
+
+
+def _table() -> list[Goal]:
+    """The goals for the cases of ``cases.table``."""
+    cases = table(THREADS, "cpu")
+    shares = [
+        Goal(case.key, None, "share of the FMA peak", "%", float(share), _of_peak)
+        for case, share in zip(cases, SHARES, strict=True)
+        if share is not None
+    ]
+    ratios = []
+    for case in cases:
+        if KEPT in case.only:
+            ratios.append(Goal(case.key, KEPT, "kept queue / handed in", "×", 1.05, _slower, at_most=True))
+        if DEFINITION in case.only:
+            ratios.append(Goal(case.key, DEFINITION, f"{DEFINITION} / {case.base or 'ours'}", "×", 1.0, _slower))
+        if NTXENT in case.only:
+            ratios.append(Goal(case.key, NTXENT, f"{NTXENT} / ours", "×", 2.0, _slower))
+        if SUM in case.only:
+            ratios.append(Goal(case.key, SUM, f"ours / {SUM}", "×", 3.5, _times, at_most=True))
+    return [*shares, *ratios]
+
+
 def _goals() -> list[Goal]:
     def key(*shape: int) -> str:
         return BenchmarkCase(cacr(*shape), threads=THREADS).key
@@ -112,6 +159,7 @@ def _goals() -> list[Goal]:
         Goal(key(2, 32, 64), SUM, f"ours / {SUM}", "×", 3.0, _times, at_most=True),
         Goal(key(2, 32768, 128), None, "memory above the inputs", "MiB", 160.0, _memory, at_most=True),
         Goal(key(2, 65536, 128), None, "runs to its end", "call", 1.0, _runs),
+        *_table(),
     ]
 
 
@@ -126,12 +174,20 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
         row = found.get((goal.case, goal.row))
         figure = goal.figure(row) if row else None
         if row and figure:
-            judged.append(Verdict(goal, problem_label(row), *figure, _needed(goal, figure[1], found)))
+            judged.append(Verdict(goal, _label(row), *figure, _needed(goal, figure[1], found)))
     return judged
+
+
+def _label(row: Row) -> str:
+    """The problem, and what of it is not usual."""
+    special = [row["dtype"]] if row["dtype"] != "float32" else []
+    special += ["loss only"] if row["mode"] == LOSS else []
+    return ", ".join([problem_label(row), *special])
 
 
 def _needed(goal: Goal, ratio: float, found: dict[tuple[str, str | None], Row]) -> float | None:
     """What ``Verdict.needed`` says; None for figures that are no ratio of other formulations to ours."""
     ours = found.get((goal.case, None))
-    share = _of_peak(ours) if ours and goal.figure is _slower else None
+    of_others = goal.figure is _slower and goal.row in OTHER_FORMS
+    share = _of_peak(ours) if ours and of_others else None
     return share[1] * goal.required / ratio if share else None

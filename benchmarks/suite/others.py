@@ -1,4 +1,7 @@
-"""Other packages, the optional extra ``baselines``: KeOps for the same loss, and NT-Xent for orientation."""
+"""Other packages, the optional extra ``baselines``: KeOps for the same loss, and other losses for orientation.
+
+Those of lightly and pytorch-metric-learning are modules that normalise what they get, so they belong beside modules.
+"""
 
 from __future__ import annotations
 
@@ -106,3 +109,23 @@ def metric_learning(case: BenchmarkCase) -> Loss:
     criterion = load("pytorch_metric_learning").NTXentLoss(temperature=TEMPERATURE)
     labels = torch.arange(case.problem.shape["B"], device=case.device).repeat(2)
     return lambda views: criterion(torch.cat([eager.single(view) for view in views]), labels)
+
+
+def cosine(case: BenchmarkCase) -> Loss:
+    """The negative cosine of two views (SimSiam, BYOL) by lightly: no negatives, so no product of B x B."""
+    criterion = load("lightly").NegativeCosineSimilarity()
+    return lambda views: criterion(eager.single(views[0]), eager.single(views[1]))
+
+
+def supcon(case: BenchmarkCase) -> Loss:
+    """SupCon by pytorch-metric-learning, of labels or of two views."""
+    criterion = load("pytorch_metric_learning").SupConLoss(temperature=TEMPERATURE)
+    if case.problem.loss == "supervised_cacr_loss":
+        return lambda embeddings, labels: criterion(eager.single(embeddings), labels)
+    labels = torch.arange(case.problem.shape["B"], device=case.device).repeat(2)
+    return lambda views: criterion(torch.cat([eager.single(view) for view in views]), labels)
+
+
+def own_ntxent(case: BenchmarkCase) -> Loss:
+    """NT-Xent in a few lines of PyTorch, as a module."""
+    return lambda views: eager.ntxent(views, TEMPERATURE)

@@ -5,24 +5,26 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.host import quantile
-from cacr_kernels.backends.table import TABLE
 
 from .cases import TEMPERATURES, BenchmarkCase
 from .measure import Timing, ratios
-from .rows import OURS, Row
+from .rows import Row
 
 SCHEMA = 2
 LATER = (
+    "inputs",
+    "module",
+    "round_ms",
+    "predicted_ms",
     "processes",
     "cpu_ms",
     "collective_share",
     "needed_mib",
     "sent_mib",
 )  # fields that older files lack: null in all of them
-DEFINITIONS = {backend.name for backend in TABLE if backend.n_by_m_arrays}  # whose speed nobody promises
 TIMED, SINGLE, SKIPPED = "timed", "called once", "left out"
 
 # Column: what it holds. Every row has all of them; what was not measured is null (JSON) or empty (CSV).
@@ -36,15 +38,19 @@ FIELDS = {
     "loss": "the function",
     "V": "views", "B": "instances", "D": "features", "K": "queue entries", "M": "keys", "C": "classes",
     "options": "of the loss",
+    "inputs": "how the embeddings are made",
+    "module": "whether modules were called, which normalise, on raw rows of any length",
     "mode": "loss, or loss+gradients",
     "dtype": "of the inputs", "threads": "CPU threads", "device": "cpu or a GPU",
     "rounds": "measured",
+    "round_ms": "a call's time in each round, in order; those of all rows of a case took turns",
     "p20_ms": "20 % of the rounds are faster", "p50_ms": "median", "p80_ms": "80 % of the rounds are faster",
     "cold_ms": "first call of a fresh process, compiler caches empty",
     "warm_ms": "first call of a fresh process, compiler caches filled; null for rows without",
     "single_ms": "the one measured call of the process that measures memory",
     "ratio": "time over ours, median over the rounds", "ratio_p20": "its 20 %", "ratio_p80": "its 80 %",
     "gflops": "operations of the products (see BenchmarkCase.flop) per second, 1e9; for rows of another function null",
+    "predicted_ms": "on a GPU: reckoned from counts of compiled code; null where nothing was counted",
     "processes": "that share the batch, each with as many threads; null where there is one",
     "cpu_ms": "median of the processor's time of a step, all threads of the process that needs most",
     "collective_share": "of a step: starting collectives and waiting in them, median over ranks and steps",
@@ -70,6 +76,7 @@ def record(case: BenchmarkCase, row: Row, is_ours: bool, environment: dict[str, 
     fields |= {"case": case.key, "row": row.name, "family": row.family, "ours": is_ours, "status": TIMED, "reason": ""}
     fields |= {"loss": case.problem.loss, **case.problem.shape}
     fields["options"] = " ".join(f"{k}={v}" for k, v in case.problem.options.items())
+    fields |= {"inputs": case.inputs_kind, "module": case.module}
     fields |= {"mode": case.mode, "dtype": case.dtype, "threads": case.threads, "device": case.device}
     return fields | environment | found
 
@@ -79,6 +86,7 @@ def figures(case: BenchmarkCase, row: Row, timing: Timing, ours: Timing | None) 
     p20, p50, p80 = (timing.quantile(q) for q in (0.2, 0.5, 0.8))
     found: dict[str, Any] = {"p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50, "p80_ms": 1e3 * p80}
     found["rounds"] = len(timing.rounds)
+    found["round_ms"] = [float(f"{1e3 * timing.rounds[r]:.6g}") for r in sorted(timing.rounds)]
     if ours is not None:
         by_round = ratios(timing, ours)
         names = ("ratio_p20", 0.2), ("ratio", 0.5), ("ratio_p80", 0.8)
@@ -97,8 +105,12 @@ def write(directory: Path, rows: list[dict[str, Any]], environment: dict[str, An
     with as_csv.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(FIELDS))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(row | {"round_ms": _listed(row["round_ms"])} for row in rows)
     return as_json, as_csv
+
+
+def _listed(values: list[float] | None) -> str | None:
+    return None if values is None else " ".join(map(str, values))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -111,46 +123,6 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no results file: {type(error).__name__}: {error}") from error
     data["rows"] = [dict.fromkeys(LATER) | row for row in data["rows"]]
     return data
-
-
-class Comparison(NamedTuple):
-    """One row in two runs. ``time`` is new over old; ``relative`` the same measured in units of the eager row."""
-
-    case: str
-    row: str
-    family: str
-    old_ms: float
-    new_ms: float
-    time: float
-    relative: float | None
-
-    def slower(self, threshold: float) -> bool:
-        """Whether the library got slower by more than ``threshold``, and not just the machine.
-
-        A row counts as slower only if it also lost against the eager form measured beside it (where there is one).
-        """
-        relative = self.time if self.relative is None else self.relative
-        return self.family == OURS and self.row not in DEFINITIONS and min(self.time, relative) > threshold
-
-
-def compare(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[Comparison]:
-    """The rows timed in both runs."""
-
-    def timed(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
-        return {(row["case"], row["row"]): row for row in rows if row["status"] == TIMED}
-
-    before, after = timed(old), timed(new)
-    found = []
-    for (case, name), row in after.items():
-        if (case, name) not in before:
-            continue
-        was, now = before[case, name]["p50_ms"], row["p50_ms"]
-        yardsticks = before.get((case, "eager")), after.get((case, "eager"))
-        relative = None
-        if name != "eager" and yardsticks[0] and yardsticks[1]:
-            relative = (now / was) * (yardsticks[0]["p50_ms"] / yardsticks[1]["p50_ms"])
-        found.append(Comparison(case, name, row["family"], was, now, now / was, relative))
-    return found
 
 
 def problem_label(row: dict[str, Any]) -> str:
@@ -168,4 +140,6 @@ def where(row: dict[str, Any]) -> str:
 
 def label(row: dict[str, Any]) -> str:
     """What a case is, for people."""
-    return ", ".join((problem_label(row), row["dtype"], row["mode"], where(row)))
+    kind = [row["inputs"]] if row["inputs"] else []
+    called = ["module"] if row["module"] else []
+    return ", ".join((problem_label(row), row["dtype"], row["mode"], *called, where(row), *kind))

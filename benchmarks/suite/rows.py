@@ -23,9 +23,27 @@ from cacr_kernels.backends.table import TABLE
 from cacr_kernels.functional import backend_for
 
 from . import eager, others
-from .cases import BROADCASTING, COMPILED, EAGER, GRADIENTS, LOSS, PRODUCTS, SUM, BenchmarkCase
+from .cases import (
+    BROADCASTING,
+    COMPILED,
+    CONSTANT,
+    EAGER,
+    GRADIENTS,
+    KEPT,
+    LOSS,
+    NTXENT,
+    PRODUCTS,
+    SUM,
+    BenchmarkCase,
+)  # fmt: skip
 from .machine import available_bytes
 
+MODULES = {
+    "cacr_loss": "CACRLoss",
+    "cacr_queue_loss": "CACRQueueLoss",
+    "cacr_momentum_loss": "CACRMomentumLoss",
+    "supervised_cacr_loss": "SupervisedCACRLoss",
+}
 Step = Callable[[], tuple[Tensor, ...]]
 Loss = Callable[..., Tensor]
 
@@ -61,7 +79,7 @@ class Row:
         """The call that is timed, on leaves of its own."""
         loss, leaves, tensors = self.loss(case), [], {}
         for name, tensor in inputs.items():
-            wanted = case.mode == GRADIENTS and name in testing.DIFFERENTIABLE
+            wanted = case.mode == GRADIENTS and name in testing.DIFFERENTIABLE and name not in CONSTANT
             parts = list(tensor) if self.split and tensor.dim() == 3 else [tensor]
             parts = [part.detach().clone().requires_grad_(wanted) for part in parts]
             leaves += parts if wanted else []
@@ -71,11 +89,16 @@ class Row:
         if not leaves:
             return lambda: (loss(**tensors),)
 
+        incoming: Tensor | None = None
+
         def step() -> tuple[Tensor, ...]:
+            nonlocal incoming
             for leaf in leaves:
                 leaf.grad = None
             value = loss(**tensors)
-            value.backward()
+            if case.needs_incoming and incoming is None:
+                incoming = testing.incoming_gradient(case.problem, inputs, value.detach())
+            value.backward(incoming)
             return value, *(leaf.grad for leaf in leaves if leaf.grad is not None)
 
         return step
@@ -100,12 +123,18 @@ def too_large(case: BenchmarkCase, arrays: float) -> str | None:
 
 
 def _dense(case: BenchmarkCase) -> str | None:
-    return too_large(case, 6)
+    return _mean_only(case) or too_large(case, 6)
+
+
+def _mean_only(case: BenchmarkCase) -> str | None:
+    return "measured for the mean" if "reduction" in case.problem.options else None
 
 
 def _broadcasting(case: BenchmarkCase) -> str | None:
     if case.problem.loss != "cacr_loss" or case.problem.options.get("pairing") == "pooled":
         return "measured for cacr_loss of pairs of views"
+    if reason := _mean_only(case):
+        return reason
     P, N, M, D = case.extent
     array = N * M * D * case.arithmetic.itemsize
     if array > BROADCAST_LIMIT:
@@ -118,10 +147,32 @@ def _keops(case: BenchmarkCase) -> str | None:
         return "measured for cacr_loss of pairs of views"
     if case.problem.options.get("cost") == "rbf":
         return "measured for the squared Euclidean cost"
+    if {"reduction", "normalize"} & case.problem.options.keys():
+        return "measured for the mean over unit rows"
     P, N, M, D = case.extent
     if P * N * M * D > 2**30:
         return "takes ten seconds and more per call at this size"
     return others.why_not("pykeops")
+
+
+def _cosine(case: BenchmarkCase) -> str | None:
+    return others.no_ntxent(case.problem) or others.why_not("lightly")
+
+
+def _supcon(case: BenchmarkCase) -> str | None:
+    if case.problem.loss != "supervised_cacr_loss" or "M" in case.problem.shape:
+        reason = others.no_ntxent(case.problem)
+        if reason:
+            return f"{reason}, or of labels"
+    return too_large(case, 24.0 * case.problem.shape.get("V", 1) ** 2) or others.why_not("pytorch_metric_learning")
+
+
+def _ntxent(case: BenchmarkCase) -> str | None:
+    return others.no_ntxent(case.problem) or too_large(case, 24.0)
+
+
+def _kept(case: BenchmarkCase) -> str | None:
+    return None if case.problem.loss == "cacr_queue_loss" and case.module else "a queue that the module keeps"
 
 
 def _lightly(case: BenchmarkCase) -> str | None:
@@ -144,11 +195,49 @@ def _backend(backend: Backend, case: BenchmarkCase) -> str | None:
 
 # ---- the losses ------------------------------------------------------------------------------------------------------
 def _library(name: str, case: BenchmarkCase) -> Loss:
+    if case.module:
+        return _module(case, backend=name)
     return partial(getattr(cacr_kernels, case.problem.loss), **case.problem.options, backend=name)
 
 
+def _module(case: BenchmarkCase, **more: Any) -> Loss:
+    """The module, called as users do."""
+    options = case.problem.options | more
+    offset = {"key_offset": options.pop("key_offset")} if "key_offset" in options else {}
+    module = getattr(cacr_kernels, MODULES[case.problem.loss])(**options)
+    if case.problem.loss == "cacr_loss":
+        return lambda views: module(views)
+    return lambda **tensors: module(**tensors, **offset)
+
+
+def _kept_queue(case: BenchmarkCase) -> Loss:
+    """The module that keeps its queue, filled: every call stores its keys."""
+    shape = case.problem.shape
+    module = cacr_kernels.CACRQueueLoss(queue_size=shape["K"], dim=shape["D"], **case.problem.options)
+    filled = False
+
+    def loss(queries: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
+        nonlocal filled
+        if not filled:
+            module.to(device=queue.device, dtype=queue.dtype)
+            rows = {"queue": queue, "queue_count": torch.full_like(module.queue_count, len(queue))}
+            module.load_state_dict(module.state_dict() | rows)
+            filled = True
+        return module(queries, keys)
+
+    return loss
+
+
 def _eager(case: BenchmarkCase) -> Loss:
-    return partial(getattr(eager, case.problem.loss), **case.problem.options)
+    return _normalized(partial(getattr(eager, case.problem.loss), **_without_normalize(case)), case)
+
+
+def _without_normalize(case: BenchmarkCase) -> dict[str, Any]:
+    return {name: value for name, value in case.problem.options.items() if name != "normalize"}
+
+
+def _normalized(loss: Loss, case: BenchmarkCase) -> Loss:
+    return eager.normalized(loss) if case.problem.options.get("normalize") else loss
 
 
 def _compiled(case: BenchmarkCase) -> Loss:
@@ -156,11 +245,15 @@ def _compiled(case: BenchmarkCase) -> Loss:
     # A code object of its own: the compiler's cache and its limit of shapes per function belong to the code object.
     own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     own.__kwdefaults__ = function.__kwdefaults__
+    loss = partial(own, **_without_normalize(case))
+    if case.problem.options.get("normalize"):
+        return torch.compile(eager.normalized(loss), fullgraph=True, dynamic=False)
     return partial(torch.compile(own, fullgraph=True, dynamic=False), **case.problem.options)
 
 
 def _broadcast(case: BenchmarkCase) -> Loss:
-    return partial(eager.cacr_loss, pair_cost=eager.broadcast_cost, **case.problem.options)
+    loss = partial(eager.cacr_loss, pair_cost=eager.broadcast_cost, **_without_normalize(case))
+    return _normalized(loss, case)
 
 
 def _products(case: BenchmarkCase) -> Loss:
@@ -212,8 +305,12 @@ def rows() -> list[Row]:
         Row("keops", BASELINE, "KeOps, symbolic N x M arrays", _keops, others.keops, caches=True),
         Row(PRODUCTS, LESS_WORK, "four torch.mm per pair (loss only: one), nothing else", _products_fit, _products),
         Row(SUM, OTHER, "sum of the views: what autograd costs", _floor, lambda case: _sum, split=False),
+        Row(KEPT, OTHER, "the queue that the module keeps", _kept, _kept_queue, split=False),
+        Row(NTXENT, OTHER, ntxent + "a few lines of PyTorch", _ntxent, others.own_ntxent),
         Row("ntxent lightly", OTHER, ntxent + "lightly", _lightly, others.lightly),
         Row("ntxent pml", OTHER, ntxent + "pytorch-metric-learning", _metric_learning, others.metric_learning),
+        Row("supcon pml", OTHER, "SupCon of pytorch-metric-learning", _supcon, others.supcon),
+        Row("cosine lightly", OTHER, "negative cosine of lightly", _cosine, others.cosine),
     ]
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from . import machine, processes
+from . import machine, predicted, processes
 from .cases import BROADCASTING, EAGER, BenchmarkCase
 from .gate import Check, Gate, agree, broken, embeddings, threads
 from .measure import Budget, Timing, clock, interleave
@@ -56,7 +56,7 @@ class Suite:
 
     def __post_init__(self) -> None:
         self.rows = self.make_rows()
-        self.ours = {case.key: ours(case) for case in self.cases}
+        self.ours = {case.key: case.base or ours(case) for case in self.cases}
 
     def reason(self, case: BenchmarkCase, row: Row) -> str | None:
         """Why a row is left out of a case."""
@@ -74,7 +74,7 @@ class Suite:
         total = 0.0
         for case in self.cases:
             found = self.measured(case)
-            total += self.budget.seconds * case.timed + sum(self._gate_weight(row) for row in found)
+            total += self.budget.seconds * case.share * case.timed + sum(self._gate_weight(row) for row in found)
             total += PROCESS_WEIGHT * len(self._jobs(case, found)) * self.with_processes
         return total
 
@@ -131,6 +131,7 @@ class Suite:
                     values = figures(case, row, timings[row.name], timings.get(first))
                     values["mm_gflops"] = machine.product_gflops(case.arithmetic, case.threads, case.device)
                     values["bandwidth_gbs"] = machine.bandwidth(case.threads, case.device)
+                values["predicted_ms"] = predicted.milliseconds(case, row.name)
                 check = checks.get((case.key, row.name))
                 if check:
                     values |= {"loss_error": check.loss_error, "gradient_error": check.gradient_error}
@@ -171,16 +172,16 @@ class Suite:
         if red:
             raise RedGateError(red)
         del others
-        told = 0.0
+        told, budget = 0.0, self.budget._replace(seconds=self.budget.seconds * case.share)
 
         def on_round(done: float) -> None:
             nonlocal told
-            self.progress(f"timing  {case.key}", self.budget.seconds * (done - told))
+            self.progress(f"timing  {case.key}", budget.seconds * (done - told))
             told = done
 
         order = {row.name: steps[row.name] for row in found if row.name in steps}
         compiles = {row.name for row in found if row.compiles}
-        return interleave(order, first, self.budget, case.threads, case.device, compiles, on_round)
+        return interleave(order, first, budget, case.threads, case.device, compiles, on_round)
 
     def _fractions(self, results: list[dict[str, Any]]) -> None:
         """Adds the peak and what share of it was reached."""

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from benchmarks.host import quantile
-
+from .compare import Comparison
 from .gate import Check
 from .goals import GOALS, Verdict
-from .results import SINGLE, SKIPPED, TIMED, Comparison, label, where
+from .results import SINGLE, SKIPPED, TIMED, label, where
 from .rows import BASELINE, OURS
 from .runner import NOT_WANTED
+from .verdict import CANNOT_TELL, CONFIDENCE, FASTER, SLOWER, VERDICTS
 
 BUSY = 0.5  # running processes per core, without our own
 
@@ -118,6 +119,7 @@ def _time(heading: str, name: str) -> Column:
 
 COLUMNS = (
     *(_time(f"{p} ms", f"{p}_ms") for p in ("p20", "p50", "p80")),
+    _time("predicted ms", "predicted_ms"),
     Column("× ours", "ratio", lambda row: factor(row["ratio"])),
     Column("20–80 %", "ratio_p20", _spread),
     Column("GFLOP/s", "gflops", _gflops),
@@ -139,7 +141,7 @@ def print_goals(console: Console, verdicts: list[Verdict]) -> None:
     """The figures the project promises, as far as they were measured."""
     if not verdicts:
         return
-    console.print("[bold]Goals: float32, loss and gradients, two threads")
+    console.print("[bold]Goals, two threads; float32, loss and gradients where not said")
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("case")
     table.add_column("figure")
@@ -164,7 +166,7 @@ def print_goals(console: Console, verdicts: list[Verdict]) -> None:
         f"{met} of {len(verdicts)} goals met"
         + (f"; {rest} need cases that were not measured (--suite goals measures all, on two threads)" if rest else "")
         + (f"; {beyond} ask for more than the FMA peak of this machine" if beyond else "")
-        + "\n[dim]The ratios required were set on another machine, with AVX2.[/dim]\n",
+        + "\n[dim]The ratios to other forms of the loss were set on another machine, with AVX2.[/dim]\n",
         soft_wrap=True,
     )
 
@@ -180,23 +182,27 @@ def print_red(console: Console, checks: list[Check]) -> None:
     console.print(table)
 
 
-def print_comparison(console: Console, compared: list[Comparison], threshold: float, same_machine: bool) -> bool:
-    """Times of this run over those of the old one; whether nothing of the library got slower beyond the threshold."""
+def print_comparison(console: Console, compared: list[Comparison], margin: float) -> int:
+    """Times of now over those of before, and verdicts. The exit status: 1 if the library got slower, 2 for no row."""
     if not compared:
         console.print("[red]no case of the old results was measured now[/red]")
-        return False
-    table = Table(title="Compared with the old results", title_justify="left", title_style="bold", show_edge=False)
-    for heading in ("case", "row", "old ms", "new ms", "new / old", "by eager", ""):
+        return 2
+    table = Table(title="New over old", title_justify="left", title_style="bold", show_edge=False)
+    headings = ("case", "row", "old ms", "new ms", "new / old", "of which", f"{100 * CONFIDENCE:.0f} % interval", "")
+    for heading in headings:
         table.add_column(heading, justify="left" if heading in ("case", "row", "") else "right")
     for c in compared:
-        verdict = "[bold red]slower" if c.slower(threshold) else ""
-        times = milliseconds(c.old_ms), milliseconds(c.new_ms), factor(c.time), factor(c.relative)
-        table.add_row(escape(c.case), c.row, *times, verdict)
+        interval = "–" if c.interval is None else f"{c.interval.low:.3f}–{c.interval.high:.3f}"
+        times = milliseconds(c.old_ms), milliseconds(c.new_ms), factor(c.time), c.by and f"by {c.by}", interval
+        colour = {SLOWER: "bold red", FASTER: "green", CANNOT_TELL: "yellow"}.get(c.verdict, "")
+        told = f"{c.verdict}: {c.reason}" if c.reason else c.verdict
+        table.add_row(escape(c.case), c.row, *times, Text(told, colour if c.counts else "dim"))
     console.print(table)
-    slower = [c for c in compared if c.slower(threshold)]
-    mine = [c.time for c in compared if c.family == OURS]
-    typical = f", median of the library's rows {quantile(mine, 0.5):.2f}×" if mine else ""
-    console.print(f"{len(slower)} of {len(compared)} rows slower by more than {threshold:g}×{typical}", soft_wrap=True)
-    if not same_machine:
-        console.print("[yellow]the old results come from another machine, thread count or torch[/yellow]")
-    return not slower
+    mine = [c for c in compared if c.counts]
+    counts = ", ".join(f"{sum(c.verdict == verdict for c in mine)} {verdict}" for verdict in VERDICTS)
+    console.print(
+        f"Rows of the library: {counts}. A row is slower if the {100 * CONFIDENCE:.0f} % interval of its "
+        f"ratio lies above {margin:g}, faster if below {1 / margin:.3f}, the same if between.",
+        soft_wrap=True,
+    )
+    return int(any(c.slower for c in compared))

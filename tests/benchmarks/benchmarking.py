@@ -9,7 +9,8 @@ from benchmarks.suite.rows import Row
 ENVIRONMENT = machine.environment("cpu")
 TINY = BenchmarkCase(cases.cacr(2, 9, 6))
 BUDGET = measure.Budget(0.05)
-PACKAGES = ("keops", "ntxent lightly", "ntxent pml")  # other packages; slow to import, and KeOps compiles
+# Rows of other packages, which are slow to import; KeOps compiles.
+PACKAGES = ("keops", "ntxent lightly", "ntxent pml", "supcon pml", "cosine lightly")
 
 
 def silent(text: str, weight: float) -> None:
