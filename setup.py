@@ -66,6 +66,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
     ISAS["avx2"] = ["-DCACR_VECTOR_BYTES=32", *avx2]
     ISAS["avx512"] = ["-DCACR_VECTOR_BYTES=64", *avx2, *avx512]
+    ISAS["amx"] = [*ISAS["avx512"], "-DCACR_BF16_TILES", "-mamx-tile", "-mamx-bf16"]
 
 
 # The newest symbols of system libraries that the tag manylinux_2_28 of a wheel allows (PEP 600).

@@ -23,4 +23,6 @@ BACKEND = Backend(
     why_not,
     device="cpu",
     operators=("cacr", "contrast", "detached_keys", "repulsion"),
+    half_types=(torch.bfloat16,) if library.bf16_products() else (),
+    rounds_coefficients=True,
 )

@@ -40,7 +40,7 @@ class Backend(NamedTuple):
             compute all losses; without any operator it computes them by the definition.
         implement: called with the name of every operator (``contrast`` comes with ``contrast_backward``) after
             ``<operator>_<backend>`` was declared, to register what computes it; ``None``: a compiled library does.
-        half_types: whether its operators take float16 and bfloat16 as they are.
+        half_types: the types among float16 and bfloat16 that its operators take as they are.
         rounds_coefficients: whether what multiplies such features in a gradient is rounded to their type.
         fuses: which views ``(shape [V, B, D], pairing)`` the operator ``cacr`` takes.
         suits: which sizes ``"auto"`` takes it for, if another backend with kernels can run there, too.
@@ -55,7 +55,7 @@ class Backend(NamedTuple):
     device: str | None = None
     operators: tuple[str, ...] = ()
     implement: Callable[[str], None] | None = None
-    half_types: bool = False
+    half_types: tuple[torch.dtype, ...] = ()
     rounds_coefficients: bool = False
     fuses: Callable[[tuple[int, ...], Pairing], bool] = lambda shape, pairing: True
     suits: Callable[[Size], bool] = lambda size: True

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ...operators.registry import constant_while_compiling, implement_traceable
+from ...types import HALF_TYPES
 from ..entry import Backend, any_device
 from . import launch as launching
 from . import table
@@ -79,6 +80,6 @@ BACKEND = Backend(
     device="cuda",
     operators=("cacr", "contrast", "detached_keys", "repulsion"),
     implement=_implement,
-    half_types=True,
+    half_types=HALF_TYPES,
     tests_only_on=("cpu",),  # in its interpreter
 )

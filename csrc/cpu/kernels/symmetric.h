@@ -164,7 +164,7 @@ void merge_rows(T slope, idx n, const SoftmaxRows<T>& into, const SoftmaxRows<T>
 // The square on the diagonal. The sums of its rows are known, unless two softmaxes nearly cancel.
 template <class T>
 void square_gradients(const SymmetricSweep<T>& w, const Block<T>& b, BlockRows<T> rows, Keys keys) {
-  if (!w.g.cancelling) rows.row_sum = w.s.turned;  // of no use
+  if (!w.g.cancelling && !w.g.bf16) rows.row_sum = w.s.turned;  // of no use
   tile_gradients(w.g, b, w.s.block, rows, w.s.block.S, keys);
 }
 
@@ -179,12 +179,14 @@ void symmetric_gradients(const SymmetricSweep<T>& w, const Block<T>& b, const Bl
     for (idx l = 0; l < b.rows_of_panel(i); l++) q_bias[l] = bias[b.row0 + i * PW + l];
     SymmetricTile<T> tile{};
     tile.tile = gradient_tile(g, rows, i);
+    alignas(64) T unused[PW] = {};
+    if (g.bf16) tile.tile.row_sum = unused;
     for (int s = 0; s < g.p.softmaxes; s++) tile.shifted[s] = !g.positive[s];
     tile.q_bias = q_bias, tile.lanes = b.rows_of_panel(i), tile.total = g.cancelling, tile.moment_stride = g.p.N * W;
     for_parts(g, b.row0 + i * PW, keys, [&](idx j, idx count, bool masked) {
       const idx at = (i * g.t.blocking.keys + j - keys.j0) * PW;
       tile.tile.n = count, tile.tile.S = w.s.block.S + at, tile.tile.H = w.s.block.H + at;
-      tile.tile.ids = tile_ids(g, b, w.s.block, i, j), tile.tile.columns = w.s.block.columns + j * W;
+      tile.tile.ids = tile_ids(g, b, w.s.block, i, j), tile.tile.columns = g.bf16 ? nullptr : w.s.block.columns + j * W;
       for (int s = 0; s < g.p.softmaxes; s++) tile.keys[s] = w.all.at(s, b.pair, j);
       tile.k_bias = bias + j, tile.key_moments = w.s.moments + j * W;
       with_gradient_flags(g, masked, [&](auto two, auto bounded, auto mask, auto moment) {
@@ -220,6 +222,8 @@ template <class T>
 void meet_backward(const SymmetricSweep<T>& w, const Block<T>& b, const BlockRows<T>& rows, Keys keys, bool diagonal) {
   compute_similarities(w.g, b, w.s.block, w.s.block.S, keys);
   diagonal ? square_gradients(w, b, rows, keys) : symmetric_gradients(w, b, rows, keys);
+  if constexpr (kBf16Tiles<T>)
+    if (w.g.bf16) round_block(w.g, b, w.s.block, rows, keys);
   multiply_query_gradients(w.g, b, w.s.block, keys);
   multiply_key_gradients(w.g, b, w.s.block, keys);
 }
@@ -238,7 +242,7 @@ void symmetric_block(const SymmetricSweep<T>& w, const Block<T>& b) {
     meet(w, b, rows, {j, min_of(K, g.p.N - j)}, false);
   }
   if (!g.backward) return;
-  if (!g.cancelling)
+  if (!g.cancelling && !g.bf16)
     for (idx i = 0; i < b.panels * PW; i++) rows.row_sum[i] += rows.known_sum[i];
   add_query_gradients(g, b, w.s.block, rows.row_sum);
   if (g.t.want_moment) write_variance(g, b, rows);  // of what the rows met as queries so far

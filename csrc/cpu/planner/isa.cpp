@@ -7,6 +7,10 @@
 #ifdef CACR_HAVE_AVX2
 #include <cpuid.h>
 #endif
+#if defined(CACR_HAVE_AMX) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define CACR_DECLARE(isa)                      \
   namespace isa {                              \
@@ -23,6 +27,9 @@ CACR_DECLARE(avx2)
 #ifdef CACR_HAVE_AVX512
 CACR_DECLARE(avx512)
 #endif
+#ifdef CACR_HAVE_AMX
+CACR_DECLARE(amx)
+#endif
 
 namespace {
 
@@ -31,6 +38,28 @@ namespace {
 bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
+#ifdef CACR_HAVE_AVX512
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+#ifdef CACR_HAVE_AMX
+// The processor has tiles of bfloat16, and the system lets this process use them: Linux wants to be asked.
+bool has_amx() {
+#ifdef __linux__
+  unsigned a, b, c, d;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return has_avx512() && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -44,13 +73,12 @@ struct Isa {
 
 // The best first.
 const Isa kIsas[] = {
+#ifdef CACR_HAVE_AMX
+    {"amx", &amx::kernels_float, &amx::kernels_double, has_amx, true},
+#endif
 #ifdef CACR_HAVE_AVX512
     {"avx512", &avx512::kernels_float, &avx512::kernels_double,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     },
-     true},
+ has_avx512, true},
 #endif
 #ifdef CACR_HAVE_AVX2
     {"avx2", &avx2::kernels_float, &avx2::kernels_double,
