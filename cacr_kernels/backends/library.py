@@ -110,6 +110,11 @@ def active_isa() -> str | None:
     return _CPU.text("cacr_cpu_active_isa") if _CPU.loaded else None
 
 
+def failed_isas() -> str:
+    """Instruction sets that this processor has, but whose kernels disagree with the portable ones on it."""
+    return _CPU.text("cacr_cpu_failed_isas") if _CPU.loaded else ""
+
+
 def bf16_products() -> bool:
     """Whether the CPU kernels make products of bfloat16."""
     return active_isa() == "amx"

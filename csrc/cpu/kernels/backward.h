@@ -48,18 +48,18 @@ void tile_gradients(const SweepSetup<T>& g, const Block<T>& b, const BlockScratc
 // The coefficients of bfloat16 products, with the sums of rows and columns.
 template <class T>
 void round_block(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, const BlockRows<T>& rows,
-                        Keys keys) {
+                 Keys keys) {
   constexpr idx W = Lanes<T>::W;
   const T* k_r = b.k_r(g);
   for (idx i = 0; i < b.panels; i++) {
     const idx at = i * g.t.blocking.keys * kTile;
     const RoundedCoefficients<T> t{s.H + at,
-                                s.bf16.q_r + i * kTile,
-                                k_r ? k_r + keys.j0 : nullptr,
-                                s.bf16.h_rows + at,
-                                s.bf16.h_pairs + at,
-                                rows.row_sum + i * kTile,
-                                g.t.want_dk ? s.columns + (keys.j0 - g.t.share.key0) * W : nullptr};
+                                   s.bf16.q_r + i * kTile,
+                                   k_r ? k_r + keys.j0 : nullptr,
+                                   s.bf16.h_rows + at,
+                                   s.bf16.h_pairs + at,
+                                   rows.row_sum + i * kTile,
+                                   g.t.want_dk ? s.columns + (keys.j0 - g.t.share.key0) * W : nullptr};
     round_coefficients(keys.n, t);
   }
 }

@@ -20,8 +20,8 @@ struct Share {
   int64_t unit0, unit1, key0, key1;
 };
 
-// Keys rounded to bfloat16 as the operands of tile_bf16.h, not scaled. Of view v: from v * view_rows on; rows that do not
-// exist are 0.
+// Keys rounded to bfloat16 as the operands of tile_bf16.h, not scaled. Of view v: from v * view_rows on; rows that do
+// not exist are 0.
 struct Bf16Keys {
   uint16_t* rows;     // [k_views][view_rows][row_stride]
   uint16_t* columns;  // [k_views][view_rows/32][D rounded up to 32][32]
@@ -31,11 +31,11 @@ struct Bf16Keys {
 // Keys and norms, packed once per call.
 template <class T>
 struct Packed {
-  T* q_norm;     // [q_views][N]             |q|^2, or 0 (inner product)
-  T* k_bias;     // [k_views][M]             -|k|^2/2, or 0 (inner product)
-  T* k_panels;   // [k_views][Dp/PW][M][PW]    null where no query gradient is wanted
-  T *q_r, *k_r;  // [q_views][N], [k_views][M] inverse lengths of raw rows, one array where the keys are the queries;
-                 // null: rows are taken as they are. Norms, biases and panels are those of unit rows.
+  T* q_norm;      // [q_views][N]             |q|^2, or 0 (inner product)
+  T* k_bias;      // [k_views][M]             -|k|^2/2, or 0 (inner product)
+  T* k_panels;    // [k_views][Dp/PW][M][PW]    null where no query gradient is wanted
+  T *q_r, *k_r;   // [q_views][N], [k_views][M] inverse lengths of raw rows, one array where the keys are the queries;
+                  // null: rows are taken as they are. Norms, biases and panels are those of unit rows.
   Bf16Keys keys;  // for products of bfloat16
 };
 

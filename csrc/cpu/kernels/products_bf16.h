@@ -24,10 +24,10 @@ inline constexpr bool kBf16Tiles = false;
 // Coefficients of one panel and `n` keys; what is rounded is padded with zeros to whole tiles.
 template <class T>
 struct RoundedCoefficients {
-  const T* H;           // [n][kTile] dL/dS
-  const T *q_r, *k_r;   // [kTile], [n] inverse lengths; k_r null: rows are taken as they are
-  Bf16 *rows, *pairs;   // [n][kTile] of H_ij r_i, [n/2][kTile][2] of H_ij r_j
-  T *row_sum, *columns; // [kTile] sum_j H_ij and [n][W] H_ij by lanes are added to it; columns null: not wanted
+  const T* H;            // [n][kTile] dL/dS
+  const T *q_r, *k_r;    // [kTile], [n] inverse lengths; k_r null: rows are taken as they are
+  Bf16 *rows, *pairs;    // [n][kTile] of H_ij r_i, [n/2][kTile][2] of H_ij r_j
+  T *row_sum, *columns;  // [kTile] sum_j H_ij and [n][W] H_ij by lanes are added to it; columns null: not wanted
 };
 
 CACR_INLINE idx tiled(idx n) { return (n + kTile - 1) / kTile * kTile; }
@@ -129,14 +129,14 @@ CACR_NOINLINE void pack_query_pairs(idx n, idx D, const float* q, idx stride, Bf
 }
 
 // ---- coefficients ---------------------------------------------------------------------------------------------------
-// The sums are those of what multiplies the rows. Of unit rows they only serve to subtract what the gradient of raw rows
-// loses anyhow, its part along the row, and are those of H itself.
+// The sums are those of what multiplies the rows. Of unit rows they only serve to subtract what the gradient of raw
+// rows loses anyhow, its part along the row, and are those of H itself.
 template <bool kRaw>
 CACR_NOINLINE void round_coefficients(idx n, const RoundedCoefficients<float>& t) {
   constexpr idx W = Lanes<float>::W;
   const Panel<float> q_r = kRaw ? load_panel(t.q_r) : Panel<float>{};
   Panel<float> sum{};
-  const auto round_key = [&](idx j, Bits (&for_dq)[2]) __attribute__((always_inline)) {
+  const auto round_key = [&](idx j, Bits(&for_dq)[2]) __attribute__((always_inline)) {
     const Panel<float> h = load_panel(t.H + j * kTile);
     Panel<float> counted = h;
     for (int i = 0; i < 2; i++) {
@@ -201,8 +201,7 @@ CACR_NOINLINE void key_gradient_tiles(idx n, idx panels, idx Dp, const Bf16* row
       float* const out = dK + j * ldk + f;
       const bool whole = j + kTile <= n;
       whole ? product.load(out, ldk) : product.zero();
-      for (idx i = 0; i < panels; i++)
-        product.add(rows + i * ldh + j * kTile, kTile, Q + (i * Dp + f) * kTile);
+      for (idx i = 0; i < panels; i++) product.add(rows + i * ldh + j * kTile, kTile, Q + (i * Dp + f) * kTile);
       if (whole) {
         product.store(out, ldk);
       } else {

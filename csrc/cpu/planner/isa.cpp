@@ -77,8 +77,7 @@ const Isa kIsas[] = {
     {"amx", &amx::kernels_float, &amx::kernels_double, has_amx, true},
 #endif
 #ifdef CACR_HAVE_AVX512
-    {"avx512", &avx512::kernels_float, &avx512::kernels_double,
- has_avx512, true},
+    {"avx512", &avx512::kernels_float, &avx512::kernels_double, has_avx512, true},
 #endif
 #ifdef CACR_HAVE_AVX2
     {"avx2", &avx2::kernels_float, &avx2::kernels_double,
@@ -87,6 +86,11 @@ const Isa kIsas[] = {
     {"portable", &portable::kernels_float, &portable::kernels_double, [] { return true; }, false},
 };
 
+void append(std::string& names, const char* name) {
+  if (!names.empty()) names += ',';
+  names += name;
+}
+
 bool works(const Isa& isa) {
   return !isa.checked || (self_check_passes(*isa.f32, portable::kernels_float, 37, 19) &&
                           self_check_passes(*isa.f64, portable::kernels_double, 37, 19));
@@ -94,7 +98,7 @@ bool works(const Isa& isa) {
 
 struct Choice {
   const Isa* isa = nullptr;
-  std::string error;
+  std::string error, failed;
 
   Choice() {
     const char* asked = std::getenv("CACR_CPU_ISA");
@@ -111,8 +115,13 @@ struct Choice {
           error.clear(), isa = &i;
       }
     }
-    for (const Isa& i : kIsas)
-      if (!isa && i.supported() && works(i)) isa = &i;
+    for (const Isa& i : kIsas) {
+      if (isa || !i.supported()) continue;
+      if (works(i))
+        isa = &i;
+      else
+        append(failed, i.name);
+    }
   }
 };
 
@@ -139,10 +148,11 @@ const Kernels<double>& kernels<double>() {
 CACR_EXPORT const char* cacr_cpu_compiled_isas() {
   static const std::string names = [] {
     std::string s;
-    for (const cacr::Isa& i : cacr::kIsas) s += (s.empty() ? "" : ",") + std::string(i.name);
+    for (const cacr::Isa& i : cacr::kIsas) cacr::append(s, i.name);
     return s;
   }();
   return names.c_str();
 }
 CACR_EXPORT const char* cacr_cpu_active_isa() { return cacr::choice().isa->name; }
+CACR_EXPORT const char* cacr_cpu_failed_isas() { return cacr::choice().failed.c_str(); }
 CACR_EXPORT const char* cacr_cpu_isa_error() { return cacr::choice().error.c_str(); }
