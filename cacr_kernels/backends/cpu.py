@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from . import library
+from . import library, precision
 from .entry import Backend
 
 _ERROR = library.cpu_library().error or library.isa_error()
@@ -32,6 +32,8 @@ BACKEND = Backend(
     why_not,
     device="cpu",
     operators=("cacr", "contrast", "detached_keys", "repulsion"),
+    variants=("_bf16",),
+    variant=precision.cpu_products if library.bf16_products() else lambda: "",
     half_types=(torch.bfloat16,) if library.bf16_products() else (),
     rounds_coefficients=True,
 )

@@ -40,6 +40,9 @@ class Backend(NamedTuple):
             compute all losses; without any operator it computes them by the definition.
         implement: called with the name of every operator (``contrast`` comes with ``contrast_backward``) after
             ``<operator>_<backend>`` was declared, to register what computes it; ``None``: a compiled library does.
+        variants: what is added to the names of its operators where they exist a second time, with other products of
+            float32.
+        variant: which of these float32 takes now; ``""``: none of them.
         half_types: the types among float16 and bfloat16 that its operators take as they are.
         rounds_coefficients: whether what multiplies such features in a gradient is rounded to their type.
         fuses: which views ``(shape [V, B, D], pairing)`` the operator ``cacr`` takes.
@@ -55,6 +58,8 @@ class Backend(NamedTuple):
     device: str | None = None
     operators: tuple[str, ...] = ()
     implement: Callable[[str], None] | None = None
+    variants: tuple[str, ...] = ()
+    variant: Callable[[], str] = lambda: ""
     half_types: tuple[torch.dtype, ...] = ()
     rounds_coefficients: bool = False
     fuses: Callable[[tuple[int, ...], Pairing], bool] = lambda shape, pairing: True
@@ -67,7 +72,8 @@ class Backend(NamedTuple):
 def registered(backend: Backend) -> Backend:
     """The backend, after its operators were declared and implemented."""
     for family in backend.operators:
-        _DECLARE[family](backend.name)
+        for variant in ("", *backend.variants):
+            _DECLARE[family](backend.name + variant)
         for name in _CONSISTS_OF.get(family, (family,)):
             if backend.implement is not None:
                 backend.implement(name)

@@ -1,4 +1,4 @@
-"""How products of float32 are made on a GPU, by both of its backends."""
+"""How products of float32 are made: on a GPU by both of its backends, and on a CPU with tiles of bfloat16."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from typing import Literal
 
 import torch
+
+from ..operators.registry import constant_while_compiling
 
 Products = Literal["ieee", "tf32", "tf32x3"]
 VARIABLE = "CACR_TF32X3"
@@ -20,3 +22,9 @@ def fp32_products() -> Products:
     if torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "tf32x3" if os.environ.get(VARIABLE, "") not in ("", "0") else "ieee"
+
+
+@constant_while_compiling
+def cpu_products() -> str:
+    """``"_bf16"`` where PyTorch may make its own of bfloat16, ``torch.backends.mkldnn.matmul.fp32_precision``."""
+    return "_bf16" if torch.backends.mkldnn.matmul.fp32_precision == "bf16" else ""

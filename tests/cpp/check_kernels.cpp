@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <iterator>
 
+#include "../../csrc/cpu/planner/amx.h"
 #include "../../csrc/cpu/planner/self_check.h"
 
 namespace cacr {
@@ -28,6 +29,7 @@ int main(int argc, char**) {
   constexpr int kRows[] = {1, 2, 5, 6, 13, 31, 37, 64, 101, 193, 300};
   constexpr int kFeatures[] = {1, 3, 8, 16, 17, 19, 32, 33, 64, 100, 128, 256};
   const bool few = argc > 1;
+  cacr::may_use_amx();  // the candidate may need it
   int failures = 0, checks = 0;
   for (size_t i = 0; i < std::size(kRows); i++)
     for (size_t j = 0; j < std::size(kFeatures); j++) {

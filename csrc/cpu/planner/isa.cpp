@@ -3,13 +3,10 @@
 
 #include <string>
 
+#include "amx.h"
 #include "self_check.h"
 #ifdef CACR_HAVE_AVX2
 #include <cpuid.h>
-#endif
-#if defined(CACR_HAVE_AMX) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 #define CACR_DECLARE(isa)                      \
@@ -48,21 +45,6 @@ bool has_avx512() {
 }
 #endif
 
-#ifdef CACR_HAVE_AMX
-// The processor has tiles of bfloat16, and the system lets this process use them: Linux wants to be asked.
-bool has_amx() {
-#ifdef __linux__
-  unsigned a, b, c, d;
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return has_avx512() && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-#endif
-
 struct Isa {
   const char* name;
   const Kernels<float>* f32;
@@ -74,7 +56,7 @@ struct Isa {
 // The best first.
 const Isa kIsas[] = {
 #ifdef CACR_HAVE_AMX
-    {"amx", &amx::kernels_float, &amx::kernels_double, has_amx, true},
+    {"amx", &amx::kernels_float, &amx::kernels_double, [] { return has_avx512() && may_use_amx(); }, true},
 #endif
 #ifdef CACR_HAVE_AVX512
     {"avx512", &avx512::kernels_float, &avx512::kernels_double, has_avx512, true},

@@ -1,0 +1,209 @@
+"""Products of bfloat16: the tile instructions, the kernels made of them, and where they are taken.
+
+What needs no processor with tiles runs everywhere, by the definition of the instructions written in C++.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import grad
+from torch.nn.functional import normalize
+
+from cacr_kernels import cacr_loss, supervised_cacr_loss
+from cacr_kernels.backends import library
+from tests.cpu.test_cpu_kernels import (
+    AVX512,
+    Builder,
+    few_or_all_shapes,
+    lowered,
+    native_objects,
+    processor_has,
+    run,
+    run_python,
+    setup_script,
+    shipped,
+)
+
+AMX = (*AVX512, "amx_bf16", "amx_tile")
+TILES = ["-DCACR_VECTOR_BYTES=64", "-DCACR_BF16_TILES"]
+UNDER_TEST = "tests/cpp/tiles_under_test.cpp"
+CHECK = "tests/cpp/check_tiles.cpp"
+
+compiled = pytest.mark.skipif("amx" not in library.compiled_isas(), reason="needs a library for x86-64")
+
+
+# ---- the instructions ------------------------------------------------------------------------------------------------
+def emulated_tiles(builder: Builder) -> Path:
+    return builder.compile(UNDER_TEST, "tiles_emulated", "-DCACR_ISA=emulated", *TILES, *lowered())
+
+
+def link_and_run(builder: Builder, name: str, objects: list[Path]) -> str:
+    program = objects[0].with_name(name)
+    run(*builder.command, *map(str, objects), "-o", str(program))
+    return run(str(program))
+
+
+def test_definition_of_the_instructions() -> None:
+    """The C++ that stands in for tile instructions, against a table."""
+    builder = Builder("tiles", "-O1")
+    check = builder.compile(CHECK, "check_emulated", "-DCANDIDATE=emulated")
+    assert link_and_run(builder, "emulated", [check, emulated_tiles(builder)]) == "0 failures\n"
+
+
+@compiled
+def test_instructions_of_the_processor() -> None:
+    """The same table, and the same bits as the definition."""
+    if not processor_has(*AMX):
+        assert library.active_isa() != "amx"
+        return
+    builder = Builder("tiles", "-O1")
+    tiles = builder.compile(UNDER_TEST, "tiles_amx", "-DCACR_ISA=amx", *setup_script()["ISAS"]["amx"])
+    check = builder.compile(CHECK, "check_amx", "-DCANDIDATE=amx", "-DOTHER=emulated")
+    assert link_and_run(builder, "amx", [check, tiles, emulated_tiles(builder)]) == "0 failures\n"
+
+
+# ---- the kernels -----------------------------------------------------------------------------------------------------
+@few_or_all_shapes
+@compiled
+def test_amx_kernels(shapes: tuple[str, ...]) -> None:
+    if not processor_has(*AMX):
+        assert library.active_isa() != "amx"
+        return
+    assert library.active_isa() == "amx" or "CACR_CPU_ISA" in os.environ
+    assert " 0 failures" in Builder("fast", "-O2").check("amx", [shipped("amx"), shipped("portable")], *shapes)
+
+
+@pytest.mark.exhaustive
+def test_emulated_kernels() -> None:
+    """The kernels for AMX, compiled without it."""
+    builder = Builder("fast", "-O2")
+    tiles = builder.kernels("tiles", ["-O2", *TILES, *lowered()])
+    assert " 0 failures" in builder.check("tiles", [tiles, shipped("portable")], "few")
+
+
+# ---- where they are taken --------------------------------------------------------------------------------------------
+needs_amx = pytest.mark.skipif(not library.bf16_products(), reason="needs a processor with AMX")
+
+
+def views(*shape: int, length: float = 1.0) -> Tensor:
+    z = normalize(torch.randn(shape, generator=torch.Generator().manual_seed(0)), dim=-1) * length
+    return z.bfloat16().requires_grad_()
+
+
+def both(z: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    loss = cacr_loss(z, backend="cpu", **options)  # type: ignore[arg-type]
+    return loss.detach(), grad(loss, z)[0]
+
+
+@compiled
+def test_older_instruction_sets_leave_them_out() -> None:
+    code = """
+from cacr_kernels.backends import cpu, library
+print(library.active_isa(), library.bf16_products(), len(cpu.BACKEND.half_types))
+"""
+    if processor_has(*AVX512):
+        assert run_python(code, CACR_CPU_ISA="avx512") == "avx512 False 0"
+    if processor_has(*AMX) and "CACR_CPU_ISA" not in os.environ:
+        assert run_python(code) == "amx True 1"
+
+
+def test_library_lists_what_it_compiled() -> None:
+    names = [o.name.removeprefix("kernels_") for o in native_objects() if o.name.startswith("kernels_")]
+    if library.compiled_isas():
+        assert sorted(library.compiled_isas()) == sorted(names)
+
+
+FAILED = """
+import warnings
+from unittest import mock
+from cacr_kernels.backends import library
+with mock.patch.object(library, "failed_isas", lambda: "amx"), warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from cacr_kernels.backends import cpu
+    import importlib
+    importlib.reload(cpu)
+print(*(str(w.message) for w in caught if "disagree" in str(w.message)))
+"""
+
+
+def test_instruction_set_that_fails_its_check_is_named() -> None:
+    assert "the CPU kernels for amx are not used" in run_python(FAILED)
+    assert library.failed_isas() == ""
+
+
+@needs_amx
+@pytest.mark.parametrize("pairing", ["unordered", "pooled"])
+def test_coefficients_are_rounded_once(pairing: str) -> None:
+    """Gradients differ from those of float32 products, by an eps of bfloat16 at most."""
+    z = views(2, 257, 70)
+    x = z.detach().float().requires_grad_()
+    (loss, found), (exact, expected) = both(z, pairing=pairing), both(x, pairing=pairing)
+    assert abs(loss - exact) <= 1e-6
+    assert not found.equal(expected.bfloat16()), "these are float32 products"
+    assert (found.float() - expected).abs().max() <= torch.finfo(torch.bfloat16).eps * expected.abs().max()
+
+
+@needs_amx
+@pytest.mark.parametrize("length", [1e-15, 1e-13, 1e13])
+@pytest.mark.parametrize("pairing", ["unordered", "pooled"])
+def test_rows_out_of_range(length: float, pairing: str) -> None:
+    """Rows whose products are subnormal or large are multiplied in float32: gradients are those of float32, rounded."""
+    z = views(2, 257, 33, length=length)
+    x = z.detach().float().requires_grad_()
+    (loss, found), (exact, expected) = both(z, pairing=pairing), both(x, pairing=pairing)
+    assert loss.equal(exact)
+    assert found.equal(expected.bfloat16())
+
+
+@needs_amx
+def test_one_short_row_is_enough() -> None:
+    z = views(2, 257, 33).detach()
+    z[1, 7] *= 1e-14
+    z[0, 3] = 0
+    with torch.no_grad():
+        assert cacr_loss(z, backend="cpu").equal(cacr_loss(z.float(), backend="cpu"))
+        z[1, 7] = 0
+        z.requires_grad_()
+    found, expected = both(z)[1], both(z.detach().float().requires_grad_())[1]
+    assert not found.equal(expected.bfloat16()), "rows of zeros are no reason"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_bad_numbers_reach_the_loss(bad: float, normalized: bool) -> None:
+    z = views(2, 40, 33).detach()
+    z[1, 7, 5] = bad
+    z.requires_grad_()
+    x = z.detach().float().requires_grad_()
+    (loss, found), (expected, gradient) = both(z, normalize=normalized), both(x, normalize=normalized)
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+    assert found.isnan().equal(gradient.bfloat16().isnan())
+
+
+@needs_amx
+def test_same_bits_with_the_same_threads() -> None:
+    z, w = views(3, 301, 70), views(333, 40)
+    labels = torch.arange(333) % 7
+    for _ in range(3):
+        first = both(z)[1], both(z, pairing="pooled")[1], grad(supervised_cacr_loss(w, labels, backend="cpu"), w)[0]
+        again = both(z)[1], both(z, pairing="pooled")[1], grad(supervised_cacr_loss(w, labels, backend="cpu"), w)[0]
+        assert all(a.equal(b) for a, b in zip(first, again, strict=True))
+
+
+@needs_amx
+def test_clustered_rows() -> None:
+    """Rows close to each other: what is rounded multiplies differences, as in the definition with rounded costs."""
+    centre = torch.randn(48, generator=torch.Generator().manual_seed(1))
+    z = (centre + 0.05 * torch.randn(2, 200, 48, generator=torch.Generator().manual_seed(2))).bfloat16()
+    for pairing in ("unordered", "pooled"):
+        found = both(z.clone().requires_grad_(), pairing=pairing, alpha=0.0, tau_neg=0.5)[1]
+        x = z.double().requires_grad_()
+        loss = cacr_loss(x, backend="reference", pairing=pairing, alpha=0.0, tau_neg=0.5)  # type: ignore[arg-type]
+        expected = grad(loss, x)[0]
+        error = (found.double() - expected).abs().max() / expected.abs().max()
+        assert error <= 2 * torch.finfo(torch.bfloat16).eps
