@@ -68,6 +68,10 @@ class Backend(NamedTuple):
     last_resort: bool = False
     n_by_m_arrays: bool = False
 
+    def rounds(self, dtype: torch.dtype) -> bool:
+        """Whether what multiplies features of that type in a gradient is rounded to it."""
+        return self.rounds_coefficients and dtype in self.half_types
+
 
 def registered(backend: Backend) -> Backend:
     """The backend, after its operators were declared and implemented."""

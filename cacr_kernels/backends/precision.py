@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -27,4 +27,5 @@ def fp32_products() -> Products:
 @constant_while_compiling
 def cpu_products() -> str:
     """``"_bf16"`` where PyTorch may make its own of bfloat16, ``torch.backends.mkldnn.matmul.fp32_precision``."""
-    return "_bf16" if torch.backends.mkldnn.matmul.fp32_precision == "bf16" else ""
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    return "_bf16" if matmul.fp32_precision == "bf16" else ""

@@ -6,6 +6,7 @@ What needs no processor with tiles runs everywhere, by the definition of the ins
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from torch.nn.functional import normalize
 from cacr_kernels import cacr_loss, supervised_cacr_loss
 from cacr_kernels.backends import library
 from tests.cpu.test_cpu_kernels import (
+    AMX,
     AVX512,
     Builder,
     few_or_all_shapes,
@@ -29,7 +31,6 @@ from tests.cpu.test_cpu_kernels import (
     shipped,
 )
 
-AMX = (*AVX512, "amx_bf16", "amx_tile")
 TILES = ["-DCACR_VECTOR_BYTES=64", "-DCACR_BF16_TILES"]
 UNDER_TEST = "tests/cpp/tiles_under_test.cpp"
 CHECK = "tests/cpp/check_tiles.cpp"
@@ -82,7 +83,7 @@ def test_amx_kernels(shapes: tuple[str, ...]) -> None:
 def test_emulated_kernels() -> None:
     """The kernels for AMX, compiled without it."""
     builder = Builder("fast", "-O2")
-    tiles = builder.kernels("tiles", ["-O2", *TILES, *lowered()])
+    tiles = builder.kernels("tiles", ["-O3", *TILES, *lowered()])
     assert " 0 failures" in builder.check("tiles", [tiles, shipped("portable")], "few")
 
 
@@ -207,3 +208,58 @@ def test_clustered_rows() -> None:
         expected = grad(loss, x)[0]
         error = (found.double() - expected).abs().max() / expected.abs().max()
         assert error <= 2 * torch.finfo(torch.bfloat16).eps
+
+
+# ---- float32 ---------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def precision() -> Iterator[Callable[[str], None]]:
+    """Sets how PyTorch makes products of float32 on a CPU."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+
+    def choose(value: str) -> None:
+        matmul.fp32_precision = value  # type: ignore[assignment]
+
+    yield choose
+    choose(before)
+
+
+def losses_of_float32() -> list[Tensor]:
+    z, w = views(2, 130, 40).detach().float(), views(90, 40).detach().float()
+    z, w = (z + 1e-3).requires_grad_(), (w + 1e-3).requires_grad_()  # nothing that bfloat16 can hold
+    labels = torch.arange(90) % 7
+    fused, pooled = cacr_loss(z, backend="cpu"), cacr_loss(z, backend="cpu", pairing="pooled", reduction="none")
+    supervised = supervised_cacr_loss(w, labels, backend="cpu")
+    return [grad(fused, z)[0], grad(pooled.sum(), z)[0], grad(supervised, w)[0]]
+
+
+def test_products_of_float32(precision: Callable[[str], None]) -> None:
+    """As ``torch.backends.mkldnn.matmul.fp32_precision`` says, where there are tiles."""
+    precision("ieee")
+    exact = losses_of_float32()
+    for setting in ("tf32", "none"):
+        precision(setting)
+        assert all(a.equal(b) for a, b in zip(losses_of_float32(), exact, strict=True))
+    precision("bf16")
+    for found, expected in zip(losses_of_float32(), exact, strict=True):
+        assert found.equal(expected) != library.bf16_products()
+        assert (found - expected).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
+
+
+def test_attraction_stays_exact(precision: Callable[[str], None]) -> None:
+    """Nearly equal views: their distance does not come from products."""
+    z = normalize(torch.randn(1, 64, 48, generator=torch.Generator().manual_seed(0)), dim=-1)
+    z = torch.cat([z, z + 1e-3 * torch.randn(1, 64, 48, generator=torch.Generator().manual_seed(1))])
+    precision("ieee")
+    expected = cacr_loss(z, backend="cpu", return_parts=True).attraction
+    precision("bf16")
+    assert cacr_loss(z, backend="cpu", return_parts=True).attraction.equal(expected)
+
+
+def test_second_derivatives_with_products_of_bfloat16(precision: Callable[[str], None]) -> None:
+    precision("bf16")
+    z = views(2, 40, 16).detach().float().requires_grad_()
+    (first,) = grad(cacr_loss(z, backend="cpu"), z, create_graph=True)
+    (second,) = grad(first.square().sum(), z)
+    assert second.isfinite().all()
+    assert second.abs().max() > 0

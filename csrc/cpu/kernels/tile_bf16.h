@@ -98,15 +98,17 @@ struct TileProduct {
       for (idx j = 0; j < kTile; j++) c[i][j] = C[i * stride + j];
   }
   void add(const Bf16* A, idx stride, const Bf16* B) {
-    for (idx i = 0; i < kTile; i++)
-      for (idx j = 0; j < kTile; j++) {
-        float sum[2] = {};
-        for (idx k = 0; k < kTile; k++) {
-          const float a = number(A[i * stride + k]), b = number(B[(k / 2 * kTile + j) * 2 + k % 2]);
-          sum[k % 2] = flushed(fused(a, b, sum[k % 2]));
-        }
-        c[i][j] = flushed(flushed(c[i][j]) + flushed(sum[0] + sum[1]));
+    float b[kTile][kTile];
+    for (idx k = 0; k < kTile; k++)
+      for (idx j = 0; j < kTile; j++) b[k][j] = number(B[(k / 2 * kTile + j) * 2 + k % 2]);
+    for (idx i = 0; i < kTile; i++) {
+      float sum[2][kTile] = {};
+      for (idx k = 0; k < kTile; k++) {
+        const float a = number(A[i * stride + k]);
+        for (idx j = 0; j < kTile; j++) sum[k % 2][j] = flushed(fused(a, b[k][j], sum[k % 2][j]));
       }
+      for (idx j = 0; j < kTile; j++) c[i][j] = flushed(flushed(c[i][j]) + flushed(sum[0][j] + sum[1][j]));
+    }
   }
   void store(float* C, idx stride) const {
     for (idx i = 0; i < kTile; i++)
