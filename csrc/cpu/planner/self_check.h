@@ -40,7 +40,7 @@ struct Problem {
     if (c.normalize)  // no short rows: their gradients would be large, and of one feature nothing but rounding errors
       for (T& x : z) x += (x < 0 ? T(-1) : T(1)) / T(std::sqrt(double(d)));
     for (T& x : z)
-      if (c.bf16) x = T(int32_t(x * 256)) / 256;  // what bfloat16 can hold
+      if (c.bf16) x = T(int32_t(x * 64)) / 64;  // what bfloat16 can hold
     for (int64_t i = 0; i < n; i++) id[size_t(i)] = int32_t(c.sorted ? 3 * i / n : i % 5);
     p.q = p.k = z.data(), p.q_view_stride = p.k_view_stride = n * d, p.q_row_stride = p.k_row_stride = d;
     p.q_views = p.k_views = 2, p.N = p.M = n, p.D = d, p.pairs = 1, p.q_index = q_index, p.k_index = k_index;
