@@ -14,7 +14,6 @@ from .backends.table import choose
 from .distributed import Group, gathering
 from .operators.registry import Target, has_values, tracing
 from .types import (
-    HALF_TYPES,
     REDUCTIONS,
     CACRParts,
     Pairing,
@@ -46,11 +45,11 @@ def choose_backend(
     """
     similarities *= 1 if group is None else group.size
     first, dtype = tensors[0], tensors[0].dtype
-    halves = dtype in HALF_TYPES and all(t.dtype == dtype for t in tensors)
+    halves = dtype in (torch.float16, torch.bfloat16) and all(t.dtype == dtype for t in tensors)
     size = Size(similarities, first.shape[-1], dtype if halves else arithmetic_dtype(*tensors))
     chosen = choose(backend, first.device, size)
-    half = dtype if dtype in chosen.half_types and halves else None
-    name = chosen.name + (chosen.variant() if size.dtype == torch.float32 else "")
+    half = dtype if halves and chosen.half_types else None
+    name = chosen.name + chosen.variant(size.dtype)
     return chosen, Target(name, chosen.operators, half, bool(normalize and chosen.operators))
 
 

@@ -16,7 +16,6 @@ Enqueue = Literal["all", "last"]
 Temperature = float | Tensor
 Views = Tensor | Sequence[Tensor]
 
-HALF_TYPES = (torch.float16, torch.bfloat16)
 PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)  # the operators take the index
 COSTS: tuple[Cost, ...] = get_args(Cost)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)

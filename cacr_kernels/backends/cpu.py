@@ -33,7 +33,6 @@ BACKEND = Backend(
     device="cpu",
     operators=("cacr", "contrast", "detached_keys", "repulsion"),
     variants=("_bf16",),
-    variant=precision.cpu_products if library.bf16_products() else lambda: "",
-    half_types=(torch.bfloat16,) if library.bf16_products() else (),
-    rounds_coefficients=True,
+    variant=precision.cpu_products if library.bf16_products() else lambda dtype: "",
+    rounds_coefficients=(torch.bfloat16,) if library.bf16_products() else (),
 )

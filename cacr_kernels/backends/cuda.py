@@ -15,7 +15,7 @@ import torch
 from ..operators import cacr, contrast
 from ..operators.registry import constant_while_compiling, define, implement, operator
 from ..operators.repulsion import in_two_sweeps
-from ..types import HALF_TYPES, Pairing, view_pair_count
+from ..types import Pairing, view_pair_count
 from . import library
 from .entry import Backend, Size
 from .precision import fp32_products
@@ -125,7 +125,7 @@ BACKEND = Backend(
     device="cuda",
     operators=("cacr", "contrast", "repulsion"),
     implement=_implement,
-    half_types=HALF_TYPES,
+    half_types=True,
     fuses=fuses,
     suits=lambda size: work(size) <= UP_TO,
 )

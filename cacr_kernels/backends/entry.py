@@ -40,11 +40,10 @@ class Backend(NamedTuple):
             compute all losses; without any operator it computes them by the definition.
         implement: called with the name of every operator (``contrast`` comes with ``contrast_backward``) after
             ``<operator>_<backend>`` was declared, to register what computes it; ``None``: a compiled library does.
-        variants: what is added to the names of its operators where they exist a second time, with other products of
-            float32.
-        variant: which of these float32 takes now; ``""``: none of them.
-        half_types: the types among float16 and bfloat16 that its operators take as they are.
-        rounds_coefficients: whether what multiplies such features in a gradient is rounded to their type.
+        variants: what is added to the names of its operators where they exist again, with other products.
+        variant: which of these features of a dtype take now; ``""``: none of them.
+        half_types: whether its operators take float16 and bfloat16 as they are.
+        rounds_coefficients: the half types to which what multiplies such features in a gradient is rounded.
         fuses: which views ``(shape [V, B, D], pairing)`` the operator ``cacr`` takes.
         suits: which sizes ``"auto"`` takes it for, if another backend with kernels can run there, too.
         tests_only_on: types of devices on which it runs for tests, so that ``"auto"`` passes it by.
@@ -59,18 +58,14 @@ class Backend(NamedTuple):
     operators: tuple[str, ...] = ()
     implement: Callable[[str], None] | None = None
     variants: tuple[str, ...] = ()
-    variant: Callable[[], str] = lambda: ""
-    half_types: tuple[torch.dtype, ...] = ()
-    rounds_coefficients: bool = False
+    variant: Callable[[torch.dtype], str] = lambda dtype: ""
+    half_types: bool = False
+    rounds_coefficients: tuple[torch.dtype, ...] = ()
     fuses: Callable[[tuple[int, ...], Pairing], bool] = lambda shape, pairing: True
     suits: Callable[[Size], bool] = lambda size: True
     tests_only_on: tuple[str, ...] = ()
     last_resort: bool = False
     n_by_m_arrays: bool = False
-
-    def rounds(self, dtype: torch.dtype) -> bool:
-        """Whether what multiplies features of that type in a gradient is rounded to it."""
-        return self.rounds_coefficients and dtype in self.half_types
 
 
 def registered(backend: Backend) -> Backend:

@@ -25,7 +25,11 @@ def fp32_products() -> Products:
 
 
 @constant_while_compiling
-def cpu_products() -> str:
-    """``"_bf16"`` where PyTorch may make its own of bfloat16, ``torch.backends.mkldnn.matmul.fp32_precision``."""
+def cpu_products(dtype: torch.dtype) -> str:
+    """``"_bf16"`` for bfloat16, and for float32 where PyTorch may make its own products of bfloat16.
+
+    That is ``torch.backends.mkldnn.matmul.fp32_precision``.
+    """
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    return "_bf16" if matmul.fp32_precision == "bf16" else ""
+    rounds = dtype == torch.bfloat16 or (dtype == torch.float32 and matmul.fp32_precision == "bf16")
+    return "_bf16" if rounds else ""

@@ -84,34 +84,6 @@ cacr::Parallel torch_threads(SignalCheck& signals) {
           signals.interrupt()};
 }
 
-// bfloat16 is computed in float32, its products may be those of bfloat16.
-bool is_bf16(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
-Tensor widened(const Tensor& any) {
-  if (!is_bf16(any)) return any;
-  const Tensor x = packed(any);
-  Sizes sizes;
-  for (int64_t i = 0; i < x.dim(); i++) sizes.push_back(x.size(i));
-  const Tensor wide = empty(sizes, aoti_torch_dtype_float32(), {aoti_torch_device_type_cpu(), 0});
-  const uint16_t* const from = input<uint16_t>(x);
-  uint32_t* const to = output<uint32_t>(wide);
-  torch::stable::parallel_for(0, x.numel(), 1 << 16, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) to[i] = uint32_t(from[i]) << 16;
-  });
-  return wide;
-}
-
-// Queries and keys in the type of the arithmetic.
-struct Features {
-  const Tensor q;
-  const std::optional<Tensor> k;  // none: the keys are the queries
-  const bool bf16;                // both came in bfloat16
-
-  Features(const Tensor& any_q, const std::optional<Tensor>& any_k)
-      : q(widened(any_q)),
-        k(any_k ? std::optional(widened(*any_k)) : std::nullopt),
-        bf16(is_bf16(any_q) && (!any_k || is_bf16(*any_k))) {}
-};
-
 // Calls f(T{}) with the arithmetic's type.
 template <class F>
 auto with_dtype(const Tensor& x, F f) {
@@ -131,7 +103,7 @@ double double_at(const Tensor& x, int64_t i) {
   return input<double>(x)[i * x.stride(0)];
 }
 
-// Of the operators <name>_cpu_bf16, kBf16: products may be those of bfloat16, whatever came in.
+// Every operator exists twice, as <name>_cpu and as <name>_cpu_bf16, where products may be those of bfloat16 (kBf16).
 
 // ---- cacr -----------------------------------------------------------------------------------------------------------
 template <bool kBf16>
@@ -140,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_cpu(const Tensor& any_views, std
                                                     int64_t pairing, bool rbf, double rbf_scale, bool normalize,
                                                     bool want_grad, bool want_grad_numbers) {
   check_views(any_views);
-  const Tensor views = packed(widened(any_views));
+  const Tensor views = packed(any_views);
   const auto number = [&](int64_t i, double given) { return numbers ? double_at(*numbers, i) : given; };
   return with_dtype(views, [&](auto zero) {
     using T = decltype(zero);
@@ -149,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_cpu(const Tensor& any_views, std
     problem.tau_pos = number(0, tau_pos), problem.tau_neg = number(1, tau_neg);
     problem.alpha = number(2, alpha), problem.beta = number(3, beta);
     problem.pairing = static_cast<cacr::Pairing>(pairing), problem.rbf = rbf, problem.rbf_scale = number(4, rbf_scale);
-    problem.normalize = normalize, problem.bf16 = kBf16 || is_bf16(any_views);
+    problem.normalize = normalize, problem.bf16 = kBf16;
     Tensor loss = empty_cpu<T>({}), parts = empty_cpu<T>({4}), grad = empty_cpu<T>(gradient_sizes(views, want_grad)),
            grad_numbers = numbers ? empty_cpu<double>({5}) : empty_cpu<T>({0});
     SignalCheck signals;
@@ -172,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> repulsion_cpu(const Tensor& a
                                                                  const Tensor& tau, int64_t pairing, bool normalize,
                                                                  bool want_views, bool want_keys, bool want_tau) {
   check_views(any_views), check_views(any_keys);
-  const Tensor views = packed(widened(any_views)), keys = packed(widened(any_keys));
+  const Tensor views = packed(any_views), keys = packed(any_keys);
   STD_TORCH_CHECK(views.scalar_type() == keys.scalar_type() && views.size(0) == keys.size(0) &&
                       views.size(1) <= keys.size(1) && views.size(2) == keys.size(2),
                   "cacr_kernels: keys [V, M, D] of the dtype of the views [V, B, D], M >= B, expected");
@@ -183,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> repulsion_cpu(const Tensor& a
     problem.z = input<T>(views), problem.k = input<T>(keys);
     problem.V = views.size(0), problem.B = views.size(1), problem.M = keys.size(1), problem.D = views.size(2);
     problem.tau = double_at(tau, 0), problem.pairing = static_cast<cacr::Pairing>(pairing);
-    problem.normalize = normalize, problem.bf16 = kBf16 || (is_bf16(any_views) && is_bf16(any_keys));
+    problem.normalize = normalize, problem.bf16 = kBf16;
     Tensor value = empty_cpu<double>({}), entropy = empty_cpu<double>({}),
            grad_views = empty_cpu<T>(gradient_sizes(views, want_views)),
            grad_keys = empty_cpu<T>(gradient_sizes(keys, want_keys)), grad_tau = empty_cpu<double>({want_tau ? 1 : 0});
@@ -236,19 +208,16 @@ cacr::RowState<Number> row_state_of(Number* row_state, int64_t rows) {
 }
 
 template <bool kBf16>
-std::tuple<Tensor, Tensor, Tensor> contrast_cpu(const Tensor& any_q, std::optional<Tensor> any_k,
-                                                std::optional<Tensor> q_id, std::optional<Tensor> k_id,
-                                                const Tensor& tau, std::vector<int64_t> kinds,
-                                                std::vector<int64_t> q_index, std::vector<int64_t> k_index,
-                                                bool inner_product, bool /*detach_weights*/,
-                                                std::optional<Tensor> q_self, bool normalize) {
-  const Features f(any_q, any_k);
-  const auto& [q, k, bf16] = f;
+std::tuple<Tensor, Tensor, Tensor> contrast_cpu(const Tensor& q, std::optional<Tensor> k, std::optional<Tensor> q_id,
+                                                std::optional<Tensor> k_id, const Tensor& tau,
+                                                std::vector<int64_t> kinds, std::vector<int64_t> q_index,
+                                                std::vector<int64_t> k_index, bool inner_product,
+                                                bool /*detach_weights*/, std::optional<Tensor> q_self, bool normalize) {
   const ContrastArguments a{q, k, q_id, k_id, tau, kinds, q_index, k_index, inner_product, q_self};
   const ContrastTensors tensors(a);
   return with_dtype(q, [&](auto zero) {
     using T = decltype(zero);
-    const cacr::Contrast<T> p = contrast_problem<T>(a, tensors, normalize, kBf16 || bf16);
+    const cacr::Contrast<T> p = contrast_problem<T>(a, tensors, normalize, kBf16);
     const Sizes rows{p.softmaxes, p.pairs, p.N};
     Tensor value = empty_cpu<double>(rows), lse = empty_cpu<double>(rows),
            row_state = empty_cpu<double>({3, p.softmaxes, p.pairs, p.N});
@@ -262,20 +231,18 @@ std::tuple<Tensor, Tensor, Tensor> contrast_cpu(const Tensor& any_q, std::option
 
 template <bool kBf16>
 std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(
-    const Tensor& any_q, std::optional<Tensor> any_k, std::optional<Tensor> q_id, std::optional<Tensor> k_id,
-    const Tensor& tau, std::vector<int64_t> kinds, std::vector<int64_t> q_index, std::vector<int64_t> k_index,
-    bool inner_product, bool detach_weights, std::optional<Tensor> q_self, bool normalize, const Tensor& any_value,
+    const Tensor& q, std::optional<Tensor> k, std::optional<Tensor> q_id, std::optional<Tensor> k_id, const Tensor& tau,
+    std::vector<int64_t> kinds, std::vector<int64_t> q_index, std::vector<int64_t> k_index, bool inner_product,
+    bool detach_weights, std::optional<Tensor> q_self, bool normalize, const Tensor& any_value,
     const Tensor& any_row_state, const Tensor& any_grad_value, const Tensor& any_grad_lse, bool want_q, bool want_k,
     bool want_tau) {
-  const Features f(any_q, any_k);
-  const auto& [q, k, bf16] = f;
   const ContrastArguments a{q, k, q_id, k_id, tau, kinds, q_index, k_index, inner_product, q_self};
   const ContrastTensors tensors(a);
   const Tensor value = packed(any_value), row_state = packed(any_row_state), grad_value = packed(any_grad_value),
                grad_lse = packed(any_grad_lse);
   return with_dtype(q, [&](auto zero) {
     using T = decltype(zero);
-    const cacr::Contrast<T> p = contrast_problem<T>(a, tensors, normalize, kBf16 || bf16);
+    const cacr::Contrast<T> p = contrast_problem<T>(a, tensors, normalize, kBf16);
     const bool want_own_k = want_k && k;  // where the keys are the queries, one gradient is the sum of both
     Tensor dq = empty_cpu<T>(gradient_sizes(q, want_q)), dk = empty_cpu<T>(gradient_sizes(tensors.k, want_own_k)),
            dtau = empty_cpu<double>({want_tau ? p.softmaxes : 0});
@@ -293,15 +260,13 @@ std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(
 
 // ---- detached_keys --------------------------------------------------------------------------------------------------
 template <bool kBf16>
-std::tuple<Tensor, Tensor, Tensor, Tensor> detached_keys_cpu(const Tensor& any_q, const Tensor& any_k,
+std::tuple<Tensor, Tensor, Tensor, Tensor> detached_keys_cpu(const Tensor& q, const Tensor& k,
                                                              std::optional<Tensor> q_id, std::optional<Tensor> k_id,
                                                              const Tensor& tau, std::vector<int64_t> kinds,
                                                              std::vector<int64_t> q_index, std::vector<int64_t> k_index,
                                                              bool inner_product, bool detach_weights, bool detach_value,
                                                              bool normalize, bool want_q, bool want_tau) {
-  const Features f(any_q, any_k);
-  const auto& [q, keys, bf16] = f;
-  const std::optional<Tensor> q_self;
+  const std::optional<Tensor> keys(k), q_self;
   const ContrastArguments a{q, keys, q_id, k_id, tau, kinds, q_index, k_index, inner_product, q_self};
   const ContrastTensors tensors(a);
   STD_TORCH_CHECK(kinds.size() == 1 && (kinds[0] == cacr::kAll || kinds[0] == cacr::kOther),
@@ -309,7 +274,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detached_keys_cpu(const Tensor& any_q
   const bool moments = (want_q || want_tau) && !detach_weights && !detach_value;
   return with_dtype(q, [&](auto zero) {
     using T = decltype(zero);
-    const cacr::Contrast<T> p = contrast_problem<T>(a, tensors, normalize, kBf16 || bf16);
+    const cacr::Contrast<T> p = contrast_problem<T>(a, tensors, normalize, kBf16);
     const Sizes rows{1, p.pairs, p.N}, none{0};
     Tensor value = empty_cpu<double>(rows), lse = empty_cpu<double>(rows),
            means = empty_cpu<T>(want_q ? Sizes{1 + moments, p.pairs, p.N, p.D} : none),

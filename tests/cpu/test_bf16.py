@@ -105,7 +105,7 @@ def both(z: Tensor, **options: object) -> tuple[Tensor, Tensor]:
 def test_older_instruction_sets_leave_them_out() -> None:
     code = """
 from cacr_kernels.backends import cpu, library
-print(library.active_isa(), library.bf16_products(), len(cpu.BACKEND.half_types))
+print(library.active_isa(), library.bf16_products(), len(cpu.BACKEND.rounds_coefficients))
 """
     if processor_has(*AVX512):
         assert run_python(code, CACR_CPU_ISA="avx512") == "avx512 False 0"

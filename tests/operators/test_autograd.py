@@ -364,7 +364,7 @@ def gradients_in(inputs: list[Tensor], value: Tensor, incoming: Tensor) -> tuple
 
 def bound_of(exact: Tensor, dtype: torch.dtype, backend: str) -> float:
     """Of two float32 computations, one of which may round what multiplies half types."""
-    share = torch.finfo(dtype).eps if table.named(backend).rounds(dtype) else 1e-6
+    share = torch.finfo(dtype).eps if dtype in table.named(backend).rounds_coefficients else 1e-6
     return share * exact.abs().max().item()
 
 

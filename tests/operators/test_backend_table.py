@@ -123,9 +123,9 @@ def test_auto_goes_by_size(toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_half_types_as_they_are(toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its operators get bfloat16 if the entry says that it takes it, else float32."""
+    """Its operators get bfloat16 if the entry says that it takes half types, else float32."""
     tensors = {name: t.bfloat16() for name, t in small_inputs("queue").items()}
-    for takes, dtype in (((torch.bfloat16,), torch.bfloat16), ((torch.float16,), torch.float32)):
+    for takes, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(table, "TABLE", (*table.TABLE[:-1], TOY._replace(half_types=takes)))
         dtypes.clear()
         run("queue", tensors, "toy")

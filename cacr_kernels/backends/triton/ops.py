@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from ...operators.registry import constant_while_compiling, implement_traceable
-from ...types import HALF_TYPES
 from ..entry import Backend, any_device
 from . import launch as launching
 from . import table
@@ -80,6 +79,6 @@ BACKEND = Backend(
     device="cuda",
     operators=("cacr", "contrast", "detached_keys", "repulsion"),
     implement=_implement,
-    half_types=HALF_TYPES,
+    half_types=True,
     tests_only_on=("cpu",),  # in its interpreter
 )

@@ -145,6 +145,7 @@ template <class T>
 struct DetachedKeysParams {
   const Contrast<T>* problem;
   Blocking blocking;
+  bool bf16;  // products of bfloat16, where rows are in their range: blocking.keys is a multiple of 32
   bool want_mean, want_moments;  // moments: variance, and with the mean also the spread
   Share share;
   DetachedStatistics<T> out;

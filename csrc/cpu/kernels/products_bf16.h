@@ -30,6 +30,12 @@ struct RoundedCoefficients {
   T *row_sum, *columns;  // [kTile] sum_j H_ij and [n][W] H_ij by lanes are added to it; columns null: not wanted
 };
 
+// Distance of rows of bfloat16: rows a multiple of 1 KiB apart would share few lines of the first-level cache.
+CACR_INLINE idx bf16_stride(idx D) {
+  const idx width = (D + kTile - 1) / kTile * kTile;
+  return width % 512 ? width : width + kTile;
+}
+
 CACR_INLINE idx tiled(idx n) { return (n + kTile - 1) / kTile * kTile; }
 
 #if defined(CACR_BF16_TILES)
@@ -160,6 +166,29 @@ CACR_NOINLINE void round_coefficients(idx n, const RoundedCoefficients<float>& t
 }
 CACR_INLINE void round_coefficients(idx n, const RoundedCoefficients<float>& t) {
   t.k_r ? round_coefficients<true>(n, t) : round_coefficients<false>(n, t);
+}
+
+// pairs [n/2][kTile][2] of E_j r_j, [n][kTile], padded likewise; sum: [kTile] of what multiplies the rows, as above.
+template <bool kRaw>
+CACR_NOINLINE void round_weights(idx n, const float* E, const float* r, Bf16* pairs, float* sum) {
+  constexpr idx W = Lanes<float>::W;
+  Panel<float> counted{};
+  const auto round_key = [&](idx j, int i) __attribute__((always_inline)) {
+    const Vec<float> e = load(E + j * kTile + i * W);
+    const Bits bits = rounded_bits(kRaw ? r[j] * e : e);
+    counted.v[i] += kRaw ? e : as_floats(bits);
+    return bits;
+  };
+  for (idx j = 0; j < n; j += 2)
+    for (int i = 0; i < 2; i++) {
+      const Bits first = round_key(j, i), second = j + 1 < n ? round_key(j + 1, i) : Bits{};
+      store_pairs(pairs + j * kTile + 2 * i * W, first, second);
+    }
+  zero(pairs + (n + 1) / 2 * 2 * kTile, (tiled(n) - (n + 1) / 2 * 2) * kTile);
+  store_panel(sum, counted);
+}
+CACR_INLINE void round_weights(idx n, const float* E, const float* r, Bf16* pairs, float* sum) {
+  r ? round_weights<true>(n, E, r, pairs, sum) : round_weights<false>(n, E, r, pairs, sum);
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------

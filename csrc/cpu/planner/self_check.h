@@ -90,7 +90,7 @@ Result<T> detached_keys(const Kernels<T>& kernels, const Case& c) {
       problem.p,
       {r.value.data(), r.lse.data(), moments ? r.variance.data() : nullptr, mean, moments ? mean + count : nullptr},
       serial, kernels);
-  plan.params.blocking.keys = std::max<int64_t>(1, n / 2 - 1);
+  plan.params.blocking.keys = plan.keys(std::max<int64_t>(1, n / 2 - 1));
   plan.run(2, c.sorted ? 2 : 1);  // keys in two parts, or queries
   return r;
 }
@@ -232,8 +232,9 @@ bool self_check_passes(const Kernels<T>& kernels, const Kernels<T>& trusted, int
          agree(kernels, trusted, detached, c, self_check::detached_keys<T>) &&
          agree(kernels, trusted, symmetries, c, symmetric<T>) &&
          agree(kernels, trusted, same, c, self_check::positives<T>) &&
-         (!kernels.pack_bf16 || (agree(kernels, trusted, strips, half, strip<T>) &&
-                                 agree(kernels, trusted, symmetries, half, symmetric<T>))) &&
+         (!kernels.pack_bf16 ||
+          (agree(kernels, trusted, strips, half, strip<T>) && agree(kernels, trusted, symmetries, half, symmetric<T>) &&
+           agree(kernels, trusted, detached, half, self_check::detached_keys<T>))) &&
          close(all_aligned(kernels, n, d), all_aligned(trusted, n, d), tolerance);
 }
 
