@@ -81,10 +81,10 @@ def test_amx_kernels(shapes: tuple[str, ...]) -> None:
 
 @pytest.mark.exhaustive
 def test_emulated_kernels() -> None:
-    """The kernels for AMX, compiled without it."""
+    """The kernels for AMX, compiled without it: some shapes, as the definition takes its time."""
     builder = Builder("fast", "-O2")
     tiles = builder.kernels("tiles", ["-O3", *TILES, *lowered()])
-    assert " 0 failures" in builder.check("tiles", [tiles, shipped("portable")], "few")
+    assert " 0 failures" in builder.check("tiles", [tiles, shipped("portable")], "a tenth")
 
 
 # ---- where they are taken --------------------------------------------------------------------------------------------
