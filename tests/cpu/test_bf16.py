@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 
 from cacr_kernels import cacr_loss, supervised_cacr_loss
 from cacr_kernels.backends import library
+from cacr_kernels.operators.registry import operator
 from tests.cpu.test_cpu_kernels import (
     AMX,
     AVX512,
@@ -123,6 +124,7 @@ FAILED = """
 import warnings
 from unittest import mock
 from cacr_kernels.backends import library
+from cacr_kernels.operators.registry import operator
 with mock.patch.object(library, "failed_isas", lambda: "amx"), warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     from cacr_kernels.backends import cpu
@@ -208,6 +210,41 @@ def test_clustered_rows() -> None:
         expected = grad(loss, x)[0]
         error = (found.double() - expected).abs().max() / expected.abs().max()
         assert error <= 2 * torch.finfo(torch.bfloat16).eps
+
+
+def detached(q: Tensor, k: Tensor, name: str = "detached_keys_cpu_bf16") -> list[Tensor]:
+    tau = torch.tensor([-1.5], dtype=torch.float64)
+    found = operator(name)(q, k, None, None, tau, [0], [0], [0], False, False, False, False, True, True)
+    return list(found)
+
+
+@needs_amx
+def test_detached_keys_out_of_range() -> None:
+    """A tile of keys with short rows is multiplied in float32, the others are not."""
+    q, k = views(1, 40, 33).detach().float(), views(1, 400, 33).detach().float()
+    plain = detached(q, k, "detached_keys_cpu")
+    assert not detached(q, k)[2].equal(plain[2])
+    for row in (3, 170, 399):
+        some = k.clone()
+        some[0, row] *= 1e-14
+        exact = detached(q.double(), some.double(), "detached_keys_cpu")
+        for found, expected in zip(detached(q, some), exact, strict=True):
+            assert (found - expected).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
+    short = q * 1e-14
+    for found, expected in zip(detached(short, k), detached(short, k, "detached_keys_cpu"), strict=True):
+        assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@needs_amx
+def test_clustered_detached_keys() -> None:
+    """What flows to a query multiplies differences from keys close to it: the rounded weights sum to one."""
+    centre = torch.randn(48, generator=torch.Generator().manual_seed(1))
+    draw = torch.Generator().manual_seed(2)
+    q, k = ((centre + 0.05 * torch.randn(1, n, 48, generator=draw)).bfloat16().float() for n in (40, 700))
+    (value, _, means, _), exact = detached(q, k), detached(q.double(), k.double(), "detached_keys_cpu")
+    assert (value - exact[0]).abs().max() <= 1e-4 * exact[0].abs().max()
+    found, expected = q[0] - means[0, 0], q[0].double() - exact[2][0, 0]
+    assert (found - expected).abs().max() <= torch.finfo(torch.bfloat16).eps * expected.abs().max()
 
 
 # ---- float32 ---------------------------------------------------------------------------------------------------------

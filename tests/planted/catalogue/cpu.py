@@ -184,7 +184,7 @@ FAULTS = (
     Fault(
         "cpu-known-sum",
         KERNELS + "strip.h",
-        text="g.cancelling ? s.rows.row_sum : s.rows.known_sum",
+        text="g.cancelling || g.bf16 ? s.rows.row_sum : s.rows.known_sum",
         replacement="s.rows.known_sum",
         why="rbf: a query's own term lacks the rounding errors of the rest",
         tests=(CACR, NUMBERS, LIBRARY),
@@ -271,7 +271,7 @@ FAULTS = (
     ),
     Fault(
         "cpu-detached-range",
-        KERNELS + "detached_keys.h",
+        KERNELS + "weigh_tile.h",
         text="out.in_range &= least.v[h][l] >= kExp2Min<T>;",
         replacement="out.in_range &= h || least.v[h][l] >= kExp2Min<T>;",
         why="exponents of the upper half of a panel leave the range of 2^x",
