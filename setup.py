@@ -67,6 +67,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
     ISAS["avx2"] = ["-DCACR_VECTOR_BYTES=32", *avx2]
     ISAS["avx512"] = ["-DCACR_VECTOR_BYTES=64", *avx2, *avx512]
+    ISAS["amx"] = [*ISAS["avx512"], "-DCACR_BF16_TILES", "-mamx-tile", "-mamx-bf16"]
 
 
 # The newest symbols of system libraries that the tag manylinux_2_28 of a wheel allows (PEP 600).
@@ -100,16 +101,27 @@ class NativeLibrary(Extension):
         self.link_flags = link_flags
 
 
+def makes_tiles(flags: list[str]) -> bool:
+    """Whether compiler and assembler know AMX: GCC 11, Clang 12, binutils 2.35."""
+    program = "#include <immintrin.h>\nvoid f() { _tile_dpbf16ps(0, 1, 2); }"
+    command = [*(find_compiler() or ["c++"]), *flags, "-x", "c++", "-c", "-o", os.devnull, "-"]
+    try:
+        return subprocess.run(command, input=program, text=True, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
 def cpu_library() -> NativeLibrary:
     """``cacr_kernels/_C_cpu``: torch-free but for the binding, the kernels once per instruction set."""
     stable_abi = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
-    compiled = [f"-DCACR_HAVE_{isa.upper()}" for isa in ISAS]
+    isas = {isa: flags for isa, flags in ISAS.items() if isa != "amx" or makes_tiles(flags)}
+    compiled = [f"-DCACR_HAVE_{isa.upper()}" for isa in isas]
     kernels, binding = "csrc/cpu/kernels/kernels.cpp", "csrc/cpu/binding.cpp"
     planner = sorted(path.as_posix() for path in Path("csrc/cpu/planner").glob("*.cpp"))
     objects = [
         Object("binding", binding, stable_abi, torch=True),
         *(Object(Path(source).stem, source, compiled) for source in planner),
-        *(Object(f"kernels_{isa}", kernels, [f"-DCACR_ISA={isa}", *flags]) for isa, flags in ISAS.items()),
+        *(Object(f"kernels_{isa}", kernels, [f"-DCACR_ISA={isa}", *flags]) for isa, flags in isas.items()),
     ]
     return NativeLibrary("cacr_kernels._C_cpu", objects, ["-ltorch_cpu"])
 

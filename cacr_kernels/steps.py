@@ -50,7 +50,8 @@ def choose_backend(
     size = Size(similarities, first.shape[-1], dtype if halves else arithmetic_dtype(*tensors))
     chosen = choose(backend, first.device, size)
     half = dtype if halves and chosen.half_types else None
-    return chosen, Target(chosen.name, chosen.operators, half, bool(normalize and chosen.operators))
+    name = chosen.name + chosen.variant(size.dtype)
+    return chosen, Target(name, chosen.operators, half, bool(normalize and chosen.operators))
 
 
 def similarities_of_views(views: Tensor, pairing: Pairing) -> float:

@@ -358,7 +358,7 @@ def measure(case: Case, expected: Expected, backend: str, dtype: torch.dtype) ->
     asked = _as_asked_for(case, dtype)
     worst = _worst([draw.errors(actual_quantities(asked, draw.inputs, backend)) for draw in expected.draws])
     allowed = {name: (yardstick, tolerance(yardstick, dtype)) for name, yardstick in expected.yardstick.items()}
-    if dtype in HALF and named(backend).rounds_coefficients:
+    if dtype in named(backend).rounds_coefficients:
         device = next(iter(expected.draws[0].inputs.values())).device
         for name, yardstick in half_yardstick(case, dtype, device, len(expected.draws)).items():
             if name in DIFFERENTIABLE:

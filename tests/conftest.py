@@ -18,7 +18,13 @@ if not all(map(importlib.util.find_spec, ("pytorch_metric_learning", "sentence_t
     collect_ignore.append("integrations")
 
 # What a test machine may lack. Any other skip is a failure under CI=true: what can run there has to.
-ALLOWED_SKIPS = ("needs a CUDA device", "needs a CUDA build of torch", "needs an AVX-512 processor")
+ALLOWED_SKIPS = (
+    "needs a CUDA device",
+    "needs a CUDA build of torch",
+    "needs an AVX-512 processor",
+    "needs a processor with AMX",
+    "needs a library for x86-64",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
-from . import library
+from . import library, precision
 from .entry import Backend
 
 _ERROR = library.cpu_library().error or library.isa_error()
+if failed := library.failed_isas():
+    warnings.warn(
+        f"cacr_kernels: the CPU kernels for {failed} are not used, as they disagree with the portable ones on this "
+        f"processor; {library.active_isa()} is used. Please report it.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def why_not(device: torch.device | None) -> str | None:
@@ -23,4 +32,7 @@ BACKEND = Backend(
     why_not,
     device="cpu",
     operators=("aligned", "cacr", "contrast", "detached_keys", "repulsion"),
+    variants=("_bf16",),
+    variant=precision.cpu_products if library.bf16_products() else lambda dtype: "",
+    rounds_coefficients=(torch.bfloat16,) if library.bf16_products() else (),
 )

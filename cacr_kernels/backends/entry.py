@@ -41,8 +41,10 @@ class Backend(NamedTuple):
             ``contrast`` it can compute all losses; without any operator it computes them by the definition.
         implement: called with the name of every operator (``contrast`` comes with ``contrast_backward``) after
             ``<operator>_<backend>`` was declared, to register what computes it; ``None``: a compiled library does.
+        variants: what is added to the names of its operators where they exist again, with other products.
+        variant: which of these features of a dtype take now; ``""``: none of them.
         half_types: whether its operators take float16 and bfloat16 as they are.
-        rounds_coefficients: whether what multiplies such features in a gradient is rounded to their type.
+        rounds_coefficients: the half types to which what multiplies such features in a gradient is rounded.
         fuses: which views ``(shape [V, B, D], pairing)`` the operator ``cacr`` takes.
         suits: which sizes ``"auto"`` takes it for, if another backend with kernels can run there, too.
         tests_only_on: types of devices on which it runs for tests, so that ``"auto"`` passes it by.
@@ -56,8 +58,10 @@ class Backend(NamedTuple):
     device: str | None = None
     operators: tuple[str, ...] = ()
     implement: Callable[[str], None] | None = None
+    variants: tuple[str, ...] = ()
+    variant: Callable[[torch.dtype], str] = lambda dtype: ""
     half_types: bool = False
-    rounds_coefficients: bool = False
+    rounds_coefficients: tuple[torch.dtype, ...] = ()
     fuses: Callable[[tuple[int, ...], Pairing], bool] = lambda shape, pairing: True
     suits: Callable[[Size], bool] = lambda size: True
     tests_only_on: tuple[str, ...] = ()
@@ -68,7 +72,8 @@ class Backend(NamedTuple):
 def registered(backend: Backend) -> Backend:
     """The backend, after its operators were declared and implemented."""
     for family in backend.operators:
-        _DECLARE[family](backend.name)
+        for variant in ("", *backend.variants):
+            _DECLARE[family](backend.name + variant)
         for name in _CONSISTS_OF.get(family, (family,)):
             if backend.implement is not None:
                 backend.implement(name)

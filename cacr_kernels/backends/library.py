@@ -110,6 +110,16 @@ def active_isa() -> str | None:
     return _CPU.text("cacr_cpu_active_isa") if _CPU.loaded else None
 
 
+def failed_isas() -> str:
+    """Instruction sets that this processor has, but whose kernels disagree with the portable ones on it."""
+    return _CPU.text("cacr_cpu_failed_isas") if _CPU.loaded else ""
+
+
+def bf16_products() -> bool:
+    """Whether the CPU kernels make products of bfloat16."""
+    return active_isa() == "amx"
+
+
 def isa_error() -> str | None:
     """Why the instruction set asked for by the environment variable ``CACR_CPU_ISA`` is not used, if it is not."""
     return (_CPU.text("cacr_cpu_isa_error") or None) if _CPU.loaded else None

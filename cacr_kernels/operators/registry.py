@@ -97,12 +97,12 @@ def implement_traceable(name: str, kernel: Callable[..., Any], consists_of: Call
 
 
 class Target(NamedTuple):
-    """Where operators run: a backend by name with the operators that it has, and how it reads features.
+    """Where operators run: a backend with the operators that it has, and how it reads features.
 
-    ``half``: the type that the features, float32 here, came in, if the backend takes it as it is, else ``None``. The
-    operators get them back in that type, which is exact. The Functions see float32, so that the gradients of several
-    operators are added in float32, and a derivative of a derivative is taken in float32. ``normalize``: the features
-    are raw rows of a loss of unit vectors.
+    ``backend``: what the names of its operators end in. ``half``: the type that the features, float32 here, came in, if
+    the backend takes it as it is, else ``None``. The operators get them back in that type, which is exact. The
+    Functions see float32, so that the gradients of several operators are added in float32, and a derivative of a
+    derivative is taken in float32. ``normalize``: the features are raw rows of a loss of unit vectors.
     """
 
     backend: str

@@ -44,6 +44,7 @@ struct Contrast {
   bool keys_are_queries;      // what flows to both is one gradient
   bool inner_product;         // c = -2 q.k instead of |q - k|^2
   bool normalize;             // every row counts as r x, r = 1 / max(|x|, 1e-12)
+  bool bf16;                  // products may be those of rows and coefficients rounded to bfloat16
 };
 
 // The rows as the forward sweep left them, [softmaxes][pairs][N]: an lse has been rounded, and the backward gives every
@@ -73,7 +74,7 @@ struct CacrLoss {
   Pairing pairing;
   bool rbf;
   double rbf_scale;
-  bool normalize;  // as in Contrast
+  bool normalize, bf16;  // as in Contrast
 };
 
 // The repulsion of queries from the other instances among keys that are not the queries, those of all processes: row i
@@ -85,7 +86,7 @@ struct Repulsion {
   int64_t V, B, M, D;
   double tau;  // signed
   Pairing pairing;
-  bool normalize;  // as in Contrast
+  bool normalize, bf16;  // as in Contrast
 };
 
 // Costs c[v][u][b] = |q[v][b] - k[u][b]|^2 between views of the same instances.

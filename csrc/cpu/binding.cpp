@@ -103,7 +103,10 @@ double double_at(const Tensor& x, int64_t i) {
   return input<double>(x)[i * x.stride(0)];
 }
 
+// Every operator exists twice, as <name>_cpu and as <name>_cpu_bf16, where products may be those of bfloat16 (kBf16).
+
 // ---- cacr -----------------------------------------------------------------------------------------------------------
+template <bool kBf16>
 std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_cpu(const Tensor& any_views, std::optional<Tensor> numbers,
                                                     double tau_pos, double tau_neg, double alpha, double beta,
                                                     int64_t pairing, bool rbf, double rbf_scale, bool normalize,
@@ -118,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cacr_cpu(const Tensor& any_views, std
     problem.tau_pos = number(0, tau_pos), problem.tau_neg = number(1, tau_neg);
     problem.alpha = number(2, alpha), problem.beta = number(3, beta);
     problem.pairing = static_cast<cacr::Pairing>(pairing), problem.rbf = rbf, problem.rbf_scale = number(4, rbf_scale);
-    problem.normalize = normalize;
+    problem.normalize = normalize, problem.bf16 = kBf16;
     Tensor loss = empty_cpu<T>({}), parts = empty_cpu<T>({4}), grad = empty_cpu<T>(gradient_sizes(views, want_grad)),
            grad_numbers = numbers ? empty_cpu<double>({5}) : empty_cpu<T>({0});
     SignalCheck signals;
@@ -184,6 +187,7 @@ std::tuple<Tensor, Tensor> aligned_backward_cpu(const Tensor& any_q, std::option
 }
 
 // ---- repulsion ------------------------------------------------------------------------------------------------------
+template <bool kBf16>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> repulsion_cpu(const Tensor& any_views, const Tensor& any_keys,
                                                                  const Tensor& tau, int64_t pairing, bool normalize,
                                                                  bool want_views, bool want_keys, bool want_tau) {
@@ -199,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> repulsion_cpu(const Tensor& a
     problem.z = input<T>(views), problem.k = input<T>(keys);
     problem.V = views.size(0), problem.B = views.size(1), problem.M = keys.size(1), problem.D = views.size(2);
     problem.tau = double_at(tau, 0), problem.pairing = static_cast<cacr::Pairing>(pairing);
-    problem.normalize = normalize;
+    problem.normalize = normalize, problem.bf16 = kBf16;
     Tensor value = empty_cpu<double>({}), entropy = empty_cpu<double>({}),
            grad_views = empty_cpu<T>(gradient_sizes(views, want_views)),
            grad_keys = empty_cpu<T>(gradient_sizes(keys, want_keys)), grad_tau = empty_cpu<double>({want_tau ? 1 : 0});
@@ -233,10 +237,11 @@ int64_t period_of(const int32_t* q, int64_t n, const int32_t* k, int64_t m) {
 
 // The problem points into the tensors and the lists.
 template <class T>
-cacr::Contrast<T> contrast_problem(const ContrastArguments& a, const ContrastTensors& tensors, bool normalize) {
+cacr::Contrast<T> contrast_problem(const ContrastArguments& a, const ContrastTensors& tensors, bool normalize,
+                                   bool bf16) {
   cacr::Contrast<T> p{};
   tensors.describe(a, p);
-  p.normalize = normalize;
+  p.normalize = normalize, p.bf16 = bf16;
   p.q = input<T>(tensors.q), p.k = input<T>(tensors.k);
   p.q_view_stride = p.N * p.D, p.k_view_stride = p.M * p.D, p.q_row_stride = p.k_row_stride = p.D;
   for (int32_t s = 0; s < p.softmaxes; s++) p.tau[s] = double_at(a.tau, s);
@@ -250,6 +255,7 @@ cacr::RowState<Number> row_state_of(Number* row_state, int64_t rows) {
   return {row_state, row_state + rows, row_state + 2 * rows};
 }
 
+template <bool kBf16>
 std::tuple<Tensor, Tensor, Tensor> contrast_cpu(const Tensor& q, std::optional<Tensor> k, std::optional<Tensor> q_id,
                                                 std::optional<Tensor> k_id, const Tensor& tau,
                                                 std::vector<int64_t> kinds, std::vector<int64_t> q_index,
@@ -259,7 +265,7 @@ std::tuple<Tensor, Tensor, Tensor> contrast_cpu(const Tensor& q, std::optional<T
   const ContrastTensors tensors(a);
   return with_dtype(q, [&](auto zero) {
     using T = decltype(zero);
-    const cacr::Contrast<T> p = contrast_problem<T>(a, tensors, normalize);
+    const cacr::Contrast<T> p = contrast_problem<T>(a, tensors, normalize, kBf16);
     const Sizes rows{p.softmaxes, p.pairs, p.N};
     Tensor value = empty_cpu<double>(rows), lse = empty_cpu<double>(rows),
            row_state = empty_cpu<double>({3, p.softmaxes, p.pairs, p.N});
@@ -271,6 +277,7 @@ std::tuple<Tensor, Tensor, Tensor> contrast_cpu(const Tensor& q, std::optional<T
   });
 }
 
+template <bool kBf16>
 std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(
     const Tensor& q, std::optional<Tensor> k, std::optional<Tensor> q_id, std::optional<Tensor> k_id, const Tensor& tau,
     std::vector<int64_t> kinds, std::vector<int64_t> q_index, std::vector<int64_t> k_index, bool inner_product,
@@ -283,7 +290,7 @@ std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(
                grad_lse = packed(any_grad_lse);
   return with_dtype(q, [&](auto zero) {
     using T = decltype(zero);
-    const cacr::Contrast<T> p = contrast_problem<T>(a, tensors, normalize);
+    const cacr::Contrast<T> p = contrast_problem<T>(a, tensors, normalize, kBf16);
     const bool want_own_k = want_k && k;  // where the keys are the queries, one gradient is the sum of both
     Tensor dq = empty_cpu<T>(gradient_sizes(q, want_q)), dk = empty_cpu<T>(gradient_sizes(tensors.k, want_own_k)),
            dtau = empty_cpu<double>({want_tau ? p.softmaxes : 0});
@@ -300,6 +307,7 @@ std::tuple<Tensor, Tensor, Tensor> contrast_backward_cpu(
 }
 
 // ---- detached_keys --------------------------------------------------------------------------------------------------
+template <bool kBf16>
 std::tuple<Tensor, Tensor, Tensor, Tensor> detached_keys_cpu(const Tensor& q, const Tensor& k,
                                                              std::optional<Tensor> q_id, std::optional<Tensor> k_id,
                                                              const Tensor& tau, std::vector<int64_t> kinds,
@@ -314,7 +322,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detached_keys_cpu(const Tensor& q, co
   const bool moments = (want_q || want_tau) && !detach_weights && !detach_value;
   return with_dtype(q, [&](auto zero) {
     using T = decltype(zero);
-    const cacr::Contrast<T> p = contrast_problem<T>(a, tensors, normalize);
+    const cacr::Contrast<T> p = contrast_problem<T>(a, tensors, normalize, kBf16);
     const Sizes rows{1, p.pairs, p.N}, none{0};
     Tensor value = empty_cpu<double>(rows), lse = empty_cpu<double>(rows),
            means = empty_cpu<T>(want_q ? Sizes{1 + moments, p.pairs, p.N, p.D} : none),
@@ -332,13 +340,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detached_keys_cpu(const Tensor& q, co
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cacr_kernels, CPU, m) {
-  m.impl("cacr_cpu", TORCH_BOX(&cacr_cpu));
   m.impl("aligned_cpu", TORCH_BOX(&aligned_cpu));
+  m.impl("aligned_cpu_bf16", TORCH_BOX(&aligned_cpu));  // differences, no products
   m.impl("aligned_backward_cpu", TORCH_BOX(&aligned_backward_cpu));
-  m.impl("repulsion_cpu", TORCH_BOX(&repulsion_cpu));
-  m.impl("contrast_cpu", TORCH_BOX(&contrast_cpu));
-  m.impl("contrast_backward_cpu", TORCH_BOX(&contrast_backward_cpu));
-  m.impl("detached_keys_cpu", TORCH_BOX(&detached_keys_cpu));
+  m.impl("aligned_backward_cpu_bf16", TORCH_BOX(&aligned_backward_cpu));
+  m.impl("cacr_cpu", TORCH_BOX(&cacr_cpu<false>));
+  m.impl("cacr_cpu_bf16", TORCH_BOX(&cacr_cpu<true>));
+  m.impl("repulsion_cpu", TORCH_BOX(&repulsion_cpu<false>));
+  m.impl("repulsion_cpu_bf16", TORCH_BOX(&repulsion_cpu<true>));
+  m.impl("contrast_cpu", TORCH_BOX(&contrast_cpu<false>));
+  m.impl("contrast_cpu_bf16", TORCH_BOX(&contrast_cpu<true>));
+  m.impl("contrast_backward_cpu", TORCH_BOX(&contrast_backward_cpu<false>));
+  m.impl("contrast_backward_cpu_bf16", TORCH_BOX(&contrast_backward_cpu<true>));
+  m.impl("detached_keys_cpu", TORCH_BOX(&detached_keys_cpu<false>));
+  m.impl("detached_keys_cpu_bf16", TORCH_BOX(&detached_keys_cpu<true>));
 }
 
 // functions: the members of Python, in their order.

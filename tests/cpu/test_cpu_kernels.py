@@ -110,6 +110,7 @@ def processor_has(*features: str) -> bool:
 
 
 AVX2, AVX512 = ("avx2", "fma", "f16c"), ("avx512f", "avx512bw", "avx512dq", "avx512vl")
+AMX = (*AVX512, "amx_bf16", "amx_tile")
 
 
 few_or_all_shapes = pytest.mark.parametrize(
@@ -171,6 +172,7 @@ def test_every_instruction_set_gives_the_same_loss(capsys: pytest.CaptureFixture
     supported = {"portable"}
     supported |= {"avx2"} if processor_has(*AVX2) else set()
     supported |= {"avx512"} if processor_has(*AVX512) else set()
+    supported |= {"amx"} if processor_has(*AMX) else set()
     default = next(isa for isa in library.compiled_isas() if isa in supported)
     with torch.random.fork_rng():
         exec(LOSS)

@@ -265,7 +265,7 @@ def test_yardstick_of_rounded_coefficients(dtype: torch.dtype, loss: str, monkey
     case = next(c for c in testing.cases() if c.loss == loss and c.options.get("normalize"))
     strict = testing.measure(case, testing.expect(case, dtype), "torch", dtype)
     table_of = table.named
-    monkeypatch.setattr(testing, "named", lambda name: table_of(name)._replace(rounds_coefficients=True))
+    monkeypatch.setattr(testing, "named", lambda name: table_of(name)._replace(rounds_coefficients=testing.HALF))
     loose = testing.measure(case, testing.expect(case, dtype), "torch", dtype)
     assert all(result.ok for result in strict)
     for a, b in zip(strict, loose, strict=True):

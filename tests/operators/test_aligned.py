@@ -98,10 +98,12 @@ def test_strided_rows_and_what_is_wanted() -> None:
 def test_opcheck(own: bool, normalize: bool) -> None:
     q, k = (x.requires_grad_() for x in rows((2, 3, 4, 5), False, torch.float64))
     keys = None if own else k
-    torch.library.opcheck(operator("aligned_cpu"), (q, keys, normalize))
+    for name in ("aligned_cpu", "aligned_cpu_bf16"):
+        torch.library.opcheck(operator(name), (q, keys, normalize))
     flow = torch.randn(2, 2 if own else 3, 4, dtype=torch.float64)
     given = (q.detach(), None if own else k.detach(), flow, normalize, True, True)
-    torch.library.opcheck(operator("aligned_backward_cpu"), given)
+    for name in ("aligned_backward_cpu", "aligned_backward_cpu_bf16"):
+        torch.library.opcheck(operator(name), given)
 
 
 def test_refusals() -> None:

@@ -353,6 +353,7 @@ def test_opcheck(name: str) -> None:
     q, tau = leaves(arguments)
     arguments = (q, *arguments[1:4], tau, *arguments[5:])
     torch.library.opcheck(OP, (*arguments, True, True))
+    torch.library.opcheck(operator("detached_keys_cpu_bf16"), (*arguments, True, True))
     found = [t.detach() for t in OP(*arguments, True, True)]
     incoming = [randn(*found[0].shape, seed=i).requires_grad_() for i in (5, 6)]
     torch.library.opcheck(BACKWARD, (*arguments, *found, *incoming, True, True))

@@ -78,6 +78,7 @@ def test_opcheck_cacr(case: tuple[int, bool, bool, bool], dtype: torch.dtype) ->
     arguments = cacr_arguments(case, dtype, requires_grad=True, normalize=case[1])
     torch.library.opcheck(operator("cacr_cpu"), arguments)
     torch.library.opcheck(operator("cacr_cpu"), with_numbers(arguments))
+    torch.library.opcheck(operator("cacr_cpu_bf16"), arguments)
 
 
 @pytest.mark.parametrize("case", CACR_ARGUMENTS, ids=str)
@@ -363,6 +364,7 @@ CHECKED = [
     ("cpu", torch.float32, "given self"),
     ("cpu", torch.float64, "raw rows: views, two softmaxes"),
     ("torch", torch.float32, "raw rows: not self"),
+    ("cpu_bf16", torch.float32, "views"),
 ]
 checked = pytest.mark.parametrize(("backend", "dtype", "name"), CHECKED)
 
@@ -446,14 +448,15 @@ def test_every_operator_is_checked() -> None:
     found = [(where, name) for where, name in found if not name.endswith("_toy")]  # of test_backend_table.py
     names, compiled = ({name for where, name in found if where == space} for space in (NAMESPACE, COMPILED))
     contrasts = {f"{name}_{backend}" for name in ("contrast", "contrast_backward") for backend, *_ in CHECKED}
-    detached = {"detached_keys_cpu", "detached_keys_backward"}
-    repulsions = {"repulsion_cpu", "repulsion_torch", "repulsion_cuda"}
+    detached = {"detached_keys_cpu", "detached_keys_cpu_bf16", "detached_keys_backward"}
+    repulsions = {"repulsion_cpu", "repulsion_cpu_bf16", "repulsion_torch", "repulsion_cuda"}
     triton = {f"{name}_triton" for name in ("cacr", "contrast", "contrast_backward", "detached_keys", "repulsion")}
     cuda = {"cacr", "contrast", "contrast_backward"}
-    aligned = {"aligned_cpu", "aligned_backward_cpu"}
+    aligned = {f"aligned{way}_cpu{products}" for way in ("", "_backward") for products in ("", "_bf16")}
     assert compiled == cuda
     assert names == {
         "cacr_cpu",
+        "cacr_cpu_bf16",
         "gradient_of",
         "outside_backward",
         "overwrite",

@@ -185,7 +185,7 @@ def test_autograd_of_every_output(backend: str) -> None:
 
 
 @quiet_opcheck
-@both_backends
+@pytest.mark.parametrize("backend", [*BACKENDS, "cpu_bf16"])
 @pytest.mark.parametrize("wanted", [ALL_WANTED, pytest.param((True, False, False), marks=pytest.mark.exhaustive)])
 def test_opcheck(wanted: tuple[bool, ...], backend: str) -> None:
     given = zip(tensors(SMALL), wanted, strict=True)

@@ -30,25 +30,46 @@ void no_gradient(TileKeys keys, T* H) {
   for (idx x = 0; x < keys.n; x++) store_panel(H + kPanel<T> * keys[x], Panel<T>{});
 }
 
-// H, the sums of its rows and, where dK is wanted, of its columns.
+// H, the sums of its rows and, where dK is wanted, of its columns. Not those, if H is to be rounded.
 template <class T>
 void tile_gradients(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, const BlockRows<T>& rows,
                     const T* S, Keys keys) {
   constexpr idx PW = kPanel<T>, W = Lanes<T>::W;
   for (idx i = 0; i < b.panels; i++) {
+    alignas(64) T unused[PW] = {};
     for_parts(g, b.row0 + i * PW, keys, tile_ids(g, b, s, i, keys.j0), s.lists, [&](const Part& part) {
       const idx j = part.first, at = (i * g.t.blocking.keys + j - keys.j0) * PW;
       const Active active = Active::of(g, part);
       if (active.count == 0) return no_gradient(part.keys, s.H + at);
       GradientTile<T> tile = gradient_tile(g, rows, i, active);
+      if (g.bf16) tile.row_sum = unused;
       tile.keys = part.keys, tile.S = S + at, tile.H = s.H + at, tile.ids = tile_ids(g, b, s, i, j);
-      tile.columns = g.t.want_dk ? s.columns + (j - g.t.share.key0) * W : nullptr;
+      tile.columns = g.t.want_dk && !g.bf16 ? s.columns + (j - g.t.share.key0) * W : nullptr;
       with_gradient_flags(g, active, part.masked, [&](auto two, auto bounded, auto mask, auto moment) {
         if constexpr (mask.value)
           if (g.holes) return tile_gradient<T, 1 + two.value, bounded.value, true, moment.value, true>(tile);
         tile_gradient<T, 1 + two.value, bounded.value, mask.value, moment.value, false>(tile);
       });
     });
+  }
+}
+
+// The coefficients of bfloat16 products, with the sums of rows and columns.
+template <class T>
+void round_block(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, const BlockRows<T>& rows,
+                 Keys keys) {
+  constexpr idx W = Lanes<T>::W;
+  const T* k_r = b.k_r(g);
+  for (idx i = 0; i < b.panels; i++) {
+    const idx at = i * g.t.blocking.keys * kTile;
+    const RoundedCoefficients<T> t{s.H + at,
+                                   s.bf16.q_r + i * kTile,
+                                   k_r ? k_r + keys.j0 : nullptr,
+                                   s.bf16.h_rows + at,
+                                   s.bf16.h_pairs + at,
+                                   rows.row_sum + i * kTile,
+                                   g.t.want_dk ? s.columns + (keys.j0 - g.t.share.key0) * W : nullptr};
+    round_coefficients(keys.n, t);
   }
 }
 
@@ -64,6 +85,15 @@ template <class T>
 void multiply_query_gradients(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, Keys keys) {
   constexpr idx PW = kPanel<T>;
   const idx ldh = g.t.blocking.keys * PW, R = b.panels * PW;
+  if constexpr (kBf16Tiles<T>)
+    if (g.bf16) {
+      const Bf16Keys& packed = g.t.packed.keys;
+      const Bf16* K = packed.columns + (g.p.k_index[b.pair] * packed.view_rows + keys.j0) * g.Dp;
+      const TileConfig config;
+      for (idx i = 0; i < b.panels; i++)
+        query_gradient_tiles(keys.n, g.Dp, s.bf16.h_pairs + i * ldh, K, s.dq_panels + i * kTile * g.Dp);
+      return;
+    }
   const T* K = g.t.packed.k_panels + g.p.k_index[b.pair] * g.p.M * g.Dp + keys.j0 * PW;
   for (idx f = 0; f < g.Dp / PW; f++)
     for (idx i = 0; i < b.panels; i++)
@@ -83,6 +113,11 @@ void multiply_key_gradients(const SweepSetup<T>& g, const Block<T>& b, const Blo
   constexpr idx PW = kPanel<T>;
   const idx ldh = g.t.blocking.keys * PW, R = b.panels * PW, stride = g.t.dk.row_stride;
   T* out = view_of(g.t.dk, g.p.k_index[b.pair], g.p.M) + keys.j0 * stride;
+  if constexpr (kBf16Tiles<T>)
+    if (g.bf16) {
+      const TileConfig config;
+      return key_gradient_tiles(keys.n, b.panels, g.Dp, s.bf16.h_rows, ldh, s.bf16.query_pairs, out, stride);
+    }
   for (idx f = 0; f < g.Dp / PW; f++)
     key_gradient_panel<T>(keys.n, b.panels, s.H, ldh, s.q_panels + f * R * PW, out + f * PW, stride);
 }
@@ -94,10 +129,12 @@ void add_query_gradients(const SweepSetup<T>& g, const Block<T>& b, const BlockS
   const Contrast<T>& p = g.p;
   const idx R = b.panels * PW, stride = g.t.dq.row_stride;
   T* out = view_of(g.t.dq, p.q_index[b.pair], p.N) + b.row0 * stride;
+  if constexpr (kBf16Tiles<T>)
+    if (g.bf16) turn_query_gradients(b.panels, g.Dp, s.dq_panels);
   const T *q = b.q(p), *r = b.q_r(g);
   for (idx i = 0; i < b.rows; i++)
     for (idx f = 0; f < g.Dp / PW; f++) {
-      const T* product = s.dq_panels + (f * R + i) * PW;
+      const T* product = s.dq_panels + (g.bf16 ? (i / PW * g.Dp + f * PW + i % PW) * PW : (f * R + i) * PW);
       const T *x = q + i * p.q_row_stride + f * PW, h = p.inner_product ? T(0) : sum[i] * factor_of(r, i);
       T* o = out + i * stride + f * PW;
       const idx n = min_of(PW, p.D - f * PW);

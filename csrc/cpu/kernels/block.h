@@ -5,7 +5,7 @@
 // forward.h, on the way back in backward.h. strip.h and symmetric.h put them in their order.
 #pragma once
 
-#include "pack.h"
+#include "products_bf16.h"
 #include "tiles.h"
 
 namespace cacr::CACR_ISA {
@@ -18,6 +18,7 @@ struct SweepSetup {
   const Contrast<T>& p;
   T slope[kMaxSoftmaxes];
   bool forward, backward;
+  bool bf16;      // products_bf16.h
   bool diagonal;  // only keys on diagonals need a mask: members elsewhere are all keys
   // A softmax over positives: their entries of S are replaced by -c/2, c from differences where the product form
   // cancels. It then counts as one with |q|^2 = 0.
@@ -42,6 +43,7 @@ struct SweepSetup {
     cancelling = p.softmaxes == 2 && p.kind[0] == p.kind[1];
     forward = t.gradient != Gradient::kGiven;
     backward = t.gradient != Gradient::kNone;
+    bf16 = kBf16Tiles<T> && t.bf16;
   }
 
   bool strip() const { return forward && backward; }
@@ -83,19 +85,35 @@ struct BlockRows {
   T* known_sum;  // the same, from the weights' sum of 1
 };
 
+// Operands of products_bf16.h.
+struct Bf16Block {
+  float* q_r;           // [rows] inverse lengths
+  Bf16* feature_pairs;  // [rows/32][Dp/2][32][2]      queries: operand of S
+  Bf16* query_pairs;    // [rows/32][Dp/32][16][32][2] queries: operand of dK
+  Bf16* h_rows;         // [rows/32][keys][32]         H rounded: operand of dK
+  Bf16* h_pairs;        // [rows/32][keys/2][32][2]    H rounded: operand of dQ
+
+  static Bf16Block layout(idx rows, idx keys, idx Dp, char*& at) {
+    const auto some = [&](idx count) { return carve<Bf16>(at, count); };
+    float* const q_r = carve<float>(at, rows);
+    return {q_r, some(rows * Dp), some(rows * Dp), some(rows * keys), some(rows * keys)};
+  }
+};
+
 template <class T>
 struct BlockScratch {
   T* S;             // [tiles][rows/PW][keys][PW] similarities; one tile where nothing is kept
   T* H;             // [rows/PW][keys][PW] dL/dS
   T* q_columns;     // [rows/PW][D][PW]    queries transposed: operand of S
   T* q_panels;      // [Dp/PW][rows][PW]   queries by panels of features: operand of dK
-  T* dq_panels;     // [Dp/PW][rows][PW]
+  T* dq_panels;     // [Dp/PW][rows][PW]; in products of bfloat16 [rows/PW][Dp][PW]
   T* columns;       // [keys of the share][W]  sum_i H_ij, by lanes
   T* q_norm;        // [rows]
   int32_t* q_id;    // [rows]
   int32_t* q_self;  // [rows]
   int32_t* lists;   // [2][keys or rows] parts of a tile
   BlockRows<T> rows;
+  Bf16Block bf16;
 
   // Cuts the memory for one tile, or for as many as the strip keeps, from `at`, which moves behind it.
   static BlockScratch layout(const SweepParams<T>& t, char*& at) {
@@ -106,8 +124,8 @@ struct BlockScratch {
     BlockScratch s;
     s.S = carve<T>(at, (setup.strip() ? setup.tile_count() : 1) * R * K);
     s.H = carve<T>(at, R * K);
-    s.q_columns = carve<T>(at, R * p.D);
-    s.q_panels = carve<T>(at, t.want_dk ? R * Dp : 0);
+    s.q_columns = carve<T>(at, setup.bf16 ? 0 : R * p.D);
+    s.q_panels = carve<T>(at, t.want_dk && !setup.bf16 ? R * Dp : 0);
     s.dq_panels = carve<T>(at, t.want_dq ? R * Dp : 0);
     s.columns = carve<T>(at, t.want_dk ? keys * (PW / 2) : 0);
     s.rows.row_sum = carve<T>(at, R);
@@ -116,6 +134,7 @@ struct BlockScratch {
     s.q_id = carve<int32_t>(at, R);
     s.q_self = carve<int32_t>(at, p.q_self ? R : 0);
     s.lists = carve<int32_t>(at, p.q_id ? 2 * max_of(R, K) : 0);
+    s.bf16 = setup.bf16 ? Bf16Block::layout(R, K, tiled(p.D), at) : Bf16Block{};
     for (SoftmaxRows<T>& rows : s.rows.softmax) rows = SoftmaxRows<T>::of(carve<T>(at, SoftmaxRows<T>::kArrays * R), R);
     return s;
   }
@@ -128,15 +147,30 @@ void pack_queries(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<
   constexpr idx PW = kPanel<T>;
   const Contrast<T>& p = g.p;
   const T *q = b.q(p), *r = b.q_r(g);
-  for (idx i = 0; i < b.panels; i++)
+  for (idx i = 0; i < b.panels && !g.bf16; i++)
     transpose_panel(b.rows_of_panel(i), p.D, q + i * PW * p.q_row_stride, p.q_row_stride, r ? r + i * PW : nullptr,
                     s.q_columns + i * p.D * PW);
-  if (g.backward && g.t.want_dk) pack_panels(g, b, s);
+  if (g.backward && g.t.want_dk && !g.bf16) pack_panels(g, b, s);
+  if constexpr (kBf16Tiles<T>)
+    if (g.bf16) pack_queries_bf16(g, b, s);
   load_norms(g, b, s);
   if (p.q_id)
     for (idx i = 0; i < b.panels * PW; i++) s.q_id[i] = i < b.rows ? p.q_id[b.row0 + i] : -1;
   if (p.q_self)
     for (idx i = 0; i < b.panels * PW; i++) s.q_self[i] = i < b.rows ? p.q_self[b.row0 + i] : -1;
+}
+
+template <class T>
+void pack_queries_bf16(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s) {
+  const Contrast<T>& p = g.p;
+  const T *q = b.q(p), *r = b.q_r(g);
+  for (idx i = 0; i < b.panels; i++) {
+    const idx n = b.rows_of_panel(i), at = i * kTile * tiled(p.D);
+    const T* rows = q + i * kTile * p.q_row_stride;
+    pack_feature_pairs(n, p.D, rows, p.q_row_stride, s.bf16.feature_pairs + at);
+    if (g.backward && g.t.want_dk) pack_query_pairs(n, p.D, rows, p.q_row_stride, s.bf16.query_pairs + at);
+  }
+  for (idx i = 0; i < b.panels * kTile; i++) s.bf16.q_r[i] = i < b.rows ? factor_of(r, i) : T(0);
 }
 
 template <class T>
@@ -237,10 +271,23 @@ void compute_similarities(const SweepSetup<T>& g, const Block<T>& b, const Block
   const Contrast<T>& p = g.p;
   const T *k = b.k(p, keys.j0), *r = b.k_r(g);
   const KeyTerms<T> terms{r ? r + keys.j0 : nullptr, b.k_bias(g) + keys.j0};
-  for (idx i = 0; i < b.panels; i++)
+  if constexpr (kBf16Tiles<T>)
+    if (g.bf16) similarities_bf16(g, b, s, terms, S, keys);
+  for (idx i = 0; i < b.panels && !g.bf16; i++)
     similarity<T>(keys.n, p.D, k, p.k_row_stride, s.q_columns + i * p.D * kPanel<T>, terms,
                   S + i * g.t.blocking.keys * kPanel<T>);
   if (g.any_positive) replace_positives(g, b, s, S, keys);
+}
+
+template <class T>
+void similarities_bf16(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T>& s, const KeyTerms<T>& terms,
+                       T* S, Keys keys) {
+  const Bf16Keys& packed = g.t.packed.keys;
+  const Bf16* K = packed.rows + (g.p.k_index[b.pair] * packed.view_rows + keys.j0) * packed.row_stride;
+  const TileConfig config;
+  for (idx i = 0; i < b.panels; i++)
+    similarity_tiles(keys.n, g.p.D, K, packed.row_stride, s.bf16.feature_pairs + i * kTile * tiled(g.p.D),
+                     terms.r ? s.bf16.q_r + i * kTile : nullptr, terms, S + i * g.t.blocking.keys * kTile);
 }
 
 template <class T>

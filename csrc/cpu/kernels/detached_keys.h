@@ -10,81 +10,10 @@
 // 2 U floating-point operations (U = 2 N M D), 3 U where the weights are differentiated.
 #pragma once
 
-#include "pack.h"
-#include "tiles.h"
+#include "products_bf16.h"
+#include "weigh_tile.h"
 
 namespace cacr::CACR_ISA {
-
-// ---- elementwise work on one tile -----------------------------------------------------------------------------------
-// One tile's share of a panel's sums, and how its top has moved.
-template <class T>
-struct TileSums {
-  static constexpr idx PW = kPanel<T>;
-  alignas(64) T e[PW], ed[PW], edd[PW];
-  alignas(64) T moved[PW], scale[PW];  // u_top before - now, and what it makes of older weights
-  bool any_moved, in_range;            // in_range: no exponent of the tile leaves the range of 2^x
-};
-
-// Moves the top of a panel over keys [0, n) of a tile.
-template <class T, bool kMasked>
-CACR_NOINLINE void find_top(idx n, const T* S, T slope, T* top, TileSums<T>& out, const TileIds<T>& ids) {
-  constexpr idx PW = kPanel<T>;
-  Membership<T> member;
-  if constexpr (kMasked) member = Membership<T>::make(ids, kOther);
-  const T sign = slope < 0 ? T(-1) : T(1);
-  const Panel<T> before = load_panel(top), none = splat_panel(-kHuge<T>);
-  Panel<T> now = before, low = -none;
-  for (idx j = 0; j < n; j++) {
-    const Panel<T> z = sign * load_panel(S + PW * j);
-    if constexpr (kMasked) {
-      const PanelMask<T> mask = member.of_key(j);
-      now = max_vec(now, choose(mask, z, none)), low = min_vec(low, choose(mask, z, -none));
-    } else {
-      now = max_vec(now, z), low = min_vec(low, z);
-    }
-  }
-  store_panel(top, now);
-  const MovedTop<T> m = move_top(slope, before, now);
-  store_panel(out.moved, m.moved), store_panel(out.scale, m.scale);
-  const Panel<T> least = sign * slope * (low - now);
-  out.any_moved = false, out.in_range = true;
-  for (const int h : {0, 1})
-    for (int l = 0; l < Lanes<T>::W; l++) {
-      out.any_moved |= m.moved.v[h][l] != 0;
-      out.in_range &= least.v[h][l] >= kExp2Min<T>;
-    }
-}
-
-// Replaces the tile by its weights e; ED[j][:] = e d, if given.
-template <class T, bool kInRange, bool kMasked, bool kMoments>
-CACR_NOINLINE void weigh_tile(idx n, T* S, T* ED, T slope, const T* top, TileSums<T>& out, const TileIds<T>& ids) {
-  constexpr idx PW = kPanel<T>;
-  Membership<T> member;
-  if constexpr (kMasked) member = Membership<T>::make(ids, kOther);
-  const T sign = slope < 0 ? T(-1) : T(1);
-  const Panel<T> u_top = sign * load_panel(top);
-  Panel<T> e{}, ed{}, edd{};
-#pragma GCC unroll 2
-  for (idx j = 0; j < n; j++) {
-    Panel<T> d = load_panel(S + PW * j) - u_top;
-    PanelMask<T> mask;
-    if constexpr (kMasked) {  // before the exponential: that of others may be out of its range
-      mask = member.of_key(j);
-      d = select(mask, d);
-    }
-    Panel<T> w = exp2_panel<kInRange>(slope * d);
-    if constexpr (kMasked) w = select(mask, w);
-    store_panel(S + PW * j, w);
-    e += w;
-    const Panel<T> wd = w * d;
-    ed += wd;
-    if constexpr (kMoments) {
-      edd += wd * d;
-      store_panel(ED + PW * j, wd);
-    }
-  }
-  store_panel(out.e, e), store_panel(out.ed, ed), store_panel(out.edd, edd);
-}
 
 // ---- what is given, and where it works ------------------------------------------------------------------------------
 template <class T>
@@ -93,13 +22,15 @@ struct DetachedSetup {
   const Contrast<T>& p;
   idx Dp, per_pair;  // D rounded up to panels; panels of a pair
   T slope;
+  bool bf16;  // products_bf16.h, where rows are in their range
 
   explicit DetachedSetup(const DetachedKeysParams<T>& params)
       : t(params),
         p(*params.problem),
         Dp(padded<T>(p.D)),
         per_pair(padded<T>(p.N) / kPanel<T>),
-        slope(T(-2 * p.tau[0] * kLog2e)) {}
+        slope(T(-2 * p.tau[0] * kLog2e)),
+        bf16(kBf16Tiles<T> && t.bf16) {}
 
   double sign() const { return slope < 0 ? -1 : 1; }
   const T* query_row(idx pair, idx i) const { return p.q + p.q_index[pair] * p.q_view_stride + i * p.q_row_stride; }
@@ -112,8 +43,10 @@ struct PanelState {
   double* sum;     // [PW] sum e
   double* sum_d;   // [PW] sum e d
   double* sum_dd;  // [PW] sum e d^2
-  T* mean;         // [Dp/PW][PW][PW] sum e k
-  T* spread;       // [Dp/PW][PW][PW] sum e d k
+  double* used;    // [PW] sum e of the mean
+  double* used_d;  // [PW] sum e d of the spread
+  T* mean;         // [Dp/PW][PW][PW] sum e k; while a block is at work on tiles of bfloat16, [Dp][PW]
+  T* spread;       // likewise sum e d k
 
   static PanelState layout(const DetachedKeysParams<T>& t, char*& at) {
     constexpr idx PW = kPanel<T>;
@@ -121,6 +54,7 @@ struct PanelState {
     PanelState s;
     s.top = carve<T>(at, PW);
     s.sum = carve<double>(at, PW), s.sum_d = carve<double>(at, PW), s.sum_dd = carve<double>(at, PW);
+    s.used = carve<double>(at, PW), s.used_d = carve<double>(at, PW);
     s.mean = carve<T>(at, t.want_mean ? PW * Dp : 0);
     s.spread = carve<T>(at, t.want_mean && t.want_moments ? PW * Dp : 0);
     return s;
@@ -134,8 +68,11 @@ template <class T>
 struct DetachedPanel {
   idx pair, row0, rows;  // rows: those that exist
   int32_t low_id, high_id;
-  T* columns;   // [D][PW] the queries transposed
-  int32_t* id;  // [PW]
+  bool in_range;        // of products of bfloat16
+  Bf16* feature_pairs;  // [Dp/2][PW][2] their operand
+  T* r;                 // [PW] and inverse lengths
+  T* columns;           // [D][PW] the queries transposed
+  int32_t* id;          // [PW]
   PanelState<T> state;
 };
 
@@ -149,6 +86,10 @@ struct DetachedScratch {
   T* k_panels;               // [Dp/PW][keys][PW]
   T* columns;                // [panels][D][PW]
   int32_t* ids;              // [panels][PW]
+  Bf16 *k_rows, *k_columns;  // [keys][row stride], [keys/32][Dp][32]
+  Bf16 *e_pairs, *ed_pairs;  // [keys/2][PW][2]
+  Bf16* feature_pairs;       // [panels][Dp/2][PW][2]
+  T* q_r;                    // [panels][PW]
   char* states;              // [panels], where the keys are not shared out
 
   static DetachedScratch layout(const DetachedKeysParams<T>& t, char*& at) {
@@ -160,12 +101,52 @@ struct DetachedScratch {
     s.bias = carve<T>(at, K), s.k_r = carve<T>(at, t.problem->normalize ? K : 0),
     s.k_panels = carve<T>(at, t.want_mean ? K * padded<T>(D) : 0);
     s.columns = carve<T>(at, n * PW * D), s.ids = carve<int32_t>(at, n * PW);
+    const bool bf16 = kBf16Tiles<T> && t.bf16;
+    const auto some = [&](idx count) { return carve<Bf16>(at, bf16 ? count : 0); };
+    s.k_rows = some(K * bf16_stride(D)), s.k_columns = some(t.want_mean ? K * tiled(D) : 0);
+    s.e_pairs = some(t.want_mean ? K * PW : 0), s.ed_pairs = some(t.want_mean && t.want_moments ? K * PW : 0);
+    s.feature_pairs = some(n * PW * tiled(D)), s.q_r = carve<T>(at, bf16 ? n * PW : 0);
     s.states = carve<char>(at, t.states ? 0 : n * idx(PanelState<T>::bytes(t)));
     return s;
   }
 };
 
 // ---- the sweep ------------------------------------------------------------------------------------------------------
+// Does an instruction that takes subnormal numbers for 0 see such a row as it is? Of its |x|^2, or of its inverse
+// length where rows count as unit vectors. False for NaN.
+template <class T>
+CACR_INLINE bool in_bf16_range(T x, bool is_length) {
+  return (x >= (is_length ? T(0x1p-50) : T(0x1p-80)) && x <= T(0x1p80)) || (x == 0 && !is_length);
+}
+
+// r: [PW] inverse lengths, where rows are raw.
+template <class T>
+void start_panel_bf16(const DetachedSetup<T>& g, const DetachedScratch<T>& s, idx i, DetachedPanel<T>& panel,
+                      const T* r) {
+  const Contrast<T>& p = g.p;
+  const T* const q = g.query_row(panel.pair, panel.row0);
+  panel.feature_pairs = s.feature_pairs + i * kTile * tiled(p.D), panel.r = s.q_r + i * kTile;
+  pack_feature_pairs(panel.rows, p.D, q, p.q_row_stride, panel.feature_pairs);
+  panel.in_range = true;
+  for (idx l = 0; l < kTile; l++) {
+    panel.r[l] = r[l];
+    if (l < panel.rows)
+      panel.in_range &= in_bf16_range(p.normalize ? r[l] : squared_norm(p.D, q + l * p.q_row_stride), p.normalize);
+  }
+}
+
+// Keys of a tile, whose inverse lengths or biases are known; are they in range?
+template <class T>
+bool pack_tile_bf16(const DetachedSetup<T>& g, const DetachedScratch<T>& s, const T* k, idx n) {
+  const Contrast<T>& p = g.p;
+  const T* const x = p.normalize ? s.k_r : s.bias;
+  for (idx j = 0; j < n; j++)
+    if (!in_bf16_range(p.normalize ? x[j] : -2 * x[j], p.normalize)) return false;
+  pack_bf16(
+      {k, p.k_row_stride, p.D, n, 0, tiled(n), s.k_rows, g.t.want_mean ? s.k_columns : nullptr, bf16_stride(p.D)});
+  return true;
+}
+
 // Panel i of the block: queries of a unit, with empty sums.
 template <class T>
 DetachedPanel<T> start_panel(const DetachedSetup<T>& g, const DetachedScratch<T>& s, idx i, idx unit) {
@@ -180,6 +161,8 @@ DetachedPanel<T> start_panel(const DetachedSetup<T>& g, const DetachedScratch<T>
     r[l] = UnitRow<T>::of(p.D, g.query_row(panel.pair, panel.row0 + l)).r;
   transpose_panel(panel.rows, p.D, g.query_row(panel.pair, panel.row0), p.q_row_stride, p.normalize ? r : nullptr,
                   panel.columns);
+  if constexpr (kBf16Tiles<T>)
+    if (g.bf16) start_panel_bf16(g, s, i, panel, r);
   panel.id = s.ids + i * PW;
   for (idx l = 0; l < PW && p.q_id; l++) {  // lanes without a query repeat the last one
     const int32_t id = panel.id[l] = p.q_id[panel.row0 + min_of(l, panel.rows - 1)];
@@ -210,8 +193,16 @@ bool needs_mask(const Contrast<T>& p, const DetachedPanel<T>& panel, idx j0, idx
 }
 
 template <class T>
-void move_means(const DetachedSetup<T>& g, const PanelState<T>& state, const TileSums<T>& sums) {
+void move_means(const DetachedSetup<T>& g, const PanelState<T>& state, const TileSums<T>& sums, bool tiles) {
   constexpr idx PW = kPanel<T>;
+  const Panel<T> scale = load_panel(sums.scale), moved = load_panel(sums.moved);
+  for (idx f = 0; f < g.Dp && tiles; f++) {
+    T *mean = state.mean + f * PW, *spread = state.spread + f * PW;
+    const Panel<T> m = load_panel(mean) * scale;
+    if (g.t.want_moments) store_panel(spread, load_panel(spread) * scale + moved * m);
+    store_panel(mean, m);
+  }
+  if (tiles) return;
   for (idx f = 0; f < g.Dp; f += PW)
     for (idx l = 0; l < PW; l++) {
       T *mean = state.mean + (f + l) * PW, *spread = state.spread + (f + l) * PW;
@@ -223,23 +214,33 @@ void move_means(const DetachedSetup<T>& g, const PanelState<T>& state, const Til
 
 // With m = old - new top, d = d_old + m for older keys: their sums move, and shrink.
 template <class T>
-void add_sums(const DetachedSetup<T>& g, const PanelState<T>& state, const TileSums<T>& sums) {
-  if (sums.any_moved && g.t.want_mean) move_means(g, state, sums);
+void add_sums(const DetachedSetup<T>& g, const PanelState<T>& state, const TileSums<T>& sums, bool tiles) {
+  if (sums.any_moved && g.t.want_mean) move_means(g, state, sums, tiles);
   for (idx l = 0; l < kPanel<T>; l++) {
     const double m = sums.moved[l], scale = sums.scale[l], e = state.sum[l], ed = state.sum_d[l];
     state.sum[l] = e * scale + double(sums.e[l]);
     state.sum_d[l] = (ed + m * e) * scale + double(sums.ed[l]);
+    const double used = state.used[l], used_d = state.used_d[l];
+    state.used[l] = used * scale + double(sums.used[l]);
+    state.used_d[l] = (used_d + m * used) * scale + double(sums.used_d[l]);
     state.sum_dd[l] = (state.sum_dd[l] + m * (2 * ed + m * e)) * scale + double(sums.edd[l]);
   }
 }
 
-// One panel of queries and one tile of keys: k: row j0 of the keys at hand.
+// One panel of queries and one tile of keys: k: row j0 of the keys at hand. tiles: by products of bfloat16, for which
+// the thread is set up.
 template <class T>
 void meet_tile(const DetachedSetup<T>& g, const DetachedScratch<T>& s, const DetachedPanel<T>& panel, const T* k,
-               idx j0, idx n) {
+               idx j0, idx n, bool tiles) {
   constexpr idx PW = kPanel<T>;
   const Contrast<T>& p = g.p;
-  similarity<T>(n, p.D, k, p.k_row_stride, panel.columns, {p.normalize ? s.k_r : nullptr, s.bias}, s.S);
+  const KeyTerms<T> terms{p.normalize ? s.k_r : nullptr, s.bias};
+  if constexpr (kBf16Tiles<T>)
+    if (tiles) {
+      similarity_tiles(n, p.D, s.k_rows, bf16_stride(p.D), panel.feature_pairs, p.normalize ? panel.r : nullptr, terms,
+                       s.S);
+    }
+  if (!tiles) similarity<T>(n, p.D, k, p.k_row_stride, panel.columns, terms, s.S);
   const TileIds<T> ids{panel.id, p.k_id + (p.q_id ? j0 : 0), panel.row0, j0, nullptr};
   TileSums<T> sums;
   const bool masked = needs_mask(p, panel, j0, n);
@@ -249,7 +250,17 @@ void meet_tile(const DetachedSetup<T>& g, const DetachedScratch<T>& s, const Det
         weigh_tile<T, in_range.value, mask.value, moments.value>(n, s.S, s.ED, g.slope, panel.state.top, sums, ids);
       },
       sums.in_range, masked, g.t.want_moments);
-  add_sums(g, panel.state, sums);
+  for (idx l = 0; l < PW; l++) sums.used[l] = sums.e[l], sums.used_d[l] = sums.ed[l];
+  if constexpr (kBf16Tiles<T>)
+    if (tiles && g.t.want_mean) {
+      round_weights(n, s.S, terms.r, s.e_pairs, sums.used);
+      if (g.t.want_moments) round_weights(n, s.ED, terms.r, s.ed_pairs, sums.used_d);
+      add_sums(g, panel.state, sums, true);
+      query_gradient_tiles(n, g.Dp, s.e_pairs, s.k_columns, panel.state.mean);
+      if (g.t.want_moments) query_gradient_tiles(n, g.Dp, s.ed_pairs, s.k_columns, panel.state.spread);
+      return;
+    }
+  add_sums(g, panel.state, sums, tiles);
   for (idx f = 0; g.t.want_mean && f < g.Dp / PW; f++) {
     query_gradient_panel<T>(n, s.S, s.k_panels + f * n * PW, panel.state.mean + f * PW * PW);
     if (g.t.want_moments) query_gradient_panel<T>(n, s.ED, s.k_panels + f * n * PW, panel.state.spread + f * PW * PW);
@@ -282,6 +293,7 @@ Shift shift_of(const DetachedSetup<T>& g, const PanelState<T>& part, idx l, T to
 struct DetachedRow {
   RowResult result;
   double sum_dd;
+  double used_factor, used_delta;  // factor and delta of the weights that multiply keys
 };
 
 template <class T>
@@ -291,21 +303,25 @@ T query_norm(const DetachedSetup<T>& g, const T* q) {
 
 template <class T>
 DetachedRow finish_detached_row(const DetachedSetup<T>& g, const PartialStates& states, idx l, T top, const T* q) {
-  double sum = 0, sum_d = 0, sum_dd = 0;
+  double sum = 0, sum_d = 0, sum_dd = 0, used = 0, used_d = 0;
   for (idx i = 0; i < states.parts; i++) {
     const PanelState<T> part = state_of(g, states, i);
     const Shift s = shift_of(g, part, l, top);
     const double m = s.moved, e = part.sum[l], ed = part.sum_d[l];
     sum += s.scale * e, sum_d += s.scale * (ed + m * e);
     sum_dd += s.scale * (part.sum_dd[l] + m * (2 * ed + m * e));
+    used += s.scale * part.used[l], used_d += s.scale * (part.used_d[l] + m * part.used[l]);
   }
   const double top_cost = (g.p.inner_product ? 0 : double(query_norm(g, q))) - 2 * g.sign() * double(top);
-  return {finish_row<LseOrder::kSumFirst>(sum, sum_d, top_cost, g.p.tau[0], g.slope - g.slope == 0), sum_dd};
+  const RowResult r = finish_row<LseOrder::kSumFirst>(sum, sum_d, top_cost, g.p.tau[0], g.slope - g.slope == 0);
+  if (!g.bf16 || r.empty) return {r, sum_dd, r.factor, r.delta};
+  return {r, sum_dd, r.factor * (sum / used), used_d / used};
 }
 
 // at: of the row in mean and spread.
 template <class T>
-void finish_means(const DetachedSetup<T>& g, const PartialStates& states, idx l, T top, const RowResult& row, idx at) {
+void finish_means(const DetachedSetup<T>& g, const PartialStates& states, idx l, T top, const DetachedRow& row,
+                  idx at) {
   constexpr idx PW = kPanel<T>;
   for (idx f = 0; f < g.Dp; f += PW) {
     double mean[PW] = {}, spread[PW] = {};
@@ -317,9 +333,10 @@ void finish_means(const DetachedSetup<T>& g, const PartialStates& states, idx l,
       for (idx d = 0; g.t.want_moments && d < PW; d++) spread[d] += s.scale * (double(b[d]) + s.moved * double(a[d]));
     }
     for (idx d = 0; d < min_of(PW, g.p.D - f); d++) {
-      const double weighted = row.factor * mean[d];
+      const double weighted = row.used_factor * mean[d];
       g.t.out.mean[at + f + d] = T(weighted);
-      if (g.t.want_moments) g.t.out.spread[at + f + d] = T(-2 * (row.factor * spread[d] - row.delta * weighted));
+      if (g.t.want_moments)
+        g.t.out.spread[at + f + d] = T(-2 * (row.used_factor * spread[d] - row.used_delta * weighted));
     }
   }
 }
@@ -338,30 +355,61 @@ void finish_unit(const DetachedSetup<T>& g, idx unit, const PartialStates& state
     const idx at = pair * g.p.N + row0 + l;
     out.value[at] = r.value, out.lse[at] = r.lse;
     if (g.t.want_moments) out.variance[at] = 4 * (r.factor * row.sum_dd - r.delta * r.delta);
-    if (g.t.want_mean) finish_means(g, states, l, top, r, at * g.p.D);
+    if (g.t.want_mean) finish_means(g, states, l, top, row, at * g.p.D);
   }
 }
 
 // ---- the kernels ----------------------------------------------------------------------------------------------------
+// From the layout of one kind of products to that of the other.
+template <class T>
+void turn_means(const DetachedSetup<T>& g, const DetachedScratch<T>& s, idx panels) {
+  if constexpr (kBf16Tiles<T>)
+    for (idx i = 0; i < panels && g.t.want_mean; i++) {
+      turn_query_gradients(1, g.Dp, s.panels[i].state.mean);
+      if (g.t.want_moments) turn_query_gradients(1, g.Dp, s.panels[i].state.spread);
+    }
+}
+
 // Units [unit0, unit1), which share the keys of one view.
 template <class T>
 void detached_block(const DetachedSetup<T>& g, const DetachedScratch<T>& s, idx view, idx unit0, idx unit1) {
   const DetachedKeysParams<T>& t = g.t;
   const Contrast<T>& p = g.p;
   const idx n = unit1 - unit0, bytes = idx(PanelState<T>::bytes(t));
-  for (idx i = 0; i < n; i++) s.panels[i] = start_panel(g, s, i, unit0 + i);
+  bool tiles = g.bf16;
+  for (idx i = 0; i < n; i++) {
+    s.panels[i] = start_panel(g, s, i, unit0 + i);
+    if (g.bf16) tiles &= s.panels[i].in_range;
+  }
   for (idx j0 = t.share.key0; j0 < t.share.key1; j0 += t.blocking.keys) {
     if (t.interrupt()) return;
     const idx keys = min_of(t.blocking.keys, t.share.key1 - j0);
     const T* k = p.k + view * p.k_view_stride + j0 * p.k_row_stride;
     pack<T>({k, p.k_row_stride, p.D, keys, 0, keys, p.inner_product, p.normalize ? s.k_r : nullptr, nullptr, s.bias,
-             t.want_mean ? s.k_panels : nullptr});
-    const idx ahead = min_of(t.blocking.keys, t.share.key1 - j0 - keys);
-    for (idx i = 0; i < n; i++) {
-      prefetch_rows(p, k + keys * p.k_row_stride, ahead * i / n, ahead * (i + 1) / n);  // of the next tile
-      meet_tile(g, s, s.panels[i], k, j0, keys);
+             t.want_mean && !tiles ? s.k_panels : nullptr});
+    bool tile = tiles;
+    if constexpr (kBf16Tiles<T>)
+      if (tiles && !(tile = pack_tile_bf16(g, s, k, keys))) {
+        pack<T>({k, p.k_row_stride, p.D, keys, 0, keys, p.inner_product, p.normalize ? s.k_r : nullptr, nullptr, s.bias,
+                 t.want_mean ? s.k_panels : nullptr});
+        turn_means(g, s, n);
+      }
+    const auto meet_all = [&] {
+      const idx ahead = min_of(t.blocking.keys, t.share.key1 - j0 - keys);
+      for (idx i = 0; i < n; i++) {
+        prefetch_rows(p, k + keys * p.k_row_stride, ahead * i / n, ahead * (i + 1) / n);  // of the next tile
+        meet_tile(g, s, s.panels[i], k, j0, keys, tile);
+      }
+    };
+    if (tile) {
+      const TileConfig config;
+      meet_all();
+    } else {
+      meet_all();
     }
+    if (tile != tiles) turn_means(g, s, n);
   }
+  if (tiles) turn_means(g, s, n);
   for (idx i = 0; i < n && !t.states; i++) finish_unit(g, unit0 + i, {s.states + i * bytes, 0, 1});
 }
 

@@ -34,6 +34,9 @@ constexpr Kernels<T> table() {
   Kernels<T> k{};
   k.panel = kPanel<T>, k.tile_rows = kTileRows;
   k.pack = pack<T>, k.reduce = reduce<T>, k.to_raw_rows = to_raw_rows<T>;
+#if defined(CACR_BF16_TILES)
+  if constexpr (kBf16Tiles<T>) k.pack_bf16 = pack_bf16;
+#endif
   k.strip_scratch = strip_scratch<T>, k.strip = strip<T>;
   k.symmetric_scratch = symmetric_scratch<T>, k.symmetric_states = symmetric_states<T>;
   k.symmetric_sweep = symmetric_sweep<T>, k.symmetric_finish = symmetric_finish<T>;

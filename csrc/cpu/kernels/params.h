@@ -20,14 +20,23 @@ struct Share {
   int64_t unit0, unit1, key0, key1;
 };
 
+// Keys rounded to bfloat16 as the operands of tile_bf16.h, not scaled. Of view v: from v * view_rows on; rows that do
+// not exist are 0.
+struct Bf16Keys {
+  uint16_t* rows;     // [k_views][view_rows][row_stride]
+  uint16_t* columns;  // [k_views][view_rows/32][D rounded up to 32][32]
+  int64_t view_rows, row_stride;
+};
+
 // Keys and norms, packed once per call.
 template <class T>
 struct Packed {
-  T* q_norm;     // [q_views][N]             |q|^2, or 0 (inner product)
-  T* k_bias;     // [k_views][M]             -|k|^2/2, or 0 (inner product)
-  T* k_panels;   // [k_views][Dp/PW][M][PW]    null where no query gradient is wanted
-  T *q_r, *k_r;  // [q_views][N], [k_views][M] inverse lengths of raw rows, one array where the keys are the queries;
-                 // null: rows are taken as they are. Norms, biases and panels are those of unit rows.
+  T* q_norm;      // [q_views][N]             |q|^2, or 0 (inner product)
+  T* k_bias;      // [k_views][M]             -|k|^2/2, or 0 (inner product)
+  T* k_panels;    // [k_views][Dp/PW][M][PW]    null where no query gradient is wanted
+  T *q_r, *k_r;   // [q_views][N], [k_views][M] inverse lengths of raw rows, one array where the keys are the queries;
+                  // null: rows are taken as they are. Norms, biases and panels are those of unit rows.
+  Bf16Keys keys;  // for products of bfloat16
 };
 
 // How the row gradients dL/dF and dL/dlse come about.
@@ -53,6 +62,7 @@ struct SweepParams {
   Packed<T> packed;
   Blocking blocking;
   bool bounded;  // |log2(e) tau c| <= 64 for every pair and softmax
+  bool bf16;     // products of bfloat16: blocking.keys is a multiple of 32, and share.key0 where dq is wanted
   Gradient gradient;
   double scale;
   BackwardRows rows;
@@ -115,6 +125,15 @@ struct PackParams {
   T* panels;  // [Dp/PW][rows][PW]
 };
 
+// Keys [row0, row1) of one view, for which memory is there: row0 is a multiple of 32, row1, too, and the rows from
+// `count` on are 0.
+struct Bf16PackParams {
+  const float* x;  // [count][D]
+  int64_t row_stride, D, count, row0, row1;
+  uint16_t *rows, *columns;  // of the view
+  int64_t out_stride;        // of rows
+};
+
 // Gradients of unit rows, which become those of the raw rows [row0, row1).
 template <class T>
 struct RawGradientParams {
@@ -139,6 +158,7 @@ template <class T>
 struct DetachedKeysParams {
   const Contrast<T>* problem;
   Blocking blocking;
+  bool bf16;  // products of bfloat16, where rows are in their range: blocking.keys is a multiple of 32
   bool want_mean, want_moments;  // moments: variance, and with the mean also the spread
   Share share;
   DetachedStatistics<T> out;
@@ -183,6 +203,7 @@ struct Kernels {
   void (*pack)(const PackParams<T>&);
   void (*reduce)(const ReduceParams<T>&);
   void (*to_raw_rows)(const RawGradientParams<T>&);
+  void (*pack_bf16)(const Bf16PackParams&);  // null: no products of bfloat16
 
   size_t (*strip_scratch)(const SweepParams<T>&);
   void (*strip)(const SweepParams<T>&);

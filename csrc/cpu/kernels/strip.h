@@ -42,10 +42,12 @@ void strip_block(const SweepSetup<T>& g, const Block<T>& b, const BlockScratch<T
     if (t.interrupt()) return;
     if (!g.strip()) compute_similarities(g, b, s, tile(c), keys(c));
     tile_gradients(g, b, s, s.rows, tile(c), keys(c));
+    if constexpr (kBf16Tiles<T>)
+      if (g.bf16) round_block(g, b, s, s.rows, keys(c));
     if (t.want_dq) multiply_query_gradients(g, b, s, keys(c));
     if (t.want_dk) multiply_key_gradients(g, b, s, keys(c));
   }
-  if (t.want_dq) add_query_gradients(g, b, s, g.cancelling ? s.rows.row_sum : s.rows.known_sum);
+  if (t.want_dq) add_query_gradients(g, b, s, g.cancelling || g.bf16 ? s.rows.row_sum : s.rows.known_sum);
   if (t.want_moment) write_variance(g, b, s.rows);
 }
 

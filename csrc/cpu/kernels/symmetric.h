@@ -167,7 +167,7 @@ void merge_rows(T slope, idx n, const SoftmaxRows<T>& into, const SoftmaxRows<T>
 // The square on the diagonal. The sums of its rows are known, unless two softmaxes nearly cancel.
 template <class T>
 void square_gradients(const SymmetricSweep<T>& w, const Block<T>& b, BlockRows<T> rows, Keys keys) {
-  if (!w.g.cancelling) rows.row_sum = w.s.turned;  // of no use
+  if (!w.g.cancelling && !w.g.bf16) rows.row_sum = w.s.turned;  // of no use
   tile_gradients(w.g, b, w.s.block, rows, w.s.block.S, keys);
 }
 
@@ -182,13 +182,15 @@ void symmetric_gradients(const SymmetricSweep<T>& w, const Block<T>& b, const Bl
     for (idx l = 0; l < b.rows_of_panel(i); l++) q_bias[l] = bias[b.row0 + i * PW + l];
     SymmetricTile<T> tile{};
     tile.q_bias = q_bias, tile.total = g.cancelling, tile.moment_stride = g.p.N * W;
+    alignas(64) T unused[PW] = {};
     for_parts(g, b.row0 + i * PW, keys, tile_ids(g, b, w.s.block, i, keys.j0), w.s.block.lists, [&](const Part& part) {
       const idx j = part.first, at = (i * g.t.blocking.keys + j - keys.j0) * PW;
       const Active active = Active::of(g, part);
       if (active.count == 0) return no_gradient(part.keys, w.s.block.H + at);
       tile.tile = gradient_tile(g, rows, i, active);
+      if (g.bf16) tile.tile.row_sum = unused;
       tile.tile.keys = part.keys, tile.tile.S = w.s.block.S + at, tile.tile.H = w.s.block.H + at;
-      tile.tile.ids = tile_ids(g, b, w.s.block, i, j), tile.tile.columns = w.s.block.columns + j * W;
+      tile.tile.ids = tile_ids(g, b, w.s.block, i, j), tile.tile.columns = g.bf16 ? nullptr : w.s.block.columns + j * W;
       for (int x = 0; x < active.count; x++) {
         tile.keys[x] = w.all.at(active.softmax[x], b.pair, j);
         tile.shifted[x] = !g.positive[active.softmax[x]];
@@ -227,6 +229,8 @@ template <class T>
 void meet_backward(const SymmetricSweep<T>& w, const Block<T>& b, const BlockRows<T>& rows, Keys keys, bool diagonal) {
   compute_similarities(w.g, b, w.s.block, w.s.block.S, keys);
   diagonal ? square_gradients(w, b, rows, keys) : symmetric_gradients(w, b, rows, keys);
+  if constexpr (kBf16Tiles<T>)
+    if (w.g.bf16) round_block(w.g, b, w.s.block, rows, keys);
   multiply_query_gradients(w.g, b, w.s.block, keys);
   multiply_key_gradients(w.g, b, w.s.block, keys);
 }
@@ -245,7 +249,7 @@ void symmetric_block(const SymmetricSweep<T>& w, const Block<T>& b) {
     meet(w, b, rows, {j, min_of(K, g.p.N - j)}, false);
   }
   if (!g.backward) return;
-  if (!g.cancelling)
+  if (!g.cancelling && !g.bf16)
     for (idx i = 0; i < b.panels * PW; i++) rows.row_sum[i] += rows.known_sum[i];
   add_query_gradients(g, b, w.s.block, rows.row_sum);
   if (g.t.want_moment) write_variance(g, b, rows);  // of what the rows met as queries so far

@@ -298,7 +298,7 @@ CACR_NOINLINE void tile_gradient_symmetric(const SymmetricTile<T>& symmetric) {
       const V h = given + received;
       store<T>(H + PW * j + l, h);
       sum += total ? h : received;
-      store<T>(columns + W * j, load(columns + W * j) + (total ? h : given));
+      if (columns) store<T>(columns + W * j, load(columns + W * j) + (total ? h : given));
     }
     store<T>(tile.row_sum + l, load(tile.row_sum + l) + sum);
     if constexpr (kMoment)

@@ -22,7 +22,7 @@ struct DetachedKeysPlan {
                    const Kernels<T>& k)
       : p(problem), parallel(par), kernels(k) {
     params.problem = &p, params.out = out, params.want_mean = out.mean, params.want_moments = out.variance;
-    params.interrupt = parallel.interrupt;
+    params.interrupt = parallel.interrupt, params.bf16 = p.bf16 && kernels.pack_bf16;
     params.units = p.pairs * ((p.N + k.panel - 1) / k.panel), params.blocking = blocking();
   }
 
@@ -31,8 +31,9 @@ struct DetachedKeysPlan {
   Blocking blocking() const {
     const int64_t row = (p.D + kernels.panel - 1) / kernels.panel * kernels.panel * int64_t(sizeof(T));
     return {std::min<int64_t>(params.units, 256 / kernels.panel) * kernels.panel,
-            std::min(std::clamp<int64_t>((576 << 10) / row, 8, 144), std::max<int64_t>(1, p.M))};
+            keys(std::min(std::clamp<int64_t>((576 << 10) / row, 8, 144), std::max<int64_t>(1, p.M)))};
   }
+  int64_t keys(int64_t n) const { return params.bf16 ? (n + 31) / 32 * 32 : n; }
 
   // Threads worth their start: a share of at least about 20 us.
   int64_t threads() const {

@@ -26,6 +26,7 @@ struct Engine {
   Packed<T> packed{};
   Workspace memory;
   bool bounded = false;
+  bool bf16 = false;  // products are those of bfloat16 (products_bf16.h)
 
   Engine(const Contrast<T>& problem, const Parallel& par, const Kernels<T>& k = cacr::kernels<T>())
       : kernels(k), parallel(par), p(problem) {}
@@ -59,7 +60,9 @@ struct Engine {
     return std::max<int64_t>(1, std::min<double>({double(parallel.threads), work / 2e6, double(units())}));
   }
 
+  // Where products may be of bfloat16, choose_products packs the keys.
   void allocate_packed(bool key_panels) {
+    key_panels &= !may_use_bf16();
     packed.q_norm = memory.get<T>(p.q_views * p.N);
     packed.k_bias = memory.get<T>(p.k_views * p.M);
     packed.k_panels = key_panels ? memory.get<T>(p.k_views * p.M * padded(p.D)) : nullptr;
@@ -139,12 +142,63 @@ struct Engine {
     bounded = !p.inner_product && finite && tau * c * c * kLog2e <= 64;
   }
 
+  // ---- products of bfloat16 ----------------------------------------------------------------------------------------
+  bool may_use_bf16() const { return p.bf16 && kernels.pack_bf16; }
+
+  // Their instructions take subnormal numbers for 0: is that nothing, beside the costs? False for NaN and infinity.
+  bool in_bf16_range() const {
+    bool in_range = true;
+    const auto scan = [&](const T* x, int64_t n, T factor, T least, bool zeros) {
+      for (int64_t i = 0; i < n; i++)
+        in_range &= (factor * x[i] >= least && factor * x[i] <= T(0x1p80)) || (zeros && x[i] == 0);
+    };
+    if (p.normalize) {
+      scan(packed.q_r, p.q_views * p.N, 1, T(0x1p-50), false);
+      scan(packed.k_r, p.k_views * p.M, 1, T(0x1p-50), false);
+    } else {
+      scan(packed.q_norm, p.q_views * p.N, 1, T(0x1p-80), true);
+      scan(packed.k_bias, p.k_views * p.M, -2, T(0x1p-80), true);
+    }
+    return in_range;
+  }
+
+  // When the norms are known. key_panels: as for allocate_packed.
+  void choose_products(bool key_panels, int64_t n) {
+    if (!may_use_bf16()) return;
+    if constexpr (sizeof(T) == 4) bf16 = in_bf16_range();
+    if (bf16) return pack_bf16(key_panels, n);
+    p.bf16 = false;
+    packed.k_panels = key_panels ? memory.get<T>(p.k_views * p.M * padded(p.D)) : nullptr;
+    if (key_panels) parallel_for(parallel, n, [&](int64_t i) { pack(i, n); });
+  }
+
+  void pack_bf16(bool columns, int64_t n) {
+    const int64_t width = (p.D + 31) / 32 * 32, rows = (p.M + 31) / 32 * 32 + 32;
+    // Rows a multiple of 1 KiB apart would share few lines of the first-level cache.
+    Bf16Keys& keys = packed.keys;
+    keys.view_rows = rows, keys.row_stride = width % 512 ? width : width + 32;
+    keys.rows = memory.get<uint16_t>(p.k_views * rows * keys.row_stride);
+    keys.columns = columns ? memory.get<uint16_t>(p.k_views * rows * width) : nullptr;
+    parallel_for(parallel, n, [&](int64_t i) {
+      for (int64_t v = 0; v < p.k_views; v++) {
+        if (std::find(p.k_index, p.k_index + p.pairs, v) == p.k_index + p.pairs) continue;
+        Bf16PackParams t{};
+        if constexpr (sizeof(T) == 4) t.x = p.k + v * p.k_view_stride;
+        t.row_stride = p.k_row_stride, t.D = p.D, t.count = p.M;
+        t.row0 = share(rows / 32, i, n) * 32, t.row1 = share(rows / 32, i + 1, n) * 32;
+        t.rows = keys.rows + v * rows * keys.row_stride, t.out_stride = keys.row_stride;
+        t.columns = columns ? keys.columns + v * rows * width : nullptr;
+        kernels.pack_bf16(t);
+      }
+    });
+  }
+
   // Of all keys; variance: null where the moment is not wanted.
   SweepParams<T> params(Gradient gradient, const Blocking& blocking, bool want_dq, bool want_dk,
                         double* variance = nullptr) const {
     SweepParams<T> t{};
     t.problem = &p, t.packed = packed, t.blocking = blocking, t.bounded = bounded, t.gradient = gradient;
-    t.interrupt = parallel.interrupt;
+    t.interrupt = parallel.interrupt, t.bf16 = bf16;
     t.share.key1 = p.M, t.want_dq = want_dq, t.want_dk = want_dk;
     t.want_moment = variance != nullptr, t.statistics.variance = variance;
     return t;
@@ -165,15 +219,17 @@ struct Engine {
   // Every block reads all keys and reads and writes their gradients: where those are in no private cache, large blocks
   // do so less often. Else small ones keep more of the strip there. Measured (benchmarks/NOTES.md) in float32.
   Blocking blocking() const {
+    if (bf16) return blocking_of(kBf16Rows, kBf16Keys);
     const bool large = sizeof(T) == 4 && p.M * padded(p.D) >= kLargeKeys;
     return large ? blocking_of(192, 216) : blocking_of(96, 144);
   }
-  static constexpr int64_t kLargeKeys = int64_t(1) << 19;
+  static constexpr int64_t kLargeKeys = int64_t(1) << 19, kBf16Rows = 192, kBf16Keys = 256;
 
   Blocking blocking_of(int64_t rows, int64_t keys) const {
     const int64_t most = std::max<int64_t>(kernels.panel, (p.N + kernels.panel - 1) / kernels.panel * kernels.panel);
     rows = std::max<int64_t>(kernels.panel, rows / kernels.panel * kernels.panel);
-    return {std::min(rows, most), std::min<int64_t>(keys, std::max<int64_t>(p.M, 1))};
+    keys = std::min<int64_t>(keys, std::max<int64_t>(p.M, 1));
+    return {std::min(rows, most), bf16 ? (keys + 31) / 32 * 32 : keys};
   }
 
   // For the symmetric sweeps, where a square of the block is a tile, half of it for nothing, and tiles are turned panel

@@ -11,6 +11,7 @@ void prepare(Engine<T>& e, bool key_panels, int64_t n) {
   e.allocate_packed(key_panels);
   parallel_for(e.parallel, n, [&](int64_t i) { e.pack(i, n); });
   e.find_bound();
+  e.choose_products(key_panels, n);
 }
 
 template <class T>

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "amx.h"
 #include "self_check.h"
 #ifdef CACR_HAVE_AVX2
 #include <cpuid.h>
@@ -23,6 +24,9 @@ CACR_DECLARE(avx2)
 #ifdef CACR_HAVE_AVX512
 CACR_DECLARE(avx512)
 #endif
+#ifdef CACR_HAVE_AMX
+CACR_DECLARE(amx)
+#endif
 
 namespace {
 
@@ -31,6 +35,13 @@ namespace {
 bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
+#ifdef CACR_HAVE_AVX512
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 #endif
 
@@ -44,13 +55,11 @@ struct Isa {
 
 // The best first.
 const Isa kIsas[] = {
+#ifdef CACR_HAVE_AMX
+    {"amx", &amx::kernels_float, &amx::kernels_double, [] { return has_avx512() && may_use_amx(); }, true},
+#endif
 #ifdef CACR_HAVE_AVX512
-    {"avx512", &avx512::kernels_float, &avx512::kernels_double,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     },
-     true},
+    {"avx512", &avx512::kernels_float, &avx512::kernels_double, has_avx512, true},
 #endif
 #ifdef CACR_HAVE_AVX2
     {"avx2", &avx2::kernels_float, &avx2::kernels_double,
@@ -59,6 +68,11 @@ const Isa kIsas[] = {
     {"portable", &portable::kernels_float, &portable::kernels_double, [] { return true; }, false},
 };
 
+void append(std::string& names, const char* name) {
+  if (!names.empty()) names += ',';
+  names += name;
+}
+
 bool works(const Isa& isa) {
   return !isa.checked || (self_check_passes(*isa.f32, portable::kernels_float, 37, 19) &&
                           self_check_passes(*isa.f64, portable::kernels_double, 37, 19));
@@ -66,7 +80,7 @@ bool works(const Isa& isa) {
 
 struct Choice {
   const Isa* isa = nullptr;
-  std::string error;
+  std::string error, failed;
 
   Choice() {
     const char* asked = std::getenv("CACR_CPU_ISA");
@@ -83,8 +97,13 @@ struct Choice {
           error.clear(), isa = &i;
       }
     }
-    for (const Isa& i : kIsas)
-      if (!isa && i.supported() && works(i)) isa = &i;
+    for (const Isa& i : kIsas) {
+      if (isa || !i.supported()) continue;
+      if (works(i))
+        isa = &i;
+      else
+        append(failed, i.name);
+    }
   }
 };
 
@@ -111,10 +130,11 @@ const Kernels<double>& kernels<double>() {
 CACR_EXPORT const char* cacr_cpu_compiled_isas() {
   static const std::string names = [] {
     std::string s;
-    for (const cacr::Isa& i : cacr::kIsas) s += (s.empty() ? "" : ",") + std::string(i.name);
+    for (const cacr::Isa& i : cacr::kIsas) cacr::append(s, i.name);
     return s;
   }();
   return names.c_str();
 }
 CACR_EXPORT const char* cacr_cpu_active_isa() { return cacr::choice().isa->name; }
+CACR_EXPORT const char* cacr_cpu_failed_isas() { return cacr::choice().failed.c_str(); }
 CACR_EXPORT const char* cacr_cpu_isa_error() { return cacr::choice().error.c_str(); }

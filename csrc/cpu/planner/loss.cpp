@@ -70,7 +70,7 @@ struct LossPlan {
     ids.resize(size_t(p.N));
     for (int64_t i = 0; i < p.N; i++) ids[size_t(i)] = int32_t(i % B);
     p.q_id = p.k_id = ids.data(), p.period = B;
-    p.keys_are_queries = true, p.normalize = loss.normalize, p.softmaxes = loss.rbf ? 2 : 1;
+    p.keys_are_queries = true, p.normalize = loss.normalize, p.bf16 = loss.bf16, p.softmaxes = loss.rbf ? 2 : 1;
     p.kind[0] = p.kind[1] = kOther;
     p.tau[0] = -loss.tau_neg, p.tau[1] = -(loss.tau_neg + loss.rbf_scale);
     return p;
@@ -193,6 +193,7 @@ struct LossPlan {
     sum_attraction(positive);
     if (repels) {
       e.find_bound();
+      e.choose_products(dz || want_tau, n);
       const Gradient fused = loss.rbf ? Gradient::kRbfUnscaled : Gradient::kMeanCost;
       const Blocking b = e.fitting(fused, n, true, true, size_t(n) * slice_bytes(e, true, true, true));
       const bool symmetric = symmetric_pays(e);  // 2 U instead of 3 U

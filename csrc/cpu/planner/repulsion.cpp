@@ -28,7 +28,7 @@ struct RepulsionPlan {
     ids.resize(size_t(p.M));
     for (int64_t j = 0; j < p.M; j++) ids[size_t(j)] = int32_t(j % given.M);
     p.q_id = p.k_id = ids.data(), p.period = given.M;  // of the queries the first N
-    p.softmaxes = 1, p.kind[0] = kOther, p.tau[0] = given.tau, p.normalize = given.normalize;
+    p.softmaxes = 1, p.kind[0] = kOther, p.tau[0] = given.tau, p.normalize = given.normalize, p.bf16 = given.bf16;
     return p;
   }
 

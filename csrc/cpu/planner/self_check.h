@@ -20,7 +20,7 @@ struct Case {
   int64_t n, d;  // rows and features
   double tau;
   int variant;  // the kind of the keys, or what else the kernel is told
-  bool flag, sorted, normalize;
+  bool flag, sorted, normalize, bf16;
 };
 
 // Two views of n rows with d features, the first the queries, the second the keys; ids sorted or periodic.
@@ -39,11 +39,13 @@ struct Problem {
       x = T(int32_t(state >> 8) - (1 << 23)) / T(1 << 23) / T(std::sqrt(double(d)));
     if (c.normalize)  // no short rows: their gradients would be large, and of one feature nothing but rounding errors
       for (T& x : z) x += (x < 0 ? T(-1) : T(1)) / T(std::sqrt(double(d)));
+    for (T& x : z)
+      if (c.bf16) x = T(int32_t(x * 64)) / 64;  // what bfloat16 can hold
     for (int64_t i = 0; i < n; i++) id[size_t(i)] = int32_t(c.sorted ? 3 * i / n : i % 5);
     p.q = p.k = z.data(), p.q_view_stride = p.k_view_stride = n * d, p.q_row_stride = p.k_row_stride = d;
     p.q_views = p.k_views = 2, p.N = p.M = n, p.D = d, p.pairs = 1, p.q_index = q_index, p.k_index = k_index;
     p.q_id = p.k_id = id.data(), p.period = c.sorted ? 0 : 5, p.softmaxes = 1, p.kind[0] = kind, p.tau[0] = c.tau;
-    p.normalize = c.normalize;
+    p.normalize = c.normalize, p.bf16 = c.bf16;
   }
 };
 
@@ -57,9 +59,9 @@ Result<T> strip(const Kernels<T>& kernels, const Case& c) {
   Engine<T> e(p, serial, kernels);
   e.allocate_packed(true);
   e.pack(0, 1);
+  e.choose_products(true, 1);
   e.bounded = c.flag;
-  Blocking b = e.blocking();
-  b.keys = std::max<int64_t>(1, n / 2 - 1);
+  const Blocking b = e.blocking_of(e.blocking().rows, std::max<int64_t>(1, n / 2 - 1));
   Result<T> r;
   const size_t rows = static_cast<size_t>(n);
   r.value.resize(rows), r.lse.resize(rows), r.variance.resize(rows), r.gradient.resize(problem.z.size());
@@ -88,7 +90,7 @@ Result<T> detached_keys(const Kernels<T>& kernels, const Case& c) {
       problem.p,
       {r.value.data(), r.lse.data(), moments ? r.variance.data() : nullptr, mean, moments ? mean + count : nullptr},
       serial, kernels);
-  plan.params.blocking.keys = std::max<int64_t>(1, n / 2 - 1);
+  plan.params.blocking.keys = plan.keys(std::max<int64_t>(1, n / 2 - 1));
   plan.run(2, c.sorted ? 2 : 1);  // keys in two parts, or queries
   return r;
 }
@@ -105,6 +107,7 @@ Result<T> symmetric(const Kernels<T>& kernels, const Case& c) {
   Engine<T> e(problem.p, serial, kernels);
   e.allocate_packed(true);
   e.pack(0, 1);
+  e.choose_products(true, 1);
   e.bounded = c.flag;
   Result<T> r;
   const int64_t rows = problem.p.softmaxes * n;
@@ -165,10 +168,12 @@ bool agree(const Kernels<T>& kernels, const Kernels<T>& trusted, const Cases& ca
       for (int layout = 0; layout < 8; layout++) {  // sorted ids: sets without a member in the first tile
         c.tau = tau, c.variant = variant, c.flag = layout & 1, c.sorted = layout & 2, c.normalize = layout & 4;
         const double allowed = tolerance * (cases.tolerance_grows_with_tau ? std::max(1.0, std::abs(tau)) : 1);
-        const double costs = c.normalize ? 1 : 0;  // of unit rows: they may be 0 but for rounding
+        const double of_gradients = c.bf16 ? 0x1p-7 : allowed;  // whose coefficients are rounded
+        const double costs = c.normalize ? 1 : 0;               // of unit rows: they may be 0 but for rounding
         const Result<T> a = run(kernels, c), b = run(trusted, c);
-        if (!close(a.value, b.value, allowed, costs) || !close(a.lse, b.lse, tolerance, costs) ||
-            !close(a.variance, b.variance, allowed, 1) || !close(a.gradient, b.gradient, allowed, cases.gradient_scale))
+        if (!close(a.value, b.value, allowed, costs) || !close(a.lse, b.lse, c.bf16 ? allowed : tolerance, costs) ||
+            !close(a.variance, b.variance, allowed, 1) ||
+            !close(a.gradient, b.gradient, of_gradients, cases.gradient_scale))
           return false;
       }
   return true;
@@ -218,7 +223,7 @@ template <class T>
 bool self_check_passes(const Kernels<T>& kernels, const Kernels<T>& trusted, int64_t n, int64_t d) {
   using namespace self_check;
   const double tolerance = sizeof(T) == 4 ? 2e-5 : 1e-12;
-  const Case c{n, d, 0, 0, false, false, false};
+  const Case c{n, d, 0, 0, false, false, false, false}, half{n, d, 0, 0, false, false, false, true};
   const Cases strips{{-1, 2}, {kAll, kOther, kSameNotSelf}, false, 1.0 / double(n)};
   const Cases detached{{-1, 2, -200}, {kAll, kOther}, true, 1};  // -200 takes exponents out of the range of 2^x
   const Cases same{{-1, 2}, {kSame, kSameNotSelf}, false, 1.0 / double(n)};
@@ -227,6 +232,9 @@ bool self_check_passes(const Kernels<T>& kernels, const Kernels<T>& trusted, int
          agree(kernels, trusted, detached, c, self_check::detached_keys<T>) &&
          agree(kernels, trusted, symmetries, c, symmetric<T>) &&
          agree(kernels, trusted, same, c, self_check::positives<T>) &&
+         (!kernels.pack_bf16 ||
+          (agree(kernels, trusted, strips, half, strip<T>) && agree(kernels, trusted, symmetries, half, symmetric<T>) &&
+           agree(kernels, trusted, detached, half, self_check::detached_keys<T>))) &&
          close(all_aligned(kernels, n, d), all_aligned(trusted, n, d), tolerance);
 }
 

@@ -16,6 +16,7 @@ DETACHED_KEYS = "tests/operators/test_detached_keys.py -k 'not opcheck'"
 LIBRARY = "tests/cpu/test_cpu_kernels.py"
 BAD_NUMBERS = "tests/losses/test_functional_bad_numbers.py -k cpu"
 VECTORS = "tests/losses/test_vectors.py -k cpu"
+BF16 = "tests/cpu/test_bf16.py::test_emulated_kernels"
 RAW_ROWS = "tests/cpu/test_raw_rows.py"
 ALIGNED = "tests/operators/test_aligned.py -k 'not opcheck'"
 REPULSION = "tests/operators/test_repulsion.py -k 'cpu or threads or slices'"
@@ -241,7 +242,7 @@ FAULTS = (
     Fault(
         "cpu-known-sum",
         KERNELS + "strip.h",
-        text="g.cancelling ? s.rows.row_sum : s.rows.known_sum",
+        text="g.cancelling || g.bf16 ? s.rows.row_sum : s.rows.known_sum",
         replacement="s.rows.known_sum",
         why="rbf: a query's own term lacks the rounding errors of the rest",
         tests=(CACR, NUMBERS, LIBRARY),
@@ -328,7 +329,7 @@ FAULTS = (
     ),
     Fault(
         "cpu-detached-range",
-        KERNELS + "detached_keys.h",
+        KERNELS + "weigh_tile.h",
         text="out.in_range &= least.v[h][l] >= kExp2Min<T>;",
         replacement="out.in_range &= h || least.v[h][l] >= kExp2Min<T>;",
         why="exponents of the upper half of a panel leave the range of 2^x",
@@ -781,5 +782,61 @@ FAULTS = (
         replacement="prepare(e, out.dk || out.want_tau, n);",
         why="a gradient of the queries alone reads memory that is not there",
         tests=REPULSION,
+    ),
+    Fault(
+        "cpu-odd-features-of-a-tile",
+        KERNELS + "products_bf16.h",
+        text="*reinterpret_cast<BitsAt*>(out) = first >> 16 | second;",
+        replacement="*reinterpret_cast<BitsAt*>(out) = second >> 16 | first;",
+        why="products of bfloat16: features, queries or keys of a pair change places",
+        tests=BF16,
+    ),
+    Fault(
+        "cpu-last-keys-of-a-tile",
+        KERNELS + "products_bf16.h",
+        text="const bool whole = j + kTile <= n;",
+        replacement="const bool whole = true;",
+        why="products of bfloat16: gradients of rows behind the last key of a tile are written",
+        tests=BF16,
+    ),
+    Fault(
+        "cpu-rounded-to-the-odd-one",
+        KERNELS + "products_bf16.h",
+        text="up = bits + (0x7fff + ((bits >> 16) & 1));",
+        replacement="up = bits;",
+        why="products of bfloat16: coefficients are cut off, so that gradients are too small",
+        tests="tests/cpu/test_bf16.py",
+    ),
+    Fault(
+        "cpu-length-of-the-query",
+        KERNELS + "products_bf16.h",
+        text="if (q_r) u = keys.r[j + i] * (load_panel(q_r) * u);",
+        replacement="if (q_r) u = keys.r[j + i] * u;",
+        why="products of bfloat16: similarities of raw rows are not those of unit rows",
+        tests=BF16,
+    ),
+    Fault(
+        "cpu-even-terms-of-a-tile",
+        KERNELS + "tile_bf16.h",
+        text="sum[k % 2][j] = flushed(fused(a, b[k][j], sum[k % 2][j]));",
+        replacement="sum[0][j] = flushed(fused(a, b[k][j], sum[0][j]));",
+        why="what stands in for the tile instructions adds up in another order",
+        tests="tests/cpu/test_bf16.py -k definition",
+    ),
+    Fault(
+        "cpu-subnormal-factor-of-a-tile",
+        KERNELS + "tile_bf16.h",
+        text="return flushed(f);",
+        replacement="return f;",
+        why="what stands in for the tile instructions keeps subnormal factors",
+        tests="tests/cpu/test_bf16.py -k definition",
+    ),
+    Fault(
+        "cpu-short-rows-in-tiles",
+        PLANNER + "engine.h",
+        text="if constexpr (sizeof(T) == 4) bf16 = in_bf16_range();",
+        replacement="if constexpr (sizeof(T) == 4) bf16 = true;",
+        why="products of bfloat16: those of rows of 1e-20 are 0",
+        tests="tests/cpu/test_bf16.py",
     ),
 )

@@ -56,7 +56,7 @@ CPU_FAULTS = (
     ),
     Foreign(
         "foreign-cpu-range-of-last-lane",
-        KERNELS + "detached_keys.h",
+        KERNELS + "weigh_tile.h",
         text="out.in_range &= least.v[h][l] >= kExp2Min<T>;",
         replacement="out.in_range = least.v[h][l] >= kExp2Min<T>;",
         why="the last lane decides for all: 5 queries (the last lane is none) against a queue, tau_neg=200, float32",
