@@ -792,22 +792,6 @@ FAULTS = (
         tests=BF16,
     ),
     Fault(
-        "cpu-last-keys-of-a-tile",
-        KERNELS + "products_bf16.h",
-        text="const bool whole = j + kTile <= n;",
-        replacement="const bool whole = true;",
-        why="products of bfloat16: gradients of rows behind the last key of a tile are written",
-        tests=BF16,
-    ),
-    Fault(
-        "cpu-rounded-to-the-odd-one",
-        KERNELS + "products_bf16.h",
-        text="up = bits + (0x7fff + ((bits >> 16) & 1));",
-        replacement="up = bits;",
-        why="products of bfloat16: coefficients are cut off, so that gradients are too small",
-        tests="tests/cpu/test_bf16.py",
-    ),
-    Fault(
         "cpu-length-of-the-query",
         KERNELS + "products_bf16.h",
         text="if (q_r) u = keys.r[j + i] * (load_panel(q_r) * u);",
@@ -830,13 +814,5 @@ FAULTS = (
         replacement="return f;",
         why="what stands in for the tile instructions keeps subnormal factors",
         tests="tests/cpu/test_bf16.py -k definition",
-    ),
-    Fault(
-        "cpu-short-rows-in-tiles",
-        PLANNER + "engine.h",
-        text="if constexpr (sizeof(T) == 4) bf16 = in_bf16_range();",
-        replacement="if constexpr (sizeof(T) == 4) bf16 = true;",
-        why="products of bfloat16: those of rows of 1e-20 are 0",
-        tests="tests/cpu/test_bf16.py",
     ),
 )
