@@ -103,5 +103,7 @@ def test_callgrind_writes_a_part_for_each_row(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(count.subprocess, "run", run)
     found = count.by_callgrind([(TINY, row_named(name)) for name in ("torch", "eager", "z.sum()")])
     assert [(c.row, c.instructions, c.isa, c.reason) for c in found] == [
-        ("torch", 1000.0, "avx2", ""), ("eager", None, "avx2", "callgrind wrote nothing"), ("z.sum()", None, "avx2", "no"),
-    ]  # fmt: skip
+        ("torch", 1000.0, "avx2", ""),
+        ("eager", None, "avx2", "callgrind wrote nothing"),
+        ("z.sum()", None, "avx2", "no"),
+    ]
