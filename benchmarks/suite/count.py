@@ -116,6 +116,7 @@ def by_callgrind(jobs: Sequence[Job]) -> list[Counted]:
             part, reason = folder / f"out.{i}", answer.get("error", "")
             total = None if reason or not part.exists() else callgrind_total(part.read_text(encoding="utf-8"))
             count = None if total is None else total / CALLS
+            reason = reason or ("" if count is not None else "callgrind wrote nothing")
             found.append(Counted(case.key, row.name, count, answer.get("isa", ""), reason))
         return found
 

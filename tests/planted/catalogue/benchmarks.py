@@ -9,7 +9,7 @@ TESTS = "tests/benchmarks/test_benchmarks.py"
 RESULTS = "tests/benchmarks/test_benchmarks_results.py -k 'compare or goals or json or judged or readme'"
 SCALING = "tests/benchmarks/test_scaling.py"
 COMPARE = "tests/benchmarks/test_compare.py -k 'not itself and not another_package'"
-COUNT, ROWS = "tests/benchmarks/test_count.py -k 'not callgrind_counts'", "tests/benchmarks/test_rows.py"
+COUNT, ROWS = "tests/benchmarks/test_count.py", "tests/benchmarks/test_rows.py"
 CODEGEN, PREDICT = "benchmarks/codegen/", "tests/benchmarks/test_predict.py"
 RATIOS = f"{TESTS} -k 'ratios or interleaved or gate or wrong or flop or peak or share'"
 
