@@ -27,10 +27,10 @@ MAX_PAIRS = 64  # of views in the fused loss, kMaxPairs of csrc/cuda/parameters.
 MAX_ALIGNED = 1 << 24  # costs of views of one instance in the fused loss: B V^2
 
 # "auto" takes "cuda" for a loss of up to this much work (multiply-adds of bfloat16), another backend with kernels
-# beyond, for keys without a gradient, of which it needs one sweep, and for float64. Reckoned from what the kernels
-# multiply and what data sheets promise, not timed: 2^35 multiply-adds are 0.2 ms of an A100 at its peak, of the order
-# of what the launches cost that "cuda" saves.
-UP_TO = 1 << 35
+# beyond, for keys without a gradient, of which it needs one sweep, and for float64. For IEEE products of float32 it
+# takes "cuda" whatever the size. Not timed: this is where the predicted times of both meet
+# (benchmarks/results/codegen/predicted.csv), on an A100 at V = 2, D = 128, bfloat16 between B = 1024 and 4096.
+UP_TO = 3 << 32
 
 
 def float_products() -> int:
@@ -77,6 +77,12 @@ def work(size: Size) -> float:
     owned, pieces, cost = ARITHMETIC[reckoned_products() if size.dtype == torch.float32 else size.dtype]
     groups = -(-size.features // owned)
     return size.similarities * size.features * cost * (1 + 2 * (groups + pieces))
+
+
+def suits(size: Size) -> bool:
+    """Whether ``"auto"`` takes the kernels for a loss of that size where others can run, too."""
+    ieee = size.dtype == torch.float32 and reckoned_products() == IEEE
+    return math.isfinite(size.similarities) and (ieee or work(size) <= UP_TO)
 
 
 # ---- can it run ------------------------------------------------------------------------------------------------------
@@ -127,5 +133,5 @@ BACKEND = Backend(
     implement=_implement,
     half_types=True,
     fuses=fuses,
-    suits=lambda size: work(size) <= UP_TO,
+    suits=suits,
 )

@@ -151,17 +151,25 @@ def test_work(monkeypatch):
     assert work_of(monkeypatch, cacr_kernels.cacr_momentum_loss, (2, 5, 8), (9, 8)) == math.inf
 
 
-@pytest.mark.parametrize(
-    ("dtype", "products"), [("bfloat16", 0), ("float32", backend_cuda.TF32X3), ("float32", backend_cuda.IEEE)]
-)
+def test_ieee_products_of_any_size(monkeypatch):
+    """But for keys without a gradient."""
+    large = Size(2.0**40, 128, torch.float32)
+    for products, expected in ((backend_cuda.IEEE, True), (backend_cuda.TF32, False), (backend_cuda.TF32X3, False)):
+        monkeypatch.setattr(backend_cuda, "float_products", lambda products=products: products)
+        assert backend_cuda.suits(large) == expected
+        assert not backend_cuda.suits(large._replace(similarities=math.inf))
+        assert not backend_cuda.suits(large._replace(dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(("dtype", "products"), [("bfloat16", 0), ("float32", backend_cuda.TF32X3)])
 def test_size_of_the_docs(monkeypatch, dtype, products):
     """The largest batches of two views of 128 features that "auto" gives to "cuda"."""
     text = " ".join((ROOT / "docs" / "backends.md").read_text().split())
     found = re.search(
-        r"V = 2 and D = 128 up to B = (\d+) in bfloat16, (\d+) in float32 \((\d+) with three TF32 products\)", text
+        r"with V = 2 and D = 128 a batch of (\d+) in bfloat16 and of (\d+) in float32 with three TF32 products", text
     )
     assert found is not None
-    B = int(found[1 if dtype == "bfloat16" else 2 if products == backend_cuda.IEEE else 3])
+    B = int(found[1 if dtype == "bfloat16" else 2])
     monkeypatch.setattr(backend_cuda, "float_products", lambda: products)
     largest, beyond = (
         work_of(monkeypatch, cacr_kernels.cacr_loss, (2, batch, 128), dtype=getattr(torch, dtype))

@@ -204,8 +204,8 @@ FAULTS = (
     Fault(
         "losses-auto-by-size",
         PACKAGE + "backends/cuda.py",
-        text="suits=lambda size: work(size) <= UP_TO,",
-        replacement="suits=lambda size: work(size) >= UP_TO,",
+        text="(ieee or work(size) <= UP_TO)",
+        replacement="(ieee or work(size) >= UP_TO)",
         why="auto gives large losses to the kernels for small ones",
         tests=CUDA_BACKEND,
     ),
