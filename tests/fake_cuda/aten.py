@@ -59,7 +59,10 @@ def on_device(operator: Any) -> Callable[..., Any]:
     in_place = bool(written)
     tensors_only = all("Tensor" in str(r.type) for r in schema.returns)
 
+    tensors_at = [i for i, a in enumerate(schema.arguments) if str(a.type) == "Tensor"]
+
     def kernel(*args: Any, **kwargs: Any) -> Any:
+        args = _numbers_as_tensors(args, tensors_at)
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         device = _device_of(name, given, kwargs)
         stored = tree_map(_stored, (args, kwargs))
@@ -80,6 +83,18 @@ def on_device(operator: Any) -> Callable[..., Any]:
         return results
 
     return kernel
+
+
+def _numbers_as_tensors(args: tuple[Any, ...], at: list[int]) -> tuple[Any, ...]:
+    """Numbers that stand for tensors reach Python as numbers."""
+    if not any(i < len(args) and isinstance(args[i], int | float) for i in at):
+        return args
+    wide = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args)
+    made = list(args)
+    for i in at:
+        if i < len(args) and isinstance(args[i], int | float):
+            made[i] = torch.tensor(args[i], dtype=torch.float64 if wide and isinstance(args[i], float) else None)
+    return tuple(made)
 
 
 def _written_argument(schema: Any, result: Any) -> str | None:

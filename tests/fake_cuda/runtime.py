@@ -88,7 +88,9 @@ def raise_for(error: int) -> None:
     """What torch does with an error of CUDA."""
     if error:
         said = _LIBRARY.cudaGetErrorString(error).decode()
-        raise torch.AcceleratorError(f"CUDA error: {said}") if hasattr(torch, "AcceleratorError") else RuntimeError(said)
+        raise (
+            torch.AcceleratorError(f"CUDA error: {said}") if hasattr(torch, "AcceleratorError") else RuntimeError(said)
+        )
 
 
 def current_stream(device: int) -> int:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 
 from ...operators.registry import constant_while_compiling, implement_traceable
-from ..entry import Backend, any_device
+from ..entry import Backend, about_gpu, any_device
+from ..precision import fp32_products
 from . import launch as launching
 from . import table
 
@@ -72,6 +74,11 @@ def _implement(name: str) -> None:
     implement_traceable(f"{name}_triton", launch, kernels)
 
 
+def about(device: torch.device) -> dict[str, str]:
+    """What a verdict of the self-check depends on: the GPU, its driver, and the compiler."""
+    return about_gpu(device) | {"triton": importlib.metadata.version("triton")}
+
+
 BACKEND = Backend(
     "triton",
     "Triton kernels for GPUs",
@@ -81,4 +88,6 @@ BACKEND = Backend(
     implement=_implement,
     half_types=True,
     tests_only_on=("cpu",),  # in its interpreter
+    check_first=about,
+    products=fp32_products,
 )

@@ -171,10 +171,8 @@ API cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
   return cudaSuccess;
 }
 API cudaError_t cudaFreeHost(void* memory) {
-  for (int number = 0; number < kDevices; number++) synchronize_all(number);
   const std::lock_guard lock(device().mutex);
-  device().pinned.erase(reinterpret_cast<uintptr_t>(memory));
-  std::free(memory);
+  device().pinned.erase(reinterpret_cast<uintptr_t>(memory));  // and kept: work may be under way that uses it
   return cudaSuccess;
 }
 API cudaError_t cudaMemGetInfo(size_t* free, size_t* total) { return *free = *total = kMemory, cudaSuccess; }

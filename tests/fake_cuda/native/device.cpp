@@ -90,10 +90,9 @@ void advance(Device& d, const Point& point, Lock& lock) {
 
 // The worker passes the point; the caller waits, or goes on at once.
 void request(Device& d, const Point& point, Lock& lock, bool wait) {
-  if (d.has_worker) d.requests.push_back(point);
+  d.requests.push_back(point);
   d.wanted.notify_one();
   if (!wait) return;
-  if (!d.has_worker) return advance(d, point, lock);
   lock.unlock();
   {
     const WithoutInterpreter without;
@@ -154,7 +153,7 @@ Stream* stream_of(void* handle, int current_device) {
   return device().default_stream[current_device];
 }
 
-int submit(Stream& stream, Work work) {
+int submit(Stream& stream, Work work, bool may_wait) {
   Device& d = device();
   Lock lock(d.mutex);
   if (d.closed) return kSuccess;
@@ -163,12 +162,12 @@ int submit(Stream& stream, Work work) {
   stream.queue.push_back({std::move(work), std::move(stream.waits)});
   stream.waits.clear();
   stream.submitted++;
-  if (!d.has_worker || is_worker) return kSuccess;
-  if (d.order == Order::kEarly) request(d, {&stream, stream.submitted}, lock, true);
+  if (is_worker) return kSuccess;
+  if (d.order == Order::kEarly && may_wait) request(d, {&stream, stream.submitted}, lock, true);
   if (d.order == Order::kRandom && d.random() % 8 == 0) {
     Stream& drawn = *d.streams[d.random() % d.streams.size()];
     if (const uint64_t left = drawn.submitted - drawn.done)
-      request(d, {&drawn, drawn.done + 1 + d.random() % left}, lock, d.random() % 2);
+      request(d, {&drawn, drawn.done + 1 + d.random() % left}, lock, may_wait && d.random() % 2);
   }
   return kSuccess;
 }
@@ -177,7 +176,7 @@ int record(Event& event, Stream& stream) {
   if (event.device != stream.device) return kInvalidHandle;
   const bool capturing = is_capturing(stream);
   if (!capturing)
-    if (const int error = submit(stream, [time = event.time] { return *time = now(), std::string(); })) return error;
+    if (const int error = submit(stream, [time = event.time] { return *time = now(), std::string(); }, false)) return error;
   Device& d = device();
   const Lock lock(d.mutex);
   event.capture = stream.capture;
@@ -216,7 +215,7 @@ bool passed(const Point& point) {
   Device& d = device();
   Lock lock(d.mutex);
   if (!point.stream || d.closed) return true;
-  if (point.stream->done < point.count && d.random() % 4 == 0) request(d, point, lock, true);  // who asks for ever
+  if (point.stream->done < point.count && d.random() % 4 == 0) request(d, point, lock, false);  // who asks for ever
   return point.stream->done >= point.count;
 }
 
@@ -339,16 +338,13 @@ void* allocate_segment(size_t bytes, int number) {
   return memory;
 }
 
+// The memory is never used again: work that uses it may be under way, and torch's allocator, which calls this with its
+// lock held, may not wait for the worker.
 int free_segment(void* memory) {
   if (!memory) return kSuccess;
-  for (int number = 0; number < kDevices; number++) synchronize_all(number);  // as cudaFree does
   Device& d = device();
   const Lock lock(d.mutex);
-  const auto found = d.segments.find(reinterpret_cast<uintptr_t>(memory));
-  if (found == d.segments.end()) return kInvalidValue;
-  d.segments.erase(found);
-  std::free(memory);
-  return kSuccess;
+  return d.segments.contains(reinterpret_cast<uintptr_t>(memory)) ? kSuccess : kInvalidValue;
 }
 
 void block_changes(bool given, int number, uintptr_t address, size_t bytes, void* handle) {
@@ -364,9 +360,9 @@ void block_changes(bool given, int number, uintptr_t address, size_t bytes, void
   // Memory of a graph is its own from the capture on, also while it is not replayed.
   if (is_capturing(stream)) {
     if (given) mark();
-    submit(stream, [poison] { return poison(), std::string(); });
+    submit(stream, [poison] { return poison(), std::string(); }, false);
   } else {
-    submit(stream, [mark, poison] { return mark(), poison(), std::string(); });
+    submit(stream, [mark, poison] { return mark(), poison(), std::string(); }, false);
   }
 }
 
@@ -391,7 +387,7 @@ bool is_pinned(uintptr_t address) {
 std::string complaint(int number, uintptr_t address, size_t bytes) {
   Device& d = device();
   int owner = number;
-  if (!on_device(address, &owner)) return "memory of the host";
+  if (!on_device(address, &owner)) return "memory of the host, or of nobody";
   if (owner != number) return "memory of cuda:" + std::to_string(owner) + " on cuda:" + std::to_string(number);
   if (in_graph) return "";  // its memory is its own, whatever became of the tensors
   const Lock lock(d.mutex);

@@ -122,7 +122,8 @@ Device& device();
 // ---- streams ----
 Stream* new_stream(int device);
 Stream* stream_of(void* handle, int current_device);  // null: the default stream of the current device
-int submit(Stream& stream, Work work);
+// may_wait: the caller holds no lock that another thread could want who has the interpreter, which the worker may need.
+int submit(Stream& stream, Work work, bool may_wait = true);
 int record(Event& event, Stream& stream);
 int wait_event(Stream& stream, const Event& event);
 int wait_until(const Point& point);  // runs what has to be run
