@@ -1,4 +1,4 @@
-"""``python -m tests.fake_cuda COMMAND ...``: runs a Python command (``-m pytest ...``) with two GPUs that are not there."""
+"""``python -m tests.fake_cuda ARGUMENTS``: ``python ARGUMENTS`` with two GPUs that are not there (``-m pytest ...``)."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import itertools
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,15 +22,22 @@ _numbers = itertools.count(1)
 failures: list[str] = []  # what work has raised
 
 
+ILLEGAL_ADDRESS, LAUNCH_FAILURE = 700, 719
+
+
+class IllegalAddressError(RuntimeError):
+    """Work of a device touches what it may not."""
+
+
 @_Callback
 def _run(number: int) -> int:
     try:
         _work.pop(number)() if number > 0 else _captured[number]()
-    except BaseException:
+    except BaseException as error:  # nobody else would see it
         failures.append(traceback.format_exc())
         sys.stderr.write(failures[-1])
-        return 0
-    return 1
+        return ILLEGAL_ADDRESS if isinstance(error, IllegalAddressError) else LAUNCH_FAILURE
+    return 0
 
 
 _captured: dict[int, Callable[[], None]] = {}  # by negative numbers: they run at every replay
@@ -74,7 +82,7 @@ class Place(NamedTuple):
     def check(self, what: str) -> None:
         """Raises where work of that device may not touch it now."""
         if self.bytes and (wrong := _LIBRARY.fake_complaint(self.device, self.address, self.bytes)) is not None:
-            raise RuntimeError(f"{what}: {wrong.decode()}")
+            raise IllegalAddressError(f"{what}: {wrong.decode()}")
 
 
 def place_of(x: Tensor, device: int | None = None) -> Place:
@@ -121,8 +129,6 @@ def wait(device: int, stream: int | None = None, allowed: bool = False) -> None:
     if not allowed and (mode := torch.cuda.get_sync_debug_mode()):
         if mode == 2:
             raise RuntimeError("called a synchronizing CUDA operation")
-        import warnings
-
         warnings.warn("called a synchronizing CUDA operation", stacklevel=3)
     raise_for(_LIBRARY.fake_wait(current_stream(device) if stream is None else stream, device))
 

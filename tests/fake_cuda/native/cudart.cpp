@@ -31,7 +31,6 @@ Point end_of(Stream& stream) {
 }
 Event& event_of(cudaEvent_t event) { return *reinterpret_cast<Event*>(event); }
 
-// Work on a stream of another device than the current one is refused, as CUDA does for kernels.
 int submit_here(cudaStream_t handle, Work work) { return submit(stream_here(handle), std::move(work)); }
 
 // A copy, in the order of the stream; memory of the host that is not pinned is read at once, and written before the
@@ -324,11 +323,12 @@ API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* bloc
 }
 
 // ---- for tests/fake_cuda --------------------------------------------------------------------------------------------
-// Work of Python, by a number: `run` is called with it by the worker, and says whether it went well.
+// Work of Python, by a number: `run` is called with it by the worker, and returns an error of CUDA.
 using Callback = int(long number);
 API int fake_submit(void* stream, int number, Callback* run, long work) {
   return submit(*stream_of(stream, number), [=] {
-    return std::string(run(work) ? "" : "work failed: what is written above");
+    const int error = run(work);
+    return std::string(!error ? "" : error == kIllegalAddress ? "illegal memory, see above" : "failed, see above");
   });
 }
 // Work of C++: an error where the stream is one of another device than `number`.
@@ -337,6 +337,7 @@ API int fake_submit_work(void* handle, int number, Work* work) {
   if (stream.device != number) return kInvalidHandle;
   return submit(stream, std::move(*work));
 }
+API void fake_set_current(int number) { current = number; }
 API void fake_work() { work_forever(); }
 API int fake_has_worker() { return device().has_worker; }
 API int fake_wait(void* stream, int number) {

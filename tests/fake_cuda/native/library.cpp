@@ -7,12 +7,15 @@
 
 extern "C" int cacr_emulate(int arithmetic, const cacr::Call* call, cudaStream_t stream, const cacr::Allocator* memory);
 
-// The runtime that is linked into the real library has a current device of its own in every thread.
+// The runtime that is linked into the real library may have a current device of its own in every thread, which has to be
+// set; and as both use one context of a thread, to set it there may change that of torch's. Here it is so in both ways.
 static thread_local int current = 0;
 extern "C" {
+void fake_set_current(int device);
 HIDDEN int cacr_fake_current_device() { return current; }
 HIDDEN cudaError_t cudaSetDevice(int device) {
   if (device < 0 || device > 1) return cudaErrorInvalidDevice;
+  fake_set_current(device);
   return current = device, cudaSuccess;
 }
 HIDDEN cudaError_t cudaGetLastError() { return cudaSuccess; }
