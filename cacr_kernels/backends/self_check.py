@@ -27,11 +27,10 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
-from ..operators import _torch_private
 from ..operators.cacr import cacr, loss_and_parts
 from ..operators.contrast import contrast, plain_contrast
 from ..operators.detached_keys import detached_keys
-from ..operators.registry import Target, constant_while_compiling
+from ..operators.registry import Target, are_plain, constant_while_compiling
 from ..operators.repulsion import definition as repulsion_by_definition
 from ..operators.repulsion import repulsion
 from ..types import ALL, OTHER, PAIRINGS, SAME_NOT_SELF, CACROptions, ContrastSpec, arithmetic_dtype
@@ -127,17 +126,12 @@ def forget() -> None:
 def _verdict(backend: Backend, subject: Subject, rows: list[Tensor]) -> bool:
     if _is_kept(backend, subject):
         return True
-    wrong = _elsewhere(lambda: check(subject, rows if _may_be_read(rows) else []), subject.device)
+    wrong = _elsewhere(lambda: check(subject, rows if are_plain(rows) else []), subject.device)
     if wrong is None:
         keep(backend, subject)
         return True
     _warn(subject, wrong)
     return False
-
-
-def _may_be_read(rows: list[Tensor]) -> bool:
-    plain = all(type(x) in (Tensor, torch.nn.Parameter) and x.numel() for x in rows)
-    return plain and bool(rows) and not _torch_private.transforms_are_active() and not _torch_private.inside_vmap()
 
 
 def _elsewhere(function: Callable[[], str | None], device: torch.device) -> str | None:
@@ -205,7 +199,7 @@ def _raise_if_lost(subject: Subject, error: Exception) -> None:
         torch.cuda.synchronize(subject.device)
     except Exception as stays:
         raise RuntimeError(
-            f"cacr_kernels: after the self-check of backend {subject.backend!r}, {subject.operator} in {subject.dtype}, "
+            f"cacr_kernels: after the self-check of backend {subject.backend!r} ({subject.operator}, {subject.dtype}) "
             f"this process cannot use {subject.device} any more: {error}. Start it again with backend='torch', which "
             "leaves the GPU kernels out, and please report this"
         ) from stays
@@ -216,7 +210,8 @@ def small(subject: Subject, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     if not rows:
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randn(2, 2, ROWS, RANDOM_FEATURES, generator=generator) / RANDOM_FEATURES**0.5
-        return tuple(x.to(subject.device, subject.dtype) for x in drawn)  # type: ignore[return-value]
+        q, k = (x.to(subject.device, subject.dtype) for x in drawn)
+        return q, k
     q, k = (x.detach() if x.dim() == 3 else x.detach()[None] for x in (rows[0], rows[-1]))
     views, features = min(VIEWS, q.shape[0]), q.shape[2]
     most = min(SIMILARITIES, OPERATIONS / (10 * features)) / views**2

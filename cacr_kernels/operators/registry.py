@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -231,6 +231,12 @@ def has_values(x: Tensor) -> bool:
     """Whether Python may look at the values of a tensor: not while something is traced, nor on another device."""
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return not tracing and x.device.type == "cpu" and type(x) is Tensor and not _torch_private.inside_vmap()
+
+
+def are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether another computation may use these tensors: neither subclasses nor what transforms wrap, and not empty."""
+    plain = all(type(x) in (Tensor, torch.nn.Parameter) and x.numel() for x in tensors)
+    return plain and bool(tensors) and not _torch_private.transforms_are_active()
 
 
 # ---- vmap ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""``python -m tests.fake_cuda ARGUMENTS``: ``python ARGUMENTS`` with two GPUs that are not there (``-m pytest ...``)."""
+"""``python -m tests.fake_cuda ARGUMENTS``: what ``python ARGUMENTS`` does, with two GPUs that are not there."""
 
 from __future__ import annotations
 

@@ -77,6 +77,7 @@ def environment(**variables: str) -> dict[str, str]:
         "FAKE_CUDA_ALLOCATIONS": str(allocations()),
         "FAKE_CUDA_LIBRARY": str(cuda_library()),
         "TRITON_CACHE_DIR": str(BUILD / "triton"),
+        "CACR_CACHE_DIR": str(BUILD / "verdicts"),
     }
     first = {"LD_LIBRARY_PATH": str(driver().parent), "PYTHONPATH": f"{HERE / 'site'}:{ROOT}"}
     paths = {name: ":".join(filter(None, [path, os.environ.get(name)])) for name, path in first.items()}

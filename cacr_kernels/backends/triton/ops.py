@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,7 +79,15 @@ def _implement(name: str) -> None:
 
 def about(device: torch.device) -> dict[str, str]:
     """What a verdict of the self-check depends on: the GPU, its driver, and the compiler."""
-    return about_gpu(device) | {"triton": importlib.metadata.version("triton")}
+    return about_gpu(device) | {"triton": importlib.metadata.version("triton"), "source": _sources()}
+
+
+@functools.cache
+def _sources() -> str:
+    found = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 BACKEND = Backend(
