@@ -92,13 +92,10 @@ def place_of(x: Tensor, device: int | None = None) -> Place:
     return Place(address, storage.nbytes(), x.dtype, tuple(x.size()), x.stride(), x.storage_offset(), where)
 
 
-def raise_for(error: int) -> None:
+def raise_for(code: int) -> None:
     """What torch does with an error of CUDA."""
-    if error:
-        said = _LIBRARY.cudaGetErrorString(error).decode()
-        raise (
-            torch.AcceleratorError(f"CUDA error: {said}") if hasattr(torch, "AcceleratorError") else RuntimeError(said)
-        )
+    if code:
+        raise torch.AcceleratorError(f"CUDA error: {_LIBRARY.cudaGetErrorString(code).decode()}")
 
 
 def current_stream(device: int) -> int:
