@@ -15,6 +15,7 @@ HERE = Path(__file__).resolve().parent
 NATIVE = HERE / "native"
 BUILD = ROOT / "build" / "fake_cuda"
 HERE_SOURCES = "tests/fake_cuda/native"
+KERNELS = ("csrc/cuda/phases", "csrc/cuda/tile")
 COMMON = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 
@@ -58,15 +59,16 @@ def allocations() -> Path:
 
 def cuda_library() -> Path:
     """``_C_cuda`` with the product's own binding and kernels, which the emulation runs."""
-    torch, places = _torch(), ("csrc/cuda", "csrc/common", "tests/cuda_emulation", HERE_SOURCES)
+    torch, places = _torch(), ("csrc/common", "tests/cuda_emulation", HERE_SOURCES)
+    of_kernels = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc/cuda").glob("*.*h"))
     flags = ["-c", "-O2", "-fvisibility=hidden", *INCLUDES]
     source = str(NATIVE / "emulated.cpp")
-    kernels = kept(BUILD / "emulated.o", [tool("g++"), *COMMON, *flags, source], places)
+    kernels = kept(BUILD / "emulated.o", [tool("g++"), *COMMON, *flags, source], (*of_kernels, *KERNELS, *places))
     target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
     include = ["-isystem", str(torch / "include"), "-isystem", _cuda_headers(), *INCLUDES[1:]]
     link = [str(kernels), f"-L{torch / 'lib'}", "-ltorch_cpu", "-ldl"]
     flags = ["-O1", "-fvisibility=hidden", target, *include, *link]
-    return _shared("_C_cuda.abi3.so", ["csrc/cuda/binding.cpp", "library.cpp"], flags, places)
+    return _shared("_C_cuda.abi3.so", ["csrc/cuda/binding.cpp", "library.cpp"], flags, ("csrc/cuda", *places))
 
 
 def environment(**variables: str) -> dict[str, str]:
