@@ -151,6 +151,23 @@ def test_two_streams(loss: str, backend: str) -> None:
         assert_like_cpu(result, loss, torch.float32)
 
 
+@two_devices
+@each_gpu_backend
+@each_loss
+def test_a_stream_of_another_device(loss: str, backend: str) -> None:
+    """Inputs that it is still making are read when they are there."""
+    tensors, stream = on("cuda:1", loss), torch.cuda.Stream(device=1)
+    torch.cuda.synchronize(1)
+    with torch.cuda.stream(stream):
+        late = {name: torch.zeros_like(t) for name, t in tensors.items()}
+        torch.cuda._sleep(50_000_000)
+        for name, t in late.items():
+            t.copy_(tensors[name])
+        found = step(loss, late, backend=backend)
+    torch.cuda.synchronize(1)
+    assert_like_cpu(found, loss, torch.float32)
+
+
 @each_gpu_backend
 def test_many_pairs(backend: str) -> None:
     """More than one launch takes, with a workspace for each."""

@@ -52,7 +52,7 @@ FAULTS = (
         text="TORCH_ERROR_CODE_CHECK(get(device, &stream));",
         replacement="TORCH_ERROR_CODE_CHECK(get(0 * device, &stream));",
         why="the stream of the first device is taken for all",
-        tests=f"{USES} -k 'cuda and (thread or turns or stream)'",
+        tests=f"{USES} -k 'cuda and stream_of_another'",
     ),
     Fault(
         "device-workspace-freed-early",
