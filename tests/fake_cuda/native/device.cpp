@@ -16,8 +16,8 @@ constexpr int kPoison = 0xFF;  // NaN in every floating type
 constexpr size_t kAlignment = 512;
 
 thread_local bool is_worker = false;
-thread_local bool in_graph = false;     // the work that runs was captured
-thread_local int capture_mode = 0;  // of this thread: cudaThreadExchangeStreamCaptureMode
+thread_local bool in_graph = false;  // the work that runs was captured
+thread_local int capture_mode = 0;   // of this thread: cudaThreadExchangeStreamCaptureMode
 
 using Lock = std::unique_lock<std::mutex>;
 
@@ -176,7 +176,8 @@ int record(Event& event, Stream& stream) {
   if (event.device != stream.device) return kInvalidHandle;
   const bool capturing = is_capturing(stream);
   if (!capturing)
-    if (const int error = submit(stream, [time = event.time] { return *time = now(), std::string(); }, false)) return error;
+    if (const int error = submit(stream, [time = event.time] { return *time = now(), std::string(); }, false))
+      return error;
   Device& d = device();
   const Lock lock(d.mutex);
   event.capture = stream.capture;

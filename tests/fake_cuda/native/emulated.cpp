@@ -1,8 +1,8 @@
 // The kernels of csrc/cuda in the emulation, launched on the streams of the fake CUDA. library.cpp calls it: the names
 // of CUDA's own headers and those of the emulation do not go together.
-#include "operators.cuh"
-
 #include <cstdio>
+
+#include "operators.cuh"
 
 extern "C" int fake_submit_work(void* stream, int device, std::function<std::string()>* work);
 extern "C" const char* fake_complaint(int device, uintptr_t address, size_t bytes);
