@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cacr_kernels._version import __version__
+from cacr_kernels.backends.kept import cache_dir
 from cacr_kernels.backends.library import active_isa, compiled_isas, cpu_library, cuda_library, isa_error
 from cacr_kernels.backends.table import available_backends
 
@@ -43,7 +44,7 @@ def _autotune() -> dict[str, Any]:
         tuning = importlib.import_module("cacr_kernels.backends.triton.tuning")
     except ValueError as error:
         return {"on": False, "cache": None, "error": str(error)}
-    return {"on": tuning.ON, "cache": str(tuning.cache_dir()), "error": None}
+    return {"on": tuning.ON, "cache": str(cache_dir()), "error": None}
 
 
 def report() -> dict[str, Any]:

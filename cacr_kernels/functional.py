@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checks, losses, reference
+from .backends.entry import Backend
 from .distributed import averaged, group_of, in_order_of_ranks, labels_of_all, ranks_of
 from .operators.aligned import aligned_cost
 from .operators.cacr import cacr
@@ -157,11 +158,17 @@ def cacr_loss(
     check_shared(normalize, reduction, return_parts)
     checks.reduction_of_rbf(cost, reduction)
     group = group_of(gather_distributed, process_group, {"views": z})
-    chosen, on = choose_backend(backend, [z], similarities_of_views(z, pairing), group, normalize)
     asked = asked_terms(alpha, beta or tau_plus, return_parts, group)
-    fused = (
-        group is None and reduction != "none" and "cacr" in on.operators and chosen.fuses(z.shape, pairing) and asked[1]
-    )
+    wants_fused = group is None and reduction != "none" and asked[1]
+
+    def fuses(b: Backend) -> bool:
+        return wants_fused and "cacr" in b.operators and b.fuses(z.shape, pairing)
+
+    def calls(b: Backend) -> tuple[str, ...]:
+        return ("cacr",) if fuses(b) else ("contrast",) if group is None else ("contrast", "repulsion")
+
+    chosen, on = choose_backend(backend, [z], similarities_of_views(z, pairing), group, normalize, calls=calls)
+    fused = fuses(chosen)
     with checks.without_autocast(z.device):
         (z,), keys, _ = prepare([z], normalize and not on.normalize, group, gathered=0, as_is=fused)
         tau_pos, tau_neg = averaged(group, z.device, tau_pos, tau_neg)
@@ -319,7 +326,12 @@ def queue_call(
     check_shared(normalize, reduction, return_parts)
     gather_distributed, process_group = ranks
     group = group_of(gather_distributed, process_group, {"queries": q})
-    _, on = choose_backend(backend, [q, k, n], math.inf, normalize=normalize)
+
+    def calls(b: Backend) -> tuple[str, ...]:
+        sweep = "detached_keys" if "detached_keys" in b.operators else "contrast"
+        return (sweep, "contrast") if in_batch else (sweep,)
+
+    _, on = choose_backend(backend, [q, k, n], math.inf, normalize=normalize, calls=calls)
     with checks.without_autocast(q.device):
         tensors = [q, k.detach(), n.detach()]
         unit = normalize and not on.normalize
@@ -425,7 +437,11 @@ def cacr_momentum_loss(
     key_offset = checks.integer("key_offset", key_offset, 0, k.shape[0] - q.shape[1])
     check_shared(normalize, reduction, return_parts)
     group = group_of(gather_distributed, process_group, {"queries": q, "keys": k})
-    _, on = choose_backend(backend, [q, k], math.inf, normalize=normalize)
+
+    def calls(b: Backend) -> tuple[str, ...]:
+        return ("detached_keys",) if "detached_keys" in b.operators else ("contrast",)
+
+    _, on = choose_backend(backend, [q, k], math.inf, normalize=normalize, calls=calls)
     with checks.without_autocast(q.device):
         (q, k), keys_of_all, _ = prepare([q, k.detach()], normalize and not on.normalize, group, gathered=1)
         k = k if keys_of_all is None else keys_of_all()
@@ -534,7 +550,8 @@ def supervised_cacr_loss(
     group = group_of(
         gather_distributed, process_group, {"embeddings": z, "ref_embeddings": tensors[1] if tensors[1:] else None}
     )
-    _, on = choose_backend(backend, tensors, similarities_of_embeddings(tensors), group, normalize)
+    similarities = similarities_of_embeddings(tensors)
+    _, on = choose_backend(backend, tensors, similarities, group, normalize, calls=lambda b: ("contrast",))
     with checks.without_autocast(z.device):
         if own_rows is not None or ignored is not None:
             read = losses.rows_in_sets(y, ref_labels, own_rows, ignored, everywhere=group is None)

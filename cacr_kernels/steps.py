@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
+from .backends import self_check
 from .backends.entry import Backend, Size
-from .backends.table import choose
+from .backends.table import choose, is_auto, last_resort
 from .distributed import Group, gathering
 from .operators.registry import Target, has_values, tracing
 from .types import (
@@ -39,16 +40,24 @@ def choose_backend(
     similarities: float,
     group: Group | None = None,
     normalize: bool = False,
+    *,
+    calls: Callable[[Backend], Sequence[str]] | None = None,
 ) -> tuple[Backend, Target]:
     """The entry of the backend that computes the loss, and where its operators run.
 
     ``similarities``: how many are computed, against the keys of one rank; infinite against keys that get no gradient.
+    ``calls``: which operators of a backend the loss calls, for the self-check that ``"auto"`` makes of some; ``None``:
+    it is only asked, and nothing is computed.
     """
     similarities *= 1 if group is None else group.size
     first, dtype = tensors[0], tensors[0].dtype
     halves = dtype in (torch.float16, torch.bfloat16) and all(t.dtype == dtype for t in tensors)
     size = Size(similarities, first.shape[-1], dtype if halves else arithmetic_dtype(*tensors))
     chosen = choose(backend, first.device, size)
+    if calls is not None and chosen.check_first is not None and is_auto(backend):
+        read_as = dtype if halves and chosen.half_types else arithmetic_dtype(*tensors)
+        if not self_check.passes(chosen, calls(chosen), tensors, read_as, normalize):
+            chosen = last_resort(first.device)
     half = dtype if halves and chosen.half_types else None
     name = chosen.name + chosen.variant(size.dtype)
     return chosen, Target(name, chosen.operators, half, bool(normalize and chosen.operators))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from cacr_kernels.backends.table import TABLE, device_type_of
@@ -19,6 +21,11 @@ def reasons() -> dict[str, str | None]:
 def usable() -> list[str]:
     """The backends that can run."""
     return [name for name, reason in reasons().items() if reason is None]
+
+
+def interprets() -> bool:
+    """Whether kernels are interpreted, by Triton or by the GPUs that are not there of ``tests/fake_cuda``."""
+    return interpreted() or os.environ.get("FAKE_CUDA") == "1"
 
 
 def device_of(backend: str) -> str:

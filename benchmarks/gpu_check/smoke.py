@@ -40,7 +40,7 @@ def errors(case: testing.Case, backend: str, dtype: torch.dtype, draws: int) -> 
 def check(case: testing.Case, backend: str, dtype_name: str) -> dict[str, Any]:
     """The quantity whose error is the largest share of its tolerance."""
     dtype = getattr(torch, dtype_name)
-    results = errors(case, backend, dtype, 1 if devices.interpreted() else testing.DRAWS)
+    results = errors(case, backend, dtype, 1 if devices.interprets() else testing.DRAWS)
     if not all(r.ok for r in results) and all(math.isfinite(r.error) for r in results):
         results = errors(case, backend, dtype, CONFIRM)
     worst = max(results, key=lambda r: r.error / r.tolerance if math.isfinite(r.error) else math.inf)
@@ -50,7 +50,7 @@ def check(case: testing.Case, backend: str, dtype_name: str) -> dict[str, Any]:
 
 
 def tasks(backends: list[str]) -> Iterator[Task]:
-    cases, dtypes = (INTERPRETED, DTYPES[:1]) if devices.interpreted() else (SMOKE, DTYPES)
+    cases, dtypes = (INTERPRETED, DTYPES[:1]) if devices.interprets() else (SMOKE, DTYPES)
     for case in cases:
         for dtype in dtypes:
             for backend in backends:

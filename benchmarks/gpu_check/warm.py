@@ -18,7 +18,7 @@ from cacr_kernels import testing
 
 from . import child, devices
 from .child import Context, Task
-from .problems import DTYPES, SMOKE, TIMED_BATCHES, TIMED_DTYPES, timed
+from .problems import DTYPES, INTERPRETED, SMOKE, TIMED_BATCHES, TIMED_DTYPES, timed
 
 SECONDS = 40
 
@@ -47,11 +47,12 @@ def compile_case(names: list[str], case: testing.Case, dtype: str) -> dict[str, 
 
 
 def tasks(names: list[str]) -> Iterator[Task]:
-    for B in TIMED_BATCHES:
+    cases, dtypes = (INTERPRETED, DTYPES[:1]) if devices.interprets() else (SMOKE, DTYPES)
+    for B in () if devices.interprets() else TIMED_BATCHES:
         for dtype in TIMED_DTYPES:
             yield Task(f"{dtype} B={B}", partial(compile_case, names, timed(B), dtype), optional=True)
-    for case in SMOKE:
-        for dtype in DTYPES:
+    for case in cases:
+        for dtype in dtypes:
             yield Task(f"{dtype} {case.name}", partial(compile_case, names, case, dtype), optional=True)
 
 

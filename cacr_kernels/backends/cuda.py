@@ -17,7 +17,7 @@ from ..operators.registry import constant_while_compiling, define, implement, op
 from ..operators.repulsion import in_two_sweeps
 from ..types import Pairing, view_pair_count
 from . import library
-from .entry import Backend, Size
+from .entry import Backend, Size, about_gpu
 from .precision import fp32_products
 
 SCHEMAS = cacr.SCHEMAS | contrast.SCHEMAS
@@ -124,6 +124,12 @@ def _implement(name: str) -> None:
     implement(f"{name}_cuda", lambda *arguments: compiled(*arguments, float_products()), "CUDA")
 
 
+def about(device: torch.device) -> dict[str, str]:
+    """What a verdict of the self-check depends on: the GPU, its driver, and the compiled library."""
+    library_file = library.cuda_library().path.stat()
+    return about_gpu(device) | {"library": f"{library_file.st_size} {library_file.st_mtime_ns}"}
+
+
 BACKEND = Backend(
     "cuda",
     "CUDA C++ kernels, one launch for a small loss",
@@ -134,4 +140,6 @@ BACKEND = Backend(
     half_types=True,
     fuses=fuses,
     suits=suits,
+    check_first=about,
+    products=fp32_products,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,9 @@ class Backend(NamedTuple):
         tests_only_on: types of devices on which it runs for tests, so that ``"auto"`` passes it by.
         last_resort: whether ``"auto"`` warns when it is left with this one.
         n_by_m_arrays: whether its memory grows with queries times keys.
+        check_first: whether ``"auto"`` checks it before its first use (``self_check.py``), and what a good verdict of a
+            device depends on, beside the versions of torch and of this package.
+        products: how it multiplies float32 now, where that can change.
     """
 
     name: str
@@ -67,6 +71,8 @@ class Backend(NamedTuple):
     tests_only_on: tuple[str, ...] = ()
     last_resort: bool = False
     n_by_m_arrays: bool = False
+    check_first: Callable[[torch.device], dict[str, str]] | None = None
+    products: Callable[[], str] = lambda: ""
 
 
 def registered(backend: Backend) -> Backend:
@@ -78,6 +84,17 @@ def registered(backend: Backend) -> Backend:
             if backend.implement is not None:
                 backend.implement(name)
     return backend
+
+
+def about_gpu(device: torch.device) -> dict[str, str]:
+    """What kernels for a GPU depend on there, for ``check_first``."""
+    about = torch.cuda.get_device_properties(device)
+    try:
+        driver = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
+    except (OSError, IndexError):
+        driver = ""
+    kind = about.gcnArchName if torch.version.hip else f"sm_{about.major}{about.minor}"
+    return {"device": f"{about.name}, {kind}", "driver": driver}
 
 
 def any_device(device: torch.device | None) -> str | None:

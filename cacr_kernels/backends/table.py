@@ -45,10 +45,15 @@ def select(name: str, device: torch.device, size: Size | None = None) -> str:
 
 def choose(name: object, device: torch.device, size: Size | None) -> Backend:
     """The entry of the backend that :func:`select` names."""
-    backend = _fastest(device, size) if _is_auto(name) else check(name, device)
+    backend = _fastest(device, size) if is_auto(name) else check(name, device)
     if backend.operators:
         refuse_vmap(f"backend={backend.name!r}")
     return backend
+
+
+def last_resort(device: torch.device) -> Backend:
+    """What serves on ``device`` where kernels are not to be trusted: plain PyTorch."""
+    return next(backend for backend in TABLE if backend.last_resort and backend.why_not(device) is None)
 
 
 def check(name: object, device: torch.device | None = None) -> Backend:
@@ -82,11 +87,12 @@ def device_type_of(name: str) -> str:
 
 def check_option(name: object) -> None:
     """Refuses what is neither ``"auto"`` nor a backend that can run on some device of this machine."""
-    if not _is_auto(name):
+    if not is_auto(name):
         check(name)
 
 
-def _is_auto(name: object) -> bool:
+def is_auto(name: object) -> bool:
+    """Whether the backend is to be chosen here."""
     return isinstance(name, str) and name == "auto"
 
 

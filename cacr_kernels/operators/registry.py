@@ -20,7 +20,7 @@ import functools
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -246,6 +246,12 @@ def line_of_user() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in passed_over:
         level, frame = level + 1, frame.f_back
     return level
+
+
+def are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether another computation may use these tensors: neither subclasses nor what transforms wrap, and not empty."""
+    plain = all(type(x) in (Tensor, torch.nn.Parameter) and x.numel() for x in tensors)
+    return plain and bool(tensors) and not _torch_private.transforms_are_active()
 
 
 # ---- vmap ------------------------------------------------------------------------------------------------------------

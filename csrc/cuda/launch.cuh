@@ -70,15 +70,17 @@ cudaError_t resident_blocks(void (*kernel)(Parameters), int threads, size_t shar
 // In the emulation a kernel that goes wrong throws.
 template <class Parameters>
 cudaError_t launch(void (*kernel)(Parameters), const Launch& l, Parameters parameters) {
-  cuda_emulation::launch(l.grid, l.block, l.shared_bytes, [&] { kernel(parameters); });
-  return cudaSuccess;
+  return cuda_emulation::on_stream(l.stream, parameters, [=] {
+    cuda_emulation::launch(l.grid, l.block, l.shared_bytes, [&] { kernel(parameters); });
+  });
 }
 
 template <class Parameters>
 cudaError_t launch_cooperative(void (*kernel)(Parameters), const Launch& l, Parameters parameters) {
   if (!cuda_emulation::has_room(l.grid)) return cudaErrorCooperativeLaunchTooLarge;
-  cuda_emulation::launch_cooperative(l.grid, l.block, l.shared_bytes, [&] { kernel(parameters); });
-  return cudaSuccess;
+  return cuda_emulation::on_stream(l.stream, parameters, [=] {
+    cuda_emulation::launch_cooperative(l.grid, l.block, l.shared_bytes, [&] { kernel(parameters); });
+  });
 }
 
 template <class Parameters>

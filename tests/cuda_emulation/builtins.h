@@ -24,7 +24,22 @@ inline constexpr int warpSize = 32;
 
 // ---- the host's side ------------------------------------------------------------------------------------------------
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorCooperativeLaunchTooLarge = 720 };
+enum cudaError_t : int { cudaSuccess = 0, cudaErrorCooperativeLaunchTooLarge = 720 };
+
+namespace cuda_emulation {
+
+// Who runs launches when their stream comes to them (tests/fake_cuda); nobody: they are run at once. It is told the
+// stream and the parameters of the kernel, and answers with an error of CUDA.
+inline int (*submit)(cudaStream_t stream, const void* parameters, size_t bytes, std::function<void()> kernel) = nullptr;
+
+template <class Parameters>
+cudaError_t on_stream(cudaStream_t stream, const Parameters& parameters, std::function<void()> kernel) {
+  if (submit != nullptr) return static_cast<cudaError_t>(submit(stream, &parameters, sizeof parameters, kernel));
+  kernel();
+  return cudaSuccess;
+}
+
+}  // namespace cuda_emulation
 
 // ---- vectors --------------------------------------------------------------------------------------------------------
 #define CUDA_EMULATION_VECTOR(name, scalar)                            \

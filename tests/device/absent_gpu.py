@@ -126,7 +126,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.library.impl("aten::_copy_from", "PrivateUse1", copy_from)
     AUTOCAST.fallback(torch.library.fallthrough_kernel)
     table.TABLE = tuple(
-        backend._replace(why_not=_why_not, device=NAME) if backend.name in GPU_BACKENDS else backend
+        backend._replace(why_not=_why_not, device=NAME, check_first=None) if backend.name in GPU_BACKENDS else backend
         for backend in table.TABLE
     )
 

@@ -18,7 +18,8 @@ class Fault(NamedTuple):
         replacement: what stands there instead; it has to compile.
         why: in one line, what goes wrong for a user.
         tests: arguments of pytest, those of the tests that should notice; several runs as a tuple. A run whose
-            arguments contain "interpreted" is in Triton's interpreter.
+            arguments contain "interpreted" is in Triton's interpreter, one of ``tests/device/test_gpu*`` with
+            the GPUs of ``tests/fake_cuda``, for which the Python that plants needs a CUDA build of torch.
         occurrence: index of the occurrence, where the text has to stand more than once.
         foreign: written by somebody who had not seen the tests.
         equivalent: a proof that nobody can notice; such a fault is neither planted nor counted.

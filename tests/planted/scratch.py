@@ -18,8 +18,9 @@ from .fault import ROOT, Fault
 
 NATIVE = ("csrc/cpu/", "csrc/common/", "setup.py")  # after a change of these the CPU library is compiled
 COMPILED = ("build/native-*", "cacr_kernels/*.so")  # what that makes
+ON_FAKE_CUDA = ("tests/device/test_gpu", "tests/fake_cuda")  # with a CUDA build of torch
 NOTICED = re.compile(r"^(?:FAILED|ERROR) (tests/.+?)(?: - (.*))?$", re.MULTILINE)
-COMPILER = re.compile(r"^.*(?:\berror: |\[-Werror).*$", re.MULTILINE)
+COMPILER = re.compile(r"^.*(?:(?<!CUDA )\berror: |\[-Werror).*$", re.MULTILINE)
 BUILD_LIMIT = 1800.0  # seconds
 ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "1",  # it would be kept by the time of a source, which is set back
@@ -98,6 +99,8 @@ class Scratch:
         if any("interpreted" in word for word in arguments):
             command += "-W", "ignore::RuntimeWarning:triton.runtime.interpreter"  # numpy warns of overflows
             environment["TRITON_INTERPRET"] = "1"
+        if any(word.startswith(ON_FAKE_CUDA) for word in arguments):
+            command = ["-m", "tests.fake_cuda", *command]
         return self.run(*command, limit=self.limit, **environment)
 
     def plant(self, fault: Fault) -> Outcome:

@@ -25,6 +25,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from triton.runtime.errors import OutOfResources
 
+from cacr_kernels.backends.kept import cache_dir
 from cacr_kernels.backends.triton import launch, pairs, table, tuning
 from cacr_kernels.backends.triton.table import Processor, Tile
 
@@ -417,13 +418,13 @@ def test_where_choices_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.delenv("CACR_CACHE_DIR", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    assert tuning.cache_dir() == tmp_path / ".cache" / "cacr_kernels"
+    assert cache_dir() == tmp_path / ".cache" / "cacr_kernels"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says its standard
-    assert tuning.cache_dir() == tmp_path / ".cache" / "cacr_kernels"
+    assert cache_dir() == tmp_path / ".cache" / "cacr_kernels"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert tuning.cache_dir() == tmp_path / "xdg" / "cacr_kernels"
+    assert cache_dir() == tmp_path / "xdg" / "cacr_kernels"
     monkeypatch.setenv("CACR_CACHE_DIR", str(tmp_path / "mine"))
-    assert tuning.cache_dir() == tmp_path / "mine"
+    assert cache_dir() == tmp_path / "mine"
 
 
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +434,7 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CACR_CACHE_DIR", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", nowhere)
-    assert tuning.cache_dir().is_absolute()
+    assert cache_dir().is_absolute()
 
 
 WRITER = """

@@ -120,7 +120,7 @@ def norms(q: Tensor, k: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     block = 32
     blocks = cdiv(q_rows, block) + (0 if k is q else cdiv(k_rows, block))
     sizes = {"SOFTMAXES": tau.numel(), "BLOCK_M": block, "BLOCK_D": min(128, power_of_two(D))}
-    start(norms_kernel, (blocks,), q, k, q_norm, k_norm, tau, q_rows, k_rows, D, **sizes)
+    start(norms_kernel, (blocks,), q, k, q_norm, other(k_norm, q_norm), tau, q_rows, k_rows, D, **sizes)
     return q_norm, k_norm
 
 
@@ -134,8 +134,18 @@ def units(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     block = 32
     blocks = cdiv(q_rows, block) + (0 if k is q else cdiv(k_rows, block))
     sizes = {"BLOCK_M": block, "BLOCK_D": min(64, power_of_two(D))}
-    start(unit_kernel, (blocks,), q, k, q_norm, k_norm, q_unit, k_unit, q_rows, k_rows, D, **sizes)
+    written = q_norm, other(k_norm, q_norm), q_unit, other(k_unit, q_unit)
+    start(unit_kernel, (blocks,), q, k, *written, q_rows, k_rows, D, **sizes)
     return q_norm, k_norm, q_unit, k_unit
+
+
+def other(x: Tensor, first: Tensor) -> Tensor:
+    """``x``, or nothing if it is ``first``.
+
+    A compiler gives a kernel copies of what it writes. Of a result that is passed twice there are two, and the one that
+    nobody writes would count.
+    """
+    return x.new_empty(0) if x is first else x
 
 
 def statistics(pairs: SetPairs) -> Statistics:

@@ -5,16 +5,21 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...operators.registry import constant_while_compiling, implement_traceable
-from ..entry import Backend, any_device
+from ..entry import Backend, about_gpu, any_device
+from ..precision import fp32_products
 from . import launch as launching
 from . import table
 
@@ -72,6 +77,19 @@ def _implement(name: str) -> None:
     implement_traceable(f"{name}_triton", launch, kernels)
 
 
+def about(device: torch.device) -> dict[str, str]:
+    """What a verdict of the self-check depends on: the GPU, its driver, and the compiler."""
+    return about_gpu(device) | {"triton": importlib.metadata.version("triton"), "source": _sources()}
+
+
+@functools.cache
+def _sources() -> str:
+    found = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
 BACKEND = Backend(
     "triton",
     "Triton kernels for GPUs",
@@ -81,4 +99,6 @@ BACKEND = Backend(
     implement=_implement,
     half_types=True,
     tests_only_on=("cpu",),  # in its interpreter
+    check_first=about,
+    products=fp32_products,
 )

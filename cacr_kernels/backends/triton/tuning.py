@@ -17,7 +17,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 import threading
 import time
 import warnings
@@ -29,6 +28,7 @@ import torch
 
 from ..._version import __version__
 from ...operators.registry import line_of_user
+from ..kept import cache_dir, write
 from .launch import launched, power_of_two, recording
 from .pairs import SetPairs
 from .table import Precision, Tile
@@ -174,19 +174,6 @@ def _try(call: Callable[[], object], device: torch.device) -> float | str:
 
 
 # ---- on disk ---------------------------------------------------------------------------------------------------------
-def cache_dir() -> Path:
-    """``CACR_CACHE_DIR``, else ``cacr_kernels`` in the user's folder of caches."""
-    if given := os.environ.get("CACR_CACHE_DIR"):
-        return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if Path(base).is_absolute():
-        return Path(base, "cacr_kernels")
-    try:
-        return Path.home() / ".cache" / "cacr_kernels"
-    except RuntimeError:  # a user without a home
-        return Path(tempfile.gettempdir(), "cacr_kernels")
-
-
 def _read(path: Path, tiles: list[Tile]) -> Tile | None:
     """The tile in a file, if it is one of ``tiles``."""
     try:
@@ -201,14 +188,7 @@ def _read(path: Path, tiles: list[Tile]) -> Tile | None:
 def _write(path: Path, data: dict[str, Any]) -> None:
     """Write all of it or nothing, whoever else writes."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            try:
-                json.dump(data, file, indent=1)
-                file.close()
-                Path(file.name).replace(path)
-            finally:
-                Path(file.name).unlink(missing_ok=True)
+        write(path, data)
     except OSError as error:
         _warn(f"cacr_kernels: launch configurations are not kept in {path.parent} ({type(error).__name__}: {error})")
 
