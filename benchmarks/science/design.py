@@ -23,7 +23,7 @@ class Setting:
     """One experiment: everything but the images. Runs of different settings are never mixed."""
 
     name: str
-    steps: int = 250
+    steps: int = 200
     batch: int = 128
     learning_rate: float = 2e-3
     weight_decay: float = 1e-4

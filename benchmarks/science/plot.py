@@ -95,7 +95,12 @@ def _query(figure: Figure, place, run, example, analysis: Analysis, data: Data) 
     """The query, its positives and its strongest negatives, with their weights."""
     rows, views = shown_views(run, analysis.setting, data)
     columns = len(example["negatives"])
-    grid = place.subgridspec(2, columns, hspace=0.1)
+    title = "CACR: a query, its positives, and its strongest negatives with their weights over equal ones"
+    place = place.subgridspec(2, 1, height_ratios=(0.04, 1.0))
+    axes = figure.add_subplot(place[0])
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=10)
+    grid = place[1].subgridspec(2, columns, hspace=0.02)
 
     def show(row: int, column: int, image: Tensor, title: str) -> None:
         axes = figure.add_subplot(grid[row, column])
@@ -113,9 +118,3 @@ def _query(figure: Figure, place, run, example, analysis: Analysis, data: Data) 
             show(0, column, views[u, 0], f"view {u + 1}\nweight {weight:.2f}")
     for column, (j, weight) in enumerate(example["negatives"]):
         show(1, column, views[example["negatives_view"], j], f"{label(j)}\n{weight * (len(rows) - 1):.1f} ×")
-    axes = figure.add_subplot(place, frameon=False)
-    axes.set_axis_off()
-    axes.set_title(
-        "CACR: a query, its positives, and its strongest negatives\n(× : weight over that of equal weights)",
-        fontsize=10,
-    )
