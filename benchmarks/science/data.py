@@ -88,7 +88,7 @@ def split(
         whole = 1.0 if held is None else sum(SHARES)
         first, second = (round(len(rows) * share / whole) for share in (SHARES[0], sum(SHARES)))
         cut = [rows[:first], rows[first:second], rows[second:] if held is None else held]
-        if min(map(len, cut)) < 2:
+        if min(map(len, cut)) < 1:
             raise SystemExit(f"class {classes[c]!r} of {name} has too few images: {[len(part) for part in cut]}")
         for part, chosen in zip(parts, cut, strict=True):
             part.append(np.sort(chosen))

@@ -73,7 +73,7 @@ def _idx_array(path: Path) -> np.ndarray:
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
         raise SystemExit(f"{path}: not an IDX file of bytes")
     end = 4 + 4 * raw[3]
-    shape = tuple(np.frombuffer(raw[4:end], dtype=">u4").astype(int))
+    shape = tuple(int(n) for n in np.frombuffer(raw[4:end], dtype=">u4"))
     if len(raw) - end != np.prod(shape):
         raise SystemExit(f"{path}: {len(raw) - end} bytes of numbers, where its shape {shape} needs {np.prod(shape)}")
     return np.frombuffer(raw[end:], dtype=np.uint8).reshape(shape)

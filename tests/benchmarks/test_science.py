@@ -248,7 +248,7 @@ def test_an_interrupted_experiment_goes_on_and_is_shown(tmp_path, monkeypatch) -
     _, first, _ = carried_out(path, Budget(None), limit=6)
     with path.open("a") as file:
         file.write('{"run": {"sta')  # killed while it wrote
-    results, rest, whole = carried_out(path, Budget(None))
+    _, rest, whole = carried_out(path, Budget(None))
     assert whole
     assert len(first) == 6
     assert not set(first) & set(rest)

@@ -1,5 +1,7 @@
 """Folders of images that a user may have: small made-up ones of every form."""
 
+# ruff: noqa: E402 (they can be read only where the extra is installed)
+
 from __future__ import annotations
 
 import gzip
@@ -82,7 +84,7 @@ def test_cifar_of_python_reads_arrays_and_runs_nothing(tmp_path) -> None:
     assert found.labels.tolist() == [0, 1, 2, 0, 0, 1]
     assert found.test.tolist() == [False] * 4 + [True] * 2
     (tmp_path / "train").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    with pytest.raises(pickle.UnpicklingError, match="os.system"):
+    with pytest.raises(pickle.UnpicklingError, match=r"os\.system"):
         read_folder(tmp_path)
 
 
@@ -105,7 +107,7 @@ def test_images_by_class(tmp_path, mode: str) -> None:
     means = [found.images[found.labels == c].mean() for c in range(3)]
     assert np.diff(means) == pytest.approx([90.0, 90.0], abs=5.0)
     data = load(str(tmp_path), 16)
-    assert [len(part) for part in (data.pool, data.validation, data.test)] == [18, 3, 9] or mode == "L"
+    assert [len(part) for part in (data.pool, data.validation, data.test)] == [18, 3, 9]
 
 
 def test_images_by_class_below_train_and_test(tmp_path) -> None:
