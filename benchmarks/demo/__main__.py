@@ -61,7 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, help_text in (
         ("tau-pos", "CACR attraction (1.0)"),
         ("tau-neg", "CACR repulsion (2.0)"),
-        ("temperature", "NT-Xent (0.5)"),
+        ("temperature", "NT-Xent (1 / (2 tau_neg), 0.25)"),
     ):
         parser.add_argument(f"--{name}", type=float, default=None, help=help_text)
     return parser.parse_args(arguments)
@@ -69,10 +69,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def configure(options: argparse.Namespace) -> Config:
     """The experiment that the options ask for."""
-    from .config import QUICK, Config
+    from .config import QUICK, Config, matched
 
     names = ("seeds", "epochs", "tau_pos", "tau_neg", "temperature")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if ("tau_neg" in given) != ("temperature" in given):  # the other one follows
+        known, other = ("tau_neg", "temperature") if "tau_neg" in given else ("temperature", "tau_neg")
+        if given[known] > 0.0:
+            given[other] = matched(given[known])
     return replace(QUICK if options.quick else Config(), validate=options.validate, **given)
 
 

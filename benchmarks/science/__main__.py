@@ -40,7 +40,7 @@ def require_extras() -> None:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options."""
+    """The options, as they were given."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.science", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=None, help="folder of results and picture (science, science-NAME)")
     parser.add_argument("--data", default=None, help="a folder: IDX, CIFAR, or images in one folder a class")

@@ -69,7 +69,7 @@ class Analysis:
         return len(self.seeds) == len(self.setting.seeds)
 
     def counts(self, seed: int) -> list[int]:
-        """Long-tailed images by class."""
+        """How many long-tailed images each class has."""
         found: list[int] = self.by_arm[ARMS[0].name, LONG_TAILED, self.setting.views[0], seed]["counts"]
         return found
 

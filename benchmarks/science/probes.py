@@ -46,5 +46,5 @@ def nearest(x: Tensor, y: Tensor, scored: Tensor, classes: int, neighbours: int)
 
 
 def balanced_accuracy(predicted: Tensor, truth: Tensor, classes: int) -> float:
-    """Mean recall."""
+    """The mean of the recalls of all classes."""
     return sum(float((predicted[truth == c] == c).float().mean()) for c in range(classes)) / classes

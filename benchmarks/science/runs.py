@@ -80,7 +80,7 @@ def _whole_lines(path: Path) -> list[Record]:
 
 
 def pack(correct: Tensor) -> str:
-    """One bit an image."""
+    """One bit an image, as hexadecimal digits."""
     return np.packbits(correct.cpu().numpy()).tobytes().hex()
 
 
