@@ -96,7 +96,7 @@ def _draw_losses(axes: Axes, cacr: list[Run], nt_xent: list[Run]) -> None:
     _curves(axes, cacr, "repulsion", REPULSION, "its repulsion")
     axes.axhline(0.0, color="#c7ccd1", linewidth=0.8, zorder=0)
     axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper center")
-    _finish(axes, "losses, each with a scale of its own")
+    _finish(axes, "losses")
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.25 * (high - low))
 
@@ -134,8 +134,8 @@ def _draw_accuracies(axes: Axes, scores: Scores, probe: str) -> None:
             label = name if group == 0 else None
             axes.plot([x - reach, x + reach], [mean, mean], color=colour, linewidth=2.4, label=label)
             axes.annotate(
-                f"{mean:.1f}", (x, max(values)), (0, 4), textcoords="offset points", fontsize=7.5, ha="center",
-                color="#24292f",
+                f"{mean:.1f}", (x, max(values)), (0, 4 + 9 * (index % 2)), textcoords="offset points", fontsize=7.5,
+                ha="center", color="#24292f",
             )  # fmt: skip
     axes.set_xticks(range(len(GROUPS)), [label for _, label in GROUPS], fontsize=9)
     low, high = axes.get_ylim()
