@@ -13,6 +13,7 @@ PYTEST_FLAGS ?= -q -n 2 --dist worksteal
 BENCH ?= baselines # the extra that the benchmarks install; "bench" leaves out the other packages
 BENCH_FLAGS ?=
 DEMO_FLAGS ?=
+SCIENCE_FLAGS ?=
 PLANTED_FLAGS ?=
 GPU_CHECK_FLAGS ?=
 
@@ -21,11 +22,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f)
 CLANG_FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test test-all test-old planted demo bench gpu-check docs lint format build clean
+.PHONY: test test-all test-old planted demo science bench gpu-check docs lint format build clean
 .DELETE_ON_ERROR:
 
 # Threads that spin while others need the processor take many times as long.
-test test-all demo: export OMP_WAIT_POLICY ?= passive
+test test-all demo science: export OMP_WAIT_POLICY ?= passive
 
 # What a user's machine has to show.
 test: $(VENV)/.with-test $(VENV)/.built
@@ -49,6 +50,10 @@ planted: $(VENV)/.with-test $(VENV)/.built
 
 demo: $(VENV)/.with-demo $(VENV)/.built
 	$(BIN)/python -m benchmarks.demo $(DEMO_FLAGS)
+
+# What the loss does to representations, docs/experiment.md: 25 minutes, an interrupted run goes on.
+science: $(VENV)/.with-science $(VENV)/.built
+	$(BIN)/python -m benchmarks.science $(SCIENCE_FLAGS)
 
 bench: $(VENV)/.with-$(strip $(BENCH)) $(VENV)/.built
 	$(BIN)/python -m benchmarks $(BENCH_FLAGS)

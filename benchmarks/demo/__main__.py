@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .config import Config
     from .data import Split
     from .evaluation import Scores
+    from .threads import Threads
     from .training import Run
 
 EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
@@ -61,7 +62,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, help_text in (
         ("tau-pos", "CACR attraction (1.0)"),
         ("tau-neg", "CACR repulsion (2.0)"),
-        ("temperature", "NT-Xent (0.5)"),
+        ("temperature", "NT-Xent (1 / (2 tau_neg), 0.25)"),
     ):
         parser.add_argument(f"--{name}", type=float, default=None, help=help_text)
     return parser.parse_args(arguments)
@@ -69,14 +70,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def configure(options: argparse.Namespace) -> Config:
     """The experiment that the options ask for."""
-    from .config import QUICK, Config
+    from .config import QUICK, Config, matched
 
     names = ("seeds", "epochs", "tau_pos", "tau_neg", "temperature")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if ("tau_neg" in given) != ("temperature" in given):  # the other one follows
+        known, other = ("tau_neg", "temperature") if "tau_neg" in given else ("temperature", "tau_neg")
+        if given[known] > 0.0:
+            given[other] = matched(given[known])
     return replace(QUICK if options.quick else Config(), validate=options.validate, **given)
 
 
-def train_all(config: Config, split: Split, console: Console) -> list[Run]:
+def train_all(config: Config, split: Split, console: Console, threads: Threads) -> list[Run]:
     """Every seed with both losses, in turns, under a progress bar."""
     from rich.progress import (
         BarColumn,
@@ -101,6 +106,8 @@ def train_all(config: Config, split: Split, console: Console) -> list[Run]:
         def on_epoch(run: Run) -> None:
             text = f"seed {run.seed}  {run.loss:<7}  loss {run.history['loss'][-1]:+.4f}"
             progress.update(task, advance=1, description=text)
+            if threads.after_epoch(run.step_seconds[-(len(run.step_seconds) // len(run.history["loss"])) :]):
+                console.print("  the machine is busy: one thread from here on")
 
         start = time.perf_counter()
         for seed in range(config.seeds):
@@ -145,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from .data import load_split
     from .plot import draw
     from .report import print_results, print_setting, print_timing, to_json
+    from .threads import Threads
     from .training import backend_name
 
     if options.threads is not None:
@@ -156,7 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     split = load_split(config.validate)
     backend = backend_name()
     print_setting(console, config, split, backend)
-    runs = train_all(config, split, console)
+    chosen = options.threads is not None or config.epochs < 10  # nothing to find out, or too short to find it out
+    runs = train_all(config, split, console, Threads(1 if chosen else torch.get_num_threads()))
     scores = score_all(config, split, runs)
     print_results(console, scores, config, split)
     draw(options.out, runs, scores, split, config)

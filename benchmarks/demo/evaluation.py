@@ -7,6 +7,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import recall_score
 from sklearn.neighbors import KNeighborsClassifier
@@ -93,6 +94,26 @@ def paired_difference(scores: Scores, probe: str, measure: str) -> Spread:
     """CACR minus NT-Xent, seed by seed: both start from the same weights and see the same views."""
     first, second = (spread(scores, name, probe, measure).values for name in LOSSES)
     return Spread.of([a - b for a, b in zip(first, second, strict=True)])
+
+
+def interval(difference: Spread) -> float | None:
+    """Half the 95 % interval of a mean difference over seeds (Student's t); none for one seed."""
+    if difference.std is None:
+        return None
+    seeds = len(difference.values)
+    return float(stats.t.ppf(0.975, seeds - 1)) * difference.std / math.sqrt(seeds)
+
+
+def verdict(scores: Scores, probe: str) -> str:
+    """What the balanced accuracies of a probe allow to say, a tie included."""
+    difference = paired_difference(scores, probe, "balanced")
+    half = interval(difference)
+    text = f"{100 * difference.mean:+.1f}"
+    if half is None:
+        return f"{text} points on one seed, which says nothing"
+    better = LOSSES[0] if difference.mean > 0 else LOSSES[1]
+    word = "a tie" if abs(difference.mean) <= half else f"{better} is better"
+    return f"{word} ({text} ± {100 * half:.1f} points)"
 
 
 def summary(scores: Scores) -> dict[str, Any]:

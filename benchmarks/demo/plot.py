@@ -1,4 +1,4 @@
-"""The picture of the training demo: losses, weight entropies, accuracies."""
+"""The picture of the training demo: differences and accuracies first, then losses and entropies of weights."""
 
 from __future__ import annotations
 
@@ -14,39 +14,61 @@ from matplotlib.ticker import MaxNLocator
 
 from .config import LOSSES, Config
 from .data import CLASSES, Split
-from .evaluation import PROBES, REPRESENTATIONS, Scores, spread
+from .evaluation import PROBES, REPRESENTATIONS, Scores, interval, paired_difference, spread, verdict
 from .training import Run
 
-COLOURS = {"raw pixels": "#c7ccd1", "untrained encoder": "#8b949e", "CACR": "#0b6bcb", "NT-Xent": "#e07b00"}
+COLOURS = {"raw pixels": "#a8b0b8", "untrained encoder": "#57606a", "CACR": "#0b6bcb", "NT-Xent": "#e07b00"}
 ATTRACTION, REPULSION = "#2a9d5c", "#c2334d"
 GROUPS = (("balanced", "balanced"), ("tail", "three rarest\nclasses"), ("worst_class", "worst\nclass"))
 
 
 def draw(path: Path, runs: list[Run], scores: Scores, split: Split, config: Config) -> None:
-    """Write the picture as PNG."""
+    """Write the picture as PNG: first what was found, then how training went."""
     layout = ConstrainedLayoutEngine(hspace=0.06, wspace=0.04)
-    figure = Figure(figsize=(13.5, 8.2), layout=layout, facecolor="white")
+    figure = Figure(figsize=(13.5, 8.4), layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 12, height_ratios=(1.0, 1.15))
+    grid = figure.add_gridspec(2, 12, height_ratios=(1.15, 1.0))
     cacr, nt_xent = ([run for run in runs if run.loss == name] for name in LOSSES)
-    _draw_cacr_loss(figure.add_subplot(grid[0, 0:3]), cacr)
-    axes = figure.add_subplot(grid[0, 3:6])
-    _curves(axes, nt_xent, "loss", COLOURS["NT-Xent"], None)
-    _finish(axes, "NT-Xent loss")
-    _draw_entropy(figure.add_subplot(grid[0, 6:9]), cacr, "attraction", ATTRACTION, config.views - 1, "views")
-    batch = min(config.batch, len(split.train_images))
-    _draw_entropy(figure.add_subplot(grid[0, 9:12]), cacr, "repulsion", REPULSION, batch - 1, "instances")
-    lowest = min(min(spread(scores, name, p, m).values) for name in REPRESENTATIONS for p in PROBES for m, _ in GROUPS)
-    bottom = max(0.0, 10 * math.floor(10 * lowest - 0.5))  # one axis for both probes
+    _draw_differences(figure.add_subplot(grid[0, 0:4]), scores)
     for column, probe in enumerate(PROBES):
-        _draw_accuracies(figure.add_subplot(grid[1, 4 * column : 4 * column + 4]), scores, probe, bottom)
-    _draw_classes(figure.add_subplot(grid[1, 8:12]), scores, split)
+        _draw_accuracies(figure.add_subplot(grid[0, 4 * column + 4 : 4 * column + 8]), scores, probe)
+    _draw_classes(figure.add_subplot(grid[1, 0:6]), scores, split)
+    _draw_losses(figure.add_subplot(grid[1, 6:9]), cacr, nt_xent)
+    batch = min(config.batch, len(split.train_images))
+    _draw_entropies(figure.add_subplot(grid[1, 9:12]), cacr, config.views - 1, batch - 1)
     figure.suptitle(
-        f"Digits, trained on {len(split.train_images)} imbalanced images, scored on the {config.scored_on} "
-        f"({len(split.test_images)} images); {config.seeds} seed{'s' * (config.seeds > 1)}, {config.epochs} epochs",
+        f"CACR and NT-Xent, linear probe: {verdict(scores, 'linear')}; "
+        f"nearest neighbours: {verdict(scores, 'kNN')}\n"
+        f"digits, {len(split.train_images)} imbalanced images, scored on the {config.scored_on} "
+        f"({len(split.test_images)}); {config.seeds} seed{'s' * (config.seeds > 1)}, {config.epochs} epochs, "
+        f"tau_neg = {config.tau_neg:g}, T = {config.temperature:g}",
         fontsize=12,
     )
     figure.savefig(path, dpi=130)
+
+
+def _draw_differences(axes: Axes, scores: Scores) -> None:
+    """CACR minus NT-Xent, seed by seed, with the interval of the mean."""
+    y, ticks, labels = 0, [], []
+    for probe in PROBES:
+        for measure, label in GROUPS:
+            found = paired_difference(scores, probe, measure)
+            half = interval(found)
+            colour = {"kNN": "#57606a", "linear": "#24292f"}[probe]
+            if half is not None:
+                axes.plot([100 * (found.mean - half), 100 * (found.mean + half)], [y, y], color=colour, linewidth=2.0)
+            axes.scatter([100 * v for v in found.values], [y + 0.2] * len(found.values), s=9, color=colour, alpha=0.5)
+            axes.scatter([100 * found.mean], [y], s=34, color=colour, zorder=3)
+            ticks.append(y)
+            labels.append(f"{'linear' if probe == 'linear' else 'neighbours'},\n{label.replace(chr(10), ' ')}")
+            y += 1
+    axes.axvline(0.0, color="#c7ccd1", linewidth=1.2, zorder=0)
+    axes.set_yticks(ticks, labels, fontsize=8.5)
+    axes.set_ylim(y - 0.4, -0.6)
+    axes.set_xlabel("points, mean with 95 % over seeds, and each seed", fontsize=9)
+    axes.set_title("accuracy, CACR minus NT-Xent", fontsize=10.5)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
 
 
 def _curves(axes: Axes, runs: list[Run], figure_name: str, colour: str, label: str | None) -> None:
@@ -67,52 +89,59 @@ def _finish(axes: Axes, title: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
-def _draw_cacr_loss(axes: Axes, runs: list[Run]) -> None:
-    _curves(axes, runs, "loss", COLOURS["CACR"], "loss")
-    _curves(axes, runs, "attraction", ATTRACTION, "attraction")
-    _curves(axes, runs, "repulsion", REPULSION, "repulsion")
+def _draw_losses(axes: Axes, cacr: list[Run], nt_xent: list[Run]) -> None:
+    _curves(axes, nt_xent, "loss", COLOURS["NT-Xent"], "NT-Xent")
+    _curves(axes, cacr, "loss", COLOURS["CACR"], "CACR")
+    _curves(axes, cacr, "attraction", ATTRACTION, "its attraction")
+    _curves(axes, cacr, "repulsion", REPULSION, "its repulsion")
     axes.axhline(0.0, color="#c7ccd1", linewidth=0.8, zorder=0)
-    axes.legend(fontsize=8.5, frameon=False)
-    _finish(axes, "CACR loss and its two terms")
+    axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper center")
+    _finish(axes, "losses")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.25 * (high - low))
 
 
-def _draw_entropy(axes: Axes, runs: list[Run], term: str, colour: str, members: int, kind: str) -> None:
-    """Entropy of the weights below its maximum, reached where all members weigh the same."""
-    maximum = math.log(members)
-    _curves(axes, runs, f"{term}_entropy", colour, None)
-    axes.axhline(maximum, color="#57606a", linewidth=1.2, linestyle=":")
-    lowest = min(min(run.history[f"{term}_entropy"]) for run in runs)
-    room = max(maximum - lowest, 1e-3)
-    axes.set_ylim(lowest - 0.12 * room, maximum + 0.22 * room)
-    axes.text(
-        0.98, maximum + 0.04 * room, f"uniform: log {members} = {maximum:.2f}", fontsize=8.5, color="#57606a",
-        ha="right", va="bottom", transform=axes.get_yaxis_transform(),
-    )  # fmt: skip
-    axes.set_ylabel("nats", fontsize=9)
-    _finish(axes, f"{term} weights: entropy\n({members} other {kind} per query)")
+def _draw_entropies(axes: Axes, runs: list[Run], positives: int, negatives: int) -> None:
+    """Entropies of the weights as shares of the largest ones, from one member with all weight to uniform weights."""
+    for term, colour, members in (("attraction", ATTRACTION, positives), ("repulsion", REPULSION, negatives)):
+        if members < 2:
+            continue  # one member has all weight, whatever it is
+        series = [[value / math.log(members) for value in run.history[f"{term}_entropy"]] for run in runs]
+        epochs = range(1, len(series[0]) + 1)
+        mean = [fmean(column) for column in zip(*series, strict=True)]
+        for values in series:
+            axes.plot(epochs, values, color=colour, linewidth=0.8, alpha=0.45)
+        axes.plot(epochs, mean, color=colour, linewidth=1.8, label=f"{term}, {members} members")
+    axes.set_ylim(0.0, 1.04)
+    axes.set_yticks([0.0, 0.25, 0.5, 0.75, 1.0], ["one has all", "", "half", "", "uniform"])
+    axes.legend(fontsize=8.5, frameon=False, loc="lower center")
+    _finish(axes, "entropy of CACR's weights")
 
 
-def _draw_accuracies(axes: Axes, scores: Scores, probe: str, bottom: float) -> None:
-    """Bars of the mean with every seed as a dot."""
+def _draw_accuracies(axes: Axes, scores: Scores, probe: str) -> None:
+    """Every seed as a dot, the mean as a dash with its number."""
     width = 0.8 / len(REPRESENTATIONS)
-    labels: list[tuple[float, str, str]] = []
     for index, name in enumerate(REPRESENTATIONS):
         for group, (measure, _) in enumerate(GROUPS):
             result = spread(scores, name, probe, measure)
             values = [100 * value for value in result.values]
             x = group + (index - (len(REPRESENTATIONS) - 1) / 2) * width
-            axes.bar(x, 100 * result.mean, 0.92 * width, color=COLOURS[name], label=name if group == 0 else None)
-            labels.append((x, f"{100 * result.mean:.1f}", "white" if name in LOSSES else "#24292f"))
             step = 0.5 * width / max(len(values), 2)
             offsets = [x + (k - (len(values) - 1) / 2) * step for k in range(len(values))]
-            axes.scatter(offsets, values, s=13, color="white", edgecolors="#24292f", linewidths=0.8, zorder=3)
+            colour = COLOURS[name]
+            axes.scatter(offsets, values, s=15, color=colour, alpha=0.6, linewidths=0)
+            reach, mean = 0.42 * width, 100 * result.mean
+            label = name if group == 0 else None
+            axes.plot([x - reach, x + reach], [mean, mean], color=colour, linewidth=2.4, label=label)
+            axes.annotate(
+                f"{mean:.1f}", (x, max(values)), (0, 4 + 9 * (index % 2)), textcoords="offset points", fontsize=7.5,
+                ha="center", color="#24292f",
+            )  # fmt: skip
     axes.set_xticks(range(len(GROUPS)), [label for _, label in GROUPS], fontsize=9)
-    room = 100.0 - bottom
-    axes.set_ylim(bottom, 100.0 + 0.25 * room)
-    axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 100.0])
-    for x, text, colour in labels:
-        axes.text(x, bottom + 0.03 * room, text, fontsize=8.5, color=colour, ha="center", va="bottom", rotation=90)
-    axes.set_ylabel("accuracy (%), axis cut", fontsize=9)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.22 * (high - low))
+    axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= 100.0])
+    axes.set_ylabel("accuracy (%)", fontsize=9)
     axes.set_title({"kNN": "k nearest neighbours", "linear": "linear probe"}[probe], fontsize=10.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8.5)

@@ -23,6 +23,7 @@ from .evaluation import (
     sampling_error,
     spread,
     summary,
+    verdict,
 )
 from .training import Run
 
@@ -41,7 +42,8 @@ def print_setting(console: Console, config: Config, split: Split, backend: str) 
         f"  {config.epochs} epochs for each of {config.seeds} seed{'s' * (config.seeds > 1)}, "
         f"batch {config.batch}, {config.views} views\n"
         f"  CACR tau_pos {config.tau_pos:g}, tau_neg {config.tau_neg:g}"
-        f"{' (as published for small image sets)' if published else ''}; NT-Xent temperature {config.temperature:g}",
+        f"{' (as published for small image sets)' if published else ''}; NT-Xent temperature {config.temperature:g}"
+        f"{', which matches' if abs(2 * config.tau_neg * config.temperature - 1) < 1e-9 else ''}",
         soft_wrap=True,
     )
 
@@ -63,6 +65,8 @@ def print_results(console: Console, scores: Scores, config: Config, split: Split
         notes.append("Every class has the same number of scored images: overall and balanced accuracy are one number.")
     else:
         notes.append("The scored images are imbalanced like the training part: read the balanced accuracy.")
+    for probe, name in (("linear", "Linear probe"), ("kNN", "Nearest neighbours")):
+        console.print(f"  [bold]{name}, CACR minus NT-Xent: {verdict(scores, probe)}[/bold]", soft_wrap=True)
     for note in notes:
         console.print(f"  {note}", style="dim", soft_wrap=True)
 

@@ -71,10 +71,10 @@ def nt_xent(views: Tensor, temperature: float) -> Tensor:
     v, b, _ = views.shape
     z = F.normalize(views, dim=-1).flatten(0, 1)
     logits = z @ z.T / temperature  # [VB, VB]
-    instance = torch.arange(b).repeat(v)
+    instance = torch.arange(b, device=z.device).repeat(v)
     same = instance[:, None] == instance
     negatives = logits.masked_fill(same, -math.inf).logsumexp(dim=1, keepdim=True)
-    itself = torch.eye(v * b, dtype=torch.bool)
+    itself = torch.eye(v * b, dtype=torch.bool, device=z.device)
     positives = logits[same & ~itself].view(v * b, v - 1)
     return (torch.logaddexp(positives, negatives) - positives).mean()
 

@@ -18,7 +18,8 @@ for package in ("sklearn", "matplotlib", "rich"):
 from benchmarks.demo import __main__ as demo
 from benchmarks.demo.config import LOSSES, QUICK
 from benchmarks.demo.data import CLASSES, HELD_OUT_PER_CLASS, augment, load_split
-from benchmarks.demo.evaluation import MEASURES, PROBES, REPRESENTATIONS, score
+from benchmarks.demo.evaluation import MEASURES, PROBES, REPRESENTATIONS, Score, score, verdict
+from benchmarks.demo.threads import Threads
 from benchmarks.demo.training import nt_xent, train
 
 # Without compiled kernels the package says so once; the demo works all the same.
@@ -189,6 +190,59 @@ def test_missing_extra_is_named(monkeypatch):
     monkeypatch.setattr(demo.importlib, "import_module", without_sklearn)
     with pytest.raises(SystemExit, match=r"scikit-learn.*pip install cacr_kernels\[demo\]"):
         demo.require_extras()
+
+
+def test_busy_machine_is_left_with_one_thread():
+    torch.set_num_threads(2)
+    threads = Threads(2)
+    assert torch.get_num_threads() == 1  # the first epoch
+    assert not threads.after_epoch([0.05, 0.06, 0.9])
+    assert torch.get_num_threads() == 2
+    assert not threads.after_epoch([0.03, 0.03, 0.9])  # one slow step says nothing
+    assert torch.get_num_threads() == 2
+    assert threads.after_epoch([0.5, 0.7, 0.03])
+    assert torch.get_num_threads() == 1
+    assert not threads.after_epoch([0.05, 0.05, 0.05])
+    assert torch.get_num_threads() == 1
+
+
+def test_chosen_number_of_threads_is_left_alone():
+    threads = Threads(1)
+    torch.set_num_threads(2)
+    assert not threads.after_epoch([9.0])
+    assert torch.get_num_threads() == 2
+
+
+def made_up(cacr, nt_xent):
+    """Scores of which only the balanced accuracies say anything."""
+    return {
+        name: [{probe: Score(value, value, value, value, [value]) for probe in PROBES} for value in values]
+        for name, values in zip(LOSSES, (cacr, nt_xent), strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("cacr", "nt_xent", "said"),
+    [
+        ([0.93, 0.90, 0.93], [0.91, 0.92, 0.92], "a tie (+0.3 ± 5.2 points)"),
+        ([0.92, 0.93, 0.94], [0.90, 0.91, 0.921], "CACR is better (+2.0 ± 0.1 points)"),
+        ([0.90, 0.91, 0.92], [0.92, 0.93, 0.939], "NT-Xent is better (-2.0 ± 0.1 points)"),
+        ([0.90], [0.92], "-2.0 points on one seed, which says nothing"),
+    ],
+)
+def test_verdict_calls_a_tie_a_tie(cacr, nt_xent, said):
+    assert verdict(made_up(cacr, nt_xent), "linear") == said
+
+
+def test_temperatures_of_both_losses_are_matched():
+    def at(*arguments):
+        config = demo.configure(demo.parse_arguments(list(arguments)))
+        return config.tau_neg, config.temperature
+
+    assert at() == (2.0, 0.25)
+    assert at("--tau-neg", "0.9") == (0.9, pytest.approx(1 / 1.8))
+    assert at("--temperature", "0.1") == (5.0, 0.1)
+    assert at("--tau-neg", "0.9", "--temperature", "0.1") == (0.9, 0.1)
 
 
 @pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--epochs", "-1"], ["--threads", "none"]])

@@ -1,0 +1,1 @@
+"""What the loss does to representations, ``python -m benchmarks.science``: an experiment that could fail."""
