@@ -24,11 +24,11 @@ from .steps import (
     checked_ref_index,
     choose_backend,
     connected,
-    only_asked,
     prepare,
     reduce,
     similarities_of_embeddings,
     similarities_of_views,
+    without_weight_zero,
 )
 from .types import (
     COSTS,
@@ -158,7 +158,8 @@ def cacr_loss(
     check_shared(normalize, reduction, return_parts)
     checks.reduction_of_rbf(cost, reduction)
     group = group_of(gather_distributed, process_group, {"views": z})
-    asked = asked_terms(alpha, beta or tau_plus, return_parts, group)
+    weights = alpha, beta or tau_plus
+    asked = asked_terms(*weights, return_parts, group)
     wants_fused = group is None and reduction != "none" and asked[1]
 
     def fuses(b: Backend) -> bool:
@@ -193,7 +194,8 @@ def cacr_loss(
                 terms = terms._replace(repulsion=terms.repulsion + more_rows)
         else:
             terms = reference.cacr(z, numbers, tau_plus=tau_plus, **options)
-        return reduce(connected(only_asked(terms, numbers, z), *numbers[:2]), reduction, return_parts, z.dtype)
+        terms = without_weight_zero(terms, *weights, z, group)
+        return reduce(connected(terms, *numbers[:2]), reduction, return_parts, z.dtype)
 
 
 @overload
@@ -350,7 +352,7 @@ def queue_call(
     def reduced(terms: Terms) -> Any:
         if one_direction:
             terms = terms._replace(attraction=terms.attraction[0], repulsion=terms.repulsion[0])
-        terms = only_asked(terms, numbers, q[0] if one_direction else q)
+        terms = without_weight_zero(terms, alpha, beta, q[0] if one_direction else q, group)
         return reduce(connected(terms, *numbers[:2]), reduction, return_parts, q.dtype)
 
     def keys_of_all() -> Tensor | None:
@@ -576,7 +578,7 @@ def supervised_cacr_loss(
             supervised = partial(losses.supervised, on)
         terms = supervised(*arguments, sets=sets, ranks=ranks)
         counted = None if ignored is None else (everyone != ignored).sum().to(z.dtype) / everyone.shape[0]
-        terms = connected(only_asked(terms, numbers, z), *numbers[:2])
+        terms = connected(without_weight_zero(terms, alpha, beta, z, group), *numbers[:2])
         return reduce(terms, reduction, return_parts, z.dtype, counted)
 
 

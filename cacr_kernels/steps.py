@@ -17,7 +17,6 @@ from .operators.registry import Target, has_values, tracing
 from .types import (
     REDUCTIONS,
     CACRParts,
-    Numbers,
     Pairing,
     Reduction,
     Terms,
@@ -147,11 +146,16 @@ def asked_terms(alpha: float, beta: float, return_parts: bool, group: Group | No
     return alpha != 0, beta != 0
 
 
-def only_asked(terms: Terms, numbers: Numbers, rows: Tensor) -> Terms:
-    """The same terms; those that nobody asks for are 0. ``rows``: the queries."""
-    if not numbers.attracts:
+def without_weight_zero(terms: Terms, alpha: float, beta: float, rows: Tensor, group: Group | None) -> Terms:
+    """The same terms; those of weight 0 are 0, whatever they would be. ``rows``: the queries.
+
+    Not while compiling, where weights are tensors, nor of several processes, which wait for each other's gradients.
+    """
+    if group is not None or torch.compiler.is_compiling():
+        return terms
+    if alpha == 0:
         terms = terms._replace(attraction=reference.no_term(rows))
-    if not numbers.repels:
+    if beta == 0:
         zeros = reference.no_term(rows)
         terms = terms._replace(repulsion=zeros if terms.repulsion.dim() else zeros.sum())
     return terms

@@ -304,7 +304,8 @@ def main(argv: list[str] | None = None) -> int:
             "gradcheck": numeric,
         }
         Path(options.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
-    keep_verdicts(rows, numeric, torch.device(options.device))
+    if not options.quick:
+        keep_verdicts(rows, numeric, torch.device(options.device))
     count = sum(r.checks for r in rows)
     verdict = "all within tolerance" if good else "NOT within tolerance"
     print(f"{' and '.join(names)}: {count} checks, {len(numeric)} gradchecks: {verdict}")

@@ -6,6 +6,7 @@ import warnings
 
 import torch
 
+from ..operators.registry import line_of_user
 from . import library, precision
 from .entry import Backend
 
@@ -15,7 +16,7 @@ if failed := library.failed_isas():
         f"cacr_kernels: the CPU kernels for {failed} are not used, as they disagree with the portable ones on this "
         f"processor; {library.active_isa()} is used. Please report it.",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=line_of_user(),
     )
 
 

@@ -19,7 +19,8 @@ def cache_dir() -> Path:
     try:
         return Path.home() / ".cache" / "cacr_kernels"
     except RuntimeError:  # a user without a home
-        return Path(tempfile.gettempdir(), "cacr_kernels")
+        user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
+        return Path(tempfile.gettempdir(), f"cacr_kernels-{user}")
 
 
 def write(path: Path, data: dict[str, Any]) -> None:

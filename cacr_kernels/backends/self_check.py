@@ -1,10 +1,11 @@
 """Backends that ``"auto"`` takes on trust check themselves first: a small problem, by the backend and in plain PyTorch.
 
-Once a process for each operator, arithmetic and device, at the first call. The problem is made of the first queries and
-keys of that call, or of random rows where Python may not look at them (while a compiler traces, inside
-``torch.func``). Values and gradients are compared with the definition in float64: NaN equals NaN, and what is allowed
-is twice the promise, with the error of the definition in the arithmetic itself as the yardstick. A backend that fails
-is left out for the rest of the process, and one warning says what differed.
+Once a process for each operator, arithmetic and device, at the first call. One problem is made of random rows, whatever
+the data are, and one of the first queries and keys of that call, unless Python may not look at them (while a compiler
+traces, inside ``torch.func``). Values and gradients are compared with the definition in float64: NaN equals NaN, and
+what is allowed is twice the promise, with the error of the definition in the arithmetic itself as the yardstick. A
+backend that fails is left out for the rest of the process, and one warning says what differed. Where the check itself
+cannot be made, for want of memory say, the backend is taken as it is, with a warning.
 
 Good verdicts are kept for later processes under everything that they depend on: ``Backend.check_first`` says that of
 the device. Nothing is checked for a backend that was named, while a CUDA graph is captured, or under
@@ -30,7 +31,7 @@ from .._version import __version__
 from ..operators.cacr import cacr, loss_and_parts
 from ..operators.contrast import contrast, plain_contrast
 from ..operators.detached_keys import detached_keys
-from ..operators.registry import Target, are_plain, constant_while_compiling
+from ..operators.registry import Target, are_plain, constant_while_compiling, line_of_user
 from ..operators.repulsion import definition as repulsion_by_definition
 from ..operators.repulsion import repulsion
 from ..types import ALL, OTHER, PAIRINGS, SAME_NOT_SELF, CACROptions, ContrastSpec, arithmetic_dtype
@@ -64,6 +65,20 @@ class Subject(NamedTuple):
 _verdicts: dict[Subject, bool] = {}
 _warned: set[tuple[str, torch.device]] = set()
 _lock = threading.RLock()
+
+
+class UndecidedError(Exception):
+    """The check could not be made; that says nothing of the backend."""
+
+
+def _after_fork() -> None:
+    """A child has no thread that would give the lock back."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 # ---- the question ----------------------------------------------------------------------------------------------------
@@ -106,7 +121,9 @@ def _passes(
             if os.environ.get(VARIABLE, "") == "0" or _capturing(device):
                 continue
             with _lock:
-                verdict = _verdicts[subject] = _verdicts.get(subject) or _verdict(backend, subject, rows)
+                verdict = _verdicts.get(subject)
+                if verdict is None:
+                    verdict = _verdicts[subject] = _verdict(backend, subject, rows)
         if not verdict:
             return False
     return True
@@ -126,7 +143,14 @@ def forget() -> None:
 def _verdict(backend: Backend, subject: Subject, rows: list[Tensor]) -> bool:
     if _is_kept(backend, subject):
         return True
-    wrong = _elsewhere(lambda: check(subject, rows if are_plain(rows) else []), subject.device)
+    try:
+        wrong = _elsewhere(lambda: check(subject, rows if are_plain(rows) else []), subject.device)
+    except UndecidedError as error:
+        _say(
+            f"the self-check of backend {subject.backend!r} on {subject.device} could not be made, and it is used as "
+            f"it is: {error}"
+        )
+        return True
     if wrong is None:
         keep(backend, subject)
         return True
@@ -155,7 +179,10 @@ def _elsewhere(function: Callable[[], str | None], device: torch.device) -> str 
             raised.append(error)
 
     thread = threading.Thread(target=call, name="cacr_kernels self-check")
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise UndecidedError(f"no thread can be started ({error})") from error
     thread.join()
     if raised:
         raise raised[0]
@@ -167,25 +194,41 @@ def _warn(subject: Subject, wrong: str) -> None:
     if at in _warned:
         return
     _warned.add(at)
-    warnings.warn(
-        f"cacr_kernels: backend {subject.backend!r} does not pass its self-check on {subject.device}, and "
+    _say(
+        f"backend {subject.backend!r} does not pass its self-check on {subject.device}, and "
         f"backend='torch' serves in this process: {wrong}. Please report that, with what `python -m cacr_kernels` and "
         f"`python -m cacr_kernels.verify --device {subject.device.type}` print. {VARIABLE}=0 in the environment leaves "
-        "the check out",
-        RuntimeWarning,
-        stacklevel=2,
+        "the check out"
     )
+
+
+def _say(message: str) -> None:
+    warnings.warn(f"cacr_kernels: {message}", RuntimeWarning, stacklevel=line_of_user())
 
 
 # ---- the check -------------------------------------------------------------------------------------------------------
 def check(subject: Subject, rows: list[Tensor]) -> str | None:
-    """What is wrong with an operator, or ``None``; raises where the device cannot be used any more."""
-    q, k = small(subject, rows)
-    truth = by_definition(subject, q.double(), k.double())
-    yardstick = by_definition(subject, q.float(), k.float())
+    """What is wrong with an operator, or ``None``; raises where the device cannot be used any more.
+
+    The rows of the user may hide a fault: zeros, a single instance, NaN. Random ones come first.
+    """
+    with torch.autograd.set_detect_anomaly(False):  # NaN in the user's data is no anomaly of the check
+        return _check(subject, []) or (_check(subject, rows) if rows else None)
+
+
+def _check(subject: Subject, rows: list[Tensor]) -> str | None:
+    try:
+        q, k = small(subject, rows)
+        truth = by_definition(subject, q.double(), k.double())
+        yardstick = by_definition(subject, q.float(), k.float())
+    except Exception as error:
+        _raise_if_lost(subject, error)
+        raise UndecidedError(f"plain PyTorch raises {type(error).__name__}: {str(error)[:500]}") from error
     try:
         found = by_backend(subject, q.to(arithmetic_dtype(q)), k.to(arithmetic_dtype(k)))
         return difference(subject, truth, yardstick, found, scales(q, k, subject.normalize))
+    except torch.OutOfMemoryError as error:
+        raise UndecidedError(str(error)[:500]) from error
     except Exception as error:  # of a compiler, a launch, anything that a kernel may do
         _raise_if_lost(subject, error)
         return f"{subject.operator} in {subject.dtype} raises {type(error).__name__}: {str(error)[:500]}"
@@ -328,6 +371,10 @@ def _path(backend: Backend, subject: Subject) -> tuple[Path, dict[str, str]] | N
     """The file of a good verdict, and what it holds under; ``None`` where that is not known."""
     if backend.check_first is None:
         return None
+    try:
+        device = backend.check_first(subject.device)
+    except Exception:  # a driver or package that does not say what it is: nothing is kept
+        return None
     about = {
         "backend": subject.backend,
         "operator": subject.operator,
@@ -335,7 +382,7 @@ def _path(backend: Backend, subject: Subject) -> tuple[Path, dict[str, str]] | N
         "normalize": str(subject.normalize),
         "torch": torch.__version__,
         "cacr_kernels": __version__,
-        **backend.check_first(subject.device),
+        **device,
     }
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
     return cache_dir() / f"self-check-{subject.backend}-{digest}.json", about
@@ -358,13 +405,16 @@ def keep(backend: Backend, subject: Subject) -> None:
 
 
 def keep_verified(backend: Backend, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
-    """``verify`` has found that every operator of a backend is right there, in these types of features."""
+    """``verify`` has found that the operators of a backend are right there, in these types of features.
+
+    Those that one process calls: the repulsion from the keys of several is checked at its first call.
+    """
     if backend.check_first is None:
         return
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     for dtype in dtypes:
         products = backend.products() if dtype == torch.float32 else ""
-        for operator in backend.operators:
+        for operator in set(backend.operators) - {"repulsion"}:
             for normalize in (False, True):
                 keep(backend, Subject(backend.name, operator, dtype, products, normalize, device))

@@ -192,8 +192,60 @@ def test_the_rows_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_check, "small", lambda *given: seen.append(small(*given)) or seen[-1])
     views = small_inputs("cacr")["views"].float()
     cacr_kernels.cacr_loss(views)
-    ((q, _),) = seen
+    (random, _), (q, _) = seen
     assert torch.equal(q, views)
+    assert random.shape[1] != views.shape[1]
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(3, 7, 5), torch.full((3, 7, 5), torch.nan), torch.randn(3, 1, 5)])
+def test_rows_that_show_nothing_hide_nothing(rows: Tensor, tmp_path: Path) -> None:
+    spoil["cacr"] = lambda found: tuple(x / 2 for x in found)
+    with pytest.warns(RuntimeWarning, match="differs from the definition"):
+        cacr_kernels.cacr_loss(rows)
+    assert list(tmp_path.iterdir()) == []
+    called.clear()
+    cacr_kernels.cacr_loss(small_inputs("cacr")["views"].float())
+    assert called == []
+
+
+@pytest.mark.parametrize("who", ["by_definition", "by_backend"])
+def test_a_check_that_cannot_be_made_says_nothing_of_the_backend(
+    who: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(self_check, who, full)
+    with pytest.warns(RuntimeWarning, match="could not be made, and it is used as it is: .*no room") as said:
+        loss_of("cacr")
+    assert said[0].filename == table.__file__ or "tests" in said[0].filename
+    assert_used("cacr")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_anomaly_mode_and_nan() -> None:
+    views = small_inputs("cacr")["views"].float()
+    views[0, 2, 1] = torch.nan
+    with torch.autograd.set_detect_anomaly(True):
+        assert cacr_kernels.cacr_loss(views).isnan()
+
+
+def test_a_device_that_does_not_say_what_it_is(trial: Backend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unknown(device: torch.device) -> dict[str, str]:
+        raise LookupError("no such package")
+
+    monkeypatch.setattr(table, "TABLE", (*table.TABLE[:-1], trial._replace(check_first=unknown)))
+    loss_of("cacr")
+    assert len(called) > 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_verdict_is_not_sought_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil["cacr"] = wrong_by(1e-2)
+    with pytest.warns(RuntimeWarning, match="self-check"):
+        loss_of("cacr")
+    monkeypatch.setattr(self_check, "_verdict", None)
+    assert_plain_torch_serves("cacr")
 
 
 def test_a_large_problem_is_cut() -> None:
@@ -278,6 +330,6 @@ def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_verified(trial: Backend) -> None:
     self_check.keep_verified(trial, torch.device("cpu"), [torch.float32])
-    assert len(list(kept.cache_dir().iterdir())) == 2 * len(OPERATORS)
+    assert len(list(kept.cache_dir().iterdir())) == 2 * len(set(OPERATORS) - {"repulsion"})
     loss_of("cacr")
     assert called == ["cacr"]

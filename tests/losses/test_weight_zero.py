@@ -92,6 +92,9 @@ def test_what_is_not_asked_for_is_not_read() -> None:
     tensors["queue"] = torch.full_like(tensors["queue"], torch.inf)
     for backend in ("reference", "torch", "cpu"):
         assert LOSSES["queue"](**tensors, beta=0.0, backend=backend).isfinite()
+        parts = LOSSES["queue"](**tensors, beta=0.0, backend=backend, return_parts=True)
+        assert parts.loss.isfinite()
+        assert parts.repulsion == 0
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

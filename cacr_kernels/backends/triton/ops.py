@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
@@ -77,9 +76,14 @@ def _implement(name: str) -> None:
     implement_traceable(f"{name}_triton", launch, kernels)
 
 
+def triton_version() -> str:
+    """Asked of the module: what it is installed from has other names for other devices."""
+    return str(importlib.import_module("triton").__version__)
+
+
 def about(device: torch.device) -> dict[str, str]:
     """What a verdict of the self-check depends on: the GPU, its driver, and the compiler."""
-    return about_gpu(device) | {"triton": importlib.metadata.version("triton"), "source": _sources()}
+    return about_gpu(device) | {"triton": triton_version(), "source": _sources()}
 
 
 @functools.cache

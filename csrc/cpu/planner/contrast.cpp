@@ -14,7 +14,8 @@ template <class T>
 void backward(Engine<T>& e, const BackwardRows& rows, const SweepGradients<T>& out, int64_t n) {
   const int s = out.dq || out.dk ? separate_softmax(e.p, rows) : -1;
   std::optional<PositiveGradients<T>> positives;
-  if (s >= 0) positives.emplace(e.p, rows, s);
+  // Where exponents are large the weights must be those of the forward, whose costs far apart are products.
+  if (s >= 0 && e.bounded) positives.emplace(e.p, rows, s);
   if (!positives || !positives->pays()) return backward_sweep(e, rows, out, n);
   const int64_t per_softmax = e.p.pairs * e.p.N, all = e.p.softmaxes * per_softmax;
   BackwardRows others = rows;

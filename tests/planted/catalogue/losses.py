@@ -381,8 +381,8 @@ FAULTS = (
     Fault(
         "losses-weight-zero-debiased",
         PACKAGE + "functional.py",
-        text="asked_terms(alpha, beta or tau_plus, return_parts, group)",
-        replacement="asked_terms(alpha, beta, return_parts, group)",
+        text="weights = alpha, beta or tau_plus",
+        replacement="weights = alpha, beta",
         why="with beta = 0 the debiasing of tau_plus is lost",
         tests=WEIGHT_ZERO,
     ),
