@@ -103,6 +103,14 @@ FAULTS = (
         tests=(ALIGNED,),
     ),
     Fault(
+        "cpu-positives-of-large-exponents",
+        "csrc/cpu/planner/contrast.cpp",
+        text="if (s >= 0 && e.bounded) positives.emplace(e.p, rows, s);",
+        replacement="if (s >= 0) positives.emplace(e.p, rows, s);",
+        why="positives alone: weights from differences do not add up to 1 where the forward measured them by products",
+        tests=("tests/losses/test_weight_zero.py",),
+    ),
+    Fault(
         "cpu-parts-of-negative-keys",
         KERNELS + "block.h",
         text="const bool mask = met[slot(ids.k_id[j])] | (g.holes & (ids.k_id[j] < 0));",
