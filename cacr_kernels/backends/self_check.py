@@ -251,8 +251,11 @@ def _raise_if_lost(subject: Subject, error: Exception) -> None:
 def small(subject: Subject, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Queries [V, N, D] and keys [V, M, D] of the problem: the first of ``rows``, or random ones."""
     if not rows:
-        generator = torch.Generator().manual_seed(0)
-        drawn = torch.randn(2, 2, ROWS, RANDOM_FEATURES, generator=generator) / RANDOM_FEATURES**0.5
+        generator = torch.Generator("cpu").manual_seed(0)
+        drawn = (
+            torch.randn(2, 2, ROWS, RANDOM_FEATURES, generator=generator, dtype=torch.float32, device="cpu")
+            / RANDOM_FEATURES**0.5
+        )
         q, k = (x.to(subject.device, subject.dtype) for x in drawn)
         return q, k
     q, k = (x.detach() if x.dim() == 3 else x.detach()[None] for x in (rows[0], rows[-1]))
@@ -278,7 +281,7 @@ def _options(normalize: bool) -> CACROptions:
 
 
 def _temperatures(q: Tensor, *numbers: float) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64).to(q.device).requires_grad_()
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu").to(q.device).requires_grad_()
 
 
 def _with_gradients(value: Tensor, leaves: dict[str, Tensor], others: Found) -> Found:
