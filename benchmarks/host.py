@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
 def cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def require(packages: Mapping[str, str], what: str, extra: str) -> None:
+    """Leave with one sentence if ``what`` lacks a package of its extra; ``packages``: names by their modules."""
+    missing = []
+    for module, package in packages.items():
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            missing.append(package)
+    if missing:
+        raise SystemExit(f"{what} needs {' and '.join(missing)}: pip install cacr_kernels[{extra}]")
 
 
 def nvcc() -> Path | None:

@@ -9,13 +9,14 @@ then scored on a balanced held-out part, once, at the end. NT-Xent gets the same
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from benchmarks import host
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,18 +28,6 @@ if TYPE_CHECKING:
     from .training import Run
 
 EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
-
-
-def require_extras() -> None:
-    """Leave with one sentence if a package of the ``demo`` extra is missing."""
-    missing = []
-    for module, package in EXTRAS.items():
-        try:
-            importlib.import_module(module)
-        except ImportError:
-            missing.append(package)
-    if missing:
-        raise SystemExit(f"the demo needs {' and '.join(missing)}: pip install cacr_kernels[demo]")
 
 
 def positive_int(text: str) -> int:
@@ -145,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Trains with both losses, scores the encoders, prints tables and draws the picture."""
     start = time.perf_counter()
     options = parse_arguments(arguments)
-    require_extras()
+    host.require(EXTRAS, "the demo", "demo")
     import torch
     from rich.console import Console
 

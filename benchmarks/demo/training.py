@@ -21,19 +21,12 @@ Objective = Callable[[Tensor], tuple[Tensor, dict[str, float]]]
 
 
 class Encoder(nn.Module):
-    """Three convolutions and a mean; the projection head is used in training only."""
+    """A body whose features are scored, and a projection head that only training uses."""
 
-    def __init__(self, feature_dim: int, embedding_dim: int) -> None:
+    def __init__(self, body: nn.Module, features: int, embedding_dim: int) -> None:
         super().__init__()
-        narrow, wide = max(feature_dim // 4, 8), max(feature_dim // 2, 16)
-        self.body = nn.Sequential(
-            *_convolution(1, narrow, stride=1),
-            *_convolution(narrow, wide, stride=2),
-            *_convolution(wide, feature_dim, stride=2),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-        )
-        self.head = nn.Sequential(nn.Linear(feature_dim, feature_dim), nn.ReLU(), nn.Linear(feature_dim, embedding_dim))
+        self.body = body
+        self.head = nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, embedding_dim))
 
     def forward(self, images: Tensor) -> Tensor:
         embeddings: Tensor = self.head(self.body(images))
@@ -41,10 +34,9 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Frozen features ``[N, feature_dim]``, what the accuracies are measured on."""
+        """Features ``[N, D]`` of images, as in evaluation."""
         self.eval()
-        features: Tensor = self.body(images)
-        return features
+        return torch.cat([self.body(some) for some in images.split(512)])
 
 
 def _convolution(channels: int, outputs: int, *, stride: int) -> tuple[nn.Module, ...]:
@@ -56,10 +48,19 @@ def _convolution(channels: int, outputs: int, *, stride: int) -> tuple[nn.Module
 
 
 def make_encoder(config: Config, seed: int) -> Encoder:
-    """The encoder as initialised for a seed, whatever loss will train it."""
+    """Three convolutions and a mean, as initialised for a seed, whatever loss will train them."""
+    features = config.feature_dim
+    narrow, wide = max(features // 4, 8), max(features // 2, 16)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Encoder(config.feature_dim, config.embedding_dim)
+        body = nn.Sequential(
+            *_convolution(1, narrow, stride=1),
+            *_convolution(narrow, wide, stride=2),
+            *_convolution(wide, features, stride=2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        return Encoder(body, features, config.embedding_dim)
 
 
 def nt_xent(views: Tensor, temperature: float) -> Tensor:

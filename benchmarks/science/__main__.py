@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks import host
+
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
@@ -25,18 +27,6 @@ if TYPE_CHECKING:
 
 EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
 RESULTS, PICTURE = "results.jsonl", "experiment.png"
-
-
-def require_extras() -> None:
-    """Leave with one sentence if a package of the ``science`` extra is missing."""
-    missing = []
-    for module, package in EXTRAS.items():
-        try:
-            importlib.import_module(module)
-        except ImportError:
-            missing.append(package)
-    if missing:
-        raise SystemExit(f"the experiment needs {' and '.join(missing)}: pip install cacr_kernels[science]")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -111,7 +101,7 @@ def run(setting: Setting, data: Data, results: Results, workers: int, device: to
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs what is left, prints tables, draws the picture."""
     options = parse_arguments(arguments)
-    require_extras()
+    host.require(EXTRAS, "the experiment", "science")
     if options.docs and options.load is None:
         raise SystemExit("--docs writes committed results into the page: it needs --load FILE")
     import torch

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.demo.training import nt_xent
+from benchmarks.demo.training import Encoder, nt_xent
 from cacr_kernels import CACRLoss, SupervisedCACRLoss
 
 from .data import Data, Part, training_part
@@ -20,25 +20,6 @@ from .views import draw_views
 
 Objective = Callable[[Tensor, Tensor, int], Tensor]  # embeddings [V, B, D], labels [B], the step
 CURVE = 10  # points of a loss curve that are kept
-
-
-class Encoder(nn.Module):
-    """A body whose features are scored, and a head that only training uses."""
-
-    def __init__(self, body: nn.Module, features: int, embedding_dim: int) -> None:
-        super().__init__()
-        self.body = body
-        self.head = nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, embedding_dim))
-
-    def forward(self, images: Tensor) -> Tensor:
-        embeddings: Tensor = self.head(self.body(images))
-        return embeddings
-
-    @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """Features [N, D] of images [N, channels, H, W], as in evaluation."""
-        self.eval()
-        return torch.cat([self.body(some) for some in images.split(512)])
 
 
 def make_encoder(setting: Setting, channels: int, seed: int) -> Encoder:

@@ -15,6 +15,7 @@ import torch
 for package in ("sklearn", "matplotlib", "rich"):
     pytest.importorskip(package)
 
+from benchmarks import host
 from benchmarks.demo import __main__ as demo
 from benchmarks.demo.config import LOSSES, QUICK
 from benchmarks.demo.data import CLASSES, HELD_OUT_PER_CLASS, augment, load_split
@@ -187,9 +188,9 @@ def test_missing_extra_is_named(monkeypatch):
             raise ImportError(name)
         return original(name, *rest)
 
-    monkeypatch.setattr(demo.importlib, "import_module", without_sklearn)
+    monkeypatch.setattr(host.importlib, "import_module", without_sklearn)
     with pytest.raises(SystemExit, match=r"scikit-learn.*pip install cacr_kernels\[demo\]"):
-        demo.require_extras()
+        demo.main([])
 
 
 def test_busy_machine_is_left_with_one_thread():

@@ -78,13 +78,7 @@ struct Aligned {
 
   // |z_v - z_u|^2 of instances b, b + 1, ..., one per lane, 0 from the n-th on
   Vec<T> distances(idx v, idx u, idx b, idx n) const {
-    return lane_sums<T>(n, [&](idx l) {
-      const RowPair<T, kRaw> z = rows(v, u, b + l);
-      idx d;
-      Vec<T> sum = sum_of_squares<T>(t.D, d, [&](idx i) __attribute__((always_inline)) { return z.at(i); });
-      for (; d < t.D; d++) sum[d % W] += z.one(d) * z.one(d);
-      return sum;
-    });
+    return lane_sums<T>(n, [&](idx l) { return rows(v, u, b + l).squares(t.D); });
   }
 
   // The coefficients of z_v - z_u: 2 (g_vu + g_uv)

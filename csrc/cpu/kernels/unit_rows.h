@@ -93,6 +93,14 @@ struct RowPair {
   }
   inline __attribute__((always_inline)) T one(idx d) const { return difference<T>(x[d], x_r, y[d], y_r); }
 
+  // The squares of the difference, added up by lanes.
+  Vec<T> squares(idx D) const {
+    idx d;
+    Vec<T> sum = sum_of_squares<T>(D, d, [&](idx i) __attribute__((always_inline)) { return at(i); });
+    for (; d < D; d++) sum[d % Lanes<T>::W] += one(d) * one(d);
+    return sum;
+  }
+
   // The square of the distance, for positives: the product form cancels where they are close.
   T squared_distance(idx D) const {
     idx d;

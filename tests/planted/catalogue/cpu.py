@@ -87,14 +87,6 @@ FAULTS = (
         tests=(ALIGNED,),
     ),
     Fault(
-        "cpu-aligned-last-features",
-        KERNELS + "aligned_costs.h",
-        text="for (; d < t.D; d++) sum[d % W] += pair.one(d) * pair.one(d);",
-        replacement="for (; d < t.D; d++) sum[0] += pair.one(d) * pair.one(d) * T(d % W < 3);",
-        why="costs lack some of the features beyond the last whole vector",
-        tests=(ALIGNED,),
-    ),
-    Fault(
         "cpu-aligned-raw-gradient",
         "csrc/cpu/planner/aligned.cpp",
         text="if (params.dk) each_view(k_r, given.U, given.k, to_raw(params.dk));",
@@ -313,11 +305,11 @@ FAULTS = (
     ),
     Fault(
         "cpu-tail-of-views",
-        KERNELS + "aligned.h",
-        text="for (; d < t.D; d++) sum[d % W] += z.one(d)",
-        replacement="for (d++; d < t.D; d++) sum[d % W] += z.one(d)",
+        KERNELS + "unit_rows.h",
+        text="for (; d < D; d++) sum[d % Lanes<T>::W] += one(d)",
+        replacement="for (d++; d < D; d++) sum[d % Lanes<T>::W] += one(d)",
         why="costs between views lack a feature",
-        tests=(CACR,),
+        tests=(ALIGNED, CACR),
     ),
     Fault(
         "cpu-detached-moved-moment",
