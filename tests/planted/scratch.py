@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .fault import ROOT, Fault
+from .warm import WarmPytest
 
 NATIVE = ("csrc/cpu/", "csrc/common/", "setup.py")  # after a change of these the CPU library is compiled
 COMPILED = ("build/native-*", "cacr_kernels/*.so")  # what that makes
@@ -60,6 +61,7 @@ class Scratch:
         if status != 0:
             raise ValueError(f"the sources do not compile: {output[-2000:]}")
         copy_compiled(self.tree, self.clean)
+        self.warm = WarmPytest(folder / "output", ENVIRONMENT)
 
     def run(self, *command: str, limit: float, **environment: str) -> tuple[int | None, str]:
         """Status and output of a Python command in the tree; ``None`` if its time, ``limit`` seconds, was up."""
@@ -94,14 +96,16 @@ class Scratch:
 
     def pytest(self, *arguments: str, exhaustive: str) -> tuple[int | None, str]:
         """Status and output of pytest, with ``exhaustive`` "1" of all tests."""
-        command = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
+        command = ["-x", "-q", "-p", "no:cacheprovider", *arguments]
         environment = {"CACR_TEST_ALL": exhaustive}
-        if any("interpreted" in word for word in arguments):
-            command += "-W", "ignore::RuntimeWarning:triton.runtime.interpreter"  # numpy warns of overflows
-            environment["TRITON_INTERPRET"] = "1"
+        if any("interpreted" in word for word in arguments):  # which Triton has to know when it is imported
+            command = ["-m", "pytest", *command, "-W", "ignore::RuntimeWarning:triton.runtime.interpreter"]  # overflows
+            return self.run(*command, limit=self.limit, TRITON_INTERPRET="1", **environment)
         if any(word.startswith(ON_FAKE_CUDA) for word in arguments):
-            command = ["-m", "tests.fake_cuda", *command]
-        return self.run(*command, limit=self.limit, **environment)
+            return self.run("-m", "tests.fake_cuda", "-m", "pytest", *command, limit=self.limit, **environment)
+        environment["PYTHONPATH"] = str(self.tree)
+        status = self.warm.run(self.tree, command, self.limit, environment)
+        return status, self.warm.output.read_text(encoding="utf-8", errors="replace")
 
     def plant(self, fault: Fault) -> Outcome:
         """Applies a fault, runs its tests, takes it back; the test that noticed has to pass then."""
