@@ -42,7 +42,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=None, help="number of seeds after the choice of temperatures")
     parser.add_argument("--encoder", choices=("auto", "small", "resnet18"), default="auto", help="(%(default)s)")
     parser.add_argument("--device", default=None, help="cpu or cuda (a GPU if there is one)")
-    parser.add_argument("--load", type=Path, default=None, help="print and draw these results, run nothing")
+    parser.add_argument("--load", type=Path, default=None, help="print these results, run nothing")
     parser.add_argument("--docs", action="store_true", help="with --load: write them into docs/experiment.md")
     return parser.parse_args(arguments)
 

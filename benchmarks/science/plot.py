@@ -54,7 +54,7 @@ def _forest(axes: Axes, analysis: Analysis) -> None:
                 fontweight="bold" if first else "normal", transform=axes.get_yaxis_transform(), va="bottom",
             )  # fmt: skip
         ticks.append(y)
-        labels.append(f"{100 * found.mean:+.1f}")
+        labels.append(f"{round(100 * found.mean, 1) + 0.0:+.1f}".replace("+0.0", "0.0").replace("-", "−"))
         y += 1.0 if kind != INTERACTION else 1.9
     axes.axvline(0.0, color=GREY, linewidth=1.0, zorder=0)
     axes.set_xscale("symlog", linthresh=2.0)
@@ -73,9 +73,10 @@ def _forest(axes: Axes, analysis: Analysis) -> None:
 
 def _recalls(axes: Axes, analysis: Analysis) -> None:
     """Every class of every seed at its number of training images, and the mean by rank."""
-    counts = [analysis.counts(seed) for seed in analysis.seeds]
+    counts, lowest = [analysis.counts(seed) for seed in analysis.seeds], 100.0
     for arm, shift in (("CACR", 1.04), ("NT-Xent", 1 / 1.04)):
         found = analysis.recalls(arm, PRIMARY.views)
+        lowest = min(lowest, 100 * float(np.min(found)))
         by_rank = []
         for row, recall in zip(counts, found, strict=True):
             order = np.argsort(row, kind="stable")
@@ -85,7 +86,8 @@ def _recalls(axes: Axes, analysis: Analysis) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("images of the class in the training part", fontsize=9)
     axes.set_ylabel("recall (%)", fontsize=9)
-    axes.set_ylim(0, 103)
+    bottom = max(0.0, 10 * np.floor(lowest / 10 - 0.5))  # the axis begins where there is something to see
+    axes.set_ylim(bottom, 100 + 0.03 * (100 - bottom))
     axes.set_title(f"recall against class frequency, long-tailed, {PRIMARY.views} views", fontsize=10.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8.5, frameon=False, loc="lower right")
@@ -95,7 +97,7 @@ def _query(figure: Figure, place, run, example, analysis: Analysis, data: Data) 
     """The query, its positives and its strongest negatives, with their weights."""
     rows, views = shown_views(run, analysis.setting, data)
     columns = len(example["negatives"])
-    title = "CACR: a query, its positives, and its strongest negatives with their weights over equal ones"
+    title = "CACR: a query, its positives, and its strongest negatives as multiples of an equal weight"
     place = place.subgridspec(2, 1, height_ratios=(0.04, 1.0))
     axes = figure.add_subplot(place[0])
     axes.set_axis_off()
