@@ -5,7 +5,7 @@
 
 #include "amx.h"
 #include "self_check.h"
-#ifdef CACR_HAVE_AVX2
+#ifdef __x86_64__
 #include <cpuid.h>
 #endif
 
@@ -33,24 +33,20 @@ CACR_DECLARE(amx)
 
 namespace {
 
-#ifdef CACR_HAVE_AVX2
+#ifdef __x86_64__
 // The compiler's own test for it is unknown to clang before 19.
-bool has_f16c() {
+[[maybe_unused]] bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
-#endif
 
-#ifdef CACR_HAVE_AVX512
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-#endif
 
-#ifdef CACR_HAVE_AVX512_BF16
 // Asked of the processor: compilers do not agree on the name of its feature.
-bool has_avx512_bf16() {
+[[maybe_unused]] bool has_avx512_bf16() {
   unsigned a, b, c, d;
   return has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
 }
