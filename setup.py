@@ -9,9 +9,10 @@ The CUDA library is built where there is nvcc (``NVCC``, ``CUDA_HOME`` or ``PATH
 in an isolated build, whose torch is not the user's.
 
 Environment: ``CACR_BUILD_CPU=0`` leaves out the CPU library, ``CACR_BUILD_CUDA=0`` that for CUDA; with 1 it is built
-wherever there is nvcc. ``CACR_CUDA_ARCHS="80 90"`` compiles for these compute capabilities, and PTX of the newest,
-instead of for all; without it ``TORCH_CUDA_ARCH_LIST`` counts. ``CXX``, ``CXXFLAGS``, ``LDFLAGS``, ``MAX_JOBS`` as
-usual.
+wherever there is nvcc. ``CACR_CPU_ISAS="avx2 avx512"`` compiles the CPU kernels for these instruction sets and the
+portable one instead of for all. ``CACR_CUDA_ARCHS="80 90"`` compiles for these compute capabilities, and PTX of the
+newest, instead of for all; without it ``TORCH_CUDA_ARCH_LIST`` counts. ``CXX``, ``CXXFLAGS``, ``LDFLAGS``, ``MAX_JOBS``
+as usual.
 """
 
 from __future__ import annotations
@@ -67,7 +68,13 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
     ISAS["avx2"] = ["-DCACR_VECTOR_BYTES=32", *avx2]
     ISAS["avx512"] = ["-DCACR_VECTOR_BYTES=64", *avx2, *avx512]
+    ISAS["avx512_bf16"] = [*ISAS["avx512"], "-DCACR_BF16_TILES", "-DCACR_BF16_PAIRS", "-mavx512bf16"]
     ISAS["amx"] = [*ISAS["avx512"], "-DCACR_BF16_TILES", "-mamx-tile", "-mamx-bf16"]
+# What not every compiler and assembler knows: GCC 10, Clang 9 and binutils 2.34; GCC 11, Clang 12 and binutils 2.35.
+NEW_INSTRUCTIONS = {
+    "avx512_bf16": "__m512 f(__m512 x, __m512bh y) { return _mm512_dpbf16_ps(x, y, y); }",
+    "amx": "void f() { _tile_dpbf16ps(0, 1, 2); }",
+}
 
 
 # The newest symbols of system libraries that the tag manylinux_2_28 of a wheel allows (PEP 600).
@@ -101,9 +108,19 @@ class NativeLibrary(Extension):
         self.link_flags = link_flags
 
 
-def makes_tiles(flags: list[str]) -> bool:
-    """Whether compiler and assembler know AMX: GCC 11, Clang 12, binutils 2.35."""
-    program = "#include <immintrin.h>\nvoid f() { _tile_dpbf16ps(0, 1, 2); }"
+def cpu_isas() -> dict[str, list[str]]:
+    """The instruction sets to compile for, with their flags."""
+    asked = os.environ.get("CACR_CPU_ISAS", "").replace(",", " ").split() or list(ISAS)
+    if unknown := set(asked) - set(ISAS):
+        raise ExecError(f"CACR_CPU_ISAS must name instruction sets of {', '.join(ISAS)}, got {', '.join(unknown)}")
+    return {isa: flags for isa, flags in ISAS.items() if isa == "portable" or (isa in asked and compiles(isa))}
+
+
+def compiles(isa: str) -> bool:
+    """Whether compiler and assembler know an instruction set."""
+    if isa not in NEW_INSTRUCTIONS:
+        return True
+    program, flags = f"#include <immintrin.h>\n{NEW_INSTRUCTIONS[isa]}\n", ISAS[isa]
     command = [*(find_compiler() or ["c++"]), *flags, "-x", "c++", "-c", "-o", os.devnull, "-"]
     try:
         return subprocess.run(command, input=program, text=True, capture_output=True, check=False).returncode == 0
@@ -114,7 +131,7 @@ def makes_tiles(flags: list[str]) -> bool:
 def cpu_library() -> NativeLibrary:
     """``cacr_kernels/_C_cpu``: torch-free but for the binding, the kernels once per instruction set."""
     stable_abi = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
-    isas = {isa: flags for isa, flags in ISAS.items() if isa != "amx" or makes_tiles(flags)}
+    isas = cpu_isas()
     compiled = [f"-DCACR_HAVE_{isa.upper()}" for isa in isas]
     kernels, binding = "csrc/cpu/kernels/kernels.cpp", "csrc/cpu/binding.cpp"
     planner = sorted(path.as_posix() for path in Path("csrc/cpu/planner").glob("*.cpp"))

@@ -22,7 +22,7 @@ ALLOWED_SKIPS = (
     "needs a CUDA device",
     "needs a CUDA build of torch",
     "needs an AVX-512 processor",
-    "needs a processor with AMX",
+    "needs a processor that multiplies bfloat16",
     "needs a library for x86-64",
 )
 

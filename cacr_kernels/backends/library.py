@@ -117,7 +117,7 @@ def failed_isas() -> str:
 
 def bf16_products() -> bool:
     """Whether the CPU kernels make products of bfloat16."""
-    return active_isa() == "amx"
+    return active_isa() in ("amx", "avx512_bf16")
 
 
 def isa_error() -> str | None:

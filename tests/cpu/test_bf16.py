@@ -1,6 +1,6 @@
-"""Products of bfloat16: the tile instructions, the kernels made of them, and where they are taken.
+"""Products of bfloat16: the instructions of AMX and AVX512-BF16, the kernels made of them, and where they are taken.
 
-What needs no processor with tiles runs everywhere, by the definition of the instructions written in C++.
+What needs no processor with them runs everywhere, by the definition of the instructions written in C++.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from cacr_kernels.operators.registry import operator
 from tests.cpu.test_cpu_kernels import (
     AMX,
     AVX512,
+    AVX512_BF16,
     Builder,
     few_or_all_shapes,
     lowered,
@@ -33,15 +34,18 @@ from tests.cpu.test_cpu_kernels import (
 )
 
 TILES = ["-DCACR_VECTOR_BYTES=64", "-DCACR_BF16_TILES"]
+EMULATED = {"amx": TILES, "avx512_bf16": [*TILES, "-DCACR_BF16_PAIRS"]}  # without the instructions themselves
+FEATURES = {"amx": AMX, "avx512_bf16": AVX512_BF16}
 UNDER_TEST = "tests/cpp/tiles_under_test.cpp"
 CHECK = "tests/cpp/check_tiles.cpp"
 
-compiled = pytest.mark.skipif("amx" not in library.compiled_isas(), reason="needs a library for x86-64")
+each_isa = pytest.mark.parametrize("isa", EMULATED)
+needs_library = pytest.mark.skipif("avx2" not in setup_script()["ISAS"], reason="needs a library for x86-64")
 
 
 # ---- the instructions ------------------------------------------------------------------------------------------------
-def emulated_tiles(builder: Builder) -> Path:
-    return builder.compile(UNDER_TEST, "tiles_emulated", "-DCACR_ISA=emulated", *TILES, *lowered())
+def emulated_tiles(builder: Builder, isa: str) -> Path:
+    return builder.compile(UNDER_TEST, f"{isa}_emulated", "-DCACR_ISA=emulated", *EMULATED[isa], *lowered())
 
 
 def link_and_run(builder: Builder, name: str, objects: list[Path]) -> str:
@@ -50,46 +54,50 @@ def link_and_run(builder: Builder, name: str, objects: list[Path]) -> str:
     return run(str(program))
 
 
-def test_definition_of_the_instructions() -> None:
-    """The C++ that stands in for tile instructions, against a table."""
+@each_isa
+def test_definition_of_the_instructions(isa: str) -> None:
+    """The C++ that stands in for the instructions, against a table."""
     builder = Builder("tiles", "-O1")
-    check = builder.compile(CHECK, "check_emulated", "-DCANDIDATE=emulated")
-    assert link_and_run(builder, "emulated", [check, emulated_tiles(builder)]) == "0 failures\n"
+    check = builder.compile(CHECK, f"check_{isa}_emulated", "-DCANDIDATE=emulated", *EMULATED[isa])
+    assert link_and_run(builder, f"{isa}_by_definition", [check, emulated_tiles(builder, isa)]) == "0 failures\n"
 
 
-@compiled
-def test_instructions_of_the_processor() -> None:
+@each_isa
+@needs_library
+def test_instructions_of_the_processor(isa: str) -> None:
     """The same table, and the same bits as the definition."""
-    if not processor_has(*AMX):
-        assert library.active_isa() != "amx"
+    if not processor_has(*FEATURES[isa]):
+        assert library.active_isa() != isa
         return
     builder = Builder("tiles", "-O1")
-    tiles = builder.compile(UNDER_TEST, "tiles_amx", "-DCACR_ISA=amx", *setup_script()["ISAS"]["amx"])
-    check = builder.compile(CHECK, "check_amx", "-DCANDIDATE=amx", "-DOTHER=emulated")
-    assert link_and_run(builder, "amx", [check, tiles, emulated_tiles(builder)]) == "0 failures\n"
+    tiles = builder.compile(UNDER_TEST, f"tiles_{isa}", f"-DCACR_ISA={isa}", *setup_script()["ISAS"][isa])
+    check = builder.compile(CHECK, f"check_{isa}", f"-DCANDIDATE={isa}", "-DOTHER=emulated", *EMULATED[isa])
+    assert link_and_run(builder, isa, [check, tiles, emulated_tiles(builder, isa)]) == "0 failures\n"
 
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------
+@each_isa
 @few_or_all_shapes
-@compiled
-def test_amx_kernels(shapes: tuple[str, ...]) -> None:
-    if not processor_has(*AMX):
-        assert library.active_isa() != "amx"
+@needs_library
+def test_kernels(shapes: tuple[str, ...], isa: str) -> None:
+    if not processor_has(*FEATURES[isa]) or isa not in library.compiled_isas():
+        assert library.active_isa() != isa
         return
-    assert library.active_isa() == "amx" or "CACR_CPU_ISA" in os.environ
-    assert " 0 failures" in Builder("fast", "-O2").check("amx", [shipped("amx"), shipped("portable")], *shapes)
+    assert library.bf16_products() or "CACR_CPU_ISA" in os.environ or not processor_has("AuthenticAMD")
+    assert " 0 failures" in Builder("fast", "-O2").check(isa, [shipped(isa), shipped("portable")], *shapes)
 
 
+@each_isa
 @pytest.mark.exhaustive
-def test_emulated_kernels() -> None:
-    """The kernels for AMX, compiled without it: some shapes, as the definition takes its time."""
+def test_emulated_kernels(isa: str) -> None:
+    """The kernels compiled without the instructions: some shapes, as the definition takes its time."""
     builder = Builder("fast", "-O2")
-    tiles = builder.kernels("tiles", ["-O3", *TILES, *lowered()])
-    assert " 0 failures" in builder.check("tiles", [tiles, shipped("portable")], "a tenth")
+    tiles = builder.kernels(f"{isa}_emulated", ["-O3", *EMULATED[isa], *lowered()])
+    assert " 0 failures" in builder.check(f"{isa}_emulated", [tiles, shipped("portable")], "a tenth")
 
 
 # ---- where they are taken --------------------------------------------------------------------------------------------
-needs_amx = pytest.mark.skipif(not library.bf16_products(), reason="needs a processor with AMX")
+needs_products = pytest.mark.skipif(not library.bf16_products(), reason="needs a processor that multiplies bfloat16")
 
 
 def views(*shape: int, length: float = 1.0) -> Tensor:
@@ -102,7 +110,7 @@ def both(z: Tensor, **options: object) -> tuple[Tensor, Tensor]:
     return loss.detach(), grad(loss, z)[0]
 
 
-@compiled
+@needs_library
 def test_older_instruction_sets_leave_them_out() -> None:
     code = """
 from cacr_kernels.backends import cpu, library
@@ -112,6 +120,11 @@ print(library.active_isa(), library.bf16_products(), len(cpu.BACKEND.rounds_coef
         assert run_python(code, CACR_CPU_ISA="avx512") == "avx512 False 0"
     if processor_has(*AMX) and "CACR_CPU_ISA" not in os.environ:
         assert run_python(code) == "amx True 1"
+    elif processor_has(*AVX512_BF16) and "CACR_CPU_ISA" not in os.environ:
+        by_default = processor_has("AuthenticAMD")  # elsewhere they are slower than products of float32
+        assert run_python(code) == ("avx512_bf16 True 1" if by_default else "avx512 False 0")
+    if processor_has(*AVX512_BF16):
+        assert run_python(code, CACR_CPU_ISA="avx512_bf16") == "avx512_bf16 True 1"
 
 
 def test_library_lists_what_it_compiled() -> None:
@@ -139,7 +152,7 @@ def test_instruction_set_that_fails_its_check_is_named() -> None:
     assert library.failed_isas() == ""
 
 
-@needs_amx
+@needs_products
 @pytest.mark.parametrize("pairing", ["unordered", "pooled"])
 def test_coefficients_are_rounded_once(pairing: str) -> None:
     """Gradients differ from those of float32 products, by an eps of bfloat16 at most."""
@@ -151,7 +164,7 @@ def test_coefficients_are_rounded_once(pairing: str) -> None:
     assert (found.float() - expected).abs().max() <= torch.finfo(torch.bfloat16).eps * expected.abs().max()
 
 
-@needs_amx
+@needs_products
 @pytest.mark.parametrize("pairing", ["unordered", "pooled"])
 def test_rounding_has_no_bias(pairing: str) -> None:
     """To the nearest, not cut off: gradients are not shorter, which would show in 0.3 %."""
@@ -161,7 +174,7 @@ def test_rounding_has_no_bias(pairing: str) -> None:
     assert abs((found * expected).sum() / expected.square().sum() - 1) <= 2e-4
 
 
-@needs_amx
+@needs_products
 @pytest.mark.parametrize("length", [1e-15, 1e-13, 1e13])
 @pytest.mark.parametrize("pairing", ["unordered", "pooled"])
 def test_rows_out_of_range(length: float, pairing: str) -> None:
@@ -173,7 +186,7 @@ def test_rows_out_of_range(length: float, pairing: str) -> None:
     assert found.equal(expected.bfloat16())
 
 
-@needs_amx
+@needs_products
 def test_one_short_row_is_enough() -> None:
     z = views(2, 257, 33).detach()
     z[1, 7] *= 1e-14
@@ -198,7 +211,7 @@ def test_bad_numbers_reach_the_loss(bad: float, normalized: bool) -> None:
     assert found.isnan().equal(gradient.bfloat16().isnan())
 
 
-@needs_amx
+@needs_products
 def test_same_bits_with_the_same_threads() -> None:
     z, w = views(3, 301, 70), views(333, 40)
     labels = torch.arange(333) % 7
@@ -208,7 +221,7 @@ def test_same_bits_with_the_same_threads() -> None:
         assert all(a.equal(b) for a, b in zip(first, again, strict=True))
 
 
-@needs_amx
+@needs_products
 def test_clustered_rows() -> None:
     """Rows close to each other: what is rounded multiplies differences, as in the definition with rounded costs."""
     centre = torch.randn(48, generator=torch.Generator().manual_seed(1))
@@ -228,7 +241,7 @@ def detached(q: Tensor, k: Tensor, name: str = "detached_keys_cpu_bf16") -> list
     return list(found)
 
 
-@needs_amx
+@needs_products
 def test_detached_keys_out_of_range() -> None:
     """A tile of keys with short rows is multiplied in float32, the others are not."""
     q, k = views(1, 40, 33).detach().float(), views(1, 400, 33).detach().float()
@@ -245,7 +258,7 @@ def test_detached_keys_out_of_range() -> None:
         assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
-@needs_amx
+@needs_products
 def test_clustered_detached_keys() -> None:
     """What flows to a query multiplies differences from keys close to it: the rounded weights sum to one."""
     centre = torch.randn(48, generator=torch.Generator().manual_seed(1))

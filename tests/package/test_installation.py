@@ -6,6 +6,7 @@ import doctest
 import importlib
 import json
 import os
+import platform
 import re
 import runpy
 import shlex
@@ -165,10 +166,25 @@ esac"""
 @pytest.fixture
 def setup_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     monkeypatch.setenv("CACR_BUILD_CPU", "0")
-    for name in ("CACR_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
+    for name in ("CACR_CPU_ISAS", "CACR_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
     with mock.patch("setuptools.setup"), mock.patch.dict(os.environ, CACR_BUILD_CUDA="0"):
         return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs a library for x86-64")
+def test_instruction_sets(setup_py, monkeypatch):
+    """The portable one always, in the order in which they are linked."""
+    objects = [o.name for o in setup_py["cpu_library"]().objects if o.name.startswith("kernels_")]
+    assert {"kernels_portable", "kernels_avx2", "kernels_avx512"} <= set(objects)
+    monkeypatch.setenv("CACR_CPU_ISAS", "avx512,avx2")
+    fewer = setup_py["cpu_library"]().objects
+    assert [o.name for o in fewer if o.name.startswith("kernels_")] == objects[:3]
+    compiled = next(o.flags for o in fewer if o.name == "isa")
+    assert compiled == ["-DCACR_HAVE_PORTABLE", "-DCACR_HAVE_AVX2", "-DCACR_HAVE_AVX512"]
+    monkeypatch.setenv("CACR_CPU_ISAS", "avx2 vax")
+    with pytest.raises(Exception, match=r"instruction sets of portable, avx2.*got vax"):
+        setup_py["cpu_library"]()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from cacr_kernels.backends import library
+
 from .fault import ROOT, Fault
 from .warm import WarmPytest
 
@@ -27,6 +29,7 @@ ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "1",  # it would be kept by the time of a source, which is set back
     "OMP_WAIT_POLICY": "passive",
     "CI": "",  # where a skip is a failure
+    "CACR_CPU_ISAS": library.active_isa() or "portable",  # others would take most of the time
 }
 
 

@@ -1,4 +1,4 @@
-// The three products of a block (gemm.h) on tiles of bfloat16 (tile_bf16.h), and their operands.
+// The three products of a block (gemm.h) of bfloat16, tile by tile (tile_bf16.h), and their operands.
 //
 //   S   [key][query]    A = keys [key][feature]         B = queries [feature/2][query][2]
 //   dQ' [feature][query] A = keys [feature][key]        B = H       [key/2][query][2]
@@ -195,12 +195,9 @@ CACR_INLINE void round_weights(idx n, const float* E, const float* r, Bf16* pair
 // One panel of queries against n keys: S[j][:] = r[j] q_r[:] K[j] . q[:] + bias[j]; up to a whole tile more is written.
 CACR_NOINLINE void similarity_tiles(idx n, idx D, const Bf16* K, idx ldk, const Bf16* q_pairs, const float* q_r,
                                     KeyTerms<float> keys, float* S) {
-  TileProduct product;
   for (idx j = 0; j < n; j += kTile) {
     float* const out = S + j * kTile;
-    product.zero();
-    for (idx d = 0; d < D; d += kTile) product.add(K + j * ldk + d, ldk, q_pairs + d * kTile);
-    product.store(out, kTile);
+    multiply_tiles(false, {tiled(D) / kTile, K + j * ldk, kTile, ldk, q_pairs, kTile * kTile}, out, kTile);
     for (idx i = 0; i < min_of(kTile, n - j); i++) {
       Panel<float> u = load_panel(out + i * kTile);
       if (q_r) u = keys.r[j + i] * (load_panel(q_r) * u);
@@ -212,11 +209,9 @@ CACR_NOINLINE void similarity_tiles(idx n, idx D, const Bf16* K, idx ldk, const 
 // One panel of queries and all features: dQ'[f][:] += sum_j K[j][f] H[j][:].
 // K: [keys/32][Dp][32]
 CACR_NOINLINE void query_gradient_tiles(idx n, idx Dp, const Bf16* pairs, const Bf16* K, float* dQ) {
-  TileProduct product;
   for (idx f = 0; f < Dp; f += kTile) {
-    product.load(dQ + f * kTile, kTile);
-    for (idx j = 0; j < n; j += kTile) product.add(K + j * Dp + f * kTile, kTile, pairs + j * kTile);
-    product.store(dQ + f * kTile, kTile);
+    const TileSum sum{tiled(n) / kTile, K + f * kTile, kTile * Dp, kTile, pairs, kTile * kTile};
+    multiply_tiles(true, sum, dQ + f * kTile, kTile);
   }
 }
 
@@ -224,18 +219,15 @@ CACR_NOINLINE void query_gradient_tiles(idx n, idx Dp, const Bf16* pairs, const 
 // Q: [panels][Dp/32][kTile/2][32][2]; rows of dK are `ldk` apart.
 CACR_NOINLINE void key_gradient_tiles(idx n, idx panels, idx Dp, const Bf16* rows, idx ldh, const Bf16* Q, float* dK,
                                       idx ldk) {
-  TileProduct product;
   for (idx j = 0; j < n; j += kTile)
     for (idx f = 0; f < Dp; f += kTile) {
       float* const out = dK + j * ldk + f;
-      const bool whole = j + kTile <= n;
-      whole ? product.load(out, ldk) : product.zero();
-      for (idx i = 0; i < panels; i++) product.add(rows + i * ldh + j * kTile, kTile, Q + (i * Dp + f) * kTile);
-      if (whole) {
-        product.store(out, ldk);
+      const TileSum sum{panels, rows + j * kTile, ldh, kTile, Q + f * kTile, Dp * kTile};
+      if (j + kTile <= n) {
+        multiply_tiles(true, sum, out, ldk);
       } else {
         alignas(64) float some[kTile * kTile];
-        product.store(some, kTile);
+        multiply_tiles(false, sum, some, kTile);
         for (idx i = 0; i < n - j; i++)
           store_panel(out + i * ldk, load_panel(out + i * ldk) + load_panel(some + i * kTile));
       }
