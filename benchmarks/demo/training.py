@@ -35,8 +35,11 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Features ``[N, D]`` of images, as in evaluation."""
+        training = self.training
         self.eval()
-        return torch.cat([self.body(some) for some in images.split(512)])
+        features = torch.cat([self.body(some) for some in images.split(512)])
+        self.train(training)
+        return features
 
 
 def _convolution(channels: int, outputs: int, *, stride: int) -> tuple[nn.Module, ...]:

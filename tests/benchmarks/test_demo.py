@@ -21,7 +21,7 @@ from benchmarks.demo.config import LOSSES, QUICK
 from benchmarks.demo.data import CLASSES, HELD_OUT_PER_CLASS, augment, load_split
 from benchmarks.demo.evaluation import MEASURES, PROBES, REPRESENTATIONS, Score, score, verdict
 from benchmarks.demo.threads import Threads
-from benchmarks.demo.training import nt_xent, train
+from benchmarks.demo.training import Run, make_encoder, make_objective, nt_xent, optimiser_step, train
 
 # Without compiled kernels the package says so once; the demo works all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:cacr_kernels. only the plain PyTorch backend:RuntimeWarning")
@@ -135,6 +135,25 @@ def test_training_is_deterministic(loss):
     assert first.history != other.history
     for a, b in zip(first.encoder.state_dict().values(), again.encoder.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_features_of_an_image_do_not_depend_on_the_others():
+    encoder, images = make_encoder(QUICK, 0), load_split().train_images
+    found = encoder.features(images[:600])
+    torch.testing.assert_close(found[:20], encoder.features(images[:20]))
+    assert encoder.training
+
+
+def test_every_step_begins_with_no_gradient():
+    """Two steps of length 0 on the same images have the same gradient."""
+    run, gradients = Run("NT-Xent", 0, make_encoder(QUICK, 0)), []
+    optimizer = torch.optim.SGD(run.encoder.parameters(), lr=0.0)
+    for _ in range(2):
+        draw = torch.Generator().manual_seed(0)
+        images = load_split().train_images[:32]
+        optimiser_step(run, images, make_objective("NT-Xent", QUICK), optimizer, draw, 2)
+        gradients.append([p.grad.clone() for p in run.encoder.parameters()])
+    assert all(a.equal(b) for a, b in zip(*gradients, strict=True))
 
 
 def test_training_leaves_the_global_generator_alone():

@@ -60,8 +60,8 @@ FAULTS = (
     Fault(
         "demo-features-in-training-mode",
         TRAINING,
-        text="self.eval()\n        return torch.cat(",
-        replacement="return torch.cat(",
+        text="self.eval()\n        features",
+        replacement="features",
         why="accuracies depend on the batch the features are computed in",
         tests=TESTS,
     ),
