@@ -70,6 +70,10 @@ def checkout(name: str, tell: Callable[[str], None] = lambda text: None, root: P
     return folder
 
 
+class CallError(RuntimeError):
+    """A call that failed after others of the same case had not."""
+
+
 class Worker:
     """One process of ``worker.py``, which waits without spinning while it is not its turn."""
 
@@ -134,16 +138,36 @@ def take_turns(both: dict[str, Any], case: BenchmarkCase, budget: Budget, margin
     if not reason and differ(first[OLD]["numbers"], first[NEW]["numbers"], allowed):
         reason = "the two compute different numbers"
     if reason:
-        return Comparison(case.key, "auto", OURS, 0.0, 0.0, 0.0, None, IN_TURNS, CANNOT_TELL, reason)
-    once = {name: min(worker.ask(calls=1)["seconds"] for _ in range(2)) for name, worker in both.items()}
+        return nothing_told(case, reason)
+    try:
+        return verdict_of(case, times_of_rounds(both, budget), margin)
+    except CallError as error:
+        return nothing_told(case, str(error))
+
+
+def nothing_told(case: BenchmarkCase, reason: str) -> Comparison:
+    """A case without a verdict, and why."""
+    return Comparison(case.key, "auto", OURS, 0.0, 0.0, 0.0, None, IN_TURNS, CANNOT_TELL, reason)
+
+
+def times_of_rounds(both: dict[str, Any], budget: Budget) -> dict[str, list[float]]:
+    """Seconds of a call, of each process in each round."""
+
+    def measured(name: str, calls: int) -> float:
+        answer = both[name].ask(calls=calls)
+        if "error" in answer:
+            raise CallError(f"{name}: {answer['error']}")
+        return float(answer["seconds"])
+
+    once = {name: min(measured(name, 1) for _ in range(2)) for name in both}
     calls = {name: max(1, round(BLOCK_SECONDS / max(seconds, 1e-7))) for name, seconds in once.items()}
     round_seconds = sum(once[name] * calls[name] for name in both)
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget.seconds / round_seconds)))
     seconds: dict[str, list[float]] = {name: [] for name in both}
     for r in range(rounds):
         for name in order(list(both), r):
-            seconds[name].append(both[name].ask(calls=calls[name])["seconds"])
-    return verdict_of(case, seconds, margin)
+            seconds[name].append(measured(name, calls[name]))
+    return seconds
 
 
 def verdict_of(case: BenchmarkCase, seconds: dict[str, list[float]], margin: float) -> Comparison:

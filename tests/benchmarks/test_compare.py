@@ -162,13 +162,17 @@ def test_the_exit_status_is_1_for_slower_only(
 class Made:
     """A worker with made-up times."""
 
-    def __init__(self, seconds: float, numbers: tuple[float, ...] = (1.0, 2.0), noise: float = 0.0) -> None:
-        self.seconds, self.numbers, self.noise, self.asked = seconds, numbers, noise, 0
+    def __init__(
+        self, seconds: float, numbers: tuple[float, ...] = (1.0, 2.0), noise: float = 0.0, calls: int = 10**6
+    ) -> None:
+        self.seconds, self.numbers, self.noise, self.calls, self.asked = seconds, numbers, noise, calls, 0
 
     def ask(self, **request: Any) -> dict[str, Any]:
         if "load" in request:
             return {"numbers": list(self.numbers)}
         self.asked += 1
+        if self.asked > self.calls:
+            return {"error": "RuntimeError: out of memory"}
         return {"seconds": self.seconds * (1 + self.noise * (self.asked % 3))}
 
 
@@ -195,6 +199,12 @@ def test_another_loss_is_not_compared() -> None:
     assert versus.differ([0.0, 5.0], [0.006, 5.0], 1e-3)
     assert versus.differ([0.0, 5.0], [math.nan, 5.0], 1e-3)
     assert versus.differ([1.0, 1.0], [1.0, 1.0, 1.0, 1.0], 1e-3)
+
+
+@pytest.mark.parametrize("calls", [0, 1, 4])
+def test_a_call_that_fails_late_leaves_out_its_case(calls: int) -> None:
+    found = turns(Made(0.012, calls=calls), Made(0.01))
+    assert (found.verdict, found.reason) == (CANNOT_TELL, "new: RuntimeError: out of memory")
 
 
 PROBLEMS = [
