@@ -1,7 +1,8 @@
 """The correctness gate: every row against the float64 reference before anything is timed.
 
-Errors and tolerance are those of the tests (``cacr_kernels.testing``): 2 x the error of the definition + 8 eps. The
-baselines are not ours to hold to that: they get ``BASELINE_SLACK`` times as much.
+Errors and tolerance are those of the tests (``cacr_kernels.testing``): 2 x the error of the definition + 8 eps. Where a
+backend rounds the coefficients of gradients to a half type: 2 x the error of the definition that does so + 1 eps of the
+type. The baselines are not ours to hold to that: they get ``BASELINE_SLACK`` times as much.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from cacr_kernels import testing
+from cacr_kernels.backends.table import named
+from cacr_kernels.rounded import rounded_coefficients
 
 from .cases import GRADIENTS, BenchmarkCase
 from .rows import OURS, Row, Step
@@ -52,12 +55,16 @@ def broken(row: Row, case: str, reason: str) -> Check:
 
 
 class Draw(NamedTuple):
-    """Inputs of a case and the truth, scale and yardstick (error of the definition) of its loss and its gradient."""
+    """Inputs of a case and the truth, scale and yardstick (error of the definition) of its loss and its gradient.
+
+    ``rounded`` is the error of the gradient whose coefficients the definition rounds to the half type of the inputs.
+    """
 
     inputs: dict[str, Tensor]
     truth: tuple[Tensor, Tensor]
     scale: tuple[float, float]
     yardstick: tuple[float, float]
+    rounded: float
 
 
 @contextlib.contextmanager
@@ -132,6 +139,10 @@ class Gate:
         allowed = [
             slack * testing.tolerance(max(draw.yardstick[i] for draw in draws), case.torch_dtype) for i in (0, 1)
         ]
+        half = row.family == OURS and case.torch_dtype.itemsize == 2
+        if half and case.torch_dtype in named(row.name).rounds_coefficients:
+            rounded = testing.FACTOR * max(draw.rounded for draw in draws) + torch.finfo(case.torch_dtype).eps
+            allowed[1] = max(allowed[1], rounded)
         return Check(row.name, instance.key, loss_error, allowed[0], gradient_error, allowed[1])
 
 
@@ -151,11 +162,17 @@ def _draw(case: BenchmarkCase, seed: int) -> Draw:
     if case.dtype == "float64":  # where the definition is the truth, see ``testing``
         ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         yardstick = [ratio * (testing.FACTOR + 1) / testing.FACTOR * y for y in yardstick]
+    rounded = 0.0
+    if case.torch_dtype.itemsize == 2:
+        with rounded_coefficients(case.torch_dtype, positives=case.problem.loss == "supervised_cacr_loss"):
+            gradient = testing.eager_quantities(case.problem, inputs, torch.float32)[name].to(case.torch_dtype)
+        rounded = testing.error(gradient, truth[name], scale[name])
     return Draw(
         inputs,
         (whole * truth["loss"], truth[name] / count),
         (whole * scale["loss"], scale[name] / count),
         (yardstick[0], yardstick[1]),
+        rounded,
     )
 
 

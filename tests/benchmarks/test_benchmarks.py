@@ -225,6 +225,20 @@ def test_the_gate_holds_the_library_to_its_own_promise(family: str, ok: bool) ->
     assert checker.check(TINY, replace(planted(lambda loss: loss + 5 * allowed * scale), family=family)).ok == ok
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_gate_allows_for_coefficients_of_half_types(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only of gradients, and only of a backend that says that it rounds them."""
+    case, eps = replace(TINY, dtype=dtype), torch.finfo(getattr(torch, dtype)).eps
+    exact = gate.Gate().check(case, row_named("torch"))
+    assert exact.ok
+    assert max(exact.loss_tolerance, exact.gradient_tolerance) < eps / 100
+    rounds = table.named("torch")._replace(rounds_coefficients=(case.torch_dtype,))
+    monkeypatch.setattr(gate, "named", lambda name: rounds)
+    rounded = gate.Gate().check(case, row_named("torch"))
+    assert rounded.loss_tolerance == exact.loss_tolerance
+    assert eps < rounded.gradient_tolerance < 8 * eps
+
+
 def test_the_gate_has_a_truth_for_every_dtype() -> None:
     checker, wide = gate.Gate(), replace(TINY, dtype="float64")
     draws = [checker.draws(case, 1)[0] for case in (TINY, wide)]

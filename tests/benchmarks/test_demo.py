@@ -17,9 +17,10 @@ for package in ("sklearn", "matplotlib", "rich"):
 
 from benchmarks import host
 from benchmarks.demo import __main__ as demo
+from benchmarks.demo import report, training
 from benchmarks.demo.config import LOSSES, QUICK
 from benchmarks.demo.data import CLASSES, HELD_OUT_PER_CLASS, augment, load_split
-from benchmarks.demo.evaluation import MEASURES, PROBES, REPRESENTATIONS, Score, score, verdict
+from benchmarks.demo.evaluation import MEASURES, PROBES, REPRESENTATIONS, Score, sampling_error, score, verdict
 from benchmarks.demo.threads import Threads
 from benchmarks.demo.training import Run, make_encoder, make_objective, nt_xent, optimiser_step, train
 
@@ -154,6 +155,36 @@ def test_every_step_begins_with_no_gradient():
         optimiser_step(run, images, make_objective("NT-Xent", QUICK), optimizer, draw, 2)
         gradients.append([p.grad.clone() for p in run.encoder.parameters()])
     assert all(a.equal(b) for a, b in zip(*gradients, strict=True))
+
+
+def test_both_losses_see_the_same_views(monkeypatch):
+    """The differences are paired: batches and views are those of the seed, whatever the loss."""
+    seen = {loss: [] for loss in LOSSES}
+    for loss in LOSSES:
+
+        def keep(images, views, generator, into=seen[loss]):
+            into.append(augment(images, views, generator))
+            return into[-1]
+
+        monkeypatch.setattr(training, "augment", keep)
+        train(loss, 0, load_split(), QUICK, lambda run: None)
+    first, second = seen.values()
+    assert first
+    assert all(a.equal(b) for a, b in zip(first, second, strict=True))
+
+
+def test_sampling_error_by_hand():
+    assert sampling_error(0.8, 100) == pytest.approx(0.04)
+    assert sampling_error(1.0, 100) == 0.0
+
+
+def test_timing_by_hand():
+    """Medians over all steps of a loss; the share is that of the loss in its own step."""
+    seconds = {"CACR": ([1.0, 2.0, 4.0], [0.5, 0.2, 0.4]), "NT-Xent": ([8.0], [2.0])}
+    encoder = make_encoder(QUICK, 0)
+    found = report.timings([Run(loss, 0, encoder, {}, *seconds[loss]) for loss in LOSSES])
+    assert found["CACR"] == pytest.approx({"step_ms": 2000.0, "loss_ms": 400.0, "loss_share": 0.1})
+    assert found["NT-Xent"]["loss_share"] == pytest.approx(0.25)
 
 
 def test_training_leaves_the_global_generator_alone():
