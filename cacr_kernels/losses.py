@@ -230,7 +230,7 @@ def momentum(
             inner_product = (unit_norms(queries) + unit_norms(positive) - c_pos.mT) / 2
         else:
             inner_product = (queries * positive).sum(-1)
-        rows = -2 * (p * inner_product).sum(0), 2 * temperature * (p * (lse + 0.0 * value)).sum(0)
+        rows = -2 * (p * inner_product).sum(0), 2 * temperature * (p * lse).sum(0)
     else:
         ids = instance_ids(keys.shape[0], keys.device)
         flags: dict[str, Any] = {"inner_product": on.normalize, "detach_weights": True, "normalize": on.normalize}

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cacr_kernels import testing
+from cacr_kernels import steps, testing
 from cacr_kernels.backends import table
+from cacr_kernels.types import Terms
 from tests.agreement import (
     BACKENDS,
     LOSSES,
@@ -34,6 +35,16 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 # The budget: error against float64 <= 2 x error of the eager form in float32 + 8 eps
+
+
+def test_terms_cancel_before_they_are_rounded() -> None:
+    """They come in float64; of a difference below an eps of float32 nothing is lost."""
+    rest = 2.0**-30
+    terms = Terms(*(torch.tensor([x], dtype=torch.float64) for x in (1.0 + rest, -1.0, 0.0, 0.0)))
+    for reduction in ("mean", "sum", "none"):
+        for return_parts in (False, True):
+            found = steps.reduce(terms, reduction, return_parts, torch.float32)
+            assert (found.loss if return_parts else found).item() == rest
 
 
 def clustered(*shape: int, seed: int = 0) -> Tensor:

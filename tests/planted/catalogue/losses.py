@@ -60,18 +60,10 @@ FAULTS = (
     Fault(
         "losses-temperature-of-the-momentum-loss",
         PACKAGE + "losses.py",
-        text="2 * temperature * (p * (lse + 0.0 * value)).sum(0)",
-        replacement="2 * (p * (lse + 0.0 * value)).sum(0)",
+        text="2 * temperature * (p * lse).sum(0)",
+        replacement="2 * (p * lse).sum(0)",
         why="momentum loss: repulsion without its factor",
         tests=VECTORS,
-    ),
-    Fault(
-        "losses-infinite-key-of-the-momentum-loss",
-        PACKAGE + "losses.py",
-        text="(p * (lse + 0.0 * value)).sum(0)",
-        replacement="(p * lse).sum(0)",
-        why="momentum loss: an inner product of -inf has no mass and does not show",
-        tests="tests/losses/test_functional_bad_numbers.py",
     ),
     Fault(
         "losses-rbf-temperature",
