@@ -234,7 +234,6 @@ def test_mistakes_of_ldmatrix() -> None:
         ),
         ("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1, %r2}, [%r3];", "4 registers are wanted"),
         ("ldmatrix.sync.aligned.m8n16.x4.shared.b16 {%r1, %r2}, [%r3];", "unknown modifier .m8n16"),
-        ("wgmma.fence.sync.aligned;", "unknown instruction wgmma"),
     ],
 )
 def test_what_is_not_modelled_is_refused(line: str, reason: str) -> None:
