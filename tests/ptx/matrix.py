@@ -1,4 +1,4 @@
-"""Matrices held by a warp: ``ldmatrix`` and ``mma``, with the fragment layouts of the PTX ISA.
+"""Matrices held by a warp: ``ldmatrix``, ``stmatrix`` and ``mma``, with the fragment layouts of the PTX ISA.
 
 tf32 operands are float32 registers whose lower 13 bits are not read. How sums are formed: ``tensor_cores.py``.
 """
@@ -38,12 +38,18 @@ def lanes_of(warps: NDArray[np.intp]) -> NDArray[np.intp]:
     return (warps[:, None] * WARP + LANE).ravel()
 
 
-# ---- ldmatrix --------------------------------------------------------------------------------------------------------
+# ---- ldmatrix and stmatrix -------------------------------------------------------------------------------------------
+def _count(site: Site, which: int) -> int:
+    """How many 8 x 8 matrices; each has a register of the operand."""
+    count = {"x1": 1, "x2": 2, "x4": 4}[site.one_of("x1", "x2", "x4", default="x1")]
+    if len(site.items(which)) != count:
+        raise site.error(f"{count} registers are wanted")
+    return count
+
+
 def ldmatrix(site: Site) -> Action:
     """Up to four 8 x 8 matrices; thread ``8 i + r`` gives the address of row ``r`` of matrix ``i``."""
-    count = {"x1": 1, "x2": 2, "x4": 4}[site.one_of("x1", "x2", "x4", default="x1")]
-    if len(site.items(0)) != count:
-        raise site.error(f"{count} registers are wanted")
+    count = _count(site, 0)
     address, shared = site.address(1, "shared"), site.machine.shared
     registers = [site.load_register(item, "b32") for item in site.items(0)]
     transposed = site.has("trans")
@@ -59,6 +65,25 @@ def ldmatrix(site: Site) -> Action:
         lanes = lanes_of(warps)
         for i, register in enumerate(registers):
             register[lanes] = matrices[:, i].reshape(-1)  # thread l holds word l % 4 of row l // 4
+
+    return action
+
+
+def stmatrix(site: Site) -> Action:
+    """The way back of ``ldmatrix``."""
+    count = _count(site, 1)
+    address, shared = site.address(0, "shared"), site.machine.shared
+    sources, transposed = site.sources(1, "b32"), site.has("trans")
+
+    def action(mask: Mask) -> None:
+        warps = whole_warps(site, mask)
+        rows = (warps[:, None] * WARP + LANE[: 8 * count]).ravel()
+        held = np.stack([source().reshape(-1, WARP)[warps] for source in sources], 1)
+        matrices = held.reshape(warps.size, count, 8, 4)
+        if transposed:
+            halves = matrices.view(np.uint16).swapaxes(-1, -2)
+            matrices = np.ascontiguousarray(halves).view(np.uint32)
+        shared.write(address(rows), rows, np.ascontiguousarray(matrices.reshape(-1, 4).T))
 
     return action
 
@@ -139,6 +164,7 @@ HALVES, SINGLE = 2, 1
 SHAPES: dict[tuple[str, str], tuple[Layout, Layout]] = {
     **{(f"m16n8k{k}", kind): (left(k, HALVES), _right(k, HALVES)) for k in (8, 16) for kind in ("f16", "bf16")},
     **{(f"m16n8k{k}", "tf32"): (left(k, SINGLE), _right(k, SINGLE)) for k in (4, 8)},
+    **{(f"m16n8k{k}", "f64"): (left(k, SINGLE), _right(k, SINGLE)) for k in (4, 8, 16)},
     ("m8n8k4", "f64"): (_tiny("a"), _tiny("b")),
 }
 
@@ -152,7 +178,7 @@ def mma(site: Site) -> Action:
     site.refuse((shape, kind) not in SHAPES or other != kind or start != to, f"{shape} of {'.'.join(site.types)}")
     site.refuse(to not in (("f64",) if kind == "f64" else ("f32", "f16")), f"mma to .{to}")
     of_a, of_b = SHAPES[shape, kind]
-    of_c = _tiny("c") if kind == "f64" else result(HALVES if to == "f16" else SINGLE)
+    of_c = _tiny("c") if shape == "m8n8k4" else result(HALVES if to == "f16" else SINGLE)
     a, b = _fragment(site, 1, of_a, kind), _fragment(site, 2, of_b, kind)
     c = _fragment(site, 3, of_c, to)
     store = _store(site, of_c, to)

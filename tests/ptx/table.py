@@ -121,6 +121,9 @@ TABLE: dict[str, Rule] = {
     "ldmatrix": rule(
         matrix.ldmatrix, 2, "b16", "sync aligned m8n8 x1 x2 x4 trans shared shared::cta", members=warp.whole_warp
     ),
+    "stmatrix": rule(
+        matrix.stmatrix, 2, "b16", "sync aligned m8n8 x1 x2 x4 trans shared shared::cta", members=warp.whole_warp
+    ),
     "mma": rule(
         matrix.mma,
         4,

@@ -24,7 +24,7 @@ SCHEDULES = [Lockstep(eager=0), Lockstep(eager=1), Random(1), Random(2, eager=0)
 
 
 class Layout(NamedTuple):
-    """How a matrix lies in memory; ``major`` is what neighbours are along: "k", or "line" (a row of A, a column of B)."""
+    """How a matrix lies in memory; neighbours are along ``major``: "k", or "line" (a row of A, a column of B)."""
 
     mode: int
     major: str
@@ -86,7 +86,7 @@ def fragment(a: np.ndarray, kind: str) -> np.ndarray:
 
 
 def place(thread: int, i: int) -> tuple[int, int]:
-    """Row and column of element ``i`` of a thread in the sum, which has two neighbours of a row in every eight columns."""
+    """Row and column of element ``i`` of a thread in the sum: two neighbours of a row in every eight columns."""
     warp, lane = divmod(thread, 32)
     return warp * 16 + lane // 4 + i % 4 // 2 * 8, i // 4 * 8 + lane % 4 * 2 + i % 2
 

@@ -1,4 +1,4 @@
-"""Execution of the emitted PTX: the Triton kernels as compiled for sm_80, whole losses with their gradients.
+"""Execution of the emitted PTX: the Triton kernels as compiled for sm_80 and sm_90, whole losses with their gradients.
 
 Launches are the product's own, on CPU tensors; Triton compiles them, and ``tests/ptx`` interprets what came out. The
 yardstick and the tolerance are those of ``testing.py``; for TF32 products, of the eager form with TF32 products.
@@ -12,7 +12,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -33,12 +33,56 @@ pytestmark = pytest.mark.exhaustive
 
 KERNELS = importlib.import_module("cacr_kernels.backends.triton.kernels")
 PRECISIONS = {
-    "bf16": (torch.bfloat16, "none", "mma.sync.aligned.m16n8k16.row.col.f32.bf16"),
-    "fp16": (torch.float16, "none", "mma.sync.aligned.m16n8k16.row.col.f32.f16"),
-    "tf32": (torch.float32, "tf32", "mma.sync.aligned.m16n8k8.row.col.f32.tf32"),
-    "tf32x3": (torch.float32, "none", "mma.sync.aligned.m16n8k8.row.col.f32.tf32"),
-    "ieee": (torch.float32, "ieee", "fma.rn.f32"),
-    "fp64": (torch.float64, "none", "mma.sync.aligned.m8n8k4.row.col.f64"),
+    "bf16": (torch.bfloat16, "none"),
+    "fp16": (torch.float16, "none"),
+    "tf32": (torch.float32, "tf32"),
+    "tf32x3": (torch.float32, "none"),
+    "ieee": (torch.float32, "ieee"),
+    "fp64": (torch.float64, "none"),
+}
+
+
+class Target(NamedTuple):
+    """What is compiled for, and the instructions that form the products there."""
+
+    architecture: int
+    cores: int
+    products: dict[str, str]
+
+    @property
+    def family(self) -> str:
+        return f"sm_{self.architecture}"
+
+
+OF_WARPS, OF_WARPGROUPS = "mma.sync.aligned.*.row.col.", "wgmma.mma_async.sync.aligned.*."
+TARGETS = {
+    target.family: target
+    for target in (
+        Target(
+            80,
+            108,
+            {
+                "bf16": OF_WARPS + "f32.bf16",
+                "fp16": OF_WARPS + "f32.f16",
+                "tf32": OF_WARPS + "f32.tf32",
+                "tf32x3": OF_WARPS + "f32.tf32",
+                "ieee": "fma.rn.f32",
+                "fp64": OF_WARPS + "f64",
+            },
+        ),
+        Target(
+            90,
+            132,
+            {
+                "bf16": OF_WARPGROUPS + "f32.bf16",
+                "fp16": OF_WARPGROUPS + "f32.f16",
+                "tf32": OF_WARPGROUPS + "f32.tf32",
+                "tf32x3": OF_WARPGROUPS + "f32.tf32",
+                "ieee": "fma.rn.f32",
+                "fp64": OF_WARPS + "f64",
+            },
+        ),
+    )
 }
 TAUS = {"tau_pos": 2.0, "tau_neg": 5.0}
 FUSED = Case("cacr_loss", {"V": 2, "B": 67, "D": 33}, TAUS)
@@ -67,16 +111,20 @@ def jit_functions() -> dict[str, JITFunction]:
     return {x.__name__: x for module in modules for x in vars(module).values() if isinstance(x, JITFunction)}
 
 
-@pytest.fixture(autouse=True)
-def sm_80(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU tensors count as those of an sm_80 GPU."""
+@pytest.fixture(autouse=True, params=TARGETS)
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
+    """CPU tensors count as those of a GPU of this family."""
+    target = TARGETS[request.param]
+    monkeypatch.setattr(triton_ptx, "ARCHITECTURE", target.architecture)
     table = importlib.import_module("cacr_kernels.backends.triton.table")
     backends = importlib.import_module("cacr_kernels.backends.table")
     usable = [b._replace(why_not=lambda device: None) if b.name == "triton" else b for b in backends.TABLE]
     monkeypatch.setattr(backends, "TABLE", tuple(usable))
     for name in ("pairs", "contrast", "detached_keys", "cacr"):
         module = importlib.import_module(f"cacr_kernels.backends.triton.{name}")
-        monkeypatch.setattr(module, "processor_of", lambda device: table.Processor("sm_80", 108), raising=False)
+        processor = table.Processor(target.family, target.cores)
+        monkeypatch.setattr(module, "processor_of", lambda device, found=processor: found, raising=False)
+    return target
 
 
 def tf32_yardstick(eager: list[dict[str, float]]) -> dict[str, float]:
@@ -90,7 +138,7 @@ def compared(case: Case, precision: str) -> list[Result]:
     """Error, yardstick and tolerance of the loss and its gradients."""
     if precision == "tf32" and case.data == "near-equal":
         case = case._replace(data="unit")  # derivatives by tau_pos would be what TF32 leaves of tiny costs
-    dtype, setting, _ = PRECISIONS[precision]
+    dtype, setting = PRECISIONS[precision]
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = setting
     os.environ[VARIABLE] = str(int(precision == "tf32x3"))
@@ -112,7 +160,7 @@ def wrong(results: list[Result]) -> list[Result]:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
-def test_every_kernel(precision: str) -> None:
+def test_every_kernel(precision: str, target: Target) -> None:
     """All kernels run, on tensor cores where there are products, and all results are right."""
     launched: set[str] = set()
     multiplied: set[str] = set()
@@ -120,7 +168,7 @@ def test_every_kernel(precision: str) -> None:
         with triton_ptx.running() as launches:
             assert not wrong(compared(case, precision)), case.name
         launched |= {launch.name for launch in launches}
-        multiplied |= {launch.name for launch in launches if launch.count(PRECISIONS[precision][2])}
+        multiplied |= {launch.name for launch in launches if launch.count(target.products[precision])}
     elsewhere = {"numbers_kernel"}  # only where tensors are on a GPU: tested below
     assert launched | elsewhere == {name for name in jit_functions() if name.endswith("_kernel")}
     assert {"statistics_kernel", "gradient_kernel", "detached_keys_kernel"} <= multiplied
@@ -130,23 +178,27 @@ def test_every_kernel(precision: str) -> None:
     ("case", "precision"),
     [(CASES[0], "tf32x3"), (CASES[3], "ieee"), (CASES[2], "fp64"), (WIDE, "bf16"), (NARROW, "fp16")],
 )
-def test_other_products_and_widths(case: Case, precision: str) -> None:
+def test_other_products_and_widths(case: Case, precision: str, target: Target) -> None:
     """The remaining ways to form products; more features than a tile holds, and one."""
     with triton_ptx.running() as launches:
         assert not wrong(compared(case, precision))
-    assert sum(launch.count(PRECISIONS[precision][2]) for launch in launches)
+    assert sum(launch.count(target.products[precision]) for launch in launches)
+
+
+def multiplications(launch: triton_ptx.Launched) -> int:
+    return launch.count("mma.sync") + launch.count("wgmma.mma_async")
 
 
 @pytest.mark.parametrize(("case", "precision"), list(zip(NORMALIZED, ("fp16", "bf16", "bf16"), strict=True)))
-def test_unit_rows_of_half_types(case: Case, precision: str) -> None:
+def test_unit_rows_of_half_types(case: Case, precision: str, target: Target) -> None:
     """They are multiplied as they are: every product is one of half types, on tensor cores."""
     with triton_ptx.running() as launches:
         assert not wrong(compared(case, precision))
-    products = [launch for launch in launches if launch.count("mma.sync")]
+    products = [launch for launch in launches if multiplications(launch)]
     sweeps = {"statistics_kernel", "gradient_kernel", "detached_keys_kernel"}
     assert {launch.name for launch in launches} & sweeps == {launch.name for launch in products}
     for launch in products:
-        assert launch.count("mma.sync") == launch.count(PRECISIONS[precision][2]), launch.name
+        assert multiplications(launch) == launch.count(target.products[precision]), launch.name
 
 
 @pytest.mark.parametrize("precision", ["ieee", "fp64"])
