@@ -101,8 +101,20 @@ NORMALIZED = (
     Case("cacr_queue_loss", {"V": 2, "B": 9, "D": 19, "K": 67}, UNIT),
     Case("supervised_cacr_loss", {"B": 37, "D": 17, "C": 5}, UNIT, data="near-equal"),
 )
+FULL = Case("cacr_loss", {"V": 2, "B": 67, "D": 64}, TAUS)  # rows that are copied in 16 bytes
 WIDE = Case("cacr_loss", {"V": 2, "B": 19, "D": 601}, TAUS | {"reduction": "none"})
 NARROW = Case("cacr_loss", {"V": 2, "B": 131, "D": 1}, TAUS, data="long")
+SIZES = (64, 128, 256)
+
+
+def of_size(D: int) -> tuple[Case, ...]:
+    """All sweeps over similarities with tiles for D features: one softmax and two, with all features and some less."""
+    momentum = {"cost": "rbf", "temperature": 0.2, "key_offset": 3}
+    return (
+        Case("cacr_loss", {"V": 2, "B": 67, "D": D}, TAUS),
+        Case("cacr_queue_loss", {"V": 2, "B": 9, "D": D - 31, "K": 67}, TAUS | {"weight_grad": "full"}),
+        Case("cacr_momentum_loss", {"V": 2, "B": 21, "D": D, "M": 70}, momentum),
+    )
 
 
 def jit_functions() -> dict[str, JITFunction]:
@@ -113,8 +125,12 @@ def jit_functions() -> dict[str, JITFunction]:
 
 @pytest.fixture(autouse=True, params=TARGETS)
 def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
+    compile_for(TARGETS[request.param], monkeypatch)
+    return TARGETS[request.param]
+
+
+def compile_for(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors count as those of a GPU of this family."""
-    target = TARGETS[request.param]
     monkeypatch.setattr(triton_ptx, "ARCHITECTURE", target.architecture)
     table = importlib.import_module("cacr_kernels.backends.triton.table")
     backends = importlib.import_module("cacr_kernels.backends.table")
@@ -124,7 +140,6 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> T
         module = importlib.import_module(f"cacr_kernels.backends.triton.{name}")
         processor = table.Processor(target.family, target.cores)
         monkeypatch.setattr(module, "processor_of", lambda device, found=processor: found, raising=False)
-    return target
 
 
 def tf32_yardstick(eager: list[dict[str, float]]) -> dict[str, float]:
@@ -171,6 +186,19 @@ def test_every_kernel(precision: str, target: Target) -> None:
         multiplied |= {launch.name for launch in launches if launch.count(target.products[precision])}
     elsewhere = {"numbers_kernel"}  # only where tensors are on a GPU: tested below
     assert launched | elsewhere == {name for name in jit_functions() if name.endswith("_kernel")}
+    assert {"statistics_kernel", "gradient_kernel", "detached_keys_kernel"} <= multiplied
+
+
+@pytest.mark.parametrize("D", SIZES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+def test_tiles_of_every_size(precision: str, D: int, target: Target) -> None:
+    """Every sweep with every product and every entry of the launch table that has all features in its chunks."""
+    multiplied: set[str] = set()
+    for case in of_size(D):
+        with triton_ptx.running() as launches:
+            assert not wrong(compared(case, precision)), case
+        multiplied |= {launch.name for launch in launches if launch.count(target.products[precision])}
     assert {"statistics_kernel", "gradient_kernel", "detached_keys_kernel"} <= multiplied
 
 
@@ -367,17 +395,27 @@ def test_logits_out_of_range_show() -> None:
         assert bool(loss.isnan()) == (length > 2**31)
 
 
-def right(schedule: Callable[[int], ptx.Lockstep], patch: triton_ptx.Patch | None = None) -> bool:
-    """Whether one draw of one case in bfloat16 is right."""
-    seeds, expected = iter(range(1000)), testing.expect(FUSED, torch.bfloat16, count=1)
+Schedule = Callable[[int], ptx.Lockstep]
+
+
+def right(schedule: Schedule, patch: triton_ptx.Patch | None = None, case: Case = FUSED) -> bool:
+    """Whether one draw of a case in bfloat16 is right."""
+    seeds, expected = iter(range(1000)), testing.expect(case, torch.bfloat16, count=1)
     with triton_ptx.running(lambda: schedule(next(seeds)), patch):
-        return not wrong(testing.measure(FUSED, expected, "triton", torch.bfloat16))
+        return not wrong(testing.measure(case, expected, "triton", torch.bfloat16))
 
 
 @pytest.mark.parametrize("schedule", [ptx.Random, ptx.Priority])
-def test_hostile_schedules(schedule: Callable[[int], ptx.Lockstep]) -> None:
+def test_hostile_schedules(schedule: Schedule) -> None:
     """Whichever warp is ahead: no barrier and no wait for a copy is missing."""
     assert right(schedule)
+
+
+@pytest.mark.parametrize("eager", [0, 1])
+@pytest.mark.parametrize("schedule", [ptx.Random, ptx.Priority])
+def test_whenever_the_asynchronous_is_done(schedule: Callable[..., ptx.Lockstep], eager: float) -> None:
+    """All of it as late as allowed, and all of it at once: copies, and the products of warpgroups."""
+    assert right(lambda seed: schedule(seed, eager=eager), case=FULL)
 
 
 # ---- planted bugs ----------------------------------------------------------------------------------------------------
@@ -402,10 +440,10 @@ def edited(name: str, before: str, after: str) -> Iterator[None]:
         forget()
 
 
-def found(patch: triton_ptx.Patch | None = None) -> bool:
+def found(patch: triton_ptx.Patch | None = None, case: Case = FUSED, schedule: Schedule = ptx.Priority) -> bool:
     """Whether the interpreter refuses what a kernel does, or a result is wrong."""
     try:
-        return not right(ptx.Priority, patch)
+        return not right(schedule, patch, case)
     except ptx.PtxError:
         return True
 
@@ -433,22 +471,45 @@ def test_bugs_in_the_source_are_found(function: str, before: str, after: str) ->
 
 
 MMA = re.compile(r"(mma\.sync\S+ \{[^}]*\}, )\{([^},]*),([^},]*),([^},]*),([^}]*)\}")
-BUGS = {
-    "operand": lambda text: MMA.sub(r"\1{\2,\4,\3,\5}", text),
+WGMMA = r"(wgmma\.mma_async\S+ \{[^}]*\}, )"
+OF_BOTH = {
     "wait": lambda text: re.sub(r"cp\.async\.wait_group\s+\d+", "cp.async.wait_group 7", text),
     "barrier": lambda text: re.sub(r"bar\.sync\s+0;", "", text),
     "lane": lambda text: re.sub(r"(shfl\.sync\.bfly\.b32\s+[^,]*,[^,]*,) 1,", r"\1 3,", text),
 }
+BUGS: dict[str, dict[str, triton_ptx.Patch]] = {
+    "sm_80": OF_BOTH | {"operand": lambda text: MMA.sub(r"\1{\2,\4,\3,\5}", text)},
+    "sm_90": OF_BOTH
+    | {
+        "operand": lambda text: re.sub(WGMMA + r"\{([^},]*),([^},]*),", r"\1{\3,\2,", text),
+        "descriptors": lambda text: re.sub(WGMMA + r"(%rd\d+), (%rd\d+)", r"\1\3, \2", text),
+        "offset": lambda text: re.sub(
+            r"(add\.s64\s+%rd\d+, %rd\d+, )(-?\d{19});", lambda m: f"{m[1]}{int(m[2]) + 1};", text
+        ),
+        "stride": lambda text: re.sub(
+            r"(or\.b64\s+%rd\d+, %rd\d+, )(-?\d{19});", lambda m: f"{m[1]}{int(m[2]) + (1 << 33)};", text
+        ),
+        "wait for products": lambda text: re.sub(r"(wgmma\.wait_group\.sync\.aligned) \d+", r"\1 7", text),
+        "fence of registers": lambda text: text.replace("wgmma.fence.sync.aligned;", ""),
+        "fence of memory": lambda text: text.replace("fence.proxy.async.shared::cta;", ""),
+        "stage": lambda text: re.sub(
+            r"(add\.s32\s+%r\d+, %r\d+, 1;\s+setp\.gt\.s32\s+%p\d+, %r\d+, )1;", r"\g<1>0;", text
+        ),
+    },
+}
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_bugs_in_the_ptx_are_found(bug: str) -> None:
-    """Swapped operands of the products, missing waits and barriers, a shuffle with the wrong lane."""
+@pytest.mark.parametrize(
+    ("target", "bug"), [(family, bug) for family in BUGS for bug in BUGS[family]], indirect=["target"]
+)
+def test_bugs_in_the_ptx_are_found(target: Target, bug: str) -> None:
+    """Swapped operands, missing waits, barriers and fences, descriptors and stages that are not those meant."""
     changed: list[bool] = []
 
     def patch(text: str) -> str:
-        changed.append(BUGS[bug](text) != text)
-        return BUGS[bug](text)
+        after = BUGS[target.family][bug](text)
+        changed.append(after != text)
+        return after
 
-    assert found(patch)
+    assert found(patch, FUSED if target.family == "sm_80" else FULL)
     assert any(changed)
