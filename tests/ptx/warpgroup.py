@@ -195,6 +195,8 @@ class Warpgroups:
     # ---- registers ----
     def watched(self, function: Function, instruction: Instruction, action: Action) -> Action:
         """An ordinary instruction, which remembers that it used registers of sums or A."""
+        if not self.row:
+            return action
         names = {(function.name, name) for operand in instruction.operands for name in registers_in(operand)}
         rows = np.array([self.row[name] for name in names if name in self.row], np.intp)
         if not rows.size:

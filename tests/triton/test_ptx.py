@@ -7,171 +7,37 @@ yardstick and the tolerance are those of ``testing.py``; for TF32 products, of t
 from __future__ import annotations
 
 import importlib
-import os
-import pkgutil
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
 import cacr_kernels
 from cacr_kernels import testing
-from cacr_kernels.backends.precision import VARIABLE
-from cacr_kernels.testing import Case, Result
-from tests import agreement, ptx
-from tests.ptx import triton_ptx
-from tests.ptx.tf32 import TF32Products
+from cacr_kernels.testing import Case
+from tests import agreement
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from triton.runtime.jit import JITFunction
+from tests.ptx import triton_ptx
 
-pytestmark = pytest.mark.exhaustive
-
-KERNELS = importlib.import_module("cacr_kernels.backends.triton.kernels")
-PRECISIONS = {
-    "bf16": (torch.bfloat16, "none"),
-    "fp16": (torch.float16, "none"),
-    "tf32": (torch.float32, "tf32"),
-    "tf32x3": (torch.float32, "none"),
-    "ieee": (torch.float32, "ieee"),
-    "fp64": (torch.float64, "none"),
-}
-
-
-class Target(NamedTuple):
-    """What is compiled for, and the instructions that form the products there."""
-
-    architecture: int
-    cores: int
-    products: dict[str, str]
-
-    @property
-    def family(self) -> str:
-        return f"sm_{self.architecture}"
-
-
-OF_WARPS, OF_WARPGROUPS = "mma.sync.aligned.*.row.col.", "wgmma.mma_async.sync.aligned.*."
-TARGETS = {
-    target.family: target
-    for target in (
-        Target(
-            80,
-            108,
-            {
-                "bf16": OF_WARPS + "f32.bf16",
-                "fp16": OF_WARPS + "f32.f16",
-                "tf32": OF_WARPS + "f32.tf32",
-                "tf32x3": OF_WARPS + "f32.tf32",
-                "ieee": "fma.rn.f32",
-                "fp64": OF_WARPS + "f64",
-            },
-        ),
-        Target(
-            90,
-            132,
-            {
-                "bf16": OF_WARPGROUPS + "f32.bf16",
-                "fp16": OF_WARPGROUPS + "f32.f16",
-                "tf32": OF_WARPGROUPS + "f32.tf32",
-                "tf32x3": OF_WARPGROUPS + "f32.tf32",
-                "ieee": "fma.rn.f32",
-                "fp64": OF_WARPS + "f64",
-            },
-        ),
-    )
-}
-TAUS = {"tau_pos": 2.0, "tau_neg": 5.0}
-FUSED = Case("cacr_loss", {"V": 2, "B": 67, "D": 33}, TAUS)
-CASES = (
-    FUSED,
-    Case("cacr_loss", {"V": 3, "B": 23, "D": 13}, TAUS | {"pairing": "pooled", "cost": "rbf"}),
-    Case("cacr_queue_loss", {"V": 2, "B": 9, "D": 19, "K": 67}, TAUS | {"weight_grad": "full"}),
-    Case("supervised_cacr_loss", {"B": 37, "D": 17, "C": 5, "M": 601}, TAUS, data="near-equal"),
-    Case(
-        "cacr_momentum_loss", {"V": 2, "B": 21, "D": 7, "M": 70}, {"cost": "rbf", "temperature": 0.2, "key_offset": 3}
-    ),
+from .ptx_cases import (
+    CASES,
+    NARROW,
+    NORMALIZED,
+    PRECISIONS,
+    SIZES,
+    TAUS,
+    WIDE,
+    Target,
+    compared,
+    jit_functions,
+    multiplications,
+    of_size,
+    wrong,
 )
-UNIT = TAUS | {"normalize": True}
-NORMALIZED = (
-    Case("cacr_loss", {"V": 2, "B": 35, "D": 33}, UNIT),
-    Case("cacr_queue_loss", {"V": 2, "B": 9, "D": 19, "K": 67}, UNIT),
-    Case("supervised_cacr_loss", {"B": 37, "D": 17, "C": 5}, UNIT, data="near-equal"),
-)
-FULL = Case("cacr_loss", {"V": 2, "B": 67, "D": 64}, TAUS)  # rows that are copied in 16 bytes
-WIDE = Case("cacr_loss", {"V": 2, "B": 19, "D": 601}, TAUS | {"reduction": "none"})
-NARROW = Case("cacr_loss", {"V": 2, "B": 131, "D": 1}, TAUS, data="long")
-SIZES = (64, 128, 256)
 
-
-def of_size(D: int) -> tuple[Case, ...]:
-    """All sweeps over similarities with tiles for D features: one softmax and two, with all features and some less."""
-    momentum = {"cost": "rbf", "temperature": 0.2, "key_offset": 3}
-    return (
-        Case("cacr_loss", {"V": 2, "B": 67, "D": D}, TAUS),
-        Case("cacr_queue_loss", {"V": 2, "B": 9, "D": D - 31, "K": 67}, TAUS | {"weight_grad": "full"}),
-        Case("cacr_momentum_loss", {"V": 2, "B": 21, "D": D, "M": 70}, momentum),
-    )
-
-
-def jit_functions() -> dict[str, JITFunction]:
-    """Every function of the kernels by its name."""
-    modules = [importlib.import_module(f"{KERNELS.__name__}.{m.name}") for m in pkgutil.iter_modules(KERNELS.__path__)]
-    return {x.__name__: x for module in modules for x in vars(module).values() if isinstance(x, JITFunction)}
-
-
-@pytest.fixture(autouse=True, params=TARGETS)
-def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
-    compile_for(TARGETS[request.param], monkeypatch)
-    return TARGETS[request.param]
-
-
-def compile_for(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU tensors count as those of a GPU of this family."""
-    monkeypatch.setattr(triton_ptx, "ARCHITECTURE", target.architecture)
-    table = importlib.import_module("cacr_kernels.backends.triton.table")
-    backends = importlib.import_module("cacr_kernels.backends.table")
-    usable = [b._replace(why_not=lambda device: None) if b.name == "triton" else b for b in backends.TABLE]
-    monkeypatch.setattr(backends, "TABLE", tuple(usable))
-    for name in ("pairs", "contrast", "detached_keys", "cacr"):
-        module = importlib.import_module(f"cacr_kernels.backends.triton.{name}")
-        processor = table.Processor(target.family, target.cores)
-        monkeypatch.setattr(module, "processor_of", lambda device, found=processor: found, raising=False)
-
-
-def tf32_yardstick(eager: list[dict[str, float]]) -> dict[str, float]:
-    """The worst of all draws; distant positives are products in the kernels only: numbers share one."""
-    worst = {name: max(errors[name] for errors in eager) for name in eager[0]}
-    numbers = {name: error for name, error in worst.items() if name == "loss" or name in testing.TEMPERATURES}
-    return worst | dict.fromkeys(numbers, max(numbers.values()))
-
-
-def compared(case: Case, precision: str) -> list[Result]:
-    """Error, yardstick and tolerance of the loss and its gradients."""
-    if precision == "tf32" and case.data == "near-equal":
-        case = case._replace(data="unit")  # derivatives by tau_pos would be what TF32 leaves of tiny costs
-    dtype, setting = PRECISIONS[precision]
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = setting
-    os.environ[VARIABLE] = str(int(precision == "tf32x3"))
-    try:
-        expected = testing.expect(case, dtype, count=1)
-        if precision != "tf32":
-            results = testing.measure(case, expected, "triton", dtype)
-            return testing.compare(case, "triton", dtype) if wrong(results) else results
-        with TF32Products():
-            eager = [draw.errors(testing.eager_quantities(case, draw.inputs, dtype)) for draw in expected.draws]
-        return testing.measure(case, expected._replace(yardstick=tf32_yardstick(eager)), "triton", dtype)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-        del os.environ[VARIABLE]
-
-
-def wrong(results: list[Result]) -> list[Result]:
-    return [result for result in results if not result.ok]
+pytestmark = [pytest.mark.exhaustive, pytest.mark.usefixtures("target")]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
@@ -211,10 +77,6 @@ def test_other_products_and_widths(case: Case, precision: str, target: Target) -
     with triton_ptx.running() as launches:
         assert not wrong(compared(case, precision))
     assert sum(launch.count(target.products[precision]) for launch in launches)
-
-
-def multiplications(launch: triton_ptx.Launched) -> int:
-    return launch.count("mma.sync") + launch.count("wgmma.mma_async")
 
 
 @pytest.mark.parametrize(("case", "precision"), list(zip(NORMALIZED, ("fp16", "bf16", "bf16"), strict=True)))
@@ -393,123 +255,3 @@ def test_logits_out_of_range_show() -> None:
         with triton_ptx.running():
             loss = cacr_kernels.cacr_loss(length * unit(2, 5, 4), tau_neg=0.0, backend="triton")
         assert bool(loss.isnan()) == (length > 2**31)
-
-
-Schedule = Callable[[int], ptx.Lockstep]
-
-
-def right(schedule: Schedule, patch: triton_ptx.Patch | None = None, case: Case = FUSED) -> bool:
-    """Whether one draw of a case in bfloat16 is right."""
-    seeds, expected = iter(range(1000)), testing.expect(case, torch.bfloat16, count=1)
-    with triton_ptx.running(lambda: schedule(next(seeds)), patch):
-        return not wrong(testing.measure(case, expected, "triton", torch.bfloat16))
-
-
-@pytest.mark.parametrize("schedule", [ptx.Random, ptx.Priority])
-def test_hostile_schedules(schedule: Schedule) -> None:
-    """Whichever warp is ahead: no barrier and no wait for a copy is missing."""
-    assert right(schedule)
-
-
-@pytest.mark.parametrize("eager", [0, 1])
-@pytest.mark.parametrize("schedule", [ptx.Random, ptx.Priority])
-def test_whenever_the_asynchronous_is_done(schedule: Callable[..., ptx.Lockstep], eager: float) -> None:
-    """All of it as late as allowed, and all of it at once: copies, and the products of warpgroups."""
-    assert right(lambda seed: schedule(seed, eager=eager), case=FULL)
-
-
-# ---- planted bugs ----------------------------------------------------------------------------------------------------
-@contextmanager
-def edited(name: str, before: str, after: str) -> Iterator[None]:
-    """A Triton function with another source; whatever was compiled is forgotten, before and afterwards."""
-    functions = jit_functions()
-    source = functions[name].src
-    assert source.count(before) == 1, f"{name} does not have {before!r} once"
-
-    def forget() -> None:
-        for function in functions.values():
-            function.hash = None
-            function.device_caches.clear()
-
-    functions[name]._unsafe_update_src(source.replace(before, after))
-    forget()
-    try:
-        yield
-    finally:
-        functions[name]._unsafe_update_src(source)
-        forget()
-
-
-def found(patch: triton_ptx.Patch | None = None, case: Case = FUSED, schedule: Schedule = ptx.Priority) -> bool:
-    """Whether the interpreter refuses what a kernel does, or a result is wrong."""
-    try:
-        return not right(schedule, patch, case)
-    except ptx.PtxError:
-        return True
-
-
-@pytest.mark.parametrize(
-    ("function", "before", "after"),
-    [
-        pytest.param(
-            "statistics_kernel",
-            "columns < M, key_bias(keys.norm, first",
-            "columns <= M, key_bias(keys.norm, first",
-            id="mask",
-        ),
-        pytest.param("load_rows", "r[:, None] < count - first", "r[:, None] < count - first + 1", id="mask of a load"),
-        pytest.param("logits", "x.id[:, None] != y.id[None, :], v", "x.id[:, None] == x.id[:, None], v", id="diagonal"),
-        pytest.param("load_rows", "tile + r[:, None] * D", "tile + r[:, None] * (D - 1)", id="stride"),
-        pytest.param(
-            "statistics_kernel", "out + 2 * stride, sum_ez0", "out + 2 * stride - 1, sum_ez0", id="place of a result"
-        ),
-    ],
-)
-def test_bugs_in_the_source_are_found(function: str, before: str, after: str) -> None:
-    with edited(function, before, after):
-        assert found()
-
-
-MMA = re.compile(r"(mma\.sync\S+ \{[^}]*\}, )\{([^},]*),([^},]*),([^},]*),([^}]*)\}")
-WGMMA = r"(wgmma\.mma_async\S+ \{[^}]*\}, )"
-OF_BOTH = {
-    "wait": lambda text: re.sub(r"cp\.async\.wait_group\s+\d+", "cp.async.wait_group 7", text),
-    "barrier": lambda text: re.sub(r"bar\.sync\s+0;", "", text),
-    "lane": lambda text: re.sub(r"(shfl\.sync\.bfly\.b32\s+[^,]*,[^,]*,) 1,", r"\1 3,", text),
-}
-BUGS: dict[str, dict[str, triton_ptx.Patch]] = {
-    "sm_80": OF_BOTH | {"operand": lambda text: MMA.sub(r"\1{\2,\4,\3,\5}", text)},
-    "sm_90": OF_BOTH
-    | {
-        "operand": lambda text: re.sub(WGMMA + r"\{([^},]*),([^},]*),", r"\1{\3,\2,", text),
-        "descriptors": lambda text: re.sub(WGMMA + r"(%rd\d+), (%rd\d+)", r"\1\3, \2", text),
-        "offset": lambda text: re.sub(
-            r"(add\.s64\s+%rd\d+, %rd\d+, )(-?\d{19});", lambda m: f"{m[1]}{int(m[2]) + 1};", text
-        ),
-        "stride": lambda text: re.sub(
-            r"(or\.b64\s+%rd\d+, %rd\d+, )(-?\d{19});", lambda m: f"{m[1]}{int(m[2]) + (1 << 33)};", text
-        ),
-        "wait for products": lambda text: re.sub(r"(wgmma\.wait_group\.sync\.aligned) \d+", r"\1 7", text),
-        "fence of registers": lambda text: text.replace("wgmma.fence.sync.aligned;", ""),
-        "fence of memory": lambda text: text.replace("fence.proxy.async.shared::cta;", ""),
-        "stage": lambda text: re.sub(
-            r"(add\.s32\s+%r\d+, %r\d+, 1;\s+setp\.gt\.s32\s+%p\d+, %r\d+, )1;", r"\g<1>0;", text
-        ),
-    },
-}
-
-
-@pytest.mark.parametrize(
-    ("target", "bug"), [(family, bug) for family in BUGS for bug in BUGS[family]], indirect=["target"]
-)
-def test_bugs_in_the_ptx_are_found(target: Target, bug: str) -> None:
-    """Swapped operands, missing waits, barriers and fences, descriptors and stages that are not those meant."""
-    changed: list[bool] = []
-
-    def patch(text: str) -> str:
-        after = BUGS[target.family][bug](text)
-        changed.append(after != text)
-        return after
-
-    assert found(patch, FUSED if target.family == "sm_80" else FULL)
-    assert any(changed)
