@@ -15,6 +15,7 @@ of another shape; four warps that do not execute the same; descriptors that diff
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -285,7 +286,7 @@ class Warpgroups:
 
 
 # ---- the instructions ------------------------------------------------------------------------------------------------
-_numbers = itertools.count()
+_numbers = itertools.count()  # tell the instructions of the code apart
 
 
 def _together(site: Site, mask: Mask) -> Warps:
@@ -295,30 +296,31 @@ def _together(site: Site, mask: Mask) -> Warps:
     return warps
 
 
-def _plainly(site: Site, act: str, *arguments: int) -> Action:
+def _plainly(site: Site, act: Callable[[Warps], None]) -> Action:
     """One of the instructions without operands in registers."""
-    groups, number = site.machine.warpgroups, next(_numbers)
+    number = next(_numbers)
 
     def action(mask: Mask) -> None:
         warps = _together(site, mask)
-        groups.follow(warps, [(number,)] * warps.size)
-        getattr(groups, act)(warps, *arguments)
+        site.machine.warpgroups.follow(warps, [(number,)] * warps.size)
+        act(warps)
 
     return action
 
 
 def fence(site: Site) -> Action:
     """``wgmma.fence``: what was done to registers is ordered before the products that follow."""
-    return _plainly(site, "fence")
+    return _plainly(site, site.machine.warpgroups.fence)
 
 
 def commit_group(site: Site) -> Action:
-    return _plainly(site, "commit")
+    return _plainly(site, site.machine.warpgroups.commit)
 
 
 def wait_group(site: Site) -> Action:
     """``wgmma.wait_group n``: all but the latest ``n`` groups of products are done."""
-    return _plainly(site, "wait", site.integer(0))
+    allowed = site.integer(0)
+    return _plainly(site, lambda warps: site.machine.warpgroups.wait(warps, allowed))
 
 
 def mma_async(site: Site) -> Action:

@@ -130,7 +130,7 @@ def tf32_yardstick(eager: list[dict[str, float]]) -> dict[str, float]:
 
 
 def compared(case: Case, precision: str) -> list[Result]:
-    """Error, yardstick and tolerance of the loss and its gradients."""
+    """Error, yardstick and tolerance of the loss and its gradients; of one draw, of all if that is not enough."""
     if precision == "tf32" and case.data == "near-equal":
         case = case._replace(data="unit")  # derivatives by tau_pos would be what TF32 leaves of tiny costs
     dtype, setting = PRECISIONS[precision]
@@ -138,16 +138,20 @@ def compared(case: Case, precision: str) -> list[Result]:
     torch.backends.cuda.matmul.fp32_precision = setting
     os.environ[VARIABLE] = str(int(precision == "tf32x3"))
     try:
-        expected = testing.expect(case, dtype, count=1)
-        if precision != "tf32":
-            results = testing.measure(case, expected, "triton", dtype)
-            return testing.compare(case, "triton", dtype) if wrong(results) else results
-        with TF32Products():
-            eager = [draw.errors(testing.eager_quantities(case, draw.inputs, dtype)) for draw in expected.draws]
-        return testing.measure(case, expected._replace(yardstick=tf32_yardstick(eager)), "triton", dtype)
+        results = measured(case, dtype, precision == "tf32", 1)
+        return measured(case, dtype, precision == "tf32", testing.DRAWS) if wrong(results) else results
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
         del os.environ[VARIABLE]
+
+
+def measured(case: Case, dtype: torch.dtype, tf32: bool, draws: int) -> list[Result]:
+    expected = testing.expect(case, dtype, count=draws)
+    if tf32:
+        with TF32Products():
+            eager = [draw.errors(testing.eager_quantities(case, draw.inputs, dtype)) for draw in expected.draws]
+        expected = expected._replace(yardstick=tf32_yardstick(eager))
+    return testing.measure(case, expected, "triton", dtype)
 
 
 def wrong(results: list[Result]) -> list[Result]:

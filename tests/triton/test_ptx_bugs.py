@@ -101,7 +101,7 @@ WGMMA = r"(wgmma\.mma_async\S+ \{[^}]*\}, )"
 OF_BOTH = {
     "wait": lambda text: re.sub(r"cp\.async\.wait_group\s+\d+", "cp.async.wait_group 7", text),
     "barrier": lambda text: re.sub(r"bar\.sync\s+0;", "", text),
-    "lane": lambda text: re.sub(r"(shfl\.sync\.bfly\.b32\s+[^,]*,[^,]*,) 1,", r"\1 3,", text),
+    "lane": lambda text: re.sub(r"(shfl\.sync\.bfly\.b32\s+[^,]*,[^,]*,) 1,", r"\1 5,", text),
 }
 BUGS: dict[str, dict[str, triton_ptx.Patch]] = {
     "sm_80": OF_BOTH | {"operand": lambda text: MMA.sub(r"\1{\2,\4,\3,\5}", text)},
