@@ -1,7 +1,8 @@
 """Which kernels the interpreter of PTX executes: ``python -m tests.triton.executed`` prints a table for sm_90.
 
 It runs what ``test_ptx.py`` runs as ``test_tiles_of_every_size``. A cell says how many compilations of the kernel were
-executed for tiles of 64, 128 and 256 features; results beyond their tolerance follow, and make the status 1.
+executed for tiles of 64, 128 and 256 features; results beyond their tolerance follow, and make the status 1. Two small
+kernels, of a total and of numbers that travel to a GPU, know no features and are executed by other tests there.
 """
 
 from __future__ import annotations

@@ -71,6 +71,7 @@ TARGETS = {
     )
 }
 TAUS = {"tau_pos": 2.0, "tau_neg": 5.0}
+UNIT = TAUS | {"normalize": True}
 FUSED = Case("cacr_loss", {"V": 2, "B": 67, "D": 33}, TAUS)
 CASES = (
     FUSED,
@@ -81,7 +82,6 @@ CASES = (
         "cacr_momentum_loss", {"V": 2, "B": 21, "D": 7, "M": 70}, {"cost": "rbf", "temperature": 0.2, "key_offset": 3}
     ),
 )
-UNIT = TAUS | {"normalize": True}
 NORMALIZED = (
     Case("cacr_loss", {"V": 2, "B": 35, "D": 33}, UNIT),
     Case("cacr_queue_loss", {"V": 2, "B": 9, "D": 19, "K": 67}, UNIT),
@@ -94,12 +94,16 @@ SIZES = (64, 128, 256)
 
 
 def of_size(D: int) -> tuple[Case, ...]:
-    """All sweeps over similarities with tiles for D features: one softmax and two, with all features and some less."""
+    """All sweeps over similarities with tiles for D features: one softmax and two, of rows as they are and of length 1.
+
+    One case has some features less than the tile.
+    """
     momentum = {"cost": "rbf", "temperature": 0.2, "key_offset": 3}
     return (
         Case("cacr_loss", {"V": 2, "B": 67, "D": D}, TAUS),
         Case("cacr_queue_loss", {"V": 2, "B": 9, "D": D - 31, "K": 67}, TAUS | {"weight_grad": "full"}),
         Case("cacr_momentum_loss", {"V": 2, "B": 21, "D": D, "M": 70}, momentum),
+        Case("cacr_loss", {"V": 2, "B": 35, "D": D}, UNIT | {"pairing": "pooled"}),
     )
 
 
