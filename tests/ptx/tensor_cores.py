@@ -3,8 +3,7 @@
 The model is that of ``tests/cuda_emulation/tensor_cores.h`` (M. Fasi, N. Higham, M. Mikaitis, S. Pranesh, "Numerical
 behavior of NVIDIA tensor cores", PeerJ Comput. Sci. 7:e330, 2021). A group of products and the sum so far are aligned
 to the largest of them, cut off below its 24 bits and one more, and added; the result is cut off to 24 bits. A group is
-8 products of half types or 4 of TF32, as on the A100. Hopper has longer groups and keeps more bits, so its errors have
-the same sign and are no larger.
+8 products of half types or 4 of TF32, as on the A100; later devices have longer ones and keep more bits.
 """
 
 from __future__ import annotations
