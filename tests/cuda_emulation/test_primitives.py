@@ -71,6 +71,19 @@ def test_truncation(name: str) -> None:
     assert sum_of(products, start, nearest=True) == nearest
 
 
+@pytest.mark.parametrize("kernel", ["mma_bf16", "mma_f16", "mma_tf32"])
+def test_the_interpreter_cuts_off_the_same(run_ptx: RunPtx, kernel: str) -> None:
+    """Sums of numbers of many sizes, to the last bit: six words of A and B, four of the sum."""
+    rng = np.random.default_rng(0)
+    numbers = 2.0 ** rng.integers(-6, 7, (32, 10, 2)) * rng.normal(size=(32, 10, 2))
+    words = numbers[..., 0].astype(np.float32).view(np.uint32)
+    if kernel != "mma_tf32":
+        upper = (numbers.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        halves = upper if kernel == "mma_bf16" else numbers.astype(np.float16).view(np.uint16)
+        words[:, :6] = halves.view(np.uint32)[:, :6, 0]
+    np.testing.assert_array_equal(run_emulated(kernel, words, 128), run_ptx(kernel, words, 128))
+
+
 def ptx_text() -> str:
     return by_nvcc("primitives.cu", "ptx").read_text()
 

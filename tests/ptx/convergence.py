@@ -110,6 +110,8 @@ class Convergence:
                 )
         machine.runnable[lanes] = True
         self.barrier[lanes] = NOWHERE
+        if machine.proxies is not None:
+            machine.proxies.meet(lanes)
         for pc, finish in self.reductions.items():
             leaving = lanes & (self.barrier_at == pc)
             if leaving.any():

@@ -2,7 +2,7 @@
 
 Each execution of the instruction is, by a coin of the schedule, *eager* (the data is there at once) or *late*: the
 target is poisoned with NaN until the thread waits for the group. So using the data too early is seen, and so is writing
-over a buffer that is still read.
+over a buffer that is still read. For the async proxy the write is over when the thread has waited, in both cases.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ class Late:
     source: Addresses
     bytes: NDArray[np.int64]
     size: int
+    arrived: bool = False
 
     def part(self, which: NDArray[np.bool_]) -> Late:
         fields = (self.lanes, self.group, self.target, self.source, self.bytes)
-        return Late(*(field[which] for field in fields), self.size)
+        return Late(*(field[which] for field in fields), self.size, self.arrived)
 
 
 class Copies:
@@ -53,10 +54,12 @@ class Copies:
     def issue(self, lanes: NDArray[np.intp], target: Addresses, source: Addresses, bytes_: Array, size: int) -> None:
         copy = Late(lanes, self.group[lanes], target, source, bytes_.astype(np.int64), size)
         words = self._words(copy)  # also checks the addresses
-        if self.machine.schedule.rng.random() < 0.5:
-            self.machine.shared.write(target, lanes, words)
-        else:
-            self.machine.shared.write(target, lanes, np.full_like(words, 0xFFFFFFFF))
+        proxies = self.machine.proxies
+        copy.arrived = self.machine.schedule.is_eager()
+        self.machine.shared.write(target, lanes, words if copy.arrived else np.full_like(words, 0xFFFFFFFF))
+        if proxies is not None:
+            proxies.open(self._target_words(copy))
+        if proxies is not None or not copy.arrived:
             self.late.append(copy)
 
     def commit(self, mask: NDArray[np.bool_]) -> None:
@@ -69,11 +72,21 @@ class Copies:
         for copy in self.late:
             done = mask[copy.lanes] & (copy.group < last[copy.lanes])
             if done.any():
-                arrived = copy.part(done)
-                self.machine.shared.write(arrived.target, arrived.lanes, self._words(arrived))
+                self._finish(copy.part(done))
             if not done.all():
                 remaining.append(copy.part(~done))
         self.late = remaining
+
+    def _finish(self, copy: Late) -> None:
+        if not copy.arrived:
+            self.machine.shared.write(copy.target, copy.lanes, self._words(copy))
+        elif self.machine.proxies is not None:
+            self.machine.proxies.written(self._target_words(copy), copy.lanes)
+
+    def _target_words(self, copy: Late) -> NDArray[np.intp]:
+        assert self.machine.proxies is not None
+        index = self.machine.shared.index(copy.target, copy.lanes, np.dtype(np.uint8), 1)
+        return self.machine.proxies.words(index, copy.size)
 
     def _words(self, copy: Late) -> Array:
         """The data, zeros behind ``bytes``."""

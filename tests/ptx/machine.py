@@ -20,10 +20,12 @@ from .copies import Copies
 from .errors import AccessError, DeadlockError, PtxError
 from .formats import UNSIGNED, Array, bits_type, decode
 from .memory import Banked, Generic, Global, Space
+from .proxies import Proxies
 from .schedule import WARP, Lockstep
 from .site import Action, Mask, Site, Source
 from .syntax import WIDTHS, Function, Instruction, Module, Variable
 from .table import TABLE, Rule
+from .warpgroup import Warpgroups, fragments
 
 SHARED_BASE = 1024  # not 0: that shared memory starts there is nothing to rely on
 PATIENCE = 8  # turns after which a thread that never has the lowest counter goes on all the same
@@ -76,6 +78,12 @@ class Machine:
             for name, kind in function.registers.items()
         }
         self._lay_out()
+        self.proxies: Proxies | None = None
+        names = fragments(self.functions)
+        self.warpgroups = Warpgroups(self, names)
+        if names:
+            self.proxies = self.shared.proxies = Proxies(self.shared, self.blocks, self.padded)
+            self.registers |= dict(zip(names, self.warpgroups.bits, strict=True))
         self.copies = Copies(self)
         self.convergence = Convergence(self)
         self.pc = np.zeros(self.size, np.int64)
@@ -179,7 +187,8 @@ class Machine:
         return self.entry[function.name] + function.labels[name]
 
     def _bind(self, function: Function, instruction: Instruction) -> Step:
-        rule = TABLE.get(instruction.opcode)
+        longer = ".".join((instruction.opcode, *instruction.modifiers[:1]))
+        rule = TABLE.get(longer) or TABLE.get(instruction.opcode)
         if rule is None:
             raise PtxError(f"unknown instruction {instruction.opcode}", instruction.place)
         rule.check(instruction)
@@ -192,7 +201,10 @@ class Machine:
                 raise site.error(f"unknown label {name}")
             target = self.label(function, name)
         members = rule.members(site) if rule.members else None
-        return Step(instruction, function, rule, rule.bind(site), guard, members, target)
+        action = rule.bind(site)
+        if instruction.opcode != "wgmma":
+            action = self.warpgroups.watched(function, instruction, action)
+        return Step(instruction, function, rule, action, guard, members, target)
 
     # ---- what sites ask for ----
     def constant(self, bits: int, kind: str) -> Array:
@@ -231,6 +243,7 @@ class Machine:
             while True:
                 if not self.runnable.any():
                     if self.exited.all():
+                        self.warpgroups.finish()
                         return
                     raise self._deadlock("all living threads wait")
                 if self.executed > self.limit:
@@ -244,6 +257,9 @@ class Machine:
             bits.view(np.uint8).fill(1 if bits.dtype == np.bool_ else 0xFF)
         for space in (self.shared, self.local, self.call_params):
             space.reset()
+        if self.proxies is not None:
+            self.proxies.reset()
+        self.warpgroups.reset()
         self.copies.reset()
         self.convergence.reset()
         self.exited[:] = (self.thread_of >= self.threads) | (self.block_of >= count)

@@ -7,13 +7,16 @@ never lands in another one. Buffers are the caller's arrays themselves: nothing 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import AccessError
 from .formats import Array
+
+if TYPE_CHECKING:
+    from .proxies import Proxies
 
 Addresses = NDArray[np.uint64]
 Lanes = slice | NDArray[np.intp]
@@ -146,6 +149,7 @@ class Banked:
         self.name, self.size, self.base = name, size, base
         self.stride = -(-size // 16) * 16
         self.data = np.full(count * self.stride, POISON, np.uint8)
+        self.proxies: Proxies | None = None
         self.starts = rows.astype(np.uint64) * np.uint64(self.stride)
 
     def reset(self) -> None:
@@ -177,6 +181,9 @@ class Banked:
         data = self.data.view(values.dtype)
         for i, value in enumerate(values):
             data[index + np.uint64(i)] = value
+        if self.proxies is not None:
+            size = values.dtype.itemsize
+            self.proxies.written(self.proxies.words(index * np.uint64(size), len(values) * size), lanes)
 
 
 class Generic:

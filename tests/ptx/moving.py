@@ -200,6 +200,15 @@ def _all(site: Site, mask: Mask) -> Array:
     return np.ones(site.machine.size, np.bool_) if mask is True else mask
 
 
+# ---- fences ----------------------------------------------------------------------------------------------------------
+def proxy_fence(site: Site) -> Action:
+    """``fence.proxy.async``: the async proxy sees what was written to shared memory. Other proxies are not modelled."""
+    proxies = site.machine.proxies
+    if proxies is None or not site.has("async") or site.has("global"):
+        return nothing(site)
+    return lambda mask: proxies.fence(_all(site, mask))
+
+
 # ---- nothing to do ---------------------------------------------------------------------------------------------------
 def nothing(site: Site) -> Action:
     """Fences, prefetches, hints: memory is sequentially consistent here, and there is no cache."""

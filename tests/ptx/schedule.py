@@ -5,7 +5,8 @@ a random number of instructions, some of them split: the threads of a warp need 
 starves: in each block the warp of the highest priority goes on until it waits, so warps run as far ahead of each other
 as barriers let them.
 
-Each schedule carries its random numbers, also those that decide when an asynchronous copy arrives.
+Each schedule carries its random numbers, also those that decide when what is asynchronous is done: ``eager`` is the
+share that is done at once, all else is done as late as allowed. With 0 and 1 there is nothing random in it.
 """
 
 from __future__ import annotations
@@ -23,13 +24,17 @@ Chosen = tuple[NDArray[np.bool_], int]
 
 
 class Lockstep:
-    """All threads that can go on do; asynchronous copies arrive at once or as late as allowed, by chance."""
+    """All threads that can go on do; what is asynchronous is done at once or as late as allowed, by chance."""
 
-    def __init__(self, seed: int = 0):
-        self.rng = np.random.default_rng(seed)
+    def __init__(self, seed: int = 0, eager: float = 0.5):
+        self.rng, self.eager = np.random.default_rng(seed), eager
 
     def __repr__(self) -> str:
         return type(self).__name__
+
+    def is_eager(self) -> bool:
+        """Whether the next asynchronous instruction is done at once."""
+        return bool(self.rng.random() < self.eager)
 
     def choose(self, machine: Machine) -> Chosen:
         """Lanes that may go on (at least one, all of them runnable), and for how many instructions at most."""
@@ -39,8 +44,8 @@ class Lockstep:
 class Random(Lockstep):
     """A random half of the warps for a random number of instructions."""
 
-    def __init__(self, seed: int = 0, mean: int = 24, split: float = 0.1):
-        super().__init__(seed)
+    def __init__(self, seed: int = 0, mean: int = 24, split: float = 0.1, eager: float = 0.5):
+        super().__init__(seed, eager)
         self.seed, self.mean, self.split = seed, mean, split
 
     def __repr__(self) -> str:
@@ -62,8 +67,8 @@ class Random(Lockstep):
 class Priority(Lockstep):
     """In each block the runnable warp of the highest priority; a warp that runs for long falls behind."""
 
-    def __init__(self, seed: int = 0, patience: int = 3000):
-        super().__init__(seed)
+    def __init__(self, seed: int = 0, patience: int = 3000, eager: float = 0.5):
+        super().__init__(seed, eager)
         self.seed, self.patience = seed, patience
         self.order = np.zeros(0)
         self.ran = np.zeros(0, np.int64)

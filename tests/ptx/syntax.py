@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -68,6 +69,22 @@ class Negated:
 
 
 Operand: TypeAlias = Register | Symbol | Immediate | Address | Vector | Pair | Negated
+
+
+def registers_in(operand: Operand) -> Iterator[str]:
+    """Names of the registers that an operand mentions."""
+    if isinstance(operand, Register):
+        yield operand.name
+    elif isinstance(operand, Vector):
+        for item in operand.items:
+            yield from registers_in(item)
+    elif isinstance(operand, Pair):
+        yield from registers_in(operand.first)
+        yield from registers_in(operand.second)
+    elif isinstance(operand, Negated):
+        yield operand.register.name
+    elif isinstance(operand, Address):
+        yield from registers_in(operand.base)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """The table of instructions: all the interpreter knows, and how each may be written.
 
-A word that is not in the entry of its instruction is refused when the kernel is linked, executed or not. Where a
-modifier only hints (caches, memory ordering: memory is sequentially consistent here) it is in the list and ignored.
+A name is an opcode, or an opcode with its first modifier where that makes another instruction of it. A word that is not
+in the entry of its instruction is refused when the kernel is linked, executed or not. Where a modifier only hints
+(caches, memory ordering: memory is sequentially consistent here) it is in the list and ignored.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from . import arithmetic, control, conversion, logic, matrix, moving, warp
+from . import arithmetic, control, conversion, logic, matrix, moving, warp, warpgroup
 from .arithmetic import elementwise
 from .rule import Rule, rule
 
@@ -107,7 +108,8 @@ TABLE: dict[str, Rule] = {
     "createpolicy": rule(moving.createpolicy, (2, 3), "b64", f"fractional {CACHE}"),
     # nothing to do
     "membar": rule(moving.nothing, 0, "", f"{ORDER} gl"),
-    "fence": rule(moving.nothing, 0, "", f"{ORDER} proxy async alias"),
+    "fence": rule(moving.nothing, 0, "", ORDER),
+    "fence.proxy": rule(moving.proxy_fence, 0, "", "proxy async alias global shared::cta shared::cluster"),
     "prefetch": rule(moving.nothing, 1, "", f"{SPACES} L1 L2 L2::evict_last L2::evict_normal"),
     "nanosleep": rule(moving.nothing, 1, "u32"),
     # warps
@@ -119,6 +121,9 @@ TABLE: dict[str, Rule] = {
     "ldmatrix": rule(
         matrix.ldmatrix, 2, "b16", "sync aligned m8n8 x1 x2 x4 trans shared shared::cta", members=warp.whole_warp
     ),
+    "stmatrix": rule(
+        matrix.stmatrix, 2, "b16", "sync aligned m8n8 x1 x2 x4 trans shared shared::cta", members=warp.whole_warp
+    ),
     "mma": rule(
         matrix.mma,
         4,
@@ -126,6 +131,17 @@ TABLE: dict[str, Rule] = {
         "sync aligned m16n8k16 m16n8k8 m16n8k4 m8n8k4 row col",
         members=warp.whole_warp,
     ),
+    # warpgroups
+    "wgmma.mma_async": rule(
+        warpgroup.mma_async,
+        (6, 8),
+        "f32 f16 bf16 tf32",
+        f"mma_async sync aligned {warpgroup.SHAPES}",
+        members=warp.whole_warp,
+    ),
+    "wgmma.fence": rule(warpgroup.fence, 0, "", "fence sync aligned", members=warp.whole_warp),
+    "wgmma.commit_group": rule(warpgroup.commit_group, 0, "", "commit_group sync aligned", members=warp.whole_warp),
+    "wgmma.wait_group": rule(warpgroup.wait_group, 1, "", "wait_group sync aligned", members=warp.whole_warp),
     # control
     "bra": rule(control.bra, 1, "", "uni", plain=False),
     "brx": rule(control.brx, 2, "", "idx uni", plain=False),

@@ -26,6 +26,7 @@ from .arguments import Pointer
 from .schedule import WARP, Lockstep
 
 Patch = Callable[[str], str]
+ARCHITECTURE = 80
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Launched:
     executed: int
 
     def count(self, pattern: str) -> int:
-        """How often an instruction like ``mma.sync`` stands in the PTX."""
-        return len(re.findall(rf"^\s*(?:@\S+\s+)?{re.escape(pattern)}", self.ptx, re.M))
+        """How often an instruction like ``mma.sync`` stands in the PTX; ``*`` stands for any one modifier."""
+        name = re.escape(pattern).replace(r"\*", r"\w+")
+        return len(re.findall(rf"^\s*(?:@\S+\s+)?{name}", self.ptx, re.M))
 
 
 class AbsentGpu(DriverBase):
@@ -81,14 +83,14 @@ def bytes_of(tensor: torch.Tensor) -> Pointer:
 
 @contextlib.contextmanager
 def running(
-    schedule: Callable[[], Lockstep] = Lockstep, patch: Patch | None = None, architecture: int = 80
+    schedule: Callable[[], Lockstep] = Lockstep, patch: Patch | None = None, architecture: int | None = None
 ) -> Iterator[list[Launched]]:
     """Inside, launches of Triton kernels run in the interpreter.
 
     Args:
         schedule: makes the schedule of each launch.
         patch: changes the PTX before it runs, to plant a bug.
-        architecture: what is compiled for; only what ``table.py`` knows can run.
+        architecture: what is compiled for, ``ARCHITECTURE`` unless given; only what ``table.py`` knows can run.
     """
     launches: list[Launched] = []
     loaded: dict[str, launch.Kernels] = {}
@@ -110,7 +112,7 @@ def running(
         return kernel
 
     before = driver._active, driver._default
-    driver.set_active(AbsentGpu(architecture))
+    driver.set_active(AbsentGpu(architecture or ARCHITECTURE))
     JITFunction.run = run
     try:
         yield launches

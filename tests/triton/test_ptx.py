@@ -1,4 +1,4 @@
-"""Execution of the emitted PTX: the Triton kernels as compiled for sm_80, whole losses with their gradients.
+"""Execution of the emitted PTX: the Triton kernels as compiled for sm_80 and sm_90, whole losses with their gradients.
 
 Launches are the product's own, on CPU tensors; Triton compiles them, and ``tests/ptx`` interprets what came out. The
 yardstick and the tolerance are those of ``testing.py``; for TF32 products, of the eager form with TF32 products.
@@ -7,11 +7,6 @@ yardstick and the tolerance are those of ``testing.py``; for TF32 products, of t
 from __future__ import annotations
 
 import importlib
-import os
-import pkgutil
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -19,100 +14,34 @@ import torch
 
 import cacr_kernels
 from cacr_kernels import testing
-from cacr_kernels.backends.precision import VARIABLE
-from cacr_kernels.testing import Case, Result
-from tests import agreement, ptx
-from tests.ptx import triton_ptx
-from tests.ptx.tf32 import TF32Products
+from cacr_kernels.testing import Case
+from tests import agreement
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from triton.runtime.jit import JITFunction
+from tests.ptx import triton_ptx
 
-pytestmark = pytest.mark.exhaustive
-
-KERNELS = importlib.import_module("cacr_kernels.backends.triton.kernels")
-PRECISIONS = {
-    "bf16": (torch.bfloat16, "none", "mma.sync.aligned.m16n8k16.row.col.f32.bf16"),
-    "fp16": (torch.float16, "none", "mma.sync.aligned.m16n8k16.row.col.f32.f16"),
-    "tf32": (torch.float32, "tf32", "mma.sync.aligned.m16n8k8.row.col.f32.tf32"),
-    "tf32x3": (torch.float32, "none", "mma.sync.aligned.m16n8k8.row.col.f32.tf32"),
-    "ieee": (torch.float32, "ieee", "fma.rn.f32"),
-    "fp64": (torch.float64, "none", "mma.sync.aligned.m8n8k4.row.col.f64"),
-}
-TAUS = {"tau_pos": 2.0, "tau_neg": 5.0}
-FUSED = Case("cacr_loss", {"V": 2, "B": 67, "D": 33}, TAUS)
-CASES = (
-    FUSED,
-    Case("cacr_loss", {"V": 3, "B": 23, "D": 13}, TAUS | {"pairing": "pooled", "cost": "rbf"}),
-    Case("cacr_queue_loss", {"V": 2, "B": 9, "D": 19, "K": 67}, TAUS | {"weight_grad": "full"}),
-    Case("supervised_cacr_loss", {"B": 37, "D": 17, "C": 5, "M": 601}, TAUS, data="near-equal"),
-    Case(
-        "cacr_momentum_loss", {"V": 2, "B": 21, "D": 7, "M": 70}, {"cost": "rbf", "temperature": 0.2, "key_offset": 3}
-    ),
+from .ptx_cases import (
+    CASES,
+    NARROW,
+    NORMALIZED,
+    PRECISIONS,
+    SIZES,
+    TAUS,
+    WIDE,
+    Target,
+    compared,
+    jit_functions,
+    multiplications,
+    of_size,
+    wrong,
 )
-UNIT = TAUS | {"normalize": True}
-NORMALIZED = (
-    Case("cacr_loss", {"V": 2, "B": 35, "D": 33}, UNIT),
-    Case("cacr_queue_loss", {"V": 2, "B": 9, "D": 19, "K": 67}, UNIT),
-    Case("supervised_cacr_loss", {"B": 37, "D": 17, "C": 5}, UNIT, data="near-equal"),
-)
-WIDE = Case("cacr_loss", {"V": 2, "B": 19, "D": 601}, TAUS | {"reduction": "none"})
-NARROW = Case("cacr_loss", {"V": 2, "B": 131, "D": 1}, TAUS, data="long")
 
-
-def jit_functions() -> dict[str, JITFunction]:
-    """Every function of the kernels by its name."""
-    modules = [importlib.import_module(f"{KERNELS.__name__}.{m.name}") for m in pkgutil.iter_modules(KERNELS.__path__)]
-    return {x.__name__: x for module in modules for x in vars(module).values() if isinstance(x, JITFunction)}
-
-
-@pytest.fixture(autouse=True)
-def sm_80(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU tensors count as those of an sm_80 GPU."""
-    table = importlib.import_module("cacr_kernels.backends.triton.table")
-    backends = importlib.import_module("cacr_kernels.backends.table")
-    usable = [b._replace(why_not=lambda device: None) if b.name == "triton" else b for b in backends.TABLE]
-    monkeypatch.setattr(backends, "TABLE", tuple(usable))
-    for name in ("pairs", "contrast", "detached_keys", "cacr"):
-        module = importlib.import_module(f"cacr_kernels.backends.triton.{name}")
-        monkeypatch.setattr(module, "processor_of", lambda device: table.Processor("sm_80", 108), raising=False)
-
-
-def tf32_yardstick(eager: list[dict[str, float]]) -> dict[str, float]:
-    """The worst of all draws; distant positives are products in the kernels only: numbers share one."""
-    worst = {name: max(errors[name] for errors in eager) for name in eager[0]}
-    numbers = {name: error for name, error in worst.items() if name == "loss" or name in testing.TEMPERATURES}
-    return worst | dict.fromkeys(numbers, max(numbers.values()))
-
-
-def compared(case: Case, precision: str) -> list[Result]:
-    """Error, yardstick and tolerance of the loss and its gradients."""
-    if precision == "tf32" and case.data == "near-equal":
-        case = case._replace(data="unit")  # derivatives by tau_pos would be what TF32 leaves of tiny costs
-    dtype, setting, _ = PRECISIONS[precision]
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = setting
-    os.environ[VARIABLE] = str(int(precision == "tf32x3"))
-    try:
-        expected = testing.expect(case, dtype, count=1)
-        if precision != "tf32":
-            results = testing.measure(case, expected, "triton", dtype)
-            return testing.compare(case, "triton", dtype) if wrong(results) else results
-        with TF32Products():
-            eager = [draw.errors(testing.eager_quantities(case, draw.inputs, dtype)) for draw in expected.draws]
-        return testing.measure(case, expected._replace(yardstick=tf32_yardstick(eager)), "triton", dtype)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-        del os.environ[VARIABLE]
-
-
-def wrong(results: list[Result]) -> list[Result]:
-    return [result for result in results if not result.ok]
+pytestmark = [pytest.mark.exhaustive, pytest.mark.usefixtures("target")]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
-def test_every_kernel(precision: str) -> None:
+def test_every_kernel(precision: str, target: Target) -> None:
     """All kernels run, on tensor cores where there are products, and all results are right."""
     launched: set[str] = set()
     multiplied: set[str] = set()
@@ -120,9 +49,22 @@ def test_every_kernel(precision: str) -> None:
         with triton_ptx.running() as launches:
             assert not wrong(compared(case, precision)), case.name
         launched |= {launch.name for launch in launches}
-        multiplied |= {launch.name for launch in launches if launch.count(PRECISIONS[precision][2])}
+        multiplied |= {launch.name for launch in launches if launch.count(target.products[precision])}
     elsewhere = {"numbers_kernel"}  # only where tensors are on a GPU: tested below
     assert launched | elsewhere == {name for name in jit_functions() if name.endswith("_kernel")}
+    assert {"statistics_kernel", "gradient_kernel", "detached_keys_kernel"} <= multiplied
+
+
+@pytest.mark.parametrize("D", SIZES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+def test_tiles_of_every_size(precision: str, D: int, target: Target) -> None:
+    """Every sweep with every product and every entry of the launch table that has all features in its chunks."""
+    multiplied: set[str] = set()
+    for case in of_size(D):
+        with triton_ptx.running() as launches:
+            assert not wrong(compared(case, precision)), case
+        multiplied |= {launch.name for launch in launches if launch.count(target.products[precision])}
     assert {"statistics_kernel", "gradient_kernel", "detached_keys_kernel"} <= multiplied
 
 
@@ -130,23 +72,23 @@ def test_every_kernel(precision: str) -> None:
     ("case", "precision"),
     [(CASES[0], "tf32x3"), (CASES[3], "ieee"), (CASES[2], "fp64"), (WIDE, "bf16"), (NARROW, "fp16")],
 )
-def test_other_products_and_widths(case: Case, precision: str) -> None:
+def test_other_products_and_widths(case: Case, precision: str, target: Target) -> None:
     """The remaining ways to form products; more features than a tile holds, and one."""
     with triton_ptx.running() as launches:
         assert not wrong(compared(case, precision))
-    assert sum(launch.count(PRECISIONS[precision][2]) for launch in launches)
+    assert sum(launch.count(target.products[precision]) for launch in launches)
 
 
 @pytest.mark.parametrize(("case", "precision"), list(zip(NORMALIZED, ("fp16", "bf16", "bf16"), strict=True)))
-def test_unit_rows_of_half_types(case: Case, precision: str) -> None:
+def test_unit_rows_of_half_types(case: Case, precision: str, target: Target) -> None:
     """They are multiplied as they are: every product is one of half types, on tensor cores."""
     with triton_ptx.running() as launches:
         assert not wrong(compared(case, precision))
-    products = [launch for launch in launches if launch.count("mma.sync")]
+    products = [launch for launch in launches if multiplications(launch)]
     sweeps = {"statistics_kernel", "gradient_kernel", "detached_keys_kernel"}
     assert {launch.name for launch in launches} & sweeps == {launch.name for launch in products}
     for launch in products:
-        assert launch.count("mma.sync") == launch.count(PRECISIONS[precision][2]), launch.name
+        assert multiplications(launch) == launch.count(target.products[precision]), launch.name
 
 
 @pytest.mark.parametrize("precision", ["ieee", "fp64"])
@@ -313,90 +255,3 @@ def test_logits_out_of_range_show() -> None:
         with triton_ptx.running():
             loss = cacr_kernels.cacr_loss(length * unit(2, 5, 4), tau_neg=0.0, backend="triton")
         assert bool(loss.isnan()) == (length > 2**31)
-
-
-def right(schedule: Callable[[int], ptx.Lockstep], patch: triton_ptx.Patch | None = None) -> bool:
-    """Whether one draw of one case in bfloat16 is right."""
-    seeds, expected = iter(range(1000)), testing.expect(FUSED, torch.bfloat16, count=1)
-    with triton_ptx.running(lambda: schedule(next(seeds)), patch):
-        return not wrong(testing.measure(FUSED, expected, "triton", torch.bfloat16))
-
-
-@pytest.mark.parametrize("schedule", [ptx.Random, ptx.Priority])
-def test_hostile_schedules(schedule: Callable[[int], ptx.Lockstep]) -> None:
-    """Whichever warp is ahead: no barrier and no wait for a copy is missing."""
-    assert right(schedule)
-
-
-# ---- planted bugs ----------------------------------------------------------------------------------------------------
-@contextmanager
-def edited(name: str, before: str, after: str) -> Iterator[None]:
-    """A Triton function with another source; whatever was compiled is forgotten, before and afterwards."""
-    functions = jit_functions()
-    source = functions[name].src
-    assert source.count(before) == 1, f"{name} does not have {before!r} once"
-
-    def forget() -> None:
-        for function in functions.values():
-            function.hash = None
-            function.device_caches.clear()
-
-    functions[name]._unsafe_update_src(source.replace(before, after))
-    forget()
-    try:
-        yield
-    finally:
-        functions[name]._unsafe_update_src(source)
-        forget()
-
-
-def found(patch: triton_ptx.Patch | None = None) -> bool:
-    """Whether the interpreter refuses what a kernel does, or a result is wrong."""
-    try:
-        return not right(ptx.Priority, patch)
-    except ptx.PtxError:
-        return True
-
-
-@pytest.mark.parametrize(
-    ("function", "before", "after"),
-    [
-        pytest.param(
-            "statistics_kernel",
-            "columns < M, key_bias(keys.norm, first",
-            "columns <= M, key_bias(keys.norm, first",
-            id="mask",
-        ),
-        pytest.param("load_rows", "r[:, None] < count - first", "r[:, None] < count - first + 1", id="mask of a load"),
-        pytest.param("logits", "x.id[:, None] != y.id[None, :], v", "x.id[:, None] == x.id[:, None], v", id="diagonal"),
-        pytest.param("load_rows", "tile + r[:, None] * D", "tile + r[:, None] * (D - 1)", id="stride"),
-        pytest.param(
-            "statistics_kernel", "out + 2 * stride, sum_ez0", "out + 2 * stride - 1, sum_ez0", id="place of a result"
-        ),
-    ],
-)
-def test_bugs_in_the_source_are_found(function: str, before: str, after: str) -> None:
-    with edited(function, before, after):
-        assert found()
-
-
-MMA = re.compile(r"(mma\.sync\S+ \{[^}]*\}, )\{([^},]*),([^},]*),([^},]*),([^}]*)\}")
-BUGS = {
-    "operand": lambda text: MMA.sub(r"\1{\2,\4,\3,\5}", text),
-    "wait": lambda text: re.sub(r"cp\.async\.wait_group\s+\d+", "cp.async.wait_group 7", text),
-    "barrier": lambda text: re.sub(r"bar\.sync\s+0;", "", text),
-    "lane": lambda text: re.sub(r"(shfl\.sync\.bfly\.b32\s+[^,]*,[^,]*,) 1,", r"\1 3,", text),
-}
-
-
-@pytest.mark.parametrize("bug", BUGS)
-def test_bugs_in_the_ptx_are_found(bug: str) -> None:
-    """Swapped operands of the products, missing waits and barriers, a shuffle with the wrong lane."""
-    changed: list[bool] = []
-
-    def patch(text: str) -> str:
-        changed.append(BUGS[bug](text) != text)
-        return BUGS[bug](text)
-
-    assert found(patch)
-    assert any(changed)

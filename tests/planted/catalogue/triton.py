@@ -14,7 +14,7 @@ DETACHED_KEYS = "tests/triton/interpreted/test_operators.py -k detached_keys"
 OF_REPULSION = "tests/triton/interpreted/test_operators.py -k repulsion"
 TUNING = "tests/triton/test_tuning.py"
 NORMALIZE = "tests/triton/interpreted/test_normalize.py"
-PTX = "tests/triton/test_ptx.py -k 'numbers or planted or found'"
+PTX = "tests/triton/test_ptx.py tests/triton/test_ptx_bugs.py -k 'numbers or found'"
 
 FAULTS = (
     Fault(
