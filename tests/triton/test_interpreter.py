@@ -30,6 +30,7 @@ VECTORS = "triton and not weights and {}(views_00 or views_03 or rbf_01 or queue
 SUITES = {
     "operators": ["interpreted/test_operators.py"],
     "normalize": ["interpreted/test_normalize.py"],
+    "blocks": ["interpreted/test_blocks.py"],
     "losses": ["interpreted/test_losses.py"],
     "processes": ["interpreted/test_processes.py"],
     "tuning": ["interpreted/test_candidates.py"],

@@ -89,7 +89,7 @@ def _row(*entries: tuple[int, ...]) -> tuple[Tile, ...]:
 # rows: 16 (8 in float64) for each, or they would compute the same twice.
 ONE_SOFTMAX: dict[str, dict[Precision, tuple[Tile, ...]]] = {
     "statistics": {
-        "half": _row((128, 64, 64, 8, 2, 0), (128, 64, 128, 8, 2, 0), (64, 64, 64, 4, 3, 0), (64, 64, 64, 4, 3, 0)),
+        "half": _row((128, 64, 64, 8, 2, 0), (128, 64, 128, 8, 2, 0), *[(128, 64, 64, 8, 2, 0)] * 2),
         "tf32": _row((64, 64, 64, 4, 2, 0), (64, 64, 32, 4, 3, 0), (64, 64, 32, 4, 3, 0), (64, 64, 32, 4, 3, 0)),
         "tf32x3": _row((64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0)),
         "ieee": _row((64, 32, 32, 8, 2, 0), (64, 32, 32, 8, 2, 0), (64, 32, 32, 8, 2, 0), (64, 32, 32, 8, 2, 0)),
@@ -104,6 +104,9 @@ ONE_SOFTMAX: dict[str, dict[Precision, tuple[Tile, ...]]] = {
         "ieee": _row(*[(32, 16, 32, 8, 2, 64)] * 4),
         "fp64": _row(*[(64, 32, 32, 8, 2, 32)] * 4),
     },
+    # Gradients of half types with more features than BLOCK_OUT: coefficients, and products with them.
+    "blocks": {"half": _row(*[(128, 64, 64, 8, 2, 0)] * 4)},
+    "products": {"half": _row(*[(128, 64, 128, 8, 3, 128)] * 4)},
     "detached_keys": {
         "half": _row((64, 32, 64, 4, 2, 64), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128)),
         "tf32": _row((64, 32, 64, 4, 2, 64), (64, 16, 32, 4, 2, 128), (64, 16, 32, 4, 2, 128), (64, 16, 32, 4, 2, 128)),
@@ -112,8 +115,9 @@ ONE_SOFTMAX: dict[str, dict[Precision, tuple[Tile, ...]]] = {
         "fp64": _row((32, 32, 32, 4, 2, 32), (32, 32, 32, 4, 2, 32), (32, 32, 32, 4, 2, 32), (32, 32, 32, 4, 2, 32)),
     },
 }
-# Two softmaxes, and the second accumulator of detached keys, take more registers.
+# Two softmaxes, the second accumulator of detached keys, and moments beside blocks take more registers.
 TWO_SOFTMAXES: dict[str, dict[Precision, tuple[Tile, ...]]] = {
+    "blocks": {"half": _row(*[(128, 32, 64, 8, 2, 0)] * 4)},
     "statistics": {
         "half": _row((64, 32, 64, 4, 2, 0), (64, 32, 128, 4, 2, 0), (64, 32, 64, 4, 2, 0), (64, 32, 64, 4, 2, 0)),
         "tf32": _row((64, 32, 64, 4, 2, 0), (64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0)),
@@ -145,6 +149,11 @@ SM_80: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (True, "gradient", "tf32"): _row(*[(128, 16, 32, 8, 2, 64)] * 4),
 }
 SM_90: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
+    (False, "statistics", "half"): _row(
+        (128, 64, 64, 8, 2, 0), (64, 128, 128, 4, 2, 0), (128, 128, 64, 8, 2, 0), (128, 128, 64, 8, 2, 0)
+    ),
+    (False, "gradient", "half"): _row((64, 32, 64, 4, 2, 64), *[(128, 64, 128, 8, 2, 128)] * 3),
+    (False, "blocks", "half"): _row(*[(128, 128, 64, 8, 2, 0)] * 4),
     (False, "gradient", "ieee"): _row(*[(32, 16, 32, 8, 3, 64)] * 4),
     (False, "detached_keys", "fp64"): _row(*[(64, 16, 32, 4, 2, 32)] * 4),
     (True, "detached_keys", "ieee"): _row((32, 32, 64, 8, 2, 64), *[(32, 32, 32, 8, 1, 64)] * 3),
@@ -178,20 +187,23 @@ SM_120: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
 BY_FAMILY = {"sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_100, "sm_120": SM_120}
 
 
+def has_blocks(family: str, precision: Precision) -> bool:
+    """Whether there are entries for gradients by blocks; the interpreter has one entry for everything."""
+    return family == "interpreter" or precision in ONE_SOFTMAX["blocks"]
+
+
 def tile_of(family: str, kernel: str, precision: Precision, D: int, two: bool) -> Tile:
     """The configuration of ``kernel``, cut down to the features there are; ``two`` softmaxes or accumulators."""
     if family == "interpreter":
         entry = Tile(32, 32, 64, 4, 2, 64)
     else:
-        rows = (
-            TWO_SOFTMAXES[kernel].get(precision, ONE_SOFTMAX[kernel][precision])
-            if two
-            else ONE_SOFTMAX[kernel][precision]
-        )
+        rows = ONE_SOFTMAX[kernel][precision]
+        if two:
+            rows = TWO_SOFTMAXES.get(kernel, {}).get(precision, rows)
         rows = BY_FAMILY.get(family, {}).get((two, kernel, precision), rows)
         entry = rows[CLASSES.index(class_of(D))]
         if family in ("cdna3", "cdna"):  # its waves take 32 rows each, and without a second product 32 columns of them
-            columns = entry.block_n // 32 if kernel == "statistics" else 1
+            columns = entry.block_n // 32 if kernel in ("statistics", "blocks", "products") else 1
             entry = entry._replace(num_warps=max(1, min(8, entry.block_m // 32 * columns)))
     features = max(16, 1 << max(0, D - 1).bit_length())
     return entry._replace(block_d=min(entry.block_d, features), block_out=min(entry.block_out, features))
