@@ -189,6 +189,20 @@ def test_tiles_fit_the_features() -> None:
                 assert kernel == "statistics" or tile.chunks(D) > 1 or tile.block_out == tile.block_d >= D
 
 
+def test_tiles_of_blocks_fill_them() -> None:
+    """Whole tiles of both kernels, and programs of whole tiles."""
+    pytest.importorskip("triton", reason="needs Triton")
+    from cacr_kernels.backends.triton import blocks
+
+    for family, two, D in itertools.product(
+        ("sm_80", "sm_90", "sm_100", "sm_120", "cdna3"), (False, True), (129, 1031)
+    ):
+        fill, product = (table.tile_of(family, kernel, "half", D, two) for kernel in ("blocks", "products"))
+        sizes = fill.block_m, fill.block_n, product.block_m, product.block_n
+        assert all(blocks.SIDE % size == 0 and max(sizes) % size == 0 for size in sizes)
+        assert blocks.SPAN % fill.block_n == 0
+
+
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 def test_other_products_compile_again() -> None:

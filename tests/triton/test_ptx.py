@@ -121,7 +121,8 @@ def test_every_kernel(precision: str) -> None:
             assert not wrong(compared(case, precision)), case.name
         launched |= {launch.name for launch in launches}
         multiplied |= {launch.name for launch in launches if launch.count(PRECISIONS[precision][2])}
-    elsewhere = {"numbers_kernel"}  # only where tensors are on a GPU: tested below
+    # Only where tensors are on a GPU, and only with many features: tested below.
+    elsewhere = {"numbers_kernel", "scale_kernel", "block_kernel", "product_kernel"}
     assert launched | elsewhere == {name for name in jit_functions() if name.endswith("_kernel")}
     assert {"statistics_kernel", "gradient_kernel", "detached_keys_kernel"} <= multiplied
 
@@ -147,6 +148,17 @@ def test_unit_rows_of_half_types(case: Case, precision: str) -> None:
     assert {launch.name for launch in launches} & sweeps == {launch.name for launch in products}
     for launch in products:
         assert launch.count("mma.sync") == launch.count(PRECISIONS[precision][2]), launch.name
+
+
+@pytest.mark.parametrize(("precision", "normalize"), [("bf16", True), ("fp16", True), ("fp16", False)])
+def test_gradients_by_blocks(precision: str, normalize: bool) -> None:
+    """Of more features than a program of ``gradient_kernel`` writes; every product is one of half types."""
+    case = Case("cacr_loss", {"V": 2, "B": 35, "D": 131}, TAUS | {"normalize": normalize})
+    with triton_ptx.running() as launches:
+        assert not wrong(compared(case, precision))
+    products = {launch.name for launch in launches if launch.count(PRECISIONS[precision][2])}
+    assert products == {"statistics_kernel", "block_kernel", "product_kernel"}
+    assert any(launch.name == "scale_kernel" for launch in launches) == (precision == "fp16")
 
 
 @pytest.mark.parametrize("precision", ["ieee", "fp64"])

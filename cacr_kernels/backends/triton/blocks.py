@@ -1,7 +1,7 @@
 """Gradients of rows with more features than a program of ``gradient_kernel`` writes: by blocks of stored coefficients.
 
-A block has the coefficients of at most SIDE queries and SIDE keys, or of several pairs of sets where all of them fit. It
-is filled from similarities that are formed once, added to the gradients of its queries and of its keys by two matrix
+A block has the coefficients of at most SIDE queries and SIDE keys, or of several pairs of sets where all of them fit.
+It is filled from similarities that are formed once, added to the gradients of its queries and of its keys by two matrix
 products, and overwritten by the next one. So statistics and gradients take 4U (U = 2 P N M D), and the order in which
 blocks are added is fixed. What it costs is the way of a block through memory, and the workspace.
 """
@@ -58,8 +58,7 @@ class Side(NamedTuple):
 
 def pay(pairs: SetPairs) -> bool:
     """Whether gradients take this way: where the other one would form a similarity more than once a side."""
-    has_tiles = has_blocks(pairs.processor.family, pairs.precision)
-    return has_tiles and pairs.D > pairs.tile("gradient").block_out
+    return has_blocks(pairs.precision) and pairs.tile("gradient").block_out < pairs.D
 
 
 def gradients_by_blocks(
@@ -123,14 +122,10 @@ def workspace(pairs: SetPairs, largest: Block, splits: int, tiles: int) -> Works
     one, sums = largest.pairs, not (pairs.normalize or pairs.inner_product)
     row_sums = pairs.empty(splits * one * largest.height if sums else 0)
     column_sums = pairs.empty(tiles * one * largest.width if sums else 0)
-    return Workspace(
-        pairs.q.new_empty(one * largest.height * largest.width), row_sums, column_sums, pairs.empty(1)
-    )
+    return Workspace(pairs.q.new_empty(one * largest.height * largest.width), row_sums, column_sums, pairs.empty(1))
 
 
-def fill(
-    pairs: SetPairs, tile: Tile, block: Block, space: Workspace, rows: Tensor, moment: Tensor, split: int
-) -> None:
+def fill(pairs: SetPairs, tile: Tile, block: Block, space: Workspace, rows: Tensor, moment: Tensor, split: int) -> None:
     """Writes the coefficients of a block, and adds to the moments where ``moment`` has rows of its own."""
     grid = block.height // tile.block_m * block.pairs, cdiv(block.width, split)
     sizes = pairs.N, pairs.M, pairs.D, pairs.P, *block[:3], *block[4:], split

@@ -104,9 +104,6 @@ ONE_SOFTMAX: dict[str, dict[Precision, tuple[Tile, ...]]] = {
         "ieee": _row(*[(32, 16, 32, 8, 2, 64)] * 4),
         "fp64": _row(*[(64, 32, 32, 8, 2, 32)] * 4),
     },
-    # Gradients of half types with more features than BLOCK_OUT: coefficients, and products with them.
-    "blocks": {"half": _row(*[(128, 64, 64, 8, 2, 0)] * 4)},
-    "products": {"half": _row(*[(128, 64, 128, 8, 3, 128)] * 4)},
     "detached_keys": {
         "half": _row((64, 32, 64, 4, 2, 64), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128)),
         "tf32": _row((64, 32, 64, 4, 2, 64), (64, 16, 32, 4, 2, 128), (64, 16, 32, 4, 2, 128), (64, 16, 32, 4, 2, 128)),
@@ -115,9 +112,8 @@ ONE_SOFTMAX: dict[str, dict[Precision, tuple[Tile, ...]]] = {
         "fp64": _row((32, 32, 32, 4, 2, 32), (32, 32, 32, 4, 2, 32), (32, 32, 32, 4, 2, 32), (32, 32, 32, 4, 2, 32)),
     },
 }
-# Two softmaxes, the second accumulator of detached keys, and moments beside blocks take more registers.
+# Two softmaxes, and the second accumulator of detached keys, take more registers.
 TWO_SOFTMAXES: dict[str, dict[Precision, tuple[Tile, ...]]] = {
-    "blocks": {"half": _row(*[(128, 32, 64, 8, 2, 0)] * 4)},
     "statistics": {
         "half": _row((64, 32, 64, 4, 2, 0), (64, 32, 128, 4, 2, 0), (64, 32, 64, 4, 2, 0), (64, 32, 64, 4, 2, 0)),
         "tf32": _row((64, 32, 64, 4, 2, 0), (64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0)),
@@ -136,6 +132,14 @@ TWO_SOFTMAXES: dict[str, dict[Precision, tuple[Tile, ...]]] = {
         "tf32": _row((64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64), (64, 16, 32, 4, 2, 64)),
         "tf32x3": _row((64, 16, 32, 4, 2, 32), (64, 16, 32, 4, 2, 32), (64, 16, 32, 4, 2, 32), (64, 16, 32, 4, 2, 32)),
     },
+}
+
+# Gradients by blocks (blocks.py): coefficients, without and with a second softmax or moments, and products with them.
+BY_BLOCKS: dict[tuple[bool, str], dict[Precision, tuple[Tile, ...]]] = {
+    (False, "blocks"): {"half": _row(*[(128, 64, 64, 8, 2, 0)] * 4)},
+    (True, "blocks"): {"half": _row(*[(128, 32, 64, 8, 2, 0)] * 4)},
+    (False, "products"): {"half": _row(*[(128, 64, 128, 8, 3, 128)] * 4)},
+    (True, "products"): {"half": _row(*[(128, 64, 128, 8, 3, 128)] * 4)},
 }
 
 # Entries of one family, where it spills with those above: by whether there are two softmaxes or accumulators, by kernel
@@ -187,9 +191,9 @@ SM_120: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
 BY_FAMILY = {"sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_100, "sm_120": SM_120}
 
 
-def has_blocks(family: str, precision: Precision) -> bool:
-    """Whether there are entries for gradients by blocks; the interpreter has one entry for everything."""
-    return family == "interpreter" or precision in ONE_SOFTMAX["blocks"]
+def has_blocks(precision: Precision) -> bool:
+    """Whether there are entries for gradients by blocks."""
+    return precision in BY_BLOCKS[False, "blocks"]
 
 
 def tile_of(family: str, kernel: str, precision: Precision, D: int, two: bool) -> Tile:
@@ -197,7 +201,7 @@ def tile_of(family: str, kernel: str, precision: Precision, D: int, two: bool) -
     if family == "interpreter":
         entry = Tile(32, 32, 64, 4, 2, 64)
     else:
-        rows = ONE_SOFTMAX[kernel][precision]
+        rows = BY_BLOCKS[two, kernel][precision] if kernel in ("blocks", "products") else ONE_SOFTMAX[kernel][precision]
         if two:
             rows = TWO_SOFTMAXES.get(kernel, {}).get(precision, rows)
         rows = BY_FAMILY.get(family, {}).get((two, kernel, precision), rows)

@@ -6,7 +6,8 @@ gradient.py keeps g in registers, and has room there for the sums of BLOCK_OUT f
 similarity again for every BLOCK_OUT. Here ``block_kernel`` forms it once, for the queries and the keys, and rounds g
 once to the type of the embeddings; ``product_kernel`` is a matrix product.
 
-With NORMALIZE the block holds g_ij r_i r_j, which serves both sides: sum_j g_ij r_j k_j = 1 / r_i sum_j (g_ij r_i r_j) k_j.
+With NORMALIZE the block holds g_ij r_i r_j, which serves both sides: sum_j g_ij r_j k_j is 1 / r_i times the product
+of a row with k_j, and likewise for a column.
 
 A block is padded with zeros to whole tiles. So its loads need no masks, which would have to be known to be aligned.
 """
@@ -215,7 +216,9 @@ def product_kernel(
             if QUERY:
                 w = tl.load(of_pair + tl.cast(tile_row, tl.int64) * WIDTH + j0 + i[:, None] * WIDTH + j[None, :])
             else:
-                w = tl.trans(tl.load(of_pair + tl.cast(j0, tl.int64) * WIDTH + tile_row + j[:, None] * WIDTH + i[None, :]))
+                w = tl.trans(
+                    tl.load(of_pair + tl.cast(j0, tl.int64) * WIDTH + tile_row + j[:, None] * WIDTH + i[None, :])
+                )
             acc = multiply(w, y_tile, acc, PRECISION)
         if not (NORMALIZE or INNER_PRODUCT):
             for part in range(tl.where(here, PARTS, 0)):

@@ -345,25 +345,10 @@ def multiply(H, y, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def multiply_in_pieces(H, y, acc, PRECISION: tl.constexpr):
-    """The same, but H is multiplied in pieces that are exact in a half type: for sums of which differences are taken.
-
-    bfloat16: three pieces of 8 bits are all of a float32. float16: two of 11 bits.
-    """
-    if y.dtype == tl.bfloat16:
-        high = top_bits(H)
-        middle = top_bits(H - high)
-        acc = multiply(H - high - middle, y, acc, PRECISION)
-        acc = multiply(middle, y, acc, PRECISION)
-        return multiply(high, y, acc, PRECISION)
-    elif y.dtype == tl.float16:
-        high = H.to(tl.float16)
-        acc = multiply(H - high.to(tl.float32), y, acc, PRECISION)
+    """The same, but of a half type H has two pieces: for sums that nearly cancel later."""
+    if y.dtype == tl.bfloat16 or y.dtype == tl.float16:
+        high = H.to(y.dtype)
+        acc = multiply(H - high.to(acc.dtype), y, acc, PRECISION)
         return multiply(high, y, acc, PRECISION)
     else:
         return multiply(H, y, acc, PRECISION)
-
-
-@triton.jit
-def top_bits(x):
-    """The leading 8 bits of each number, which is what a bfloat16 holds."""
-    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
