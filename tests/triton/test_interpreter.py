@@ -114,7 +114,7 @@ def captured(graphs: list[torch.fx.GraphModule]) -> Any:
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")  # what torch itself says while it compiles
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("name", ["contrast", "detached_keys", "repulsion", "cacr"])
+@pytest.mark.parametrize("name", ["contrast", "detached_keys", "repulsion", "cacr", "cacr by blocks"])
 def test_a_compiler_sees_the_kernels(
     name: str, normalize: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -133,7 +133,7 @@ def test_a_compiler_sees_the_kernels(
         monkeypatch.setattr(module, "processor_of", lambda _: table.Processor("sm_90", 132))
 
     def call(z: Tensor, numbers: Tensor) -> Any:
-        if name == "cacr":
+        if "cacr" in name:
             return operator("cacr_triton")(z, numbers, 0.0, 0.0, 0.0, 0.0, 0, False, 0.0, normalize, True, True)
         if name == "repulsion":
             return operator("repulsion_triton")(z, z, numbers[:1], 0, normalize, True, True, True)
@@ -144,14 +144,14 @@ def test_a_compiler_sees_the_kernels(
     graphs: list[torch.fx.GraphModule] = []
     torch._dynamo.reset()
     z, numbers = torch.zeros(2, 64, 32), torch.zeros(5, dtype=torch.float64)
+    z = torch.zeros(2, 64, 160, dtype=torch.float16) if "blocks" in name else z
     found = torch.compile(call, backend=captured(graphs), fullgraph=True)(z, numbers)
     assert all(x.dtype in (torch.float32, torch.float64) for x in found)
     targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
     kernels = [target for target in targets if "triton_kernel_wrapper" in target]
-    assert (
-        len(kernels)
-        == {"contrast": 3, "detached_keys": 3, "repulsion": 7 + 2 * normalize, "cacr": 9 + 2 * normalize}[name]
-    ), targets
+    number = {"contrast": 3, "detached_keys": 3, "repulsion": 7, "cacr": 9, "cacr by blocks": 11}[name]
+    number += 2 * normalize if name not in ("contrast", "detached_keys") else 0
+    assert len(kernels) == number, targets
     assert not any("cacr_kernels" in target for target in targets), targets
     assert tuning._chosen
     assert not any(tmp_path.iterdir())
