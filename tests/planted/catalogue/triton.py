@@ -303,7 +303,7 @@ FAULTS = (
         text="-2.0 / tl.where(unit == 0, 1.0, unit)",
         replacement="-2.0",
         why="many features, raw rows: gradients keep the factor of the row in which they are taken",
-        tests=BLOCKS + " -k promise",
+        tests=BLOCKS + " -k raw_rows",
     ),
     Fault(
         "triton-blocks-factor-of-the-column",
@@ -311,7 +311,7 @@ FAULTS = (
         text="g *= queries.unit[:, None] * keys.unit[None, :]",
         replacement="g *= queries.unit[:, None]",
         why="many features, raw rows: gradients sum raw keys",
-        tests=BLOCKS + " -k promise",
+        tests=BLOCKS + " -k raw_rows",
     ),
     Fault(
         "triton-blocks-first-part",
@@ -364,8 +364,8 @@ FAULTS = (
     Fault(
         "triton-blocks-where-they-do-not-pay",
         HOST + "blocks.py",
-        text="return has_blocks(pairs.precision) and pairs.D > pairs.tile",
-        replacement="return has_blocks(pairs.precision) and pairs.D > 8 * pairs.tile",
+        text='pairs.tile("gradient").block_out < pairs.D',
+        replacement='8 * pairs.tile("gradient").block_out < pairs.D',
         why="many features: similarities are formed again for every 128 features",
         tests=BLOCKS,
     ),

@@ -19,6 +19,7 @@ from cacr_kernels.types import ALL, OTHER, SAME, SAME_NOT_SELF
 from tests.agreement import assert_within_budget
 from tests.operators.test_ops import Problem, cyclic, randn
 
+from .test_normalize import check as check_of_raw_rows
 from .test_normalize import raw
 from .test_operators import check
 
@@ -73,6 +74,13 @@ def filled(monkeypatch: pytest.MonkeyPatch) -> list[blocks.Block]:
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_gradients(name: str, filled: list[blocks.Block]) -> None:
     check(PROBLEMS[name], torch.float64)
+    assert len(filled) > 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_raw_rows(dtype: torch.dtype, filled: list[blocks.Block]) -> None:
+    """Of lengths 0.1 to 10, and others: both factors of what a block holds count."""
+    check_of_raw_rows(PROBLEMS["one softmax"], dtype)
     assert len(filled) > 3
 
 
