@@ -218,7 +218,7 @@ def test_constants_are_those_of_the_launches(monkeypatch: pytest.MonkeyPatch) ->
         for name in ("statistics", "gradient", "detached_keys")
         for c in launched[f"{name}_kernel"]
     }
-    of_matrix = [v.constants for v in codegen_triton.variants()]
+    of_matrix = [v.constants for v in codegen_triton.variants() if v.kernel != "products"]
     assert kinds == {(c["FIRST_SET"], c["SECOND_SET"], c.get("GIVEN_SELF", False)) for c in of_matrix}
 
 

@@ -164,6 +164,7 @@ SM_90: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (True, "detached_keys", "fp64"): _row(*[(64, 16, 32, 4, 2, 32)] * 4),
 }
 SM_100: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
+    (True, "blocks", "half"): _row(*[(128, 32, 64, 8, 1, 0)] * 4),
     (False, "gradient", "half"): _row(
         (128, 32, 64, 8, 2, 64), (64, 16, 128, 4, 2, 128), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128)
     ),
