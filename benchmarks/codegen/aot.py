@@ -7,17 +7,17 @@ from typing import Any
 # What an argument is by its name, for every kernel: the element type of a pointer ("in" the embeddings', "acc" the
 # arithmetic's), or the type of a number.
 POINTERS = {
-    **dict.fromkeys(("q", "k", "x", "y", "z"), "in"),
+    **dict.fromkeys(("q", "k", "x", "y", "z", "block"), "in"),
     **dict.fromkeys(("q_norm", "k_norm", "x_norm", "y_norm", "norm", "cost", "coefficients", "bound"), "acc"),
     **dict.fromkeys(("partial_state", "partial_sums", "partial", "out", "grad", "moment", "means"), "acc"),
-    **dict.fromkeys(("loss", "parts"), "acc"),
+    **dict.fromkeys(("loss", "parts", "scale", "sums", "row_sums", "column_sums"), "acc"),
     **dict.fromkeys(("q_unit", "k_unit", "x_unit", "y_unit", "unit"), "acc"),
     **dict.fromkeys(("q_id", "k_id", "x_id", "y_id", "q_view", "k_view", "x_view", "y_view", "ids"), "i32"),
     **dict.fromkeys(("tau", "value", "lse", "row_state", "sum_e", "grad_value", "grad_lse", "grad_tau"), "fp64"),
     **dict.fromkeys(("variance", "numbers", "log_total", "grad_numbers"), "fp64"),
     **dict.fromkeys(("entropy", "positive_value", "positive_entropy", "positive_variance"), "fp64"),
 }
-ALIGNED = ("D", "split_size")  # numbers that are multiples of 16 in every shape that matters
+ALIGNED = ("D", "split_size", "HEIGHT", "WIDTH")  # numbers that are multiples of 16 in every shape that matters
 
 
 def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any], target: Any, **options: int) -> Any:

@@ -17,7 +17,7 @@ from benchmarks.host import nvcc
 
 from . import cuda_code, sass
 from .cuda_way import THREADS, TILE, UnreadableError, needs, per_similarity
-from .rows import DEVICES, DTYPES, Device, KernelCase, Row, cycles, device_of
+from .rows import DEVICES, DTYPES, PIECES, Device, KernelCase, Row, cycles, device_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ("-O3", "-std=c++20", "-DNDEBUG", f"-I{ROOT / 'csrc/cuda'}")  # of setup.py that change code
@@ -106,5 +106,5 @@ def row_of(case: KernelCase, kernel: cuda_code.Kernel, code: sass.Code, shared: 
     )  # fmt: skip
     if not per:
         return row
-    found = cycles(device, dtype, D, int(gradients), row)
+    found = cycles(device, dtype, D, int(gradients) * PIECES.get(dtype, 1), row)
     return row._replace(cycles={"fp64": found["fp64"]} if dtype == "fp64" else found)

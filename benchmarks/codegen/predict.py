@@ -94,7 +94,7 @@ class Sweep(NamedTuple):
     """A pass over ``similarities`` by the kernel that ``case`` counts, in ``programs`` (0: one for each core)."""
 
     case: KernelCase
-    products: int  # of a similarity beside that which makes it
+    products: int  # of a similarity beside that which makes it, one for each piece
     similarities: float
     programs: int = 0
 
@@ -165,15 +165,20 @@ def clocks(gpu: Gpu, row: Row, products: int) -> dict[str, float]:
     rate = gpu.plain_tensor if row.dtype == "ieee" else device.tensor.get(ON_TENSOR_CORES.get(row.dtype, ""), 0)
     if row.tensor and rate and per.get("tensor"):
         pieces = 3 if row.dtype == "tf32x3" else 1
-        flop = 2 * row.D * pieces * (row.passes + products * PIECES.get(row.dtype, 1))
+        flop = 2 * row.D * pieces * (row.formed + products)
         small = 32 * flop / per["tensor"] <= WARP_PRODUCT and row.dtype in ("bf16", "fp16", "tf32", "tf32x3")
         found["tensor"] = flop / (rate * (gpu.mma_sync if small else 1))
     return found
 
 
 def l2_bytes(row: Row) -> float:
-    """Bytes of tiles that a similarity asks for: the other rows once a pass, and of chunks both sides."""
+    """Bytes of tiles that a similarity asks for: the other rows once a pass, and of chunks both sides.
+
+    Of a product: a coefficient and the other rows once a pass.
+    """
     tile, size = row.tile, {"bf16": 2, "fp16": 2, "fp64": 8}.get(row.dtype, 4)
+    if not row.formed:
+        return size * row.passes * (1 + tile["block_out"] / tile["block_m"])
     chunked = tile["block_d"] < row.D
     features = row.D / tile["block_m"] + (row.D / tile["block_n"] if chunked else 0)
     again = min(tile["block_out"], row.D) / tile["block_m"] if chunked and row.passes and "grad" in row.kernel else 0
@@ -214,7 +219,12 @@ def triton_launches(problem: Problem, gpu: Gpu) -> Whole | None:
             wanted = {"NORMALIZE": False, "INNER_PRODUCT": False, "GIVEN_SELF": False} | variant.constants
             if functions[variant.kernel] is kernel and all(constants.get(k, v) == v for k, v in wanted.items()):
                 case = KernelCase("triton", variant.name, gpu.code, problem.dtype, problem.D)
-                found.append(Launch(moved, Sweep(case, variant.products, problem.similarities, math.prod(grid))))
+                products, programs = variant.multiplied(problem.dtype), math.prod(grid)
+                if "HEIGHT" in kernel.arg_names:
+                    moved, similarities = of_block(dict(zip(kernel.arg_names, args, strict=False)), grid, constants)
+                else:
+                    similarities = problem.similarities
+                found.append(Launch(moved, Sweep(case, products, similarities, programs)))
                 return
         found.append(Launch(moved))
 
@@ -223,7 +233,20 @@ def triton_launches(problem: Problem, gpu: Gpu) -> Whole | None:
         flags = PAIRINGS.index("unordered"), False, 2.0, problem.normalize, True, False
         whole: Any = cacr.cacr
         whole.__wrapped__(views, None, 1.0, 2.0, 1.0, 1.0, *flags)
+    if any(launch.sweep and launch.sweep.case.kernel.startswith("product") for launch in found):
+        found.append(Launch(float(views.numel() * max(4, problem.itemsize))))  # zeros, to which products are added
     return Whole(found, len(found), LAUNCH * len(found))
+
+
+def of_block(given: dict[str, Any], grid: tuple[int, ...], constants: dict[str, Any]) -> tuple[float, float]:
+    """Bytes that a launch of the kernels of blocks moves at least, and the similarities it sees."""
+    height, width, D = (given[name] for name in ("HEIGHT", "WIDTH", "D"))
+    pairs = given["PAIRS"] if "PAIRS" in given else grid[0] * constants["BLOCK_M"] // height
+    size = given["block"].element_size()
+    moved = size * pairs * (height * width + D * (height + width))
+    if "grad" in given:  # read, and written
+        moved += 2 * given["grad"].element_size() * pairs * D * (height if constants["QUERY"] else width)
+    return float(moved), float(pairs * height * width)
 
 
 @contextlib.contextmanager
@@ -244,11 +267,11 @@ def cuda_launches(problem: Problem, gpu: Gpu) -> Whole | None:
         return None
     rows = float(problem.V * problem.B * problem.D)
     reads, writes = rows * problem.itemsize, rows * max(4, problem.itemsize)
-    found = [Launch(reads), Launch(reads)]  # lengths, attraction
+    found, pieces = [Launch(reads), Launch(reads)], PIECES.get(problem.dtype, 1)  # lengths, attraction
     for phase, times in CUDA_SWEEPS.items():
         case = KernelCase("cuda", phase, gpu.code, problem.dtype, problem.D)
         moved = reads + (writes if phase == "gradients" else 0)
-        found.append(Launch(moved, Sweep(case, int(phase == "gradients"), times * problem.similarities)))
+        found.append(Launch(moved, Sweep(case, pieces * (phase == "gradients"), times * problem.similarities)))
     return Whole(found, 1, LAUNCH + PHASES * BARRIER)
 
 

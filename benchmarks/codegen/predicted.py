@@ -16,7 +16,7 @@ from .predict import GPUS, LAUNCHES, Gpu, Predicted, Problem, Rows, predict
 START, END = "<!-- predicted: made by `python -m benchmarks.codegen --docs` -->", "<!-- predicted: end -->"
 BACKENDS = tuple(LAUNCHES)
 SHAPES = (
-    *((2, B, D) for D in (128, 512, 768) for B in (1024, 4096, 16384, 65536)),
+    *((2, B, D) for D in (128, 256, 512, 768) for B in (1024, 4096, 16384, 65536)),
     (5, 1024, 128), (5, 1024, 768),
 )  # fmt: skip
 DTYPES = ("bf16", "tf32", "ieee")

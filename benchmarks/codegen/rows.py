@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 SIZES = (64, 128, 256, 512)
 DTYPES = ("bf16", "fp16", "tf32", "tf32x3", "ieee", "fp64")
-PIECES = {"bf16": 3, "fp16": 2}  # of a coefficient, whose products are one for each
+PIECES = {"bf16": 3, "fp16": 2}  # of a coefficient that is not rounded, whose products are one for each
 ON_TENSOR_CORES = {"bf16": "half", "fp16": "half", "tf32": "tf32", "tf32x3": "tf32", "fp64": "fp64"}
 
 
@@ -104,14 +104,19 @@ class Row(NamedTuple):
     shared: int
     tensor: int
     opcodes: dict[str, int]  # that a CUDA kernel is meant to use
-    exponentials: int  # that a similarity may cost; 0: no kernel that sees similarities
-    passes: int  # programs that form one similarity: those for different features of a gradient
+    exponentials: int  # that a similarity may cost; 0: a kernel that forms none
+    passes: int  # programs that see one similarity: those for different features of a gradient
     per_similarity: dict[str, float]  # instructions of a thread, by kind
     cycles: dict[str, float]  # per similarity and core, by unit
 
     @property
     def code(self) -> Code:
         return CODE[self.backend]
+
+    @property
+    def formed(self) -> int:
+        """How many times a similarity is formed."""
+        return self.passes if self.exponentials else 0
 
     @property
     def limit(self) -> str:
@@ -122,7 +127,7 @@ class Row(NamedTuple):
 def cycles(device: Device, dtype: str, D: int, products: int, row: Row) -> dict[str, float]:
     """Clocks of a core per similarity, by unit, if nothing but that unit had to be waited for.
 
-    ``products``: those of a similarity beside that which makes it, in pieces where its dtype needs them.
+    ``products``: those of a similarity beside that which makes it, one for each piece.
     """
     per, kind = row.per_similarity, ON_TENSOR_CORES.get(dtype, "")
     found = {
@@ -133,14 +138,14 @@ def cycles(device: Device, dtype: str, D: int, products: int, row: Row) -> dict[
     }
     if not row.tensor or kind not in device.tensor:
         return found
-    flop = 2 * D * (3 if dtype == "tf32x3" else 1) * (row.passes + products * PIECES.get(dtype, 1))
+    flop = 2 * D * (3 if dtype == "tf32x3" else 1) * (row.formed + products)
     return found | {"tensor": flop / device.tensor[kind]}
 
 
 def wants_tensor_cores(row: Row) -> bool:
     """Whether its products have to be there: float64 only where the backend uses them, and they are faster."""
     kind = ON_TENSOR_CORES.get(row.dtype)
-    if not row.exponentials or kind is None:
+    if not row.cycles or kind is None:
         return False
     return kind != "fp64" or (row.code.fp64_on_tensor_cores and kind in device_of(row.device).tensor)
 

@@ -55,29 +55,30 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(path), *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def report(compiled: Any, passes: int = 1, products: float = 1) -> Report:
+def report(compiled: Any, passes: int = 1, products: float = 1, bare: bool = False) -> Report:
     """The report of a kernel compiled by Triton. ``passes``: how often a loop of products in its main loop runs.
 
-    That is the loop over chunks of features; ``products``: multiplications of a thread for one of them.
+    That is the loop over chunks of features; ``products``: multiplications of a thread for one of them. ``bare``: its
+    main loop is one of products.
     """
     if "cubin" not in compiled.asm:
-        return amd_report(compiled, passes, products)
+        return amd_report(compiled, passes, products, bare)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = dict(re.findall(r"(REG|STACK):(\d+)", tool("cuobjdump", "--dump-resource-usage", file.name)))
         code = parse_sass(tool("nvdisasm", "-c", file.name))
-    return make(int(usage["REG"]), int(usage["STACK"]), compiled.metadata.shared, code, passes, products)
+    return make(int(usage["REG"]), int(usage["STACK"]), compiled.metadata.shared, code, passes, products, bare)
 
 
-def amd_report(compiled: Any, passes: int, products: float) -> Report:
+def amd_report(compiled: Any, passes: int, products: float, bare: bool) -> Report:
     """The report of a kernel compiled for an AMD processor, from its metadata and assembly."""
     text = compiled.asm["amdgcn"]
     number = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in  # type: ignore[index]
               ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")}  # fmt: skip
     stack = number["private_segment_fixed_size"]
     code = parse_amd(text)
-    found = make(number["vgpr_count"], stack, compiled.metadata.shared, code, passes, products)
+    found = make(number["vgpr_count"], stack, compiled.metadata.shared, code, passes, products, bare)
     return found._replace(spills=found.spills + number["vgpr_spill_count"])  # scalars spill into lanes, not memory
 
 
@@ -126,15 +127,19 @@ def _parse(text: str, label: str, instruction: str, target: str, jump: str, alon
     return Code(instructions, loops, jumps)
 
 
-def make(registers: int, stack: int, shared: int, code: Code, passes: int = 1, products: float = 1) -> Report:
+def make(
+    registers: int, stack: int, shared: int, code: Code, passes: int = 1, products: float = 1, bare: bool = False
+) -> Report:
     """A report; the main loop is the smallest that holds the most exponentials.
 
     Those of float64 are made of other instructions; its main loop is the smallest that holds most of the arithmetic.
+    ``bare``: it is the smallest that multiplies, beside which compilers may put copies of its first and last turn.
     """
     kinds = [kind_of(name) for name in code.instructions]
     weight = [1.0] * len(kinds)
     arithmetic = [kind in ("fp64", "tensor") for kind in kinds]
-    loops = [(a, b) for a, b in code.loops if "ex2" in kinds[a : b + 1]]
+    loops = [(a, b) for a, b in code.loops if bare and _multiplies(kinds[a : b + 1], products)]
+    loops = loops or [(a, b) for a, b in code.loops if "ex2" in kinds[a : b + 1]]
     loops = loops or [(a, b) for a, b in code.loops if sum(arithmetic[a : b + 1]) > 0.75 * sum(arithmetic)]
     first, last = min(loops, key=lambda loop: loop[1] - loop[0], default=(0, len(kinds) - 1))
     for a, b in code.loops:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from cacr_kernels.backends.triton.pairs import NO_SET, SHARED_SET
 from cacr_kernels.types import ALL, OTHER, SAME, SAME_NOT_SELF
 
 from . import aot, sass
-from .rows import DEVICES, DTYPES, SIZES, Device, KernelCase, Row, cycles, device_of
+from .rows import DEVICES, DTYPES, PIECES, SIZES, Device, KernelCase, Row, cycles, device_of
 
 ROW_DTYPES = ("bf16", "fp16", "fp32", "fp64")  # of kernels without products
 
@@ -25,12 +26,19 @@ class Variant(NamedTuple):
 
     @property
     def exponentials(self) -> int:
+        if self.kernel == "products":
+            return 0
         return 1 if self.constants["SECOND_SET"] == NO_SET else 2
 
     @property
     def two(self) -> bool:
         """Which part of the launch table it takes."""
-        return self.exponentials == 2 or self.constants.get("MOMENTS", False)
+        moments = self.kernel == "blocks" and self.constants["WANT_TAU"]
+        return self.exponentials == 2 or moments or self.constants.get("MOMENTS", False)
+
+    def multiplied(self, dtype: str) -> int:
+        """The products, one for each piece of coefficients: two of half types where two sums nearly cancel."""
+        return self.products * (2 if self.constants.get("MOMENTS", False) and dtype in PIECES else 1)
 
 
 def variants() -> tuple[Variant, ...]:
@@ -42,6 +50,8 @@ def variants() -> tuple[Variant, ...]:
     queries = {"QUERY": True, "CANCELLING": False, "WANT_TAU": False}
     tau, cancelling, mean = {"WANT_TAU": True}, {"CANCELLING": True}, {"WANT_MEAN": True, "MOMENTS": False}
     full, raw = mean | {"MOMENTS": True}, {"NORMALIZE": True}
+    plain, wide, more = {"CANCELLING": False, "WANT_TAU": False}, (256, 512), (128, 256, 512)
+    of_queries, of_keys = "product with a block, queries", "product with a block, keys"
     return (
         Variant("statistics", "statistics", one, 0),
         Variant("statistics, two softmaxes", "statistics", two, 0),
@@ -66,6 +76,15 @@ def variants() -> tuple[Variant, ...]:
         Variant("gradient of queries, inner product", "gradient", all_keys | queries | inner, 1, few),
         Variant("detached keys, all", "detached_keys", all_keys | full, 2, few),
         Variant("detached keys, inner product", "detached_keys", all_keys | inner | mean, 1, few),
+        Variant("block of coefficients", "blocks", one | plain, 0, wide),
+        Variant("block of coefficients, raw rows", "blocks", one | plain | raw, 0, wide),
+        Variant("block of coefficients, temperature", "blocks", one | plain | tau, 0, wide),
+        Variant("block of coefficients, two softmaxes", "blocks", two | plain | tau, 0, more),
+        Variant("block of coefficients, rbf", "blocks", rbf | cancelling | tau, 0, more),
+        Variant(of_queries, "products", {"QUERY": True}, 1, wide),
+        Variant(of_keys, "products", {"QUERY": False}, 1, wide),
+        Variant(f"{of_queries}, raw rows", "products", {"QUERY": True} | raw, 1, wide),
+        Variant(f"{of_keys}, raw rows", "products", {"QUERY": False} | raw, 1, wide),
     )
 
 
@@ -106,6 +125,7 @@ def small() -> tuple[Small, ...]:
         Small("coefficients, rbf", "coefficients_kernel", two | {"SECOND_SET": SHARED_SET, "CANCELLING": True} | rows),
         Small("detached keys merge", "detached_keys_merge_kernel", full | pairs),
         Small("add splits", "add_splits_kernel", wide),
+        Small("scale of blocks", "scale_kernel", raw | {"BLOCK": 4096}, ("fp32",)),
         Small("grad tau", "grad_tau_kernel", wide),
         Small("numbers", "numbers_kernel", {}, numbers),
         Small("log total", "log_total_kernel", wide, numbers),
@@ -129,13 +149,25 @@ def cases() -> Iterator[KernelCase]:
             for dtype in DTYPES:
                 if dtype == "tf32x3" and device.family == "cdna3":
                     continue  # not offered there
-                for D in variant.sizes:
+                for D in filter(functools.partial(launched, variant, device, dtype), variant.sizes):
                     yield KernelCase("triton", variant.name, device.name, dtype, D)
     for kernel in small():
         for device in devices():
             for dtype in kernel.dtypes:
                 for D in kernel.sizes:
                     yield KernelCase("triton", kernel.name, device.name, dtype, D)
+
+
+def launched(variant: Variant, device: Device, dtype: str, D: int) -> bool:
+    """Whether gradients of so many features take this kernel, or blocks (``backends/triton/blocks.py``)."""
+    from cacr_kernels.backends.triton import table
+
+    precision = "half" if dtype in PIECES else dtype
+    by_blocks = table.has_blocks(precision)  # type: ignore[arg-type]
+    wide = table.tile_of(device.family, "gradient", precision, D, variant.exponentials == 2).block_out < D  # type: ignore[arg-type]
+    if variant.kernel in ("blocks", "products"):
+        return by_blocks and wide
+    return variant.kernel != "gradient" or not (by_blocks and wide)
 
 
 def build(wanted: list[KernelCase]) -> list[Row]:
@@ -157,6 +189,7 @@ def kernels() -> dict[str, Any]:
 
     names = (
         "aligned",
+        "blocks",
         "coefficients",
         "detached_keys",
         "gradient",
@@ -170,7 +203,8 @@ def kernels() -> dict[str, Any]:
     found = {}
     for name in names:
         found |= vars(import_module(f"cacr_kernels.backends.triton.kernels.{name}"))
-    return found | {key: found[f"{key}_kernel"] for key in ("statistics", "gradient", "detached_keys")}
+    of_table = {key: found[f"{key}_kernel"] for key in ("statistics", "gradient", "detached_keys")}
+    return found | of_table | {"blocks": found["block_kernel"], "products": found["product_kernel"]}
 
 
 def compile_variant(variant: Variant, case: KernelCase, known: dict[str, Any]) -> Row:
@@ -180,30 +214,30 @@ def compile_variant(variant: Variant, case: KernelCase, known: dict[str, Any]) -
     device, dtype, D = device_of(case.device), case.dtype, case.D
     half = dtype in ("bf16", "fp16")
     tile = tile_of(device.family, variant.kernel, "half" if half else dtype, D, variant.two)  # type: ignore[arg-type]
-    writes = variant.kernel != "statistics"
+    writes, bare = variant.kernel not in ("statistics", "blocks"), variant.kernel == "products"
     constants = tile.constants(writes)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     product = dtype if dtype in ("tf32", "tf32x3") else "ieee"
-    several = min(2, tile.chunks(D))  # all that a kernel asks
-    constants |= (
-        {"INNER_PRODUCT": False, "GIVEN_SELF": False, "NORMALIZE": False}
-        | variant.constants
-        | {"PRECISION": product, "CHUNKS": several}
-    )
+    constants |= {"INNER_PRODUCT": False, "NORMALIZE": False} | variant.constants | {"PRECISION": product}
+    if bare:
+        del constants["BLOCK_D"]
+    else:
+        several = min(2, tile.chunks(D))  # all that a kernel asks
+        constants = {"GIVEN_SELF": False, "CHUNKS": several} | constants
     key = str((constants, options))
     if key not in known:
         element = dtype if half or dtype == "fp64" else "fp32"
         known[key] = compile_for(kernels()[variant.kernel], element, constants, device, options)
     threads = tile.num_warps * device.target[2]
     similarities = tile.block_m * tile.block_n / threads  # of a thread
-    found = sass.report(known[key], tile.chunks(D), similarities * tile.block_d)
+    found = sass.report(known[key], 1 if bare else tile.chunks(D), similarities * tile.block_d, bare)
     passes = -(-D // tile.block_out) if writes else 1
     per = {kind: passes * count / similarities for kind, count in found.loop.items()}
     row = Row(
         *case, tile._asdict(), found.registers, found.stack, found.spills, found.shared, found.tensor, {},
         variant.exponentials, passes, per, {},
     )  # fmt: skip
-    return row._replace(cycles=cycles(device, dtype, D, variant.products, row))
+    return row._replace(cycles=cycles(device, dtype, D, variant.multiplied(dtype), row))
 
 
 def compile_small(kernel: Small, case: KernelCase) -> Row:

@@ -26,13 +26,13 @@ def made_up(D: int = 128, kernel: str = "gradient", passes: int = 1, device: str
 
 def added(row: Row, **change: float) -> predict.Predicted | None:
     case, problem = KernelCase(*row[:5]), Problem(2, 1000, row.D, "bf16")
-    sweep = Sweep(case, 1, problem.similarities)._replace(**change)  # type: ignore[arg-type]
+    sweep = Sweep(case, 3, problem.similarities)._replace(**change)  # type: ignore[arg-type]
     return predict.add_up({case.name: row}, Whole([Launch(4.8e6, sweep)], 1, 3e-6), problem, H200)
 
 
 def test_the_slowest_unit_sets_the_time() -> None:
     """Clocks by hand: issue (1 + 10) / 128, ex2 1 / 16, products 2 * 128 * (1 + 3) / 4096, L2 2 * 128 / 64 / 64."""
-    assert predict.clocks(H200, made_up(), 1) == {
+    assert predict.clocks(H200, made_up(), 3) == {
         "ex2": 1 / 16, "fp32": 0.0, "fp64": 0.0, "issue": 11 / 128, "L2": 4 / 64, "tensor": 0.25,
     }  # fmt: skip
     found = added(made_up())
@@ -53,9 +53,33 @@ def test_the_slowest_unit_sets_the_time() -> None:
 
 def test_small_product_instructions_have_a_rate_of_their_own() -> None:
     """An mma.sync has 4096 FLOP of a warp: 2 * 128 * 4 FLOP of a similarity are 8 of a thread."""
-    small = predict.clocks(H200, made_up(tensor=8.0), 1)
+    small = predict.clocks(H200, made_up(tensor=8.0), 3)
     assert small["tensor"] == pytest.approx(0.25 / H200.mma_sync)
-    assert predict.clocks(H200, made_up(tensor=7.9), 1)["tensor"] == 0.25
+    assert predict.clocks(H200, made_up(tensor=7.9), 3)["tensor"] == 0.25
+
+
+def test_a_product_with_a_block_forms_no_similarity() -> None:
+    """A coefficient and 128 / 64 features of other rows for every 128 of its own: 2 * 2 * (1 + 2) bytes at D = 256."""
+    row = made_up(256, kernel="product", passes=2)._replace(exponentials=0)
+    found = predict.clocks(H200, row, 1)
+    assert found["tensor"] == 2 * 256 / 4096
+    assert found["L2"] == 12 / 64
+
+
+def test_blocks_are_what_their_launches_see() -> None:
+    """Of 9000 rows a block of 8192 and one of 896: four blocks, of which each is seen by three launches."""
+    whole = predict.triton_launches(Problem(2, 9000, 256, "bf16"), H200)
+    assert whole is not None
+    sweeps = [(launch.bytes, launch.sweep) for launch in whole.launches if launch.sweep]
+    assert [sweep.case.kernel for _, sweep in sweeps[1:4]] == [
+        "block of coefficients, raw rows",
+        "product with a block, queries, raw rows",
+        "product with a block, keys, raw rows",
+    ]
+    assert [sweep.similarities for _, sweep in sweeps[1::3]] == [8192**2, 8192 * 896, 896 * 8192, 896**2]
+    block = 2 * (8192**2 + 256 * 2 * 8192)
+    assert [moved for moved, _ in sweeps[1:3]] == [block, block + 2 * 4 * 256 * 8192]
+    assert [sweep.programs for _, sweep in sweeps[1:4]] == [64 * 16, 64 * 2, 64 * 2]
 
 
 def test_counts_of_more_features_follow_from_two_rows() -> None:
@@ -79,7 +103,7 @@ def test_counts_of_more_features_follow_from_two_rows() -> None:
 def test_what_is_not_counted_is_taken_from_the_code_of_another_processor_or_left_out() -> None:
     unread, a100 = made_up()._replace(per_similarity={}), made_up(device="A100")
     problem = Problem(2, 1000, 128, "bf16")
-    whole = Whole([Launch(0.0, Sweep(KernelCase(*unread[:5]), 1, 1e6))], 1, 0.0)
+    whole = Whole([Launch(0.0, Sweep(KernelCase(*unread[:5]), 3, 1e6))], 1, 0.0)
     rows = {KernelCase(*row[:5]).name: row for row in (unread, a100)}
     found = predict.add_up(rows, whole, problem, H200)
     assert found is not None

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from cacr_kernels import reference
+from cacr_kernels.backends import table
 from cacr_kernels.operators import repulsion
 from cacr_kernels.operators.registry import Target, operator
 from cacr_kernels.types import PAIRINGS, Numbers
@@ -70,7 +71,12 @@ def check(backend: str, inputs: tuple[Tensor, ...], pairing: int, normalize: boo
     assert [x.dtype for x in mine] == [torch.float64] * 2 + [dtype] * 2 + [torch.float64]
     count = inputs[0].shape[0] * inputs[0].shape[1]  # of queries, whose mean it is
     scaled = [x if i < 2 else count * x for i, x in enumerate(mine)]
-    assert_close(scaled, [value.detach(), entropy, *grad(count * value, wide)], dtype)
+    true = [value.detach(), entropy, *grad(count * value, wide)]
+    if inputs[0].dtype in table.named(backend).rounds_coefficients:
+        for x, y in zip(scaled[2:4], true[2:4], strict=True):
+            assert (x - y).abs().max() <= torch.finfo(inputs[0].dtype).eps * y.abs().max()
+        del scaled[2:4], true[2:4]
+    assert_close(scaled, true, dtype)
 
 
 @both_backends

@@ -42,6 +42,13 @@ ROWS = [
     ("incoming, rbf", "A100", "fp64", 0),
     ("numbers", "A100", "fp64", 0),
     ("loss, rbf", "B200", "fp32", 0),
+    ("block of coefficients, raw rows", "H100", "bf16", 512),
+    ("block of coefficients, two softmaxes", "A100", "fp16", 128),
+    ("block of coefficients, temperature", "B200", "bf16", 256),
+    ("product with a block, queries, raw rows", "B200", "bf16", 512),
+    ("product with a block, keys", "A100", "fp16", 256),
+    ("product with a block, keys, raw rows", "MI300X", "bf16", 256),
+    ("scale of blocks", "H100", "fp32", 0),
 ]
 
 
@@ -57,7 +64,8 @@ def test_nothing_is_wrong_with_a_shipped_configuration(kernel: str, device: str,
     assert problems(row) == []
     assert row[:5] == case
     assert row.registers > 0
-    assert bool(row.cycles) == bool(row.exponentials)
+    assert bool(row.cycles) == bool(row.passes and row.per_similarity)
+    assert bool(row.exponentials) == (bool(row.cycles) and not kernel.startswith("product"))
     if row.cycles:
         assert row.cycles[row.limit] > 0
     if dtype == "fp64":
@@ -75,7 +83,7 @@ def test_nothing_is_wrong_with_a_shipped_configuration(kernel: str, device: str,
         ("gradient of keys", "B200", "fp16", 128),
         ("detached keys", "A100", "bf16", 256),
         ("detached keys", "B200", "bf16", 128),
-        ("gradient of queries", "MI300X", "fp16", 256),
+        ("gradient of queries", "MI300X", "fp16", 128),
     ],
 )
 def test_unit_rows_fit_the_same_tiles(kernel: str, device: str, dtype: str, D: int) -> None:
@@ -139,6 +147,24 @@ def test_main_loop_of_float64() -> None:
     assert found.loop == {"fp64": 4 + 5 * 4, "other": 5 + 2}
 
 
+def test_main_loop_of_products() -> None:
+    """The smallest that multiplies: not one around it, with copies of its first and last turn."""
+    text = SPILLING.replace("MUFU.EX2", "MUFU.RCP")
+    assert sass.make(200, 0, 0, sass.parse_sass(text), bare=True).loop == {"tensor": 1, "other": 1}
+    found = sass.make(200, 0, 0, sass.parse_sass(WITHOUT_TENSOR_CORES), products=3, bare=True)
+    assert found.loop == {"fp64": 4, "other": 1}
+
+
+def test_gradients_of_many_features_are_those_of_blocks() -> None:
+    """A row for what is launched, and none for what is not."""
+    names = {case.name for case in codegen_triton.cases()}
+    for D, blocks in ((128, False), (256, True), (512, True)):
+        assert (f"triton, block of coefficients, H100, bf16, D={D}" in names) == blocks
+        assert (f"triton, gradient of keys, H100, bf16, D={D}" in names) != blocks
+    assert "triton, gradient of keys, H100, tf32, D=512" in names
+    assert "triton, block of coefficients, two softmaxes, H100, bf16, D=128" in names
+
+
 def test_what_is_wrong_shows() -> None:
     good = Row("triton", "statistics", "A100", "bf16", 64, {"block_n": 64}, 200, 0, 0, 1 << 10, 8, {}, 1, 1,
                {"ex2": 1.0}, {"ex2": 0.1, "issue": 0.2})  # fmt: skip
@@ -173,11 +199,13 @@ def test_constants_are_those_of_the_launches(monkeypatch: pytest.MonkeyPatch) ->
     def record(kernel, grid, *args, **constants) -> None:
         launched.setdefault(kernel.fn.__name__, []).append(constants)
 
-    for name in ("contrast", "cacr", "detached_keys"):
+    for name in ("blocks", "contrast", "cacr", "detached_keys"):
         monkeypatch.setattr(importlib.import_module(f"cacr_kernels.backends.triton.{name}"), "start", record)
     run_losses()
     on_rows = [kernel for kernel in codegen_triton.small() if kernel.name != "numbers"]  # only for tensors on a GPU
-    assert {k.kernel for k in on_rows} | {f"{v.kernel}_kernel" for v in codegen_triton.variants()} == set(launched)
+    functions = codegen_triton.kernels()
+    of_table = {functions[v.kernel].fn.__name__ for v in codegen_triton.variants()}
+    assert {k.kernel for k in on_rows} | of_table == set(launched)
     for kernel in on_rows:
         features = [{"BLOCK_D": min(kernel.features, D)} for D in kernel.sizes] if kernel.features else [{}]
         for constants in ({**kernel.constants, **more} for more in features):
@@ -190,7 +218,7 @@ def test_constants_are_those_of_the_launches(monkeypatch: pytest.MonkeyPatch) ->
         for name in ("statistics", "gradient", "detached_keys")
         for c in launched[f"{name}_kernel"]
     }
-    of_matrix = [v.constants for v in codegen_triton.variants()]
+    of_matrix = [v.constants for v in codegen_triton.variants() if v.kernel != "products"]
     assert kinds == {(c["FIRST_SET"], c["SECOND_SET"], c.get("GIVEN_SELF", False)) for c in of_matrix}
 
 
@@ -204,7 +232,7 @@ def run_losses() -> None:
     for D, normalize in ((64, False), (200, False), (64, True), (1024, True)):
         z = torch.zeros(2, 700, D)
         for rbf in (False, True):
-            for views in (z, z.bfloat16()):
+            for views in (z, z.bfloat16(), z.half()):
                 cacr(views, numbers, 1.0, 1.0, 1.0, 1.0, 0, rbf, 1.0, normalize, True, True)
         detached_keys(z, z, None, None, numbers[:1], [0], [0], [0], True, False, normalize, False, True, True)
         for kinds in ([1, 2], [3, 2], [2]):  # of few queries, so that keys are split

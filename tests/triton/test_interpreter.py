@@ -30,6 +30,7 @@ VECTORS = "triton and not weights and {}(views_00 or views_03 or rbf_01 or queue
 SUITES = {
     "operators": ["interpreted/test_operators.py"],
     "normalize": ["interpreted/test_normalize.py"],
+    "blocks": ["interpreted/test_blocks.py"],
     "losses": ["interpreted/test_losses.py"],
     "processes": ["interpreted/test_processes.py"],
     "tuning": ["interpreted/test_candidates.py"],
@@ -113,7 +114,7 @@ def captured(graphs: list[torch.fx.GraphModule]) -> Any:
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")  # what torch itself says while it compiles
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("name", ["contrast", "detached_keys", "repulsion", "cacr"])
+@pytest.mark.parametrize("name", ["contrast", "detached_keys", "repulsion", "cacr", "cacr by blocks"])
 def test_a_compiler_sees_the_kernels(
     name: str, normalize: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -132,7 +133,7 @@ def test_a_compiler_sees_the_kernels(
         monkeypatch.setattr(module, "processor_of", lambda _: table.Processor("sm_90", 132))
 
     def call(z: Tensor, numbers: Tensor) -> Any:
-        if name == "cacr":
+        if "cacr" in name:
             return operator("cacr_triton")(z, numbers, 0.0, 0.0, 0.0, 0.0, 0, False, 0.0, normalize, True, True)
         if name == "repulsion":
             return operator("repulsion_triton")(z, z, numbers[:1], 0, normalize, True, True, True)
@@ -143,14 +144,14 @@ def test_a_compiler_sees_the_kernels(
     graphs: list[torch.fx.GraphModule] = []
     torch._dynamo.reset()
     z, numbers = torch.zeros(2, 64, 32), torch.zeros(5, dtype=torch.float64)
+    z = torch.zeros(2, 64, 160, dtype=torch.float16) if "blocks" in name else z
     found = torch.compile(call, backend=captured(graphs), fullgraph=True)(z, numbers)
     assert all(x.dtype in (torch.float32, torch.float64) for x in found)
     targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
     kernels = [target for target in targets if "triton_kernel_wrapper" in target]
-    assert (
-        len(kernels)
-        == {"contrast": 3, "detached_keys": 3, "repulsion": 7 + 2 * normalize, "cacr": 9 + 2 * normalize}[name]
-    ), targets
+    number = {"contrast": 3, "detached_keys": 3, "repulsion": 7, "cacr": 9, "cacr by blocks": 11}[name]
+    number += 2 * normalize if name not in ("contrast", "detached_keys") else 0
+    assert len(kernels) == number, targets
     assert not any("cacr_kernels" in target for target in targets), targets
     assert tuning._chosen
     assert not any(tmp_path.iterdir())
@@ -186,6 +187,20 @@ def test_tiles_fit_the_features() -> None:
                 tile = table.tile_of(family, kernel, precision, D, two)
                 assert tile.chunks(D) * tile.block_d >= D
                 assert kernel == "statistics" or tile.chunks(D) > 1 or tile.block_out == tile.block_d >= D
+
+
+def test_tiles_of_blocks_fill_them() -> None:
+    """Whole tiles of both kernels, and programs of whole tiles."""
+    pytest.importorskip("triton", reason="needs Triton")
+    from cacr_kernels.backends.triton import blocks
+
+    for family, two, D in itertools.product(
+        ("sm_80", "sm_90", "sm_100", "sm_120", "cdna3"), (False, True), (129, 1031)
+    ):
+        fill, product = (table.tile_of(family, kernel, "half", D, two) for kernel in ("blocks", "products"))
+        sizes = fill.block_m, fill.block_n, product.block_m, product.block_n
+        assert all(blocks.SIDE % size == 0 and max(sizes) % size == 0 for size in sizes)
+        assert blocks.SPAN % fill.block_n == 0
 
 
 @pytest.mark.exhaustive

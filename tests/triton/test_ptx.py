@@ -50,7 +50,8 @@ def test_every_kernel(precision: str, target: Target) -> None:
             assert not wrong(compared(case, precision)), case.name
         launched |= {launch.name for launch in launches}
         multiplied |= {launch.name for launch in launches if launch.count(target.products[precision])}
-    elsewhere = {"numbers_kernel"}  # only where tensors are on a GPU: tested below
+    # Only where tensors are on a GPU, and only with many features: tested below.
+    elsewhere = {"numbers_kernel", "scale_kernel", "block_kernel", "product_kernel"}
     assert launched | elsewhere == {name for name in jit_functions() if name.endswith("_kernel")}
     assert {"statistics_kernel", "gradient_kernel", "detached_keys_kernel"} <= multiplied
 
@@ -65,7 +66,9 @@ def test_tiles_of_every_size(precision: str, D: int, target: Target) -> None:
         with triton_ptx.running() as launches:
             assert not wrong(compared(case, precision)), case
         multiplied |= {launch.name for launch in launches if launch.count(target.products[precision])}
-    assert {"statistics_kernel", "gradient_kernel", "detached_keys_kernel"} <= multiplied
+    by_blocks = D > 128 and precision in ("bf16", "fp16")
+    gradients = {"block_kernel", "product_kernel"} if by_blocks else {"gradient_kernel"}
+    assert {"statistics_kernel", "detached_keys_kernel"} | gradients <= multiplied
 
 
 @pytest.mark.parametrize(
@@ -89,6 +92,17 @@ def test_unit_rows_of_half_types(case: Case, precision: str, target: Target) -> 
     assert {launch.name for launch in launches} & sweeps == {launch.name for launch in products}
     for launch in products:
         assert multiplications(launch) == launch.count(target.products[precision]), launch.name
+
+
+@pytest.mark.parametrize(("precision", "normalize"), [("bf16", True), ("fp16", True), ("fp16", False)])
+def test_gradients_by_blocks(precision: str, normalize: bool, target: Target) -> None:
+    """Of more features than a program of ``gradient_kernel`` writes; every product is one of half types."""
+    case = Case("cacr_loss", {"V": 2, "B": 35, "D": 131}, TAUS | {"normalize": normalize})
+    with triton_ptx.running() as launches:
+        assert not wrong(compared(case, precision))
+    products = {launch.name for launch in launches if launch.count(target.products[precision])}
+    assert products == {"statistics_kernel", "block_kernel", "product_kernel"}
+    assert any(launch.name == "scale_kernel" for launch in launches) == (precision == "fp16")
 
 
 @pytest.mark.parametrize("precision", ["ieee", "fp64"])

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from ...reference import view_pairs
 from ...types import OTHER, PAIRINGS, arithmetic_dtype
-from . import tuning
 from .contrast import (
     Incoming,
     Statistics,
-    query_sweep,
+    Wanted,
     readable,
     row_coefficients,
     statistics,
+    sweeps,
     unit_gradient,
     units,
 )
@@ -188,5 +188,5 @@ def repel(pairs: SetPairs, numbers: Tensor, want_grad: bool, want_tau: bool) -> 
         start(incoming_kernel, grid, lse, log_total, numbers, *incoming, *sizes, RBF=rbf, BLOCK=block)
         rows = row_coefficients(pairs, value, row_state, incoming, False)
         coefficients = rows.rows
-        grads, moment = tuning.run(pairs, "gradient", query_sweep, *rows, want_tau and not rbf)
+        grads, _, moment = sweeps(pairs, rows, Wanted(want_grad, False, want_tau and not rbf))
     return Repulsion(found, log_total, moment, coefficients, grads)

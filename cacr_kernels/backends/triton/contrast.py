@@ -11,7 +11,7 @@ from ...operators.contrast import unpack
 from ...operators.repulsion import as_contrast, with_views
 from ...reference import entropy_of
 from ...types import PAIRINGS, arithmetic_dtype
-from . import tuning
+from . import blocks, tuning
 from .kernels.coefficients import coefficients_kernel
 from .kernels.gradient import gradient_kernel
 from .kernels.merge import merge_kernel
@@ -184,14 +184,35 @@ def gradients(
     grad_q, grad_k, grad_tau = pairs.empty(0), pairs.empty(0), pairs.tau.new_empty(0)
     if wanted.tau:
         grad_tau = torch.zeros_like(pairs.tau)
-    if wanted.q or moments:
-        partial, moment = tuning.run(pairs, "gradient", query_sweep, *coefficients, moments)
-        grad_q = whole_gradient(pairs.q, partial, pairs.normalize) if wanted.q else grad_q
-        if moments:
-            grad_tau = temperature_gradient(pairs, moment, coefficients.rows, value, row_state[1], incoming.lse)
-    if wanted.k and not pairs.keys_are_queries:
-        grad_k = whole_gradient(pairs.k, tuning.run(pairs, "gradient", key_sweep, *coefficients), pairs.normalize)
+    of_keys = wanted.k and not pairs.keys_are_queries
+    swept = sweeps(pairs, coefficients, Wanted(wanted.q, of_keys, moments))
+    if wanted.q:
+        grad_q = whole_gradient(pairs.q, swept.q, pairs.normalize)
+    if of_keys:
+        grad_k = whole_gradient(pairs.k, swept.k, pairs.normalize)
+    if moments:
+        grad_tau = temperature_gradient(pairs, swept.moment, coefficients.rows, value, row_state[1], incoming.lse)
     return grad_q, grad_k, grad_tau
+
+
+class Swept(NamedTuple):
+    """What sweeps over the similarities leave of a gradient, as splits; anything where nothing is wanted."""
+
+    q: Tensor  # [splits, views, N, D]: of both, if the keys are the queries
+    k: Tensor  # [splits, views, M, D]
+    moment: Tensor  # [splits, S, P, N]
+
+
+def sweeps(pairs: SetPairs, coefficients: Coefficients, wanted: Wanted) -> Swept:
+    """Gradients by the way that pays for this many features; ``wanted.tau``: the moments."""
+    q, k, moment = pairs.empty(0), pairs.empty(0), coefficients.bound
+    if blocks.pay(pairs):
+        return Swept(*blocks.gradients_by_blocks(pairs, *coefficients, wanted.q, wanted.k, wanted.tau))
+    if wanted.q or wanted.tau:
+        q, moment = tuning.run(pairs, "gradient", query_sweep, *coefficients, wanted.tau)
+    if wanted.k:
+        k = tuning.run(pairs, "gradient", key_sweep, *coefficients)
+    return Swept(q, k, moment)
 
 
 def row_coefficients(

@@ -102,6 +102,7 @@ BACKEND = Backend(
     operators=("cacr", "contrast", "detached_keys", "repulsion"),
     implement=_implement,
     half_types=True,
+    rounds_coefficients=(torch.float16, torch.bfloat16),
     tests_only_on=("cpu",),  # in its interpreter
     check_first=about,
     products=fp32_products,

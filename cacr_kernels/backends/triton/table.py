@@ -89,7 +89,7 @@ def _row(*entries: tuple[int, ...]) -> tuple[Tile, ...]:
 # rows: 16 (8 in float64) for each, or they would compute the same twice.
 ONE_SOFTMAX: dict[str, dict[Precision, tuple[Tile, ...]]] = {
     "statistics": {
-        "half": _row((128, 64, 64, 8, 2, 0), (128, 64, 128, 8, 2, 0), (64, 64, 64, 4, 3, 0), (64, 64, 64, 4, 3, 0)),
+        "half": _row((128, 64, 64, 8, 2, 0), (128, 64, 128, 8, 2, 0), *[(128, 64, 64, 8, 2, 0)] * 2),
         "tf32": _row((64, 64, 64, 4, 2, 0), (64, 64, 32, 4, 3, 0), (64, 64, 32, 4, 3, 0), (64, 64, 32, 4, 3, 0)),
         "tf32x3": _row((64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0)),
         "ieee": _row((64, 32, 32, 8, 2, 0), (64, 32, 32, 8, 2, 0), (64, 32, 32, 8, 2, 0), (64, 32, 32, 8, 2, 0)),
@@ -134,6 +134,14 @@ TWO_SOFTMAXES: dict[str, dict[Precision, tuple[Tile, ...]]] = {
     },
 }
 
+# Gradients by blocks (blocks.py): coefficients, without and with a second softmax or moments, and products with them.
+BY_BLOCKS: dict[tuple[bool, str], dict[Precision, tuple[Tile, ...]]] = {
+    (False, "blocks"): {"half": _row(*[(128, 64, 64, 8, 2, 0)] * 4)},
+    (True, "blocks"): {"half": _row(*[(128, 32, 64, 8, 2, 0)] * 4)},
+    (False, "products"): {"half": _row(*[(128, 64, 128, 8, 3, 128)] * 4)},
+    (True, "products"): {"half": _row(*[(128, 64, 128, 8, 3, 128)] * 4)},
+}
+
 # Entries of one family, where it spills with those above: by whether there are two softmaxes or accumulators, by kernel
 # and by kind of product.
 SM_80: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
@@ -145,12 +153,18 @@ SM_80: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (True, "gradient", "tf32"): _row(*[(128, 16, 32, 8, 2, 64)] * 4),
 }
 SM_90: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
+    (False, "statistics", "half"): _row(
+        (128, 64, 64, 8, 2, 0), (64, 128, 128, 4, 2, 0), (128, 128, 64, 8, 2, 0), (128, 128, 64, 8, 2, 0)
+    ),
+    (False, "gradient", "half"): _row((64, 32, 64, 4, 2, 64), *[(128, 64, 128, 8, 2, 128)] * 3),
+    (False, "blocks", "half"): _row(*[(128, 128, 64, 8, 2, 0)] * 4),
     (False, "gradient", "ieee"): _row(*[(32, 16, 32, 8, 3, 64)] * 4),
     (False, "detached_keys", "fp64"): _row(*[(64, 16, 32, 4, 2, 32)] * 4),
     (True, "detached_keys", "ieee"): _row((32, 32, 64, 8, 2, 64), *[(32, 32, 32, 8, 1, 64)] * 3),
     (True, "detached_keys", "fp64"): _row(*[(64, 16, 32, 4, 2, 32)] * 4),
 }
 SM_100: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
+    (True, "blocks", "half"): _row(*[(128, 32, 64, 8, 1, 0)] * 4),
     (False, "gradient", "half"): _row(
         (128, 32, 64, 8, 2, 64), (64, 16, 128, 4, 2, 128), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128)
     ),
@@ -178,20 +192,23 @@ SM_120: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
 BY_FAMILY = {"sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_100, "sm_120": SM_120}
 
 
+def has_blocks(precision: Precision) -> bool:
+    """Whether there are entries for gradients by blocks."""
+    return precision in BY_BLOCKS[False, "blocks"]
+
+
 def tile_of(family: str, kernel: str, precision: Precision, D: int, two: bool) -> Tile:
     """The configuration of ``kernel``, cut down to the features there are; ``two`` softmaxes or accumulators."""
     if family == "interpreter":
         entry = Tile(32, 32, 64, 4, 2, 64)
     else:
-        rows = (
-            TWO_SOFTMAXES[kernel].get(precision, ONE_SOFTMAX[kernel][precision])
-            if two
-            else ONE_SOFTMAX[kernel][precision]
-        )
+        rows = BY_BLOCKS[two, kernel][precision] if kernel in ("blocks", "products") else ONE_SOFTMAX[kernel][precision]
+        if two:
+            rows = TWO_SOFTMAXES.get(kernel, {}).get(precision, rows)
         rows = BY_FAMILY.get(family, {}).get((two, kernel, precision), rows)
         entry = rows[CLASSES.index(class_of(D))]
         if family in ("cdna3", "cdna"):  # its waves take 32 rows each, and without a second product 32 columns of them
-            columns = entry.block_n // 32 if kernel == "statistics" else 1
+            columns = entry.block_n // 32 if kernel in ("statistics", "blocks", "products") else 1
             entry = entry._replace(num_warps=max(1, min(8, entry.block_m // 32 * columns)))
     features = max(16, 1 << max(0, D - 1).bit_length())
     return entry._replace(block_d=min(entry.block_d, features), block_out=min(entry.block_out, features))

@@ -15,6 +15,7 @@ OF_REPULSION = "tests/triton/interpreted/test_operators.py -k repulsion"
 TUNING = "tests/triton/test_tuning.py"
 NORMALIZE = "tests/triton/interpreted/test_normalize.py"
 PTX = "tests/triton/test_ptx.py tests/triton/test_ptx_bugs.py -k 'numbers or found'"
+BLOCKS = "tests/triton/interpreted/test_blocks.py"
 
 FAULTS = (
     Fault(
@@ -140,10 +141,10 @@ FAULTS = (
     Fault(
         "triton-low-piece",
         KERNELS + "tile.py",
-        text="        acc = tl.dot(low.to(tl.bfloat16), y, acc, out_dtype=acc.dtype)\n",
+        text="        acc = multiply(H - high.to(acc.dtype), y, acc, PRECISION)\n",
         replacement="",
-        why="gradients of bfloat16 keep 16 of 24 bits of their coefficients",
-        tests=PTX,
+        why="keys without a gradient, half types: two sums that nearly cancel are rounded before they do",
+        tests=DETACHED_KEYS,
     ),
     Fault(
         "triton-near",
@@ -212,7 +213,7 @@ FAULTS = (
     Fault(
         "triton-given-self-of-columns",
         KERNELS + "gradient.py",
-        text="options.GIVEN_SELF and not AS_QUERY",
+        text="options.GIVEN_SELF and not options.AS_QUERY",
         replacement="False",
         why="gradients of keys: queries in the columns are key j",
         tests=FLOAT64,
@@ -288,5 +289,85 @@ FAULTS = (
         replacement="pairs = set_pairs(Arguments._make((*unpack(q, k, tau, spec)[:9], False, None)))",
         why="keys of all processes: normalize is forgotten",
         tests=OF_REPULSION,
+    ),
+    Fault(
+        "triton-blocks-overwrite",
+        KERNELS + "blocks.py",
+        text="tl.load(out, mask=inside, other=0.0) + total, mask=inside)",
+        replacement="total, mask=inside)",
+        why="many features: a gradient is that of the last block",
+        tests=BLOCKS,
+    ),
+    Fault(
+        "triton-blocks-factor-of-the-row",
+        KERNELS + "blocks.py",
+        text="-2.0 / tl.where(unit == 0, 1.0, unit)",
+        replacement="-2.0",
+        why="many features, raw rows: gradients keep the factor of the row in which they are taken",
+        tests=BLOCKS + " -k raw_rows",
+    ),
+    Fault(
+        "triton-blocks-factor-of-the-column",
+        KERNELS + "blocks.py",
+        text="g *= queries.unit[:, None] * keys.unit[None, :]",
+        replacement="g *= queries.unit[:, None]",
+        why="many features, raw rows: gradients sum raw keys",
+        tests=BLOCKS + " -k raw_rows",
+    ),
+    Fault(
+        "triton-blocks-first-part",
+        KERNELS + "blocks.py",
+        text="for part in range(tl.where(here, PARTS, 0)):",
+        replacement="for part in range(tl.where(here, 1, 0)):",
+        why="many features: a row is multiplied with the coefficients of one tile",
+        tests=BLOCKS,
+    ),
+    Fault(
+        "triton-blocks-parts-of-another-block",
+        HOST + "blocks.py",
+        text="block.height // tile.block_m\n            add_product",
+        replacement="largest.height // tile.block_m\n            add_product",
+        why="many features: the last block adds sums of the one before",
+        tests=BLOCKS,
+    ),
+    Fault(
+        "triton-blocks-moments-of-the-last",
+        KERNELS + "blocks.py",
+        text="tl.store(out, tl.load(out, mask=rows < N, other=0.0) + moment0, mask=rows < N)",
+        replacement="tl.store(out, moment0, mask=rows < N)",
+        why="many features: the temperature gradient is that of the last block of keys",
+        tests=BLOCKS,
+    ),
+    Fault(
+        "triton-blocks-transposed",
+        HOST + "blocks.py",
+        text="if side.query else (block.j, block.i, block.width)",
+        replacement="if side.query else (block.i, block.j, block.width)",
+        why="many features: gradients of keys are added to other keys",
+        tests=BLOCKS,
+    ),
+    Fault(
+        "triton-blocks-scale-of-one-side",
+        KERNELS + "blocks.py",
+        text="        found *= inverse_power(largest_unit(k_unit, 0, k_rows, k_rows, nothing))\n",
+        replacement="",
+        why="many features, float16: short keys take coefficients out of its range",
+        tests=BLOCKS + " -k 'far_apart'",
+    ),
+    Fault(
+        "triton-blocks-too-large",
+        HOST + "blocks.py",
+        text="if max(pairs.N, pairs.M) <= SIDE else 1",
+        replacement="if max(pairs.N, pairs.M) <= SIDE else pairs.P",
+        why="many features: the workspace grows with the pairs of views",
+        tests=BLOCKS + " -k bounded",
+    ),
+    Fault(
+        "triton-blocks-where-they-do-not-pay",
+        HOST + "blocks.py",
+        text='pairs.tile("gradient").block_out < pairs.D',
+        replacement='8 * pairs.tile("gradient").block_out < pairs.D',
+        why="many features: similarities are formed again for every 128 features",
+        tests=BLOCKS,
     ),
 )

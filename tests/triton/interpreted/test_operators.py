@@ -47,7 +47,23 @@ def check(problem: Problem, dtype: torch.dtype) -> None:
     wide = tuple(t.detach().double().requires_grad_() for t in (q, k, tau))
     true = gradients(plain((wide[0], wide[1], *arguments[2:4], wide[2], *arguments[5:])), wide)
     assert [g.dtype for g in mine] == [exact, exact, torch.float64]
-    assert_close(mine, true, exact, max(1.0, *(t**2 for _, t in problem.sets)) / 10)
+    assert_gradients(mine, true, dtype, max(1.0, *(t**2 for _, t in problem.sets)) / 10)
+
+
+def assert_gradients(mine: Any, true: Any, dtype: torch.dtype, factor: float) -> None:
+    """Those of rows before that of tau; in float16 what multiplies rows is rounded once to it."""
+    if dtype == torch.float16:
+        for a, b in zip(mine[:-1], true[:-1], strict=True):
+            assert_rounded_once(a, b, factor)
+        mine, true, dtype = mine[-1:], true[-1:], torch.float32
+    assert_close(mine, true, dtype, factor)
+
+
+def assert_rounded_once(found: Tensor, true: Tensor, factor: float = 1.0) -> None:
+    """Within an eps of float16 of the largest entry."""
+    assert found.shape == true.shape
+    most = true.abs().max().item() if true.numel() else 0.0
+    assert (found - true).abs().le(max(1.0, factor) * torch.finfo(torch.float16).eps * most).all()
 
 
 @pytest.mark.parametrize("problem", (SMALL | MORE).values(), ids=list(SMALL | MORE))
@@ -67,8 +83,8 @@ def test_chunks_of_features(dtype: torch.dtype) -> None:
     check(CHUNKS, dtype)
 
 
-def test_coefficients_keep_float32_in_float16() -> None:
-    """Gradients of very different rows, and of weights far below the range of float16."""
+def test_coefficients_are_taken_into_the_range_of_float16() -> None:
+    """Gradients of very different rows, and of weights far below that range."""
     problem = Problem(((test_ops.OTHER, -2.0),), (1, 1, 33, 129, 16), q_id=cyclic(33, 7), k_id=cyclic(129, 7))
     q, k, *rest = problem.arguments(torch.float16)
     value, _, weights = FORWARD(q, k, *rest)
@@ -76,7 +92,7 @@ def test_coefficients_keep_float32_in_float16() -> None:
     mine = BACKWARD(q, k, *rest, value, weights, g_value, 0 * g_value, True, True, False)
     single = BACKWARD(q.float(), k.float(), *rest, value, weights, g_value, 0 * g_value, True, True, False)
     for a, b in zip(mine[:2], single[:2], strict=True):
-        assert (a - b).abs().max() <= 4e-7 * b.abs().max()
+        assert_rounded_once(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["float64", "float16"])
@@ -92,8 +108,7 @@ def test_keys_that_are_the_queries(dtype: torch.dtype) -> None:
     of_q, nothing, of_tau = BACKWARD(q, None, ids, None, tau, *rest, value, weights, *grads)
     two_q, two_k, two_tau = BACKWARD(q, q, ids, ids, tau, *rest, value, weights, *grads)
     assert nothing.shape == (0,)
-    exact = torch.float32 if dtype == torch.float16 else dtype
-    assert_close([of_q, of_tau], [two_q + two_k, two_tau], exact, 0.1)
+    assert_gradients([of_q, of_tau], [two_q + two_k, two_tau], dtype, 0.1)
     only = BACKWARD(q, None, ids, None, tau, *rest, value, weights, g_value, g_lse, False, False, True)
     assert torch.equal(only[2], of_tau)
     assert only[0].shape == (0,)
@@ -193,7 +208,10 @@ def test_of_detached_keys(problem: test_detached_keys.Problem, dtype: torch.dtyp
     exact = torch.float32 if dtype == torch.float16 else dtype
     factor = max(1.0, abs(problem.tau)) / 10
     assert_close([value, lse], true[:2], exact, factor)
-    assert_close([means[0]], [true[2]], exact, factor)
+    if dtype == torch.float16 and not variance.numel():
+        assert_rounded_once(means[0], true[2])
+    else:
+        assert_close([means[0]], [true[2]], exact, factor)
     if variance.numel():
         assert_close([problem.tau * means[1], variance], [problem.tau * true[3], true[4]], exact, factor**2 * 100)
 

@@ -7,6 +7,7 @@ statistics.py     row statistics of one or two softmaxes over a split of the key
 merge.py          value and lse of those of all splits together, in float64
 coefficients.py   what a row's gradient multiplies its weights with
 gradient.py       gradient of embeddings, as queries, as keys or as both
+blocks.py         the same of more features than a program holds: stored coefficients, and products with them
 total.py          sums over splits of gradients, and the derivative of the temperatures
 detached_keys.py  statistics and gradient in one sweep, where the keys carry no gradient
 aligned.py        attraction of cacr_loss

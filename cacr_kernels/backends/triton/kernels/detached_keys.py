@@ -22,6 +22,7 @@ from .tile import (
     load_tile,
     logits,
     multiply,
+    multiply_in_pieces,
     of_unit_queries,
     similarity,
     slope_of,
@@ -118,10 +119,12 @@ def detached_keys_kernel(
         sum_e = sum_e * rescale + tl.sum(e, 1)
         if WANT_MEAN:
             factor = (keys.unit * scale)[None, :] if NORMALIZE else scale
-            if MOMENTS:
+            if MOMENTS:  # the two sums nearly cancel in the gradient
                 spread = (spread + shift[:, None] * mean) * rescale[:, None]
-                spread = multiply(ez * factor, k_tile, spread, PRECISION)
-            mean = multiply(e * factor, k_tile, mean * rescale[:, None], PRECISION)
+                spread = multiply_in_pieces(ez * factor, k_tile, spread, PRECISION)
+                mean = multiply_in_pieces(e * factor, k_tile, mean * rescale[:, None], PRECISION)
+            else:
+                mean = multiply(e * factor, k_tile, mean * rescale[:, None], PRECISION)
     one = tl.cast(P, tl.int64) * N  # rows of one quantity
     out = partial_state + split * 4 * one + tl.cast(p, tl.int64) * N + rows
     inside = rows < tl.where(d_out == 0, N, 0)  # the first block of features writes the state

@@ -126,69 +126,85 @@ def add_exactly(total, lost, x):
 
 
 @triton.jit
-def sweep(sums, x, x_tile, other, rows, first, second, options):
-    """``sums`` with those over the rows of the other side added, for one pair of sets.
+def squares(z, e, base, mean, inverse):
+    """Sums over the columns of e (u - mean u)^2, u = (z + base) / slope; what belongs to a row comes together first."""
+    d = z * inverse + (base * inverse - mean)
+    return tl.sum(e * d * d, 1)
+
+
+@triton.jit
+def cost_gradients(S, x, y, rows, first, second, options):
+    """The scaled g of a tile, and what its e add to both moments of its rows.
 
     S, c, v, z, e and g are tiles [BLOCK_M, BLOCK_N].
     """
-    acc_type: tl.constexpr = x.norm.dtype
     AS_QUERY: tl.constexpr = options.AS_QUERY
     FIRST_SET: tl.constexpr = options.FIRST_SET
     SECOND_SET: tl.constexpr = options.SECOND_SET
     INNER_PRODUCT: tl.constexpr = options.INNER_PRODUCT
     NORMALIZE: tl.constexpr = options.NORMALIZE
-    PRECISION: tl.constexpr = options.PRECISION
     MOMENTS: tl.constexpr = options.WANT_TAU and AS_QUERY
-    IDS: tl.constexpr = FIRST_SET != ALL or SECOND_SET > ALL
-    # A column beyond the last query gets no weight.
-    no_query0, no_query1 = (0.0, 0.0) if AS_QUERY else (2.0 * first.mask_bias, 2.0 * second.mask_bias)
-    inverse0 = 1.0 / first.slope
-    inverse1 = inverse0 if SECOND_SET == SHARED_SET else 1.0 / second.slope
+    queries = x if AS_QUERY else y
     row0, row1, stride = rows.base, rows.base + rows.softmax_stride, rows.stride
+    moment0 = tl.zeros((S.shape[0],), dtype=S.dtype)
+    moment1 = moment0
+    S = of_unit_queries(S, queries, AS_QUERY, NORMALIZE)
+    if uses_cost(FIRST_SET, INNER_PRODUCT) or uses_cost(SECOND_SET, INNER_PRODUCT):
+        c = positive_cost(x, y, S, not AS_QUERY, NORMALIZE)
+    else:
+        c = S  # not read
+    v = tile_logits(S, c, first, x, y, AS_QUERY, FIRST_SET, INNER_PRODUCT, NORMALIZE)
+    # Beyond the last query there is no weight.
+    base = coefficient(row0 + BASE * stride, queries, AS_QUERY, 2.0 * first.mask_bias)
+    z = v - base
+    e = tl.exp2(z)
+    a = coefficient(row0 + A * stride, queries, AS_QUERY) * rows.scale
+    b = coefficient(row0 + B * stride, queries, AS_QUERY) * rows.scale
+    g = e * (b * z + a)
+    if MOMENTS:
+        mean = coefficient(row0 + MEAN_U * stride, queries, AS_QUERY)
+        moment0 = squares(z, e, base, mean, 1.0 / first.slope)
+    if SECOND_SET != NO_SET:
+        if SECOND_SET == SHARED_SET:
+            z = second.slope * z
+            base, inverse = base * second.slope, 1.0 / (first.slope * second.slope)
+        else:
+            v = tile_logits(S, c, second, x, y, AS_QUERY, SECOND_SET, INNER_PRODUCT, NORMALIZE)
+            base = coefficient(row1 + BASE * stride, queries, AS_QUERY, 2.0 * second.mask_bias)
+            z, inverse = v - base, 1.0 / second.slope
+        e1 = tl.exp2(z)
+        a = coefficient(row1 + A * stride, queries, AS_QUERY) * rows.scale
+        b = coefficient(row1 + B * stride, queries, AS_QUERY) * rows.scale
+        if options.CANCELLING:
+            ratio = coefficient(row1 + RATIO * stride, queries, AS_QUERY)
+            g += a * (e1 - ratio * e) + b * (e1 * z)
+        else:
+            g += e1 * (b * z + a)
+        if MOMENTS:
+            mean = coefficient(row1 + MEAN_U * stride, queries, AS_QUERY)
+            moment1 = squares(z, e1, base, mean, inverse)
+    return g, moment0, moment1
+
+
+@triton.jit
+def sweep(sums, x, x_tile, other, rows, first, second, options):
+    """``sums`` with those over the rows of the other side added, for one pair of sets."""
+    acc_type: tl.constexpr = x.norm.dtype
+    NORMALIZE: tl.constexpr = options.NORMALIZE
+    IDS: tl.constexpr = options.FIRST_SET != ALL or options.SECOND_SET > ALL
     for j0 in range(other.begin, other.end, options.BLOCK_N):
         columns = j0 + tl.arange(0, options.BLOCK_N)
         y_tile = load_tile(other.matrix, j0, other.d_out, options.BLOCK_N, options.BLOCK_OUT)  # [BLOCK_N, BLOCK_OUT]
-        y = load_block(other.matrix, j0, columns, IDS, options.GIVEN_SELF and not AS_QUERY, NORMALIZE)
-        queries = x if AS_QUERY else y
-        S = similarity(x, x_tile, y, y_tile, options.BLOCK_D, options.CHUNKS, PRECISION, acc_type)
-        S = of_unit_queries(S, queries, AS_QUERY, NORMALIZE)
-        if uses_cost(FIRST_SET, INNER_PRODUCT) or uses_cost(SECOND_SET, INNER_PRODUCT):
-            c = positive_cost(x, y, S, not AS_QUERY, NORMALIZE)
-        else:
-            c = S  # not read
-        v = tile_logits(S, c, first, x, y, AS_QUERY, FIRST_SET, INNER_PRODUCT, NORMALIZE)
-        z = v - coefficient(row0 + BASE * stride, queries, AS_QUERY, no_query0)
-        e = tl.exp2(z)
-        a = coefficient(row0 + A * stride, queries, AS_QUERY) * rows.scale
-        b = coefficient(row0 + B * stride, queries, AS_QUERY) * rows.scale
-        g = e * (b * z + a)
-        moment0, moment1 = sums.moment0, sums.moment1
-        if MOMENTS:
-            d = v * inverse0 - coefficient(row0 + MEAN_U * stride, queries, AS_QUERY)
-            moment0 += tl.sum(e * d * d, 1)
-        if SECOND_SET != NO_SET:
-            if SECOND_SET == SHARED_SET:
-                z = second.slope * z
-            else:
-                v = tile_logits(S, c, second, x, y, AS_QUERY, SECOND_SET, INNER_PRODUCT, NORMALIZE)
-                z = v - coefficient(row1 + BASE * stride, queries, AS_QUERY, no_query1)
-            e1 = tl.exp2(z)
-            a = coefficient(row1 + A * stride, queries, AS_QUERY) * rows.scale
-            b = coefficient(row1 + B * stride, queries, AS_QUERY) * rows.scale
-            if options.CANCELLING:
-                ratio = coefficient(row1 + RATIO * stride, queries, AS_QUERY)
-                g += a * (e1 - ratio * e) + b * (e1 * z)
-            else:
-                g += e1 * (b * z + a)
-            if MOMENTS:
-                d = v * inverse1 - coefficient(row1 + MEAN_U * stride, queries, AS_QUERY)
-                moment1 += tl.sum(e1 * d * d, 1)
+        y = load_block(other.matrix, j0, columns, IDS, options.GIVEN_SELF and not options.AS_QUERY, NORMALIZE)
+        S = similarity(x, x_tile, y, y_tile, options.BLOCK_D, options.CHUNKS, options.PRECISION, acc_type)
+        g, moment0, moment1 = cost_gradients(S, x, y, rows, first, second, options)
         if NORMALIZE:
             total, lost = sums.g, sums.lost  # x sum g points along x, of which nothing stays
             g *= y.unit[None, :]
         else:
             total, lost = add_exactly(sums.g, sums.lost, tl.sum(g, 1))
-        sums = Sums(multiply(g, y_tile, sums.gy, PRECISION), total, lost, moment0, moment1)
+        gy = multiply(g, y_tile, sums.gy, options.PRECISION)
+        sums = Sums(gy, total, lost, sums.moment0 + moment0, sums.moment1 + moment1)
     return sums
 
 

@@ -46,7 +46,8 @@ NEAR = tl.constexpr(0.125)  # positives closer than this part of |q|^2 + |k|^2 a
 
 # Arguments that change with the batch. Triton compiles a kernel anew where such a number is 1 or is no multiple of 16
 # any more; an odd last batch must not. What wide loads depend on, D and pointers, is not among them.
-COUNTS = ["N", "M", "B", "ROWS", "rows", "q_rows", "k_rows", "BOUNDS", "SPLITS"]
+COUNTS = ["N", "M", "B", "ROWS", "rows", "q_rows", "k_rows", "BOUNDS", "SPLITS", "PAIRS", "PARTS"]
+COUNTS += ["i_first", "j_first", "p_first"]
 
 
 # ---- values that travel together -------------------------------------------------------------------------------------
@@ -335,27 +336,19 @@ def norm_in_range(norm, tau, acc_type: tl.constexpr):
 # ---- products with coefficients --------------------------------------------------------------------------------------
 @triton.jit
 def multiply(H, y, acc, PRECISION: tl.constexpr):
-    """Add H y to ``acc``; where y is of a half type, H is multiplied in pieces that are exact in that type.
-
-    bfloat16: three pieces of 8 bits are all of a float32. float16: two of 11 bits; H has to be scaled into its range.
-    """
-    if y.dtype == tl.bfloat16:
-        high = top_bits(H)
-        middle = top_bits(H - high)
-        low = H - high - middle
-        acc = tl.dot(low.to(tl.bfloat16), y, acc, out_dtype=acc.dtype)
-        acc = tl.dot(middle.to(tl.bfloat16), y, acc, out_dtype=acc.dtype)
-        return tl.dot(high.to(tl.bfloat16), y, acc, out_dtype=acc.dtype)
-    elif y.dtype == tl.float16:
-        high = H.to(tl.float16)
-        low = (H - high.to(tl.float32)).to(tl.float16)
-        acc = tl.dot(low, y, acc, out_dtype=acc.dtype)
-        return tl.dot(high, y, acc, out_dtype=acc.dtype)
+    """Add H y to ``acc``; where y is of a half type, H is rounded to it once and has to be scaled into its range."""
+    if y.dtype == tl.bfloat16 or y.dtype == tl.float16:
+        return tl.dot(H.to(y.dtype), y, acc, out_dtype=acc.dtype)
     else:
         return tl.dot(factor(H, PRECISION), factor(y, PRECISION), acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit
-def top_bits(x):
-    """The leading 8 bits of each number, which is what a bfloat16 holds."""
-    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+def multiply_in_pieces(H, y, acc, PRECISION: tl.constexpr):
+    """The same, but of a half type H has two pieces: for sums that nearly cancel later."""
+    if y.dtype == tl.bfloat16 or y.dtype == tl.float16:
+        high = H.to(y.dtype)
+        acc = multiply(H - high.to(acc.dtype), y, acc, PRECISION)
+        return multiply(high, y, acc, PRECISION)
+    else:
+        return multiply(H, y, acc, PRECISION)
