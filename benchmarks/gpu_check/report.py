@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import compared, rule
+from . import compared, reckoned, rule
 from .lines import NOTE, Line, Tally, read, tally
 from .steps import Step
 from .supervise import DONE, RUNNING, SKIPPED, WAITING, Outcome
@@ -67,6 +67,8 @@ def section(step: Step, lines: list[Line], found: Tally) -> list[str]:
     parts = []
     if notes := [line["text"] for line in lines if line["event"] == NOTE]:
         parts.append("\n".join(f"- {note}" for note in notes))
+    if (compiled := reckoned.measured(lines)) is not None:
+        parts.append(f"- {compiled}")
     problems = [(line["task"], line.get("problem", "")) for line in found.failed]
     if problems:
         text = "\n".join(f"{task}: {problem.strip()[-1500:]}" for task, problem in problems[:60])

@@ -273,6 +273,8 @@ def _rows(problem: Timed, rows: tuple[str, ...], device: str, optional: bool = F
 def run(context: Context) -> None:
     if (reason := devices.why_none()) is not None:
         return context.skip(reason)
+    if devices.absent() and not devices.interprets():
+        return context.skip("kernels are counted, none is run")
     if devices.interprets():
         context.lines.write(NOTE, text="kernels are interpreted: every row runs on small problems, and has no time")
     child.run(context, tasks(devices.usable(), devices.GPU), SECONDS)

@@ -59,11 +59,13 @@ def timed_later() -> Iterator[Timed]:
 
 def tasks(names: list[str]) -> Iterator[Task]:
     cases, dtypes = (INTERPRETED, DTYPES[:1]) if devices.interprets() else (SMOKE, DTYPES)
-    for problem in TINY if devices.interprets() else (*FIRST, *timed_later()):
+    for problem in TINY if devices.interprets() else FIRST:
         yield Task(problem.name, partial(compile_timed, names, problem), optional=True)
     for case in cases:
         for dtype in dtypes:
             yield Task(f"{dtype} {case.name}", partial(compile_case, names, case, dtype), optional=True)
+    for problem in () if devices.interprets() else timed_later():
+        yield Task(problem.name, partial(compile_timed, names, problem), optional=True)
 
 
 def run(context: Context) -> None:

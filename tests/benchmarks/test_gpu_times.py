@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu_check import child, compared, report, rule, times
+from benchmarks.gpu_check import child, compared, reckoned, report, rule, times
 from benchmarks.gpu_check.child import Context, Task
 from benchmarks.gpu_check.lines import Lines, tally
 from benchmarks.gpu_check.problems import BATCHES, COMPARED, FIRST, PRODUCTS, WIDTHS, Timed, further
@@ -241,3 +241,23 @@ def test_products_are_set_and_given_back(monkeypatch: pytest.MonkeyPatch) -> Non
         with times.multiplying(products):
             assert matmul.fp32_precision == ("ieee" if products == "ieee" else "tf32")
     assert matmul.fp32_precision == before
+
+
+# ---- how long compiling takes ----------------------------------------------------------------------------------------
+def test_compiling_is_reckoned_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reckoned, "COMPILED", {"warm": 30, "smoke": 0, "verify": 50})
+    monkeypatch.setattr(reckoned, "SECONDS", 2.0)
+    assert reckoned.sentence(STEPS, 4) == (
+        "up to 80 Triton kernels to compile (warm 30, verify 50): at 2 s each 160 s of work, about 40 s for 4 "
+        "processes side by side, once for this machine"
+    )
+    assert "(warm 30)" in reckoned.sentence(tuple(step for step in STEPS if "smoke" in step.only), 4)
+    assert reckoned.sentence((), 4) == "no Triton kernels to compile"
+
+
+def test_what_a_kernel_took_is_in_the_report(tmp_path: Path) -> None:
+    lines = Lines(tmp_path / "results.jsonl", "warm")
+    for kernels, seconds in ((3, 6.0), (0, 1.0), (1, 4.0)):
+        lines.write("result", task=f"{kernels}", ok=True, kernels=kernels, seconds=seconds)
+    report.write(tmp_path, tuple(step for step in STEPS if step.name == "warm"), {})
+    assert "- 4 kernels in 2.50 s each" in (tmp_path / "report.md").read_text(encoding="utf-8")
