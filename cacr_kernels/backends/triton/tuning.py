@@ -31,7 +31,7 @@ from ...operators.registry import line_of_user
 from ..kept import cache_dir, write
 from .launch import launched, power_of_two, recording
 from .pairs import SetPairs
-from .table import Precision, Tile
+from .table import LEAST_FEATURES, Precision, Tile
 
 Result = TypeVar("Result")
 
@@ -144,7 +144,7 @@ def _legal(tile: Tile, kernel: str, precision: Precision, D: int, family: str) -
 
 def features_of(D: int) -> int:
     """The features of a tile that holds all D."""
-    return max(16, power_of_two(D))
+    return max(LEAST_FEATURES, power_of_two(D))
 
 
 # ---- timing ----------------------------------------------------------------------------------------------------------
