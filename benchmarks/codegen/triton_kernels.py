@@ -184,11 +184,10 @@ def compile_variant(variant: Variant, case: KernelCase, known: dict[str, Any]) -
     constants = tile.constants(writes)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     product = dtype if dtype in ("tf32", "tf32x3") else "ieee"
-    several = min(2, tile.chunks(D))  # all that a kernel asks
     constants |= (
         {"INNER_PRODUCT": False, "GIVEN_SELF": False, "NORMALIZE": False}
         | variant.constants
-        | {"PRECISION": product, "CHUNKS": several}
+        | {"PRECISION": product, "CHUNKS": tile.constant_of_chunks(D)}
     )
     key = str((constants, options))
     if key not in known:

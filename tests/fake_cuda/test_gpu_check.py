@@ -88,7 +88,7 @@ def test_every_row_of_the_times_runs_and_none_is_timed(check: Report) -> None:
         assert line.get("p50 ms") is None
         assert line["TFLOP/s"] is None
         if name.split()[0] in BACKENDS:
-            assert line["predicted ms"] > 0
+            assert (line["predicted ms"] is not None) == (line["D"] >= 64)  # of fewer features nothing is counted
     assert "not checked, no problem has times of both backends" in check.text
 
 

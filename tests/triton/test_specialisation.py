@@ -103,6 +103,15 @@ def test_few_features_compile_the_same_kernels(variants: Variants) -> None:
         assert new(variants, before) == {}, dim
 
 
+def test_features_in_chunks_compile_the_same_kernels(variants: Variants) -> None:
+    """However many chunks there are."""
+    run_losses(97, 260, torch.bfloat16)
+    before = {kernel: set(keys) for kernel, keys in variants.items()}
+    for dim in (300, 516, 1036):
+        run_losses(97, dim, torch.bfloat16)
+        assert new(variants, before) == {}, dim
+
+
 def test_loads_of_features_are_wide(variants: Variants) -> None:
     """What they depend on stays in the code: whether D is a multiple of 16, and the pointers."""
     run_losses(497, 128, torch.bfloat16)

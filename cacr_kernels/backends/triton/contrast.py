@@ -168,7 +168,7 @@ def statistics_sweep(pairs: SetPairs, tile: Tile) -> Tensor:
     partial_state = pairs.empty(split.number, 3, pairs.S, pairs.P, pairs.N)
     start(
         statistics_kernel, (blocks, split.number), *pairs.sides, partial_state, pairs.N, pairs.M, pairs.D, pairs.P,
-        split.size, **pairs.constants(), CHUNKS=tile.chunks(pairs.D), **tile.constants(False),
+        split.size, **pairs.constants(), CHUNKS=tile.constant_of_chunks(pairs.D), **tile.constants(False),
         GIVEN_SELF=pairs.given_self,
     )  # fmt: skip
     return partial_state
@@ -264,7 +264,7 @@ def _sweep(
     sizes = rows, others, D, pairs.P, coefficients.bound.numel(), *split
     start(
         gradient_kernel, grid, *arrays, *coefficients, grads.partial, grads.moment, *sizes, **grads.role,
-        **pairs.constants(), CANCELLING=pairs.cancelling, CHUNKS=tile.chunks(D), **tile.constants(True),
+        **pairs.constants(), CANCELLING=pairs.cancelling, CHUNKS=tile.constant_of_chunks(D), **tile.constants(True),
         GIVEN_SELF=pairs.given_self,
     )  # fmt: skip
 

@@ -47,6 +47,6 @@ def detached_keys_sweep(pairs: SetPairs, tile: Tile, want_mean: bool, moments: b
     start(
         detached_keys_kernel, (blocks, pairs.P, split.number * features), *pairs.sides, state, sums,
         pairs.N, pairs.M, pairs.D, pairs.P, split.size, features,
-        **flags, **pairs.constants(), CHUNKS=tile.chunks(pairs.D), **tile.constants(True),
+        **flags, **pairs.constants(), CHUNKS=tile.constant_of_chunks(pairs.D), **tile.constants(True),
     )  # fmt: skip
     return state, sums

@@ -47,6 +47,10 @@ class Tile(NamedTuple):
         """How many times ``block_d`` features there are."""
         return -(-D // self.block_d)
 
+    def constant_of_chunks(self, D: int) -> int:
+        """Of a launch: 1, or 2 for any larger number of them, of which the kernels ask no more."""
+        return min(2, self.chunks(D))
+
 
 class Processor(NamedTuple):
     """``family`` is a key of the table, ``cores`` about the number of programs that run at a time."""
