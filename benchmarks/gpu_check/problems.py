@@ -34,8 +34,8 @@ OPTIONS = (
     cacr(3, 23, 17, pairing="ordered"),
     cacr(3, 23, 17, pairing="pooled"),
     cacr(3, 19, 9, pairing="pooled", cost="rbf"),
-    queue(2, 13, 33, 67, weight_grad="full"),
-    queue(2, 13, 33, 67, weight_grad="none"),
+    queue(2, 13, 31, 67, weight_grad="full"),
+    queue(2, 13, 31, 67, weight_grad="none"),
     momentum(2, 13, 19, 43, cost="sqeuclidean"),
     supervised(27, 11, 5, 41),
 )
