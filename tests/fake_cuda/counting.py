@@ -1,10 +1,11 @@
 """What Triton would compile, counted on the fake device: ``python -m tests.fake_cuda.counting``.
 
 The command runs the steps of ``make gpu-check`` that launch Triton kernels, all of their tasks, without compiling one,
-and prints how many different kernels each step asks for that no step before it did. It takes a quarter of an hour.
+and prints how many different kernels each step asks for that no step before it did. It takes minutes.
 ``benchmarks/gpu_check/reckoned.py`` keeps the numbers.
 
-Kernels that Inductor makes or compiles (``torch.compile``) are not among them: it needs a GPU that is there.
+Not among them: kernels of the numerical gradients of verify that no case has, and what Inductor makes or compiles
+(``torch.compile``), which needs a GPU that is there.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _kernels: dict[str, SimpleNamespace] = {}
 
 
 # ---- in the process that is counted ----------------------------------------------------------------------------------
-def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+def launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
     """In the place of ``JITFunction.run``."""
     import torch
 
@@ -77,6 +78,18 @@ def _counted(name: str, launches: Callable[..., Any]) -> Callable[..., Any]:
     return both
 
 
+def run(context: Any) -> None:
+    """The step that verifies, without what is expected: every case in every dtype is computed once."""
+    from functools import partial
+
+    from benchmarks.gpu_check import child, warm
+    from cacr_kernels import testing
+    from cacr_kernels.verify import DTYPES
+
+    cases = ((case, dtype) for case in testing.cases() for dtype in DTYPES)
+    child.run(context, (child.Task(f"{d} {c.name}", partial(warm.compile_case, [], c, d)) for c, d in cases), 1000)
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 def counted(folder: Path, steps: tuple[str, ...] = STEPS) -> dict[str, collections.Counter[str]]:
     """By step, in their order: how often each kernel is compiled there and in no step before."""
@@ -88,6 +101,7 @@ def counted(folder: Path, steps: tuple[str, ...] = STEPS) -> dict[str, collectio
     file = folder / "kernels"
     os.environ.update(environment(FAKE_CUDA_TRITON="count", FAKE_CUDA_COUNT=str(file), CACR_SELF_CHECK="0"))
     chosen = tuple(step for step in ALL if step.name in steps)
+    chosen = tuple(step._replace(module=__spec__.name) if step.name == "verify" else step for step in chosen)
     if status := check.main(["--out", str(folder), "--minutes", "900"], chosen):
         raise SystemExit(f"the check ended with status {status}: {folder}/report.md")
     return by_step([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()])
