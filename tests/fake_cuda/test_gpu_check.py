@@ -84,11 +84,10 @@ def test_every_row_of_the_times_runs_and_none_is_timed(check: Report) -> None:
     good = check.results("times")
     rows = {f"{row} {problem.name}" for problem in TINY for row in (*BACKENDS, "eager", "torch")}
     assert set(good) == rows | {f"peak {products}" for products in PRODUCTS}
-    for name, line in good.items():
+    for line in good.values():
         assert line.get("p50 ms") is None
         assert line["TFLOP/s"] is None
-        if name.split()[0] in BACKENDS:
-            assert (line["predicted ms"] is not None) == (line["D"] >= 64)  # of fewer features nothing is counted
+    assert good[f"triton {TINY[0].name}"]["predicted ms"] > 0
     assert "not checked, no problem has times of both backends" in check.text
 
 
