@@ -222,8 +222,7 @@ def compile_variant(variant: Variant, case: KernelCase, known: dict[str, Any]) -
     if bare:
         del constants["BLOCK_D"]
     else:
-        several = min(2, tile.chunks(D))  # all that a kernel asks
-        constants = {"GIVEN_SELF": False, "CHUNKS": several} | constants
+        constants = {"GIVEN_SELF": False, "CHUNKS": tile.constant_of_chunks(D)} | constants
     key = str((constants, options))
     if key not in known:
         element = dtype if half or dtype == "fp64" else "fp32"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.host import cores
 
-from . import report, supervise
+from . import reckoned, report, supervise
 from .lines import ABSENT, Lines, read, tally
 from .steps import CORES, MINUTES, ONLY, STEPS, Step, workers
 from .supervise import RUNNING, SKIPPED, Outcome
@@ -54,6 +54,8 @@ def main(arguments: list[str] | None = None, steps: tuple[Step, ...] = STEPS) ->
     chosen = tuple(step for step in steps if options.only is None or options.only in step.only)
     scale = 60 * options.minutes / sum(step.seconds for step in chosen) if options.only else options.minutes / MINUTES
     outcomes: dict[str, Outcome] = {}
+    limits = sum(max(step.least, step.seconds * scale) for step in chosen)
+    print(f"at most {limits / 60:.1f} minutes; {reckoned.sentence(chosen, options.processes)}", flush=True)
     for step in chosen:
 
         def tell(outcome: Outcome, name: str = step.name) -> None:

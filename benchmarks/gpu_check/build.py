@@ -15,7 +15,7 @@ from benchmarks.host import nvcc
 from cacr_kernels.backends.library import cuda_library
 from cacr_kernels.backends.table import named
 
-from . import child
+from . import child, devices
 from .child import Context, Task
 from .lines import NOTE
 
@@ -41,6 +41,8 @@ def why(library: Path, sources: Path) -> str | None:
 
 def why_not(sources: Path) -> str | None:
     """Why nothing can be built."""
+    if devices.absent():
+        return "the GPUs are not there: their CUDA library is the kernels in the emulation, and nvcc builds nothing"
     if not (ROOT / "setup.py").exists() or not sources.exists():
         return "this is no source tree"
     if not torch.cuda.is_available():

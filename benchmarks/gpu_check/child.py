@@ -104,10 +104,13 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
-def end_with_parent() -> None:
-    """The parent holds the other end of the standard input; once it is gone, so is everything it started."""
+def end_with_parent(parent: int) -> None:
+    """The parent holds the other end of this file; once it is gone, so is everything it started.
+
+    A file of its own: while pytest captures, the standard input is another one, which has an end.
+    """
     with contextlib.suppress(OSError, ValueError):
-        while os.read(0, 4096):
+        while os.read(parent, 4096):
             pass
     sessions.end(os.getsid(0))
 
@@ -122,7 +125,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0)
     options = parser.parse_args()
     faulthandler.enable()
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(os.dup(0),), daemon=True).start()
     lines = Lines(options.lines, options.step)
     try:
         step = importlib.import_module(options.module)

@@ -13,10 +13,11 @@ from cacr_kernels.backends.table import select
 
 from . import child
 from .child import Context, Task
-from .times import flop, library_step, seconds_of, views
+from .problems import Timed
+from .times import library_step, seconds_of, views
 
 THREADS = (1, 2, 4, 8, 16)
-B = 2048
+PROBLEM = Timed(2048, 128, "ieee")
 SECONDS = 15
 
 
@@ -26,16 +27,16 @@ def measure(count: int) -> dict[str, Any]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
-        found = seconds_of(library_step(views(B, "float32", "cpu"), backend), "cpu", budget=2.0)
+        found = seconds_of(library_step(PROBLEM, views(PROBLEM, "cpu"), backend), "cpu", budget=2.0)
     finally:
         torch.set_num_threads(before)
     middle = quantile(found, 0.5)
     return {
         "backend": backend,
         "threads": count,
-        "B": B,
+        "B": PROBLEM.B,
         "p50 ms": 1e3 * middle,
-        "GFLOP/s": flop(B, 128) / middle / 1e9,
+        "GFLOP/s": PROBLEM.flop / middle / 1e9,
     }
 
 

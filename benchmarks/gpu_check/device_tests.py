@@ -7,6 +7,7 @@ from pathlib import Path
 
 from . import devices
 from .child import Context, leave
+from .lines import NOTE
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 40
@@ -31,9 +32,9 @@ def why_not() -> str | None:
     return f"{' and '.join(missing)} missing" if missing else devices.why_none()
 
 
-def arguments() -> list[str]:
+def arguments(names: tuple[str, ...] = FILES) -> list[str]:
     """Of pytest. Warnings are no failures here: other versions of packages than those of CI warn of other things."""
-    files = [str(ROOT / name) for name in FILES]
+    files = [str(ROOT / name) for name in names]
     return [*files, "--rootdir", str(ROOT), "-q", "-W", "default", "-p", "no:cacheprovider", "-p", "no:randomly"]
 
 
@@ -44,7 +45,14 @@ def run(context: Context) -> None:
 
     from .selection import Selection
 
-    status = pytest.main(arguments(), plugins=[Selection(context, SECONDS)])
+    few, names = devices.interprets(), FILES
+    if few:
+        names = FILES[:1]
+        context.lines.write(NOTE, text=f"kernels are interpreted: of {FILES[0]} each test once for a backend")
+    elif devices.absent():
+        names = tuple(name for name in FILES if not name.startswith("tests/compile"))
+        context.lines.write(NOTE, text="without tests/compile: what Inductor makes needs a GPU that is there")
+    status = pytest.main(arguments(names), plugins=[Selection(context, SECONDS, few)])
     # Failed tests are results; what is left is a step that did not do its work.
     leave(0 if status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED) else 1)
     return None

@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from . import compared, reckoned, rule
 from .lines import NOTE, Line, Tally, read, tally
 from .steps import Step
 from .supervise import DONE, RUNNING, SKIPPED, WAITING, Outcome
 
-HIDDEN = {"step", "event", "at", "task", "ok", "problem", "seconds"}
+HIDDEN = {"step", "event", "at", "task", "ok", "problem", "seconds", "problem name", "ours", "work", "limit"}
 MOST_ROWS = 400
 SILENT = ("device_tests", "warm", "verify")  # steps of which only failures are listed
 
@@ -66,6 +67,8 @@ def section(step: Step, lines: list[Line], found: Tally) -> list[str]:
     parts = []
     if notes := [line["text"] for line in lines if line["event"] == NOTE]:
         parts.append("\n".join(f"- {note}" for note in notes))
+    if (compiled := reckoned.measured(lines)) is not None:
+        parts.append(f"- {compiled}")
     problems = [(line["task"], line.get("problem", "")) for line in found.failed]
     if problems:
         text = "\n".join(f"{task}: {problem.strip()[-1500:]}" for task, problem in problems[:60])
@@ -76,6 +79,10 @@ def section(step: Step, lines: list[Line], found: Tally) -> list[str]:
     if found.dropped:
         listed = "\n".join(f"- {line['task']}: {line.get('problem', '')}" for line in found.dropped[:60])
         parts.append(f"Dropped:\n\n{listed}")
+    if step.name == "times" and found.good:
+        head, rows = compared.table(lines)
+        parts += [table(head, rows)] if rows else []
+        parts.append("\n".join(rule.verdicts(lines)))
     shown = [*found.failed, *([] if step.name in SILENT else found.good)]
     shown = [line for line in shown if line.keys() - HIDDEN]
     if shown:

@@ -14,14 +14,18 @@ from .devices import GPU_BACKENDS
 from .lines import RESULT, START
 
 
+def backend_of(item: pytest.Item) -> str | None:
+    """The backend that is a parameter of the test."""
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get("backend") if callspec else None
+
+
 def concerns_gpu(item: pytest.Item) -> bool:
     """A test of one backend of a GPU, and no more of its parameters than without one (``tests/covering.py``).
 
     Tests that draw shapes at random or loop over many have no end there: each shape is a kernel to compile.
     """
-    callspec = getattr(item, "callspec", None)
-    backend = callspec.params.get("backend") if callspec else None
-    return backend in GPU_BACKENDS and not any(map(item.get_closest_marker, ("exhaustive", "hypothesis")))
+    return backend_of(item) in GPU_BACKENDS and not any(map(item.get_closest_marker, ("exhaustive", "hypothesis")))
 
 
 def group_of(item: pytest.Item) -> str:
@@ -31,10 +35,13 @@ def group_of(item: pytest.Item) -> str:
 
 
 class Selection:
-    """A test that an earlier process of the share has begun is left out: it crashed or hung there."""
+    """A test that an earlier process of the share has begun is left out: it crashed or hung there.
 
-    def __init__(self, context: Context, seconds: float) -> None:
-        self.context, self.seconds = context, seconds
+    ``few``: of every test the first parameters of each backend are enough.
+    """
+
+    def __init__(self, context: Context, seconds: float, few: bool = False) -> None:
+        self.context, self.seconds, self.few = context, seconds, few
         self.verdict: dict[str, Any] = {}
         self.errors = os.fdopen(os.dup(2), "w")  # before pytest takes what is printed
 
@@ -42,6 +49,9 @@ class Selection:
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         done = self.context.lines.started()
         chosen = [item for item in items if concerns_gpu(item)]
+        if self.few:
+            first = {(item.nodeid.partition("[")[0], backend_of(item)): item for item in reversed(chosen)}
+            chosen = [item for item in chosen if item in first.values()]
         share = [item for item in chosen if self.context.takes(group_of(item)) and item.nodeid not in done]
         kept = {id(item) for item in share}
         config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])

@@ -18,7 +18,8 @@ from cacr_kernels import testing
 
 from . import child, devices
 from .child import Context, Task
-from .problems import DTYPES, INTERPRETED, SMOKE, TIMED_BATCHES, TIMED_DTYPES, timed
+from .problems import COMPARED, DTYPES, FIRST, INTERPRETED, SMOKE, TINY, Timed, further
+from .times import multiplying
 
 SECONDS = 40
 
@@ -46,14 +47,25 @@ def compile_case(names: list[str], case: testing.Case, dtype: str) -> dict[str, 
     return {"kernels": len(names) - before}
 
 
+def compile_timed(names: list[str], problem: Timed) -> dict[str, Any]:
+    with multiplying(problem.products):
+        return compile_case(names, problem.case, problem.dtype)
+
+
+def timed_later() -> Iterator[Timed]:
+    """Of the other problems two batches, with and without splits: the kernels are those of all batches."""
+    return (problem for problem in further() if problem.B in COMPARED[:2])
+
+
 def tasks(names: list[str]) -> Iterator[Task]:
     cases, dtypes = (INTERPRETED, DTYPES[:1]) if devices.interprets() else (SMOKE, DTYPES)
-    for B in () if devices.interprets() else TIMED_BATCHES:
-        for dtype in TIMED_DTYPES:
-            yield Task(f"{dtype} B={B}", partial(compile_case, names, timed(B), dtype), optional=True)
+    for problem in TINY if devices.interprets() else FIRST:
+        yield Task(problem.name, partial(compile_timed, names, problem), optional=True)
     for case in cases:
         for dtype in dtypes:
             yield Task(f"{dtype} {case.name}", partial(compile_case, names, case, dtype), optional=True)
+    for problem in () if devices.interprets() else timed_later():
+        yield Task(problem.name, partial(compile_timed, names, problem), optional=True)
 
 
 def run(context: Context) -> None:

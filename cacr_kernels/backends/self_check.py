@@ -10,6 +10,10 @@ cannot be made, for want of memory say, the backend is taken as it is, with a wa
 Good verdicts are kept for later processes under everything that they depend on: ``Backend.check_first`` says that of
 the device. Nothing is checked for a backend that was named, while a CUDA graph is captured, or under
 ``CACR_SELF_CHECK=0``.
+
+In a group of processes each checks its own device, and its warnings name its rank. Verdicts are not exchanged: a rank
+that has one from disk would not wait for the others, which then would for ever. Ranks that are served by different
+backends send the same rows and gradients.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .._version import __version__
@@ -147,7 +152,7 @@ def _verdict(backend: Backend, subject: Subject, rows: list[Tensor]) -> bool:
         wrong = _elsewhere(lambda: check(subject, rows if are_plain(rows) else []), subject.device)
     except UndecidedError as error:
         _say(
-            f"the self-check of backend {subject.backend!r} on {subject.device} could not be made, and it is used as "
+            f"the self-check of backend {subject.backend!r} on {_place(subject)} could not be made, and it is used as "
             f"it is: {error}"
         )
         return True
@@ -195,11 +200,18 @@ def _warn(subject: Subject, wrong: str) -> None:
         return
     _warned.add(at)
     _say(
-        f"backend {subject.backend!r} does not pass its self-check on {subject.device}, and "
+        f"backend {subject.backend!r} does not pass its self-check on {_place(subject)}, and "
         f"backend='torch' serves in this process: {wrong}. Please report that, with what `python -m cacr_kernels` and "
         f"`python -m cacr_kernels.verify --device {subject.device.type}` print. {VARIABLE}=0 in the environment leaves "
         "the check out"
     )
+
+
+def _place(subject: Subject) -> str:
+    """The device, and of several processes which one has it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return str(subject.device)
+    return f"{subject.device} of rank {dist.get_rank()} of {dist.get_world_size()}"
 
 
 def _say(message: str) -> None:

@@ -46,6 +46,20 @@ def sleep() -> dict[str, Any]:
     return {}
 
 
+def captures() -> dict[str, Any]:
+    """As pytest does: standard input is another file for a while, in which a compiler is started.
+
+    The end of a child that is quick enough reaches all threads, and a read of one of them begins anew.
+    """
+    kept, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    for _ in range(20):
+        subprocess.run(["true"], check=True)
+    time.sleep(0.5)
+    os.dup2(kept, 0)
+    return {}
+
+
 def with_children() -> dict[str, Any]:
     """A compiler that hangs, say, in a process group of its own, as ninja starts it."""
     compiler = subprocess.Popen([sys.executable, "-c", "import os, time; os.setpgid(0, 0); time.sleep(60)"])
@@ -64,6 +78,7 @@ TASKS = {
     "late": (fine, with_children),
     "optional": (fine, sleep, drop),
     "last": (fine,),
+    "captured": (captures, fine),
 }
 
 

@@ -128,6 +128,12 @@ def test_exit_status(tmp_path: Path) -> None:
     assert check.status(tuple(absent), outcomes, lines.path) == 1
 
 
+def test_a_process_outlives_a_compiler_while_its_input_is_captured(tmp_path: Path) -> None:
+    """What watches the parent must not take another file for it."""
+    assert check.main(["--out", str(tmp_path)], (fake("captured"),)) == 0
+    assert found(tmp_path, "captured")["good"] == ["captures", "fine"]
+
+
 def test_a_step_that_cannot_start(tmp_path: Path) -> None:
     steps = (fake("last")._replace(module="tests.benchmarks.no_such_module"), fake("last")._replace(name="last"))
     assert check.main(["--out", str(tmp_path)], steps[:1]) == 1

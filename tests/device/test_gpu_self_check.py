@@ -69,6 +69,28 @@ def test_not_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not self_check._verdicts
 
 
+def test_rows_that_another_stream_is_making() -> None:
+    """They are looked at when they are there: the memory they lie in holds other numbers until then."""
+    if os.environ.get("FAKE_CUDA") == "1":
+        from tests.fake_cuda import runtime
+
+        runtime.set_order("late")  # as the wait below makes it on a real one
+    tensors = there("cacr")
+    stream, seen = torch.cuda.Stream(), []
+    small = self_check.small
+    torch.cuda.synchronize()
+    with pytest.MonkeyPatch.context() as patch, torch.cuda.stream(stream):
+        patch.setattr(self_check, "small", lambda *given: seen.append(small(*given)) or seen[-1])
+        late = {name: torch.zeros_like(t) for name, t in tensors.items()}
+        torch.cuda._sleep(50_000_000)
+        for name, t in late.items():
+            t.copy_(tensors[name])
+        cacr_kernels.cacr_loss(**late)
+    torch.cuda.synchronize()
+    (_, (q, _)) = seen
+    assert torch.equal(q, tensors["views"].to(q.dtype)[: q.shape[0], : q.shape[1]])
+
+
 @pytest.mark.skipif(os.environ.get("FAKE_CUDA") != "1", reason="needs a CUDA device that heals: tests.fake_cuda")
 def test_a_device_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """An illegal access stays: no other backend could serve, and the message says what leaves the kernels out."""

@@ -145,6 +145,32 @@ def test_equal_rows_are_no_fault() -> None:
     assert called
 
 
+def test_a_backend_that_hides_nan() -> None:
+    """A diverged encoder has to show: random rows are computed right, and what comes of NaN is no number."""
+    spoil["cacr"] = lambda found: tuple(x.nan_to_num(1.0) for x in found)
+    views = small_inputs("cacr")["views"].float()
+    views[0, 2, 1] = torch.nan
+    with pytest.warns(RuntimeWarning, match="value of cacr in torch.float32 is a number where it should be NaN"):
+        cacr_kernels.cacr_loss(views)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_half_types_may_have_rounded_coefficients(dtype: torch.dtype) -> None:
+    """By one rounding to the type, and no more; values may not."""
+    subject = self_check.Subject(NAME, "cacr", dtype, "", False, torch.device("cpu"))
+    truth = {"value": torch.ones(1).double(), "gradient of views": torch.ones(1, 3).double()}
+    least = {"value": torch.ones(()), "gradient of row": torch.ones(()), "tau": torch.ones(())}
+    eps = torch.finfo(dtype).eps
+
+    def verdict(name: str, error: float) -> str | None:
+        found = {n: (x + error * (n == name)).float() for n, x in truth.items()}
+        return self_check.difference(subject, truth, {n: x.float() for n, x in truth.items()}, found, least)
+
+    assert verdict("gradient of views", 1.9 * eps) is None
+    assert "gradient of views of cacr" in str(verdict("gradient of views", 2.5 * eps))
+    assert "value of cacr" in str(verdict("value", 0.5 * eps))
+
+
 def test_a_kernel_that_does_not_compile() -> None:
     def refuse(found: Any) -> Any:
         raise RuntimeError("ptxas says no")
@@ -164,6 +190,18 @@ def test_each_operator_and_type_by_itself() -> None:
     called.clear()
     loss_of("cacr", torch.float64)
     assert len(called) > 1, "another arithmetic is checked, too"
+
+
+def test_one_warning_for_a_device() -> None:
+    for name in WITH_BACKWARD:
+        spoil[name] = wrong_by(1e-2)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for loss in LOSSES:
+            loss_of(loss)
+            loss_of(loss, torch.float64)
+    assert sum("self-check" in str(w.message) for w in said) == 1
+    assert list(self_check._verdicts.values()).count(False) > 2
 
 
 def test_a_named_backend_is_never_checked() -> None:

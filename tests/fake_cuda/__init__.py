@@ -8,6 +8,7 @@
 ``native/library.cpp``       with csrc/cuda/binding.cpp and ``emulated.cpp``: the CUDA library of the product
 ``runtime.py``               work of Python on those streams
 ``aten.py``                  torch's operators, by those of the CPU on the same memory
+``counting.py``              how many kernels Triton would compile
 ``triton_launches.py``       Triton's launches, by the interpreter of ``tests/ptx``, as compiled for sm_80
 ``building.py``              compiles all that, and makes the environment
 ``install.py``, ``site/``    put it into torch and the package as soon as they are imported

@@ -28,9 +28,14 @@ def into_torch() -> None:
 
 
 def into_library(library: ModuleType | Any) -> None:
-    """After ``cacr_kernels.backends.library`` was imported: the CUDA library is the one with emulated kernels."""
+    """After ``cacr_kernels.backends.library`` was imported: the CUDA library is the one with emulated kernels.
+
+    Where Triton's kernels are counted there is none.
+    """
     import torch
 
+    if os.environ.get("FAKE_CUDA_TRITON") == "count":
+        return
     path = os.environ["FAKE_CUDA_LIBRARY"]
     torch.ops.load_library(path)
     library._CUDA = library.Extension(type(library._CUDA.path)(path), None)

@@ -2,6 +2,8 @@
 
 A launch goes to the current stream of the current device, as Triton's own does; memory of another device is an error
 when the work is done. ``FAKE_CUDA_TRITON=compile`` runs nothing (results stay NaN) and compiles for sm_90 instead.
+``FAKE_CUDA_TRITON=count`` compiles nothing either: what would be compiled goes into the file ``FAKE_CUDA_COUNT``, and
+the operators compute what those of the CPU do (``counting.py``).
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from tests.ptx import launch, triton_ptx
 from tests.ptx.arguments import Pointer
 from tests.ptx.schedule import WARP, Lockstep
 
+from . import counting
 from .runtime import Place, current_stream, place_of, submit
 
-RUNS = os.environ.get("FAKE_CUDA_TRITON", "run") != "compile"
+MODE = os.environ.get("FAKE_CUDA_TRITON", "run")
+RUNS = MODE == "run"
 launches: collections.Counter[str] = collections.Counter()
 _loaded: dict[str, launch.Kernels] = {}
 _compile = JITFunction.run
@@ -83,4 +87,4 @@ def _pointer(place: Place, name: str) -> Pointer:
 
 def install() -> None:
     driver.set_active(FakeGpu(80 if RUNS else 90))
-    JITFunction.run = _run
+    JITFunction.run = counting.launch if MODE == "count" else _run

@@ -15,7 +15,7 @@ from triton.runtime.driver import driver
 
 from cacr_kernels.backends.triton import table
 from cacr_kernels.backends.triton.cacr import cacr
-from cacr_kernels.backends.triton.contrast import contrast, contrast_backward
+from cacr_kernels.backends.triton.contrast import contrast, contrast_backward, repulsion
 from cacr_kernels.backends.triton.detached_keys import detached_keys
 from tests.ptx.triton_ptx import AbsentGpu
 
@@ -47,13 +47,15 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> Variants:
     return found
 
 
-def run_losses(batch: int, dim: int, dtype: torch.dtype) -> None:
-    """All operators on empty arrays; without and with a second softmax, with and without a queue."""
+def run_losses(batch: int, dim: int, dtype: torch.dtype, views: int = 2) -> None:
+    """All operators on arrays of zeros; without and with a second softmax, a queue and raw rows."""
     numbers, ids = torch.ones(5, dtype=torch.float64), torch.zeros(batch, dtype=torch.int32)
-    z, queue = torch.zeros(2, batch, dim, dtype=dtype), torch.zeros(1, 4096, dim, dtype=dtype)
+    z, queue = torch.zeros(views, batch, dim, dtype=dtype), torch.zeros(1, 4096, dim, dtype=dtype)
     for rbf in (False, True):
-        cacr(z, numbers, 1.0, 1.0, 1.0, 1.0, 0, rbf, 1.0, rbf, True, True)
+        for raw in (False, True):
+            cacr(z, numbers, 1.0, 1.0, 1.0, 1.0, 0, rbf, 1.0, raw, True, True)
     cacr(z, None, 1.0, 1.0, 1.0, 1.0, 2, False, 1.0, False, True, False)
+    repulsion(z, torch.zeros(views, 2 * batch, dim, dtype=dtype), numbers[:1], 0, False, True, True, True)
     for unit in (False, True):
         detached_keys(z, queue, None, None, numbers[:1], [0], [0, 1], [0, 0], False, False, False, unit, True, True)
     for k in (None, z):
@@ -62,15 +64,53 @@ def run_losses(batch: int, dim: int, dtype: torch.dtype) -> None:
         contrast_backward(*arguments, value, row_state, value, value, True, True, True)
 
 
+def new(variants: Variants, before: Variants) -> dict[str, int]:
+    """How many variants of each kernel are new, where there are any."""
+    counts = {kernel: len(keys - before.get(kernel, set())) for kernel, keys in variants.items()}
+    return {kernel: count for kernel, count in counts.items() if count}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_an_odd_last_batch_compiles_nothing(variants: Variants, dtype: torch.dtype) -> None:
     run_losses(512, 128, dtype)
     before = {kernel: set(keys) for kernel, keys in variants.items()}
     assert len(before) > 10
     assert ("product_kernel" in before) == (dtype == torch.bfloat16)  # of two softmaxes
-    for batch in (500, 497, 17, 2):
+    for batch in (511, 500, 497, 17, 2):
         run_losses(batch, 128, dtype)
-        assert {kernel: len(keys - before[kernel]) for kernel, keys in variants.items()} == dict.fromkeys(before, 0)
+        assert new(variants, before) == {}, batch
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_more_views_compile_nothing(variants: Variants, dtype: torch.dtype) -> None:
+    """Nor does it matter that two views are one pair, and six are fifteen, and as a product sixteen."""
+    run_losses(97, 128, dtype)
+    before = {kernel: set(keys) for kernel, keys in variants.items()}
+    for views in (3, 6, 16):
+        run_losses(97, 128, dtype, views)
+        assert new(variants, before) == {}, views
+
+
+def test_few_features_compile_the_same_kernels(variants: Variants) -> None:
+    """All that fit into a tile of one size.
+
+    A multiple of 16 makes other ones, and so do other numbers than multiples of 4: Triton knows where arrays begin.
+    """
+    for dim in (4, 8, 28):  # with and without splits, and gradients of numbers that 16 divides or not
+        run_losses(97, dim, torch.float32)
+    before = {kernel: set(keys) for kernel, keys in variants.items()}
+    for dim in (12, 20, 24):
+        run_losses(97, dim, torch.float32)
+        assert new(variants, before) == {}, dim
+
+
+def test_features_in_chunks_compile_the_same_kernels(variants: Variants) -> None:
+    """However many chunks there are."""
+    run_losses(97, 260, torch.bfloat16)
+    before = {kernel: set(keys) for kernel, keys in variants.items()}
+    for dim in (300, 516, 1036):
+        run_losses(97, dim, torch.bfloat16)
+        assert new(variants, before) == {}, dim
 
 
 def test_loads_of_features_are_wide(variants: Variants) -> None:

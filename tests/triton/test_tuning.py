@@ -176,7 +176,7 @@ def test_candidates_are_legal() -> None:
                     assert sum(a != b for a, b in zip(tile, entry, strict=True)) <= 1
                     assert min(tile.block_n, tile.block_d) >= 16
                     assert precision != "tf32x3" or tile.block_d == entry.block_d
-                    assert tile.block_d <= max(16, launch.power_of_two(D))
+                    assert tile.block_d <= max(table.LEAST_FEATURES, launch.power_of_two(D))
                     assert kernel == "statistics" or tile.chunks(D) > 1 or tile.block_out == tile.block_d
 
 

@@ -29,7 +29,7 @@ from .contrast import (
 )
 from .kernels.aligned import aligned_gradient_kernel, aligned_kernel
 from .kernels.loss import incoming_kernel, log_total_kernel, loss_kernel, numbers_kernel
-from .launch import cdiv, on_device_of_first, power_of_two, start
+from .launch import cdiv, on_device_of_first, start, width_of
 from .pairs import SHARED_SET, SetPairs, view_table
 
 
@@ -136,7 +136,7 @@ def attract(views: Views, numbers: Tensor, rbf: bool) -> Attraction:
     others = norm, z.new_empty((V, B), dtype=torch.int32), value.new_empty(2)
     out = Attraction(cost, *others, value, torch.empty_like(value), torch.empty_like(value), value.new_empty((3, V, B)))
     block, width = 16, 32 if unit is not None and z.dtype == torch.float32 else 64  # tiles that spill no registers
-    sizes = {"RBF": rbf, "NORMALIZE": unit is not None, "BLOCK_M": block, "BLOCK_D": min(width, power_of_two(D))}
+    sizes = {"RBF": rbf, "NORMALIZE": unit is not None, "BLOCK_M": block, "BLOCK_D": width_of(D, width)}
     start(aligned_kernel, (cdiv(B, block), V), z, unit, numbers, *out, V, B, D, **sizes)
     return out
 
@@ -145,7 +145,7 @@ def add_attraction(views: Views, numbers: Tensor, positive: Attraction, grads: T
     """Gradient of the attraction and the splits ``grads`` [splits, V, B, D] of that of the repulsion."""
     z, _, unit = views
     V, B, D = z.shape
-    block, width = 16, min(64, power_of_two(D))
+    block, width = 16, width_of(D, 64)
     grid = cdiv(B, block), V, cdiv(D, width)
     arrays = z, unit, numbers, positive.cost, positive.row_state, grads, grad
     sizes = {"NORMALIZE": unit is not None, "BLOCK_M": block, "BLOCK_D": width}

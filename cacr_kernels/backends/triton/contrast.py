@@ -19,7 +19,7 @@ from .kernels.norms import norms_kernel
 from .kernels.statistics import statistics_kernel
 from .kernels.total import add_splits_kernel, grad_tau_kernel
 from .kernels.unit import unit_gradient_kernel, unit_kernel
-from .launch import cdiv, on_device_of_first, power_of_two, start
+from .launch import cdiv, on_device_of_first, start, width_of
 from .pairs import Arguments, SetPairs, Split, view_table
 from .table import Tile, processor_of
 
@@ -119,7 +119,7 @@ def norms(q: Tensor, k: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     k_norm = q_norm if k is q else k.new_empty(k_rows, dtype=q_norm.dtype)
     block = 32
     blocks = cdiv(q_rows, block) + (0 if k is q else cdiv(k_rows, block))
-    sizes = {"SOFTMAXES": tau.numel(), "BLOCK_M": block, "BLOCK_D": min(128, power_of_two(D))}
+    sizes = {"SOFTMAXES": tau.numel(), "BLOCK_M": block, "BLOCK_D": width_of(D, 128)}
     start(norms_kernel, (blocks,), q, k, q_norm, other(k_norm, q_norm), tau, q_rows, k_rows, D, **sizes)
     return q_norm, k_norm
 
@@ -133,7 +133,7 @@ def units(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     k_unit = q_unit if k is q else torch.empty_like(k_norm)
     block = 32
     blocks = cdiv(q_rows, block) + (0 if k is q else cdiv(k_rows, block))
-    sizes = {"BLOCK_M": block, "BLOCK_D": min(64, power_of_two(D))}
+    sizes = {"BLOCK_M": block, "BLOCK_D": width_of(D, 64)}
     written = q_norm, other(k_norm, q_norm), q_unit, other(k_unit, q_unit)
     start(unit_kernel, (blocks,), q, k, *written, q_rows, k_rows, D, **sizes)
     return q_norm, k_norm, q_unit, k_unit
@@ -168,7 +168,7 @@ def statistics_sweep(pairs: SetPairs, tile: Tile) -> Tensor:
     partial_state = pairs.empty(split.number, 3, pairs.S, pairs.P, pairs.N)
     start(
         statistics_kernel, (blocks, split.number), *pairs.sides, partial_state, pairs.N, pairs.M, pairs.D, pairs.P,
-        split.size, **pairs.constants(), CHUNKS=tile.chunks(pairs.D), **tile.constants(False),
+        split.size, **pairs.constants(), CHUNKS=tile.constant_of_chunks(pairs.D), **tile.constants(False),
         GIVEN_SELF=pairs.given_self,
     )  # fmt: skip
     return partial_state
@@ -285,7 +285,7 @@ def _sweep(
     sizes = rows, others, D, pairs.P, coefficients.bound.numel(), *split
     start(
         gradient_kernel, grid, *arrays, *coefficients, grads.partial, grads.moment, *sizes, **grads.role,
-        **pairs.constants(), CANCELLING=pairs.cancelling, CHUNKS=tile.chunks(D), **tile.constants(True),
+        **pairs.constants(), CANCELLING=pairs.cancelling, CHUNKS=tile.constant_of_chunks(D), **tile.constants(True),
         GIVEN_SELF=pairs.given_self,
     )  # fmt: skip
 
@@ -306,8 +306,8 @@ def unit_gradient(x: Tensor, partial: Tensor, out: Tensor) -> None:
     products it is nothing.
     """
     D = x.shape[-1]
-    rows, width = x.numel() // max(1, D), min(256, power_of_two(D))
-    block = (1024 if width >= D else 2048) // max(32, width)  # tiles that spill no registers
+    rows, width = x.numel() // max(1, D), width_of(D, 256)
+    block = (1024 if width >= D else 2048) // width  # tiles that spill no registers
     sizes = {"CHUNKS": min(2, cdiv(D, width)), "BLOCK_M": block, "BLOCK_D": width}
     start(unit_gradient_kernel, (cdiv(rows, block),), x, partial, out, rows, D, partial.shape[0], **sizes)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import tuning
 from .contrast import set_pairs
 from .kernels.detached_keys import detached_keys_kernel, detached_keys_merge_kernel
-from .launch import cdiv, on_device_of_first, power_of_two, start
+from .launch import cdiv, on_device_of_first, start, width_of
 from .pairs import Arguments, SetPairs
 from .table import Tile
 
@@ -25,7 +25,7 @@ def detached_keys(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     value = pairs.empty(1, pairs.P, pairs.N, dtype=torch.float64)
     lse, variance = torch.empty_like(value), torch.empty_like(value) if moments else value.new_empty(0)
     means = pairs.empty(1 + moments, pairs.P, pairs.N, pairs.D) if want_q else pairs.empty(0)
-    rows, width = 16, min(64, power_of_two(pairs.D))
+    rows, width = 16, width_of(pairs.D, 64)
     grid = cdiv(pairs.N, rows), pairs.P, cdiv(pairs.D, width) if want_q else 1
     flags = {"WANT_MEAN": want_q, "MOMENTS": moments, "INNER_PRODUCT": pairs.inner_product}
     start(
@@ -47,6 +47,6 @@ def detached_keys_sweep(pairs: SetPairs, tile: Tile, want_mean: bool, moments: b
     start(
         detached_keys_kernel, (blocks, pairs.P, split.number * features), *pairs.sides, state, sums,
         pairs.N, pairs.M, pairs.D, pairs.P, split.size, features,
-        **flags, **pairs.constants(), CHUNKS=tile.chunks(pairs.D), **tile.constants(True),
+        **flags, **pairs.constants(), CHUNKS=tile.constant_of_chunks(pairs.D), **tile.constants(True),
     )  # fmt: skip
     return state, sums

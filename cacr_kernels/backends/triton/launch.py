@@ -74,3 +74,8 @@ def cdiv(a: int, b: int) -> int:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is not below ``n``."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def width_of(D: int, most: int) -> int:
+    """Features of a tile of a kernel that works on rows: no fewer than 64, so that few features share one kernel."""
+    return min(most, max(64, power_of_two(D)))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...types import POSITIVE_KINDS
+from ...types import OTHER, POSITIVE_KINDS
 from ..precision import fp32_products
 from .launch import cdiv, recording
 from .table import Precision, Processor, Tile, processor_of, tile_of
@@ -150,7 +150,8 @@ class SetPairs:
     def row_constants(self) -> dict[str, Any]:
         """What kernels that turn row state into results are compiled for."""
         uses_cost = {"USES_COST0": self._uses_cost(0), "USES_COST1": self._uses_cost(self.S - 1)}
-        return {"SECOND_SET": self.second_set, "INNER_PRODUCT": self.inner_product} | uses_cost
+        second = self.second_set if self.second_set in (NO_SET, SHARED_SET) else OTHER  # they read no ids
+        return {"SECOND_SET": second, "INNER_PRODUCT": self.inner_product} | uses_cost
 
     def _uses_cost(self, softmax: int) -> bool:
         """Whether the logits of a softmax are made of costs, as they are among positives."""

@@ -15,8 +15,11 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from .launch import power_of_two
+
 Precision = Literal["half", "tf32", "tf32x3", "ieee", "fp64"]
 CLASSES = (64, 128, 256, 512)  # of D; each serves all D up to it, the last one also larger ones, in chunks
+LEAST_FEATURES = 32  # of a tile: all smaller D share its kernels
 
 
 class Tile(NamedTuple):
@@ -43,6 +46,10 @@ class Tile(NamedTuple):
     def chunks(self, D: int) -> int:
         """How many times ``block_d`` features there are."""
         return -(-D // self.block_d)
+
+    def constant_of_chunks(self, D: int) -> int:
+        """Of a launch: 1, or 2 for any larger number of them, of which the kernels ask no more."""
+        return min(2, self.chunks(D))
 
 
 class Processor(NamedTuple):
@@ -210,5 +217,5 @@ def tile_of(family: str, kernel: str, precision: Precision, D: int, two: bool) -
         if family in ("cdna3", "cdna"):  # its waves take 32 rows each, and without a second product 32 columns of them
             columns = entry.block_n // 32 if kernel in ("statistics", "blocks", "products") else 1
             entry = entry._replace(num_warps=max(1, min(8, entry.block_m // 32 * columns)))
-    features = max(16, 1 << max(0, D - 1).bit_length())
+    features = max(LEAST_FEATURES, power_of_two(D))
     return entry._replace(block_d=min(entry.block_d, features), block_out=min(entry.block_out, features))

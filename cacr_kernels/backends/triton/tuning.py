@@ -31,7 +31,7 @@ from ...operators.registry import line_of_user
 from ..kept import cache_dir, write
 from .launch import launched, power_of_two, recording
 from .pairs import SetPairs
-from .table import Precision, Tile
+from .table import LEAST_FEATURES, Precision, Tile
 
 Result = TypeVar("Result")
 
@@ -132,7 +132,9 @@ def candidates(kernel: str, precision: Precision, D: int, entry: Tile, family: s
 
 def _legal(tile: Tile, kernel: str, precision: Precision, D: int, family: str) -> bool:
     """Whether the kernels can be compiled for it, and whether that makes sense: ``table.py``."""
-    sizes = 16 <= tile.block_n <= 128 and 16 <= tile.block_d <= features_of(D)
+    features = features_of(D)
+    least = features if features == LEAST_FEATURES else 16  # what all D of the smallest tiles fit into is not cut
+    sizes = 16 <= tile.block_n <= 128 and least <= tile.block_d <= features
     if not (sizes and 1 <= tile.num_warps <= 8 and 1 <= tile.num_stages <= 4):
         return False
     if kernel == "statistics":
@@ -144,7 +146,7 @@ def _legal(tile: Tile, kernel: str, precision: Precision, D: int, family: str) -
 
 def features_of(D: int) -> int:
     """The features of a tile that holds all D."""
-    return max(16, power_of_two(D))
+    return max(LEAST_FEATURES, power_of_two(D))
 
 
 # ---- timing ----------------------------------------------------------------------------------------------------------

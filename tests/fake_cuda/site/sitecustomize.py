@@ -27,6 +27,12 @@ def _load_library(module: ModuleType) -> None:
     install.into_library(module)
 
 
+def _count_launches(module: ModuleType) -> None:
+    from tests.fake_cuda import counting
+
+    counting.computes_on_the_host(module)
+
+
 AFTER: dict[str, Callable[[ModuleType], None]] = {"torch": _install, "cacr_kernels.backends.library": _load_library}
 
 
@@ -56,5 +62,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+if os.environ.get("FAKE_CUDA_TRITON") == "count":
+    AFTER |= {f"cacr_kernels.backends.triton.{name}": _count_launches for name in ("contrast", "cacr", "detached_keys")}
 if os.environ.get("FAKE_CUDA") == "1":
     sys.meta_path.insert(0, _Finder())

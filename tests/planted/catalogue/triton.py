@@ -370,4 +370,20 @@ FAULTS = (
         why="many features: similarities are formed again for every 128 features",
         tests=BLOCKS,
     ),
+    Fault(
+        "triton-views-are-constants",
+        "cacr_kernels/backends/triton/kernels/tile.py",
+        text='"B", "V", "P", "ROWS"',
+        replacement='"B", "ROWS"',
+        why="all kernels are compiled again where there are three views instead of two",
+        tests="tests/triton/test_specialisation.py::test_more_views_compile_nothing",
+    ),
+    Fault(
+        "triton-chunks-are-constants",
+        "cacr_kernels/backends/triton/table.py",
+        text="return min(2, self.chunks(D))",
+        replacement="return self.chunks(D)",
+        why="the large kernels are compiled again for every number of chunks of features",
+        tests="tests/triton/test_specialisation.py::test_features_in_chunks_compile_the_same_kernels",
+    ),
 )

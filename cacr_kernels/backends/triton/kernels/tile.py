@@ -44,10 +44,11 @@ LOG2E = tl.constexpr(1.4426950408889634074)
 LN2 = tl.constexpr(0.69314718055994530942)
 NEAR = tl.constexpr(0.125)  # positives closer than this part of |q|^2 + |k|^2 are recomputed as differences
 
-# Arguments that change with the batch. Triton compiles a kernel anew where such a number is 1 or is no multiple of 16
-# any more; an odd last batch must not. What wide loads depend on, D and pointers, is not among them.
-COUNTS = ["N", "M", "B", "ROWS", "rows", "q_rows", "k_rows", "BOUNDS", "SPLITS", "PAIRS", "PARTS"]
-COUNTS += ["i_first", "j_first", "p_first"]
+# Arguments that change with the batch, or with the number of views. Triton compiles a kernel anew where such a number
+# is 1 or is no multiple of 16 any more; an odd last batch must not, nor one view more. What wide loads depend on, D and
+# pointers, is not among them.
+COUNTS = ["N", "M", "B", "V", "P", "ROWS", "rows", "q_rows", "k_rows", "BOUNDS", "SPLITS", "FEATURE_BLOCKS"]
+COUNTS += ["PAIRS", "PARTS", "i_first", "j_first", "p_first"]
 
 
 # ---- values that travel together -------------------------------------------------------------------------------------
