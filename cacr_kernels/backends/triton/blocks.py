@@ -131,8 +131,8 @@ def fill(pairs: SetPairs, tile: Tile, block: Block, space: Workspace, rows: Tens
     sizes = pairs.N, pairs.M, pairs.D, pairs.P, *block[:3], *block[4:], split
     start(
         block_kernel, grid, *pairs.sides, rows, space.scale, *space[:3], moment, *sizes, **pairs.constants(),
-        CANCELLING=pairs.cancelling, WANT_TAU=moment.dim() == 4, CHUNKS=tile.constant_of_chunks(pairs.D), **tile.constants(False),
-        GIVEN_SELF=pairs.given_self,
+        **tile.constants(False), CANCELLING=pairs.cancelling, WANT_TAU=moment.dim() == 4, GIVEN_SELF=pairs.given_self,
+        CHUNKS=tile.constant_of_chunks(pairs.D),
     )  # fmt: skip
 
 
