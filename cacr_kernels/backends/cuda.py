@@ -30,7 +30,7 @@ MAX_ALIGNED = 1 << 24  # costs of views of one instance in the fused loss: B V^2
 # beyond, for keys without a gradient, of which it needs one sweep, and for float64. For IEEE products of float32 it
 # takes "cuda" whatever the size. Not timed: this is where the predicted times of both meet
 # (benchmarks/results/codegen/predicted.csv), on an A100 at V = 2, D = 128, bfloat16 between B = 1024 and 4096.
-UP_TO = 3 << 32
+UP_TO = 5 << 30
 
 
 def float_products() -> int:
