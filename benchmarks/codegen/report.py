@@ -27,9 +27,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import cuda_kernels, predicted, triton_kernels
-from .rows import CODE, DEVICES, KernelCase, Row, describe, problems
+from .rows import CODE, DEVICES, OUT, KernelCase, Row, describe, load, problems
 
-OUT = Path(__file__).parents[1] / "results" / "codegen"
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "backends.md"
 PREDICTED = "predicted.csv"
 START, END = "<!-- codegen: made by `python -m benchmarks.codegen --docs` -->", "<!-- codegen: end -->"
@@ -81,14 +80,6 @@ def picture(rows: list[Row], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
-
-
-def load(path: Path) -> dict[str, Row]:
-    """Rows of an earlier report by name."""
-    if not path.exists():
-        return {}
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    return {name: Row(**{key: row.get(key) for key in Row._fields}) for name, row in rows.items()}
 
 
 def save(rows: dict[str, Row], path: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import NamedTuple
+
+OUT = Path(__file__).parents[1] / "results" / "codegen"
 
 SIZES = (64, 128, 256, 512)
 DTYPES = ("bf16", "fp16", "tf32", "tf32x3", "ieee", "fp64")
@@ -181,3 +185,11 @@ def describe(row: Row) -> str:
     """Registers, shared memory and clocks of a row in one line."""
     found = f"{row.registers} registers, {row.shared} bytes shared"
     return found + (f", {row.cycles[row.limit]:.3f} clocks per similarity ({row.limit})" if row.cycles else "")
+
+
+def load(path: Path) -> dict[str, Row]:
+    """Rows of an earlier report by name."""
+    if not path.exists():
+        return {}
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return {name: Row(**{key: row.get(key) for key in Row._fields}) for name, row in rows.items()}

@@ -7,7 +7,7 @@ import importlib.util
 
 import torch
 
-from benchmarks.codegen import predict, report
+from benchmarks.codegen import predict, rows
 from cacr_kernels.backends.precision import fp32_products
 
 from .cases import GRADIENTS, BenchmarkCase
@@ -38,4 +38,4 @@ def on(device_name: str, case: BenchmarkCase, backend: str) -> float | None:
 
 @functools.cache
 def _rows() -> predict.Rows:
-    return report.load(report.OUT / "codegen.json")
+    return rows.load(rows.OUT / "codegen.json")

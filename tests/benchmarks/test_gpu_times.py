@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +263,17 @@ def test_what_a_kernel_took_is_in_the_report(tmp_path: Path) -> None:
         lines.write("result", task=f"{kernels}", ok=True, kernels=kernels, seconds=seconds)
     report.write(tmp_path, tuple(step for step in STEPS if step.name == "warm"), {})
     assert "- 4 kernels in 2.50 s each" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+WITHOUT = """
+import importlib, sys
+for name in ("rich", "matplotlib", "scipy", "sklearn", "pandas"):
+    sys.modules[name] = None  # an import of it fails
+for step in ("warm", "smoke", "times", "verify", "device_tests", "cpu_threads", "environment", "build", "__main__"):
+    importlib.import_module(f"benchmarks.gpu_check.{step}")
+"""
+
+
+def test_the_check_needs_what_the_package_needs() -> None:
+    """It runs in the Python of whoever owns the GPU, which need not have what other benchmarks draw and print with."""
+    subprocess.run([sys.executable, "-c", WITHOUT], cwd=Path(__file__).parents[2], check=True)
