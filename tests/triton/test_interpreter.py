@@ -157,6 +157,28 @@ def test_a_compiler_sees_the_kernels(
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("features", [64, 160])
+def test_a_compiler_does_not_see_many_blocks(features: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has three launches, which it would analyse one by one: the operator stays whole."""
+    pytest.importorskip("triton", reason="needs Triton")
+    from cacr_kernels.backends.triton import blocks, contrast, pairs
+
+    monkeypatch.setattr(blocks, "SIDE", 32)
+    for module in (contrast, pairs, table):
+        monkeypatch.setattr(module, "processor_of", lambda _: table.Processor("sm_90", 132))
+
+    def call(z: Tensor, numbers: Tensor) -> Any:
+        return operator("cacr_triton")(z, numbers, 0.0, 0.0, 0.0, 0.0, 0, False, 0.0, True, True, True)
+
+    graphs: list[torch.fx.GraphModule] = []
+    torch._dynamo.reset()
+    z, numbers = torch.zeros(2, 64, features, dtype=torch.float16), torch.zeros(5, dtype=torch.float64)
+    torch.compile(call, backend=captured(graphs), fullgraph=True)(z, numbers)
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert any("cacr_triton" in target for target in targets) == (features == 160), targets
+    assert any("triton_kernel_wrapper" in target for target in targets) == (features == 64), targets
+
+
 def test_view_tables_belong_to_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream reads none that another made: nothing would make it wait until that is written."""
     from cacr_kernels.backends.triton import pairs

@@ -105,6 +105,31 @@ def test_gradients_by_blocks(precision: str, normalize: bool, target: Target) ->
     assert any(launch.name == "scale_kernel" for launch in launches) == (precision == "fp16")
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_several_blocks(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two by two of them, added up in both gradients and in that of a temperature."""
+    monkeypatch.setattr(importlib.import_module("cacr_kernels.backends.triton.blocks"), "SIDE", 128)
+    case = Case("cacr_loss", {"V": 2, "B": 141, "D": 131}, TAUS)
+    with triton_ptx.running() as launches:
+        assert not wrong(compared(case, precision))
+    assert [launch.name for launch in launches].count("block_kernel") == 4
+
+
+@pytest.mark.parametrize("D", [64, 70])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_near_rows_far_from_the_origin(precision: str, D: int) -> None:
+    """Of equal weights all are rounded alike, and the sums of weights and of weighted rows have to cancel."""
+    z = 10 + 0.1 * torch.randn(2, 45, D, generator=torch.Generator().manual_seed(0))
+    z = z.to(PRECISIONS[precision][0])
+    grads = []
+    for backend, dtype in (("triton", z.dtype), ("reference", torch.float64)):
+        x = z.to(dtype).requires_grad_()
+        with triton_ptx.running():
+            loss = cacr_kernels.cacr_loss(x, tau_neg=0.0, alpha=0.0, backend=backend)
+            grads.append(torch.autograd.grad(loss, x)[0].double())
+    assert (grads[0] - grads[1]).abs().max() <= 2 * torch.finfo(z.dtype).eps * grads[1].abs().max()
+
+
 @pytest.mark.parametrize("precision", ["ieee", "fp64"])
 def test_unit_rows(precision: str) -> None:
     with triton_ptx.running():

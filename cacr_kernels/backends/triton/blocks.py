@@ -9,7 +9,7 @@ blocks are added is fixed. What it costs is the way of a block through memory, a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from .pairs import SetPairs
 from .table import Tile, has_blocks
 
 SIDE = 8192  # most queries and keys of a block: 128 MiB of a half type; products of 384 programs at D = 768
+MOST_TRACED = 8  # blocks of a graph: a compiler takes a tenth of a second for each of their three launches
+FEWEST = 64  # features up to which there are no blocks
 SPAN = 512  # keys of a program that fills a block, where that makes enough programs
 
 
@@ -98,13 +100,29 @@ def gradients_by_blocks(
 
 def blocks(pairs: SetPairs, whole: int) -> Iterator[Block]:
     """All blocks, the largest first; ``whole``: rows and columns of whole tiles."""
-    height, width = (min(SIDE, cdiv(n, whole) * whole) for n in (pairs.N, pairs.M))
-    together = max(1, SIDE * SIDE // max(1, height * width)) if max(pairs.N, pairs.M) <= SIDE else 1
+    sides = cdiv(pairs.N, whole) * whole, cdiv(pairs.M, whole) * whole
+    height = longest(sides[0], sides[1], whole)
+    width = longest(sides[1], height, whole)
+    together = max(1, SIDE * SIDE // max(1, height * width)) if (height, width) == sides else 1
     for p in range(0, pairs.P, together):
-        for i in range(0, pairs.N, SIDE):
-            for j in range(0, pairs.M, SIDE):
-                sizes = (min(SIDE, cdiv(n, whole) * whole) for n in (pairs.N - i, pairs.M - j))
+        for i in range(0, pairs.N, max(1, height)):
+            for j in range(0, pairs.M, max(1, width)):
+                sizes = min(height, sides[0] - i), min(width, sides[1] - j)
                 yield Block(i, j, p, min(together, pairs.P - p), *sizes)
+
+
+def longest(side: int, other: int, whole: int) -> int:
+    """How much of a side a block has: SIDE, or more where the other side is shorter than that."""
+    return min(side, max(SIDE, SIDE * SIDE // max(whole, other) // whole * whole))
+
+
+def too_many(arguments: tuple[Any, ...]) -> bool:
+    """Whether a graph would hold more launches of blocks than a compiler takes quickly, which analyses each anew."""
+    q = arguments[0]
+    k = arguments[1] if isinstance(arguments[1], Tensor) and arguments[1].dim() == q.dim() else q
+    if q.dtype.itemsize != 2 or q.shape[-1] <= FEWEST:
+        return False
+    return int(q.shape[0] * k.shape[0] * q.shape[-2] * k.shape[-2]) > MOST_TRACED * SIDE * SIDE
 
 
 def split_size(pairs: SetPairs, tile: Tile, whole: int) -> int:

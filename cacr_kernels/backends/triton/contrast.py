@@ -206,6 +206,8 @@ class Swept(NamedTuple):
 def sweeps(pairs: SetPairs, coefficients: Coefficients, wanted: Wanted) -> Swept:
     """Gradients by the way that pays for this many features; ``wanted.tau``: the moments."""
     q, k, moment = pairs.empty(0), pairs.empty(0), coefficients.bound
+    if not any(wanted):
+        return Swept(q, k, moment)
     if blocks.pay(pairs):
         return Swept(*blocks.gradients_by_blocks(pairs, *coefficients, wanted.q, wanted.k, wanted.tau))
     if wanted.q or wanted.tau:

@@ -70,6 +70,8 @@ def _implement(name: str) -> None:
     def kernels(*arguments: Any) -> Any:
         if table.processor_of(arguments[0].device).family == "interpreter":
             return NotImplemented
+        if importlib.import_module(f"{__package__}.blocks").too_many(arguments):
+            return NotImplemented
         with launching.tracing():
             return launch(*arguments)
 

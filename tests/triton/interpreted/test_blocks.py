@@ -162,7 +162,18 @@ def pairs_of(N: int, M: int, P: int, D: int) -> pairs.SetPairs:
     return pairs.SetPairs(q, k, *norms, (ALL,), False, False)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (130, 7000, 3), (8192, 8192, 2), (8193, 20000, 2), (300, 300, 5000)])
+SIZES = [
+    (1, 1, 1),
+    (130, 7000, 3),
+    (8192, 8192, 2),
+    (8193, 20000, 2),
+    (300, 300, 5000),
+    (256, 262145, 1),
+    (70000, 300, 2),
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
 def test_blocks_meet_every_pair_once_in_a_bounded_workspace(
     sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +188,14 @@ def test_blocks_meet_every_pair_once_in_a_bounded_workspace(
         assert block.width - columns < 128
         seen += rows * columns * min(block.pairs, P - block.p)
     assert seen == N * M * P
+
+
+def test_blocks_are_long_where_one_side_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few queries against the keys of many processes: few launches, each with work for the whole processor."""
+    monkeypatch.setattr(blocks, "SIDE", 8192)
+    assert [(b.height, b.width) for b in plan(256, 262144, 1)] == [(256, 262144)]
+    assert [(b.height, b.width) for b in plan(262144, 200, 1)] == [(262144, 256)]
+    assert len(plan(8192, 65536, 1)) == 8
 
 
 def test_which_gradients_take_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

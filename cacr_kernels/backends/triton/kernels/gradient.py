@@ -23,6 +23,7 @@ from .tile import (
     SHARED_SET,
     Matrix,
     along,
+    as_multiplied,
     key_bias,
     load_block,
     load_tile,
@@ -202,6 +203,7 @@ def sweep(sums, x, x_tile, other, rows, first, second, options):
             total, lost = sums.g, sums.lost  # x sum g points along x, of which nothing stays
             g *= y.unit[None, :]
         else:
+            g = as_multiplied(g, y_tile)  # x sum g - sum g y: of near rows hardly anything stays
             total, lost = add_exactly(sums.g, sums.lost, tl.sum(g, 1))
         gy = multiply(g, y_tile, sums.gy, options.PRECISION)
         sums = Sums(gy, total, lost, sums.moment0 + moment0, sums.moment1 + moment1)

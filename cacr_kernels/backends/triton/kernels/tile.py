@@ -345,6 +345,15 @@ def multiply(H, y, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def as_multiplied(H, y):
+    """H as ``multiply`` takes it, for sums that it has to cancel with."""
+    if y.dtype == tl.bfloat16 or y.dtype == tl.float16:
+        return H.to(y.dtype).to(H.dtype)
+    else:
+        return H
+
+
+@triton.jit
 def multiply_in_pieces(H, y, acc, PRECISION: tl.constexpr):
     """The same, but of a half type H has two pieces: for sums that nearly cancel later."""
     if y.dtype == tl.bfloat16 or y.dtype == tl.float16:
