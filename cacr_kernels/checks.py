@@ -263,11 +263,18 @@ def labels(name: str, value: Any, of: str, embeddings: Tensor) -> Tensor:
     not_nested(name, value)
     if value.dtype not in INTEGERS:
         how = "" if value.is_complex() else f"; pass {name}.long()"
+        if value.shape == embeddings.shape:  # a second view
+            how = f"; views are rows of one tensor: torch.cat([z0, z1]), with {name}.repeat(2)"
         raise TypeError(f"{name} must have an integer dtype, got {value.dtype}{how}")
-    if value.dim() != 1 or value.shape[0] != embeddings.shape[0]:
-        raise ValueError(
-            f"{name} must have shape [{embeddings.shape[0]}], one for each of {of}, got {list(value.shape)}"
-        )
+    count = embeddings.shape[0]
+    if value.dim() != 1 or value.shape[0] != count:
+        how = ""
+        if value.shape == (count, 1):
+            how = f"; pass {name}.squeeze(1)"
+        elif value.dim() == 1 and value.shape[0] and count % value.shape[0] == 0:
+            views = count // value.shape[0]
+            how = f"; if the rows are {views} views one after another, pass {name}.repeat({views})"
+        raise ValueError(f"{name} must have shape [{count}], one for each of {of}, got {list(value.shape)}{how}")
     same_device(name, value, of, embeddings)
     return value.view(torch.int64) if value.dtype == torch.uint64 else value.to(torch.int64)
 

@@ -185,8 +185,9 @@ def sentences(rows: list[Row]) -> str:
     triton = clocks("triton", "statistics"), clocks("triton", "gradient of queries")
     cuda = clocks("cuda", "statistics"), clocks("cuda", "gradients")
     return (
-        f"{len(rows):,} compiled kernels for {len({row.device for row in rows})} processors, {spilling or 'none'} of "
-        "them with spilled registers. In bfloat16 at D = 128 a similarity takes a multiprocessor of A100 / H100 / B200 "
+        f"Of {len(rows):,} compiled kernels, for {len({row.device for row in rows})} processors, {spilling or 'none'} "
+        f"spill{'s' * (spilling < 2)} registers. In bfloat16 at D = 128 a similarity takes a multiprocessor of A100 / "
+        "H100 / B200 "
         f"at least {triton[0]} clocks in the first sweep (statistics) and {triton[1]} in that of one gradient with the "
         f"Triton kernels, and {cuda[0]} and {cuda[1]} with the CUDA kernels (–: a loop that the count does not "
         f"understand); the limit is set by {' or '.join(sorted(limits))}."

@@ -20,7 +20,7 @@ from .analysis import (
     points,
     verdict,
 )
-from .design import KINDS, Setting, expected_runs, groups, tau_neg
+from .design import KINDS, PIXELS, PRIMARY, UNTRAINED, Setting, expected_runs, groups, tau_neg
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "experiment.md"
@@ -94,7 +94,7 @@ def render(name: str, analysis: Analysis) -> str:
     environment, data = analysis.header["environment"], analysis.header["data"]
     hours = sum(float(r["seconds"]) for r in analysis.results.done.values()) / 3600
     lines = [
-        BEGIN.format(name=name), "", "## What was found", "", f"**{headline(analysis)}**", "",
+        BEGIN.format(name=name), "", "## What was found", "", f"**{headline(analysis)}**", "", *secondary(analysis), "",
         f"{data['name']}, {len(analysis.seeds)} seeds, {len(analysis.results.done)} runs of {analysis.setting.steps} "
         "steps,", f"{hours:.1f} hours of one thread on {environment['machine']}; torch {environment['torch']}, commit "
         f"{environment['commit']}, {environment['date'][:10]}.", "",
@@ -105,7 +105,7 @@ def render(name: str, analysis: Analysis) -> str:
     lines += [
         "Differences in points with 95 % intervals. A tie is an interval that holds 0; of so many intervals one in",
         "twenty misses 0 by chance.", "",
-        f"| difference | views | on | {BALANCED_ACCURACY}, balanced accuracy | | {KNN} | {TAIL} |",
+        f"| difference | views | on | {BALANCED_ACCURACY}, balanced accuracy | verdict on it | {KNN} | {TAIL} |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows_of_differences(analysis, (BALANCED_ACCURACY, KNN, TAIL)):
@@ -118,6 +118,27 @@ def render(name: str, analysis: Analysis) -> str:
         cells = [arm, kind, str(views or ""), temperature(analysis, arm, kind, views)]
         lines.append("| " + " | ".join([*cells, *(f"{100 * v:.1f}" for v in found.values())]) + " |")
     return "\n".join([*lines, "", END])
+
+
+def secondary(analysis: Analysis) -> list[str]:
+    """What other measures say of losses that users choose between, and of the pixels, whomever it favours."""
+    said = []
+    for measure in (BALANCED_ACCURACY, KNN, TAIL):
+        for found in analysis.differences(measure):
+            c = found.contrast
+            published = all("tau_" not in name for name in (c.first, c.second))
+            if published and not found.interval.tie and (c != PRIMARY or measure != BALANCED_ACCURACY):
+                where = f"{measure}, {c.views} views, {found.kind}"
+                said.append(f"{c.first} − {c.second} {points(found.interval.mean)} ({where})")
+    lines = [f"Intervals without 0 in other comparisons of published losses: {'; '.join(said) or 'none'}."]
+    scores = {(arm, kind, views): found[KNN] for arm, kind, views, found in analysis.accuracies()}
+    pixels = scores.pop((PIXELS, "", 0))
+    behind = sum(score < pixels for (arm, _, _), score in scores.items() if arm != UNTRAINED)
+    lines.append(
+        f"By nearest neighbours, raw pixels ({100 * pixels:.1f} %) are ahead of {behind} of the "
+        f"{len(scores) - 1} trained rows below: the network is small and its training short."
+    )
+    return lines
 
 
 def temperature(analysis: Analysis, arm: str, kind: str, views: int) -> str:

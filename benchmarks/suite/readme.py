@@ -40,7 +40,7 @@ def render(name: str, root: Path = ROOT) -> str:
     pictures = [picture for picture in PICTURES if (root / name).with_name(picture).exists()]
     lines = [BEGIN.format(name=name), "", *_table(rows), "", *_caption(rows), ""]
     if pictures:
-        text = "Time and memory against the batch size" if pictures[0] == "sweep.png" else "Time over ours"
+        text = "Time against the batch size" if pictures[0] == "sweep.png" else "Time over ours"
         lines += [f"![{text}]({Path(name).with_name(pictures[0]).as_posix()})", ""]
     return "\n".join([*lines, END])
 
