@@ -1,15 +1,16 @@
 """Gradients of rows with more features than a program of ``gradient_kernel`` writes: by blocks of stored coefficients.
 
-A block has the coefficients of at most SIDE queries and SIDE keys, or of several pairs of sets where all of them fit.
-It is filled from similarities that are formed once, added to the gradients of its queries and of its keys by two matrix
-products, and overwritten by the next one. So statistics and gradients take 4U (U = 2 P N M D), and the order in which
-blocks are added is fixed. What it costs is the way of a block through memory, and the workspace.
+A block has at most SIDE x SIDE coefficients: of SIDE queries and SIDE keys, of more of one where there are few of the
+other, or of several pairs of sets where all of them fit. It is filled from similarities that are formed once, added to
+the gradients of its queries and of its keys by two matrix products, and overwritten by the next one. So statistics and
+gradients take 4U (U = 2 P N M D), and the order in which blocks are added is fixed. What it costs is the way of a block
+through memory, and the workspace.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +20,7 @@ from .launch import cdiv, power_of_two, start
 from .pairs import SetPairs
 from .table import Tile, has_blocks
 
-SIDE = 8192  # most queries and keys of a block: 128 MiB of a half type; products of 384 programs at D = 768
-MOST_TRACED = 8  # blocks of a graph: a compiler takes a tenth of a second for each of their three launches
-FEWEST = 64  # features up to which there are no blocks
+SIDE = 8192  # queries and keys of a square block: 128 MiB of a half type; products of 384 programs at D = 768
 SPAN = 512  # keys of a program that fills a block, where that makes enough programs
 
 
@@ -114,15 +113,6 @@ def blocks(pairs: SetPairs, whole: int) -> Iterator[Block]:
 def longest(side: int, other: int, whole: int) -> int:
     """How much of a side a block has: SIDE, or more where the other side is shorter than that."""
     return min(side, max(SIDE, SIDE * SIDE // max(whole, other) // whole * whole))
-
-
-def too_many(arguments: tuple[Any, ...]) -> bool:
-    """Whether a graph would hold more launches of blocks than a compiler takes quickly, which analyses each anew."""
-    q = arguments[0]
-    k = arguments[1] if isinstance(arguments[1], Tensor) and arguments[1].dim() == q.dim() else q
-    if q.dtype.itemsize != 2 or q.shape[-1] <= FEWEST:
-        return False
-    return int(q.shape[0] * k.shape[0] * q.shape[-2] * k.shape[-2]) > MOST_TRACED * SIDE * SIDE
 
 
 def split_size(pairs: SetPairs, tile: Tile, whole: int) -> int:

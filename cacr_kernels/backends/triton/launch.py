@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _tracing = contextvars.ContextVar("tracing", default=False)
+_counted: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("counted", default=None)
 _launched: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("launched", default=None)
 
 
@@ -23,6 +24,17 @@ def tracing() -> Iterator[None]:
         yield
     finally:
         _tracing.reset(token)
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[list[Any]]:
+    """The kernels that would be launched inside; none is."""
+    kernels: list[Any] = []
+    token = _counted.set(kernels)
+    try:
+        yield kernels
+    finally:
+        _counted.reset(token)
 
 
 def recording(device: torch.device) -> bool:
@@ -44,6 +56,9 @@ def launched() -> Iterator[list[Any]]:
 def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """One launch, on the current stream of the current device; nothing for an empty grid."""
     if 0 in grid:
+        return
+    if (counted := _counted.get()) is not None:
+        counted.append(kernel)
         return
     if _tracing.get():
         torch.library.wrap_triton(kernel)[grid](*args, **constants)

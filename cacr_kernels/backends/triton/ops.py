@@ -22,6 +22,7 @@ from ..precision import fp32_products
 from . import launch as launching
 from . import table
 
+MOST_TRACED = 40  # launches of a graph: a compiler takes a tenth of a second for each
 _LAUNCHERS = {  # by operator: the module, which imports Triton, and the function that launches
     "cacr": ("cacr", "cacr"),
     "contrast": ("contrast", "contrast"),
@@ -70,10 +71,10 @@ def _implement(name: str) -> None:
     def kernels(*arguments: Any) -> Any:
         if table.processor_of(arguments[0].device).family == "interpreter":
             return NotImplemented
-        if importlib.import_module(f"{__package__}.blocks").too_many(arguments):
-            return NotImplemented
         with launching.tracing():
-            return launch(*arguments)
+            with launching.counting() as counted:
+                launch(*arguments)
+            return launch(*arguments) if len(counted) <= MOST_TRACED else NotImplemented
 
     implement_traceable(f"{name}_triton", launch, kernels)
 

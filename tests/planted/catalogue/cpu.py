@@ -815,4 +815,22 @@ FAULTS = (
         why="what stands in for the tile instructions keeps subnormal factors",
         tests="tests/cpu/test_bf16.py -k definition",
     ),
+    Fault(
+        "cpu-rows-of-pairs",
+        KERNELS + "tile_bf16.h",
+        text="*A = t.A + s * t.a_step + row * t.lda",
+        replacement="*A = t.A + s * t.a_step",
+        why="AVX512-BF16: eight rows of a tile stand for all 32",
+        tests="tests/cpu/test_bf16.py -k definition",
+    ),
+    Fault(
+        "cpu-pairs-even-one-first",
+        KERNELS + "tile_bf16.h",
+        text="  c = flushed(fused(upper(a), upper(b), flushed(c)));\n"
+        "  return flushed(fused(upper(a << 16), upper(b << 16), c));",
+        replacement="  c = flushed(fused(upper(a << 16), upper(b << 16), flushed(c)));\n"
+        "  return flushed(fused(upper(a), upper(b), c));",
+        why="what stands in for AVX512-BF16 adds up in another order",
+        tests="tests/cpu/test_bf16.py -k definition",
+    ),
 )
