@@ -1,25 +1,20 @@
 """Bugs planted in a kernel of the usual shape are found: tiles by ``cp.async`` in two buffers, ``ldmatrix``, ``mma``.
 
-The kernel adds the products of ``TILES`` pairs of tiles: warp ``w`` forms rows ``16 w`` to ``16 w + 15`` of the sum of
+The kernel adds the products of five pairs of tiles: warp ``w`` forms rows ``16 w`` to ``16 w + 15`` of the sum of
 ``A_t B_t``, A ``[t, 32, 16]``, B ``[t, 8, 16]`` (columns of B as rows), both bfloat16, two warps.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from . import launch
 from .errors import PtxError
 from .schedule import Lockstep, Priority, Random
-from .snippet import kernel
-from .test_arithmetic import bfloat, pack
+from .tile_products import TileProducts
 
 pytestmark = pytest.mark.exhaustive
 
-TILES, ROWS, COLUMNS, DEPTH = 5, 32, 8, 16
-PARAMS = ".param .u64 a, .param .u64 b, .param .u64 out"
-SHARED = 2 * (ROWS + COLUMNS) * 2 * DEPTH  # two buffers, rows of 32 bytes, first A and then B
+PRODUCTS = TileProducts(5, 32, 8, 16, threads=64, written=(32, 8), sums=lambda out: out)  # rows of 32 bytes
 KERNEL = """
     .reg .b32 %buffer, %row, %m<6>; .reg .f32 %sum<4>;
     ld.param.u64 %rd1, [a]; ld.param.u64 %rd2, [b]; ld.param.u64 %rd3, [out];
@@ -61,22 +56,11 @@ LAST:
     st.global.v2.f32 [%rd5], {%sum0, %sum1};
     st.global.v2.f32 [%rd5+256], {%sum2, %sum3};
 """
-DYNAMIC = ".extern .shared .align 16 .b8 dynamic[];\n"
 SCHEDULES = [Lockstep(), *(Random(seed) for seed in range(3)), *(Priority(seed) for seed in range(6))]
 
 
-def correct(body: str, shared_bytes: int = SHARED) -> list[bool]:
-    """For each schedule whether the result is right; what the interpreter refuses is raised."""
-    rng = np.random.default_rng(0)
-    a, b = (bfloat(rng.normal(size=(TILES, rows, DEPTH))) for rows in (ROWS, COLUMNS))
-    expected = np.einsum("tik,tjk->ij", a.astype(np.float64), b.astype(np.float64))
-    kernels = launch.load(kernel(body, PARAMS, DYNAMIC), "tiles")
-    found = []
-    for schedule in SCHEDULES:
-        out = np.full((ROWS, COLUMNS), np.nan, np.float32)
-        kernels.launch("snippet", (1,), (64,), [pack(a), pack(b), out], shared_bytes, schedule)
-        found.append(np.allclose(out, expected, rtol=1e-5, atol=1e-5))
-    return found
+def correct(body: str, shared: int | None = None) -> list[bool]:
+    return PRODUCTS.correct(body, SCHEDULES, shared)
 
 
 def test_the_kernel_is_right() -> None:
@@ -127,7 +111,7 @@ def test_forbidden(before: str, after: str | None, message: str) -> None:
 
 def test_shared_memory_one_row_short() -> None:
     with pytest.raises(PtxError, match=r"offset \d+ of shared memory, which has 2544 bytes"):
-        correct(KERNEL, SHARED - 16)
+        correct(KERNEL, PRODUCTS.shared - 16)
 
 
 def test_races_need_hostile_schedules() -> None:

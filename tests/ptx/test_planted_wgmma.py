@@ -1,6 +1,6 @@
 """Bugs planted in a kernel as sm_90 has them are found: tiles by ``cp.async`` in two buffers, products by ``wgmma``.
 
-The kernel adds the products of ``TILES`` pairs of tiles, A ``[t, 64, 16]`` and B ``[t, 16, 16]`` (columns of B as
+The kernel adds the products of five pairs of tiles, A ``[t, 64, 16]`` and B ``[t, 16, 16]`` (columns of B as
 rows), both bfloat16. The product of a tile goes on while the next one is copied. Rows have 32 bytes, whose halves are
 exchanged in every other four rows: the swizzling mode of 32 bytes.
 """
@@ -10,18 +10,23 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from . import launch
 from .errors import PtxError
 from .schedule import Lockstep, Priority, Random
-from .snippet import kernel
-from .test_arithmetic import bfloat, pack
 from .test_warpgroup import place
+from .tile_products import TileProducts
 
 pytestmark = pytest.mark.exhaustive
 
-TILES, ROWS, COLUMNS, DEPTH, THREADS = 5, 64, 16, 16, 128
-PARAMS = ".param .u64 a, .param .u64 b, .param .u64 out"
-SHARED = 2 * (ROWS + COLUMNS) * 2 * DEPTH  # two buffers, first A and then B
+
+def matrix(held: np.ndarray) -> np.ndarray:
+    """The sums that the registers of all threads hold."""
+    out = np.full((64, 16), np.nan)
+    for thread, i in np.ndindex(held.shape):
+        out[place(thread, i)] = held[thread, i]
+    return out
+
+
+PRODUCTS = TileProducts(5, 64, 16, 16, threads=128, written=(128, 8), sums=matrix)
 KERNEL = """
     .reg .b32 %sum<8>; .reg .b64 %of_a, %of_b;
     ld.param.u64 %rd1, [a]; ld.param.u64 %rd2, [b]; ld.param.u64 %rd3, [out];
@@ -63,7 +68,6 @@ LAST:
     st.global.v4.b32 [%rd5], {%sum0, %sum1, %sum2, %sum3};
     st.global.v4.b32 [%rd5+16], {%sum4, %sum5, %sum6, %sum7};
 """
-DYNAMIC = ".extern .shared .align 16 .b8 dynamic[];\n"
 SCHEDULES = [
     *(Lockstep(eager=share) for share in (0, 0.5, 1)),
     *(Random(seed, eager=seed / 2) for seed in range(3)),
@@ -72,20 +76,7 @@ SCHEDULES = [
 
 
 def correct(body: str) -> list[bool]:
-    """For each schedule whether the result is right; what the interpreter refuses is raised."""
-    rng = np.random.default_rng(0)
-    a, b = (bfloat(rng.normal(size=(TILES, rows, DEPTH))) for rows in (ROWS, COLUMNS))
-    expected = np.einsum("tik,tjk->ij", a.astype(np.float64), b.astype(np.float64))
-    kernels = launch.load(kernel(body, PARAMS, DYNAMIC), "tiles")
-    found = []
-    for schedule in SCHEDULES:
-        held = np.full((THREADS, 8), np.nan, np.float32)
-        kernels.launch("snippet", (1,), (THREADS,), [pack(a), pack(b), held], SHARED, schedule)
-        out = np.full((ROWS, COLUMNS), np.nan)
-        for thread, i in np.ndindex(held.shape):
-            out[place(thread, i)] = held[thread, i]
-        found.append(np.allclose(out, expected, rtol=1e-5, atol=1e-5))
-    return found
+    return PRODUCTS.correct(body, SCHEDULES)
 
 
 def test_the_kernel_is_right() -> None:
