@@ -4,6 +4,9 @@
 # Packages are installed while the library compiles.
 MAKEFLAGS += --jobs=2
 
+# Python compiles what is imported, once; pip would compile all of torch, which takes longer than to copy it.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV ?= .venv
@@ -19,6 +22,7 @@ GPU_CHECK_FLAGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --no-compile
 NATIVE := $(shell find csrc -type f)
 CLANG_FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -40,7 +44,7 @@ test-all: test
 # one compiled against $(TORCH), as in a wheel.
 test-old: $(VENV)/.built
 	test -x $(VENV)-old/bin/python || $(PYTHON) -m venv $(VENV)-old
-	$(VENV)-old/bin/python -m pip --disable-pip-version-check install --quiet 'torch==$(TORCH_OLD)' \
+	$(VENV)-old/bin/python -m pip --disable-pip-version-check install --quiet --no-compile 'torch==$(TORCH_OLD)' \
 		'triton==$(TRITON_OLD)' numpy hypothesis pytest pytest-xdist
 	$(VENV)-old/bin/python -m pytest $(PYTEST_FLAGS) $(wildcard tests/losses/test_functional*.py) tests/compile tests/operators
 
@@ -88,7 +92,7 @@ clean:
 # The package in editable form with the extra named by the stamp; the libraries are compiled beside it.
 $(VENV)/.with-%: $(VENV)/.torch-$(TORCH) setup.py pyproject.toml cacr_kernels/_version.py
 	CACR_BUILD_CPU=0 CACR_BUILD_CUDA=0 \
-		$(PIP) install --quiet --no-build-isolation --editable '.[$*]' 'torch==$(TORCH)'
+		$(INSTALL) --no-build-isolation --editable '.[$*]' 'torch==$(TORCH)'
 	touch $@
 
 # The libraries in the source folder, compiled against the torch already installed.
@@ -98,6 +102,6 @@ $(VENV)/.built: $(VENV)/.torch-$(TORCH) $(NATIVE) setup.py
 
 $(VENV)/.torch-$(TORCH):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet 'torch==$(TORCH)' numpy 'setuptools>=77' ninja
+	$(INSTALL) 'torch==$(TORCH)' numpy 'setuptools>=77' ninja
 	rm -f $(VENV)/.torch-* $(VENV)/.with-* $(VENV)/.built
 	touch $@

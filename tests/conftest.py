@@ -21,7 +21,6 @@ if not all(map(importlib.util.find_spec, ("pytorch_metric_learning", "sentence_t
 ALLOWED_SKIPS = (
     "needs a CUDA device",
     "needs a CUDA build of torch",
-    "needs an AVX-512 processor",
     "needs a processor that multiplies bfloat16",
     "needs a library for x86-64",
 )

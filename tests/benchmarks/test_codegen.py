@@ -18,12 +18,13 @@ from benchmarks.codegen.rows import KernelCase, device_of, problems
 from cacr_kernels.backends.triton.table import tile_of
 from tests.cuda_emulation.building import tool
 
+pytestmark = pytest.mark.exhaustive  # no machine of a user changes it
+
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = json.loads((report.OUT / "codegen.json").read_text(encoding="utf-8"))
 
 
 # ---- CUDA kernels ----------------------------------------------------------------------------------------------------
-@pytest.mark.exhaustive
 def test_nothing_is_wrong_with_a_cuda_kernel() -> None:
     tool("nvcc")
     wanted = [case for case in cuda_kernels.cases() if (case.device, case.dtype) == ("A100", "fp16")]

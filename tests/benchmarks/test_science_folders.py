@@ -18,6 +18,8 @@ from benchmarks.science import __main__ as science
 from benchmarks.science.data import load
 from benchmarks.science.folders import read_folder
 
+pytestmark = pytest.mark.exhaustive  # no machine of a user changes it
+
 RNG = np.random.default_rng(0)
 
 
@@ -125,7 +127,6 @@ def test_folders_without_images_are_refused(tmp_path) -> None:
         read_folder(tmp_path / "nowhere")
 
 
-@pytest.mark.exhaustive
 def test_a_folder_runs_from_end_to_end(tmp_path, capsys) -> None:
     write_classes(tmp_path / "mine", "RGB", 30)
     arguments = ["--data", str(tmp_path / "mine"), "--size", "12", "--quick", "--steps", "1", "--workers", "0"]

@@ -7,6 +7,10 @@
 #include "../../csrc/cpu/planner/amx.h"
 #include "../../csrc/cpu/planner/self_check.h"
 
+#ifndef FLOAT64_OF  // which a candidate for bfloat16 does not have
+#define FLOAT64_OF CANDIDATE
+#endif
+
 namespace cacr {
 #define DECLARE(isa)                           \
   namespace isa {                              \
@@ -21,7 +25,7 @@ const Kernels<float>& kernels<float>() {
 }
 template <>
 const Kernels<double>& kernels<double>() {
-  return CANDIDATE::kernels_double;
+  return FLOAT64_OF::kernels_double;
 }
 }  // namespace cacr
 
@@ -37,7 +41,7 @@ int main(int argc, char** argv) {
       if ((i + j) % every != 0) continue;
       const int n = kRows[i], d = kFeatures[j];
       const bool f32 = cacr::self_check_passes(cacr::CANDIDATE::kernels_float, cacr::portable::kernels_float, n, d);
-      const bool f64 = cacr::self_check_passes(cacr::CANDIDATE::kernels_double, cacr::portable::kernels_double, n, d);
+      const bool f64 = cacr::self_check_passes(cacr::FLOAT64_OF::kernels_double, cacr::portable::kernels_double, n, d);
       if (!f32 || !f64)
         std::printf("n=%d d=%d float32 %s float64 %s\n", n, d, f32 ? "ok" : "FAIL", f64 ? "ok" : "FAIL");
       failures += !f32 + !f64, checks += 2;

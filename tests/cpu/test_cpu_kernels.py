@@ -69,10 +69,16 @@ class Builder:
         return self.compile(source, f"kernels_{isa}", f"-DCACR_ISA={isa}", *flags)
 
     def check(
-        self, candidate: str, kernels: list[Path], *arguments: str, source: str = "tests/cpp/check_kernels.cpp"
+        self,
+        candidate: str,
+        kernels: list[Path],
+        *arguments: str,
+        source: str = "tests/cpp/check_kernels.cpp",
+        float64_of: str | None = None,
     ) -> str:
         """Builds the comparison of ``candidate`` with the portable kernels, runs it, and returns what it prints."""
-        objects = [self.compile(source, f"check_{candidate}", f"-DCANDIDATE={candidate}"), *kernels]
+        names = [f"-DCANDIDATE={candidate}", f"-DFLOAT64_OF={float64_of or candidate}"]
+        objects = [self.compile(source, f"check_{candidate}", *names), *kernels]
         program = BUILD / self.kind / f"check_{candidate}"
         with locked(program):
             run(*self.command, *map(str, objects), "-o", str(program))
@@ -111,28 +117,30 @@ def processor_has(*features: str) -> bool:
 
 AVX2, AVX512 = ("avx2", "fma", "f16c"), ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 AVX512_BF16, AMX = (*AVX512, "avx512_bf16"), (*AVX512, "amx_bf16", "amx_tile")
+OPTIONAL = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16, "amx": AMX}
 
 
-few_or_all_shapes = pytest.mark.parametrize(
-    "shapes", [("few",), pytest.param((), marks=pytest.mark.exhaustive)], ids=str
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("isa", list(OPTIONAL))
+def test_kernels(isa: str) -> None:
+    """All shapes, against the portable kernels."""
+    compare_with_portable(isa)
 
 
-@few_or_all_shapes
-def test_avx2_kernels(shapes: tuple[str, ...]) -> None:
-    if not processor_has(*AVX2) or "avx2" not in library.compiled_isas():
-        assert library.active_isa() != "avx2"
+def test_kernels_in_use() -> None:
+    """Some shapes, of the instruction set that losses take here."""
+    if (isa := library.active_isa()) != "portable":
+        assert isa is not None
+        compare_with_portable(isa, "few")
+
+
+def compare_with_portable(isa: str, *shapes: str) -> None:
+    if not processor_has(*OPTIONAL[isa]) or isa not in library.compiled_isas():
+        assert library.active_isa() != isa
         return
-    assert " 0 failures" in Builder("fast", "-O2").check("avx2", [shipped("avx2"), shipped("portable")], *shapes)
-
-
-@few_or_all_shapes
-def test_avx512_kernels(shapes: tuple[str, ...]) -> None:
-    if not processor_has(*AVX512):
-        pytest.skip("needs an AVX-512 processor")
-    if "avx512" not in library.compiled_isas():
-        pytest.skip("needs a library for x86-64")
-    assert " 0 failures" in Builder("fast", "-O2").check("avx512", [shipped("avx512"), shipped("portable")], *shapes)
+    float64_of = "portable" if isa in ("amx", "avx512_bf16") else isa  # those have kernels of float32 alone
+    said = Builder("fast", "-O2").check(isa, [shipped(isa), shipped("portable")], *shapes, float64_of=float64_of)
+    assert " 0 failures" in said
 
 
 def lowered() -> list[str]:

@@ -182,6 +182,10 @@ def test_instruction_sets(setup_py, monkeypatch):
     assert [o.name for o in fewer if o.name.startswith("kernels_")] == objects[:3]
     compiled = next(o.flags for o in fewer if o.name == "isa")
     assert compiled == ["-DCACR_HAVE_PORTABLE", "-DCACR_HAVE_AVX2", "-DCACR_HAVE_AVX512"]
+    if "kernels_amx" in objects:
+        monkeypatch.setenv("CACR_CPU_ISAS", "amx")
+        named = [o.name for o in setup_py["cpu_library"]().objects]
+        assert [name for name in named if "kernels_" in name] == ["kernels_portable", "kernels_avx512", "kernels_amx"]
     monkeypatch.setenv("CACR_CPU_ISAS", "avx2 vax")
     with pytest.raises(Exception, match=r"instruction sets of portable, avx2.*got vax"):
         setup_py["cpu_library"]()

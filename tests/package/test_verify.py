@@ -49,7 +49,9 @@ def plant(monkeypatch: pytest.MonkeyPatch, backend: str, factor: float) -> None:
     monkeypatch.setattr(functional, "cacr_loss", wrong)
 
 
-@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=pytest.mark.exhaustive if name == "torch" else ()) for name in USABLE]
+)
 def test_quick_run_passes(backend: str, capsys: pytest.CaptureFixture[str]):
     status = verify.main(["--quick", "--backend", backend])
     assert status == 0, [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]

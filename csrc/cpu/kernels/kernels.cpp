@@ -51,8 +51,10 @@ constexpr Kernels<T> table() {
 }  // namespace
 
 extern const Kernels<float> kernels_float;
-extern const Kernels<double> kernels_double;
 const Kernels<float> kernels_float = table<float>();
+#if !defined(CACR_BF16_TILES)  // products of bfloat16 change nothing in float64: there AVX-512's are taken
+extern const Kernels<double> kernels_double;
 const Kernels<double> kernels_double = table<double>();
+#endif
 
 }  // namespace cacr::CACR_ISA

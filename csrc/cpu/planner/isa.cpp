@@ -64,11 +64,11 @@ struct Isa {
 // The best first.
 const Isa kIsas[] = {
 #ifdef CACR_HAVE_AMX
-    {"amx", &amx::kernels_float, &amx::kernels_double, [] { return has_avx512() && may_use_amx(); }, true, nullptr},
+    {"amx", &amx::kernels_float, &avx512::kernels_double, [] { return has_avx512() && may_use_amx(); }, true, nullptr},
 #endif
 #ifdef CACR_HAVE_AVX512_BF16
     // Intel's processors make half as many products of bfloat16 with it as of float32 without.
-    {"avx512_bf16", &avx512_bf16::kernels_float, &avx512_bf16::kernels_double, has_avx512_bf16, true,
+    {"avx512_bf16", &avx512_bf16::kernels_float, &avx512::kernels_double, has_avx512_bf16, true,
      [] { return bool(__builtin_cpu_is("amd")); }},
 #endif
 #ifdef CACR_HAVE_AVX512
