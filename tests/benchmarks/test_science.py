@@ -41,9 +41,10 @@ from benchmarks.science.training import make_encoder, make_objective, paired_vie
 from benchmarks.science.views import photo_views
 from cacr_kernels.backends.library import active_isa
 
-pytestmark = pytest.mark.exhaustive  # no machine of a user changes it
-
-pytestmark = pytest.mark.filterwarnings("ignore:cacr_kernels. only the plain PyTorch backend:RuntimeWarning")
+pytestmark = [
+    pytest.mark.exhaustive,  # no machine of a user changes it
+    pytest.mark.filterwarnings("ignore:cacr_kernels. only the plain PyTorch backend:RuntimeWarning"),
+]
 CPU = torch.device("cpu")
 DATA = images.load("digits")
 

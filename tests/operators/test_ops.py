@@ -77,6 +77,15 @@ def with_numbers(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 def test_opcheck_cacr(case: tuple[int, bool, bool, bool], dtype: torch.dtype) -> None:
     arguments = cacr_arguments(case, dtype, requires_grad=True, normalize=case[1])
     torch.library.opcheck(operator("cacr_cpu"), arguments)
+
+
+@quiet_opcheck
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("case", "dtype"), list(zip(CACR_ARGUMENTS, DTYPES, strict=True)), ids=str)
+def test_opcheck_cacr_with_numbers_and_products_of_bfloat16(
+    case: tuple[int, bool, bool, bool], dtype: torch.dtype
+) -> None:
+    arguments = cacr_arguments(case, dtype, requires_grad=True, normalize=case[1])
     torch.library.opcheck(operator("cacr_cpu"), with_numbers(arguments))
     torch.library.opcheck(operator("cacr_cpu_bf16"), arguments)
 
