@@ -16,6 +16,7 @@ import os, signal, sys, threading, time
 import torch
 from cacr_kernels import cacr_loss, cacr_queue_loss
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process that a shell starts in the background ignores it
 
 def randn(*shape):
     return torch.randn(shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0))

@@ -23,7 +23,7 @@ NATIVE = ("csrc/cpu/", "csrc/common/", "setup.py")  # after a change of these th
 COMPILED = ("build/native-*", "cacr_kernels/*.so")  # what that makes
 ON_FAKE_CUDA = ("tests/device/test_gpu", "tests/fake_cuda")  # with a CUDA build of torch
 NOTICED = re.compile(r"^(?:FAILED|ERROR) (tests/.+?)(?: - (.*))?$", re.MULTILINE)
-COMPILER = re.compile(r"^.*(?:(?<!CUDA )\berror: |\[-Werror).*$", re.MULTILINE)
+COMPILER = re.compile(r"^.*(?:(?::\d+|\(\d+\)): (?:fatal )?error: |\[-Werror|ld returned 1).*$", re.MULTILINE)
 BUILD_LIMIT = 1800.0  # seconds
 ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "1",  # it would be kept by the time of a source, which is set back
