@@ -132,6 +132,19 @@ def test_kernels(isa: str) -> None:
     assert " 0 failures" in said
 
 
+@pytest.mark.parametrize("width", [16, 32, 64])
+def test_exponential(width: int) -> None:
+    """2^x within the errors that ``vec.h`` states, and 0 below its range."""
+    builder, source = Builder("exp2", "-O1"), "tests/cpp/check_exp2.cpp"
+    program = BUILD / "exp2" / f"check_exp2_{width}"
+    command = [*builder.command, "-DCACR_ISA=tested", f"-DCACR_VECTOR_BYTES={width}", *lowered(), source]
+    errors, flushed = run(str(kept(program, command, ("csrc/cpu/kernels", source)))).splitlines()
+    float32, float64 = map(float, errors.split())
+    assert float32 < 0.9, errors
+    assert float64 < 1.4, errors
+    assert flushed == "0 0 0 1"
+
+
 def lowered() -> list[str]:
     return ["-mavx2", "-mfma"] if processor_has("avx2", "fma") else []
 
