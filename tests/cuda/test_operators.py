@@ -103,6 +103,7 @@ PROBLEMS = {
     "no keys": Problem(5, 0, 3, (ALL,)),
     "no pairs": Problem(5, 7, 3, (ALL,), ()),
     "many pairs": Problem(2, 3, 4, (SAME,), ((0, 0), (2, 1), (1, 0)) * 45),
+    "many pairs, two tiles": Problem(3, 70, 4, (SAME,), ((0, 0), (2, 1), (1, 0)) * 23),
     "raw rows": Problem(67, 70, 19, (SAME, OTHER), normalize=True),
     "raw queries": Problem(71, None, 24, (SAME_NOT_SELF, OTHER), ((0, 1), (2, 1), (1, 1)), normalize=True),
     "raw rows, aligned": Problem(66, 65, 40, (OTHER, OTHER), taus=(-1.0, -3.0), normalize=True),
@@ -186,6 +187,7 @@ def test_grids(emulation, resident_blocks):
     assert_right(emulation, PROBLEMS["symmetric"], "float")
     assert_right(emulation, PROBLEMS["raw rows"], "f16")
     assert_right(emulation, PROBLEMS["raw queries"], "float")
+    assert_right(emulation, PROBLEMS["many pairs, two tiles"], "float")
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "t", "qk", "qt", "kt"])

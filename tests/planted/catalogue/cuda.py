@@ -76,7 +76,7 @@ FAULTS = (
         text="Acc sum = p.accumulate || side.splits == 1 ? *to : Acc(0);",
         replacement="Acc sum = side.splits == 1 ? *to : Acc(0);",
         why="more than 64 pairs in several splits: earlier pairs are lost",
-        tests=(MANY, GRIDS),
+        tests=(GRIDS, MANY),
     ),
     Fault(
         "cuda-variance-of-splits",
@@ -100,7 +100,7 @@ FAULTS = (
         text="const bool adds = p.accumulate && splits == 1;",
         replacement="const bool adds = p.accumulate;",
         why="more than 64 pairs in several splits: gradients are added to what the memory held",
-        tests=(MANY, GRIDS),
+        tests=(GRIDS, MANY),
     ),
     Fault(
         "cuda-own-term-of-every-split",

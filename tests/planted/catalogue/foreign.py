@@ -15,10 +15,10 @@ PLANNER, KERNELS, COMMON, CUDA = "csrc/cpu/planner/", "csrc/cpu/kernels/", "csrc
 PACKAGE, SUITE = "cacr_kernels/", "benchmarks/suite/"
 TRITON = PACKAGE + "backends/triton/"
 
-OF_CPU = ("tests/cpu", "tests/losses", "tests/operators")
+OF_CPU = ("tests/operators", "tests/losses", "tests/cpu")
 OF_CUDA = ("tests/cuda", "tests/cuda_emulation")
 OF_TRITON = ("tests/triton/interpreted", "tests/triton")
-OF_PYTHON = ("tests/cpu", "tests/losses", "tests/operators", "tests/package")
+OF_PYTHON = ("tests/losses", "tests/operators", "tests/package", "tests/cpu")
 OF_TOOLS = ("tests/package", "tests/benchmarks")
 
 CPU_FAULTS = (
