@@ -92,7 +92,7 @@ class Scratch:
         return self.run("setup.py", "build_ext", "--inplace", limit=BUILD_LIMIT, CACR_BUILD_CUDA="0", CXXFLAGS="-O1")
 
     def test(self, runs: Sequence[str]) -> Outcome:
-        """The verdict of pytest up to the first failure: of the tests of ``make test`` in all runs, then of all tests."""
+        """The verdict of pytest up to the first failure: of those of ``make test`` in all runs, then of all."""
         outcome = Outcome("error", said="no test was chosen")
         for exhaustive in "01":
             for run in runs:

@@ -230,8 +230,8 @@ FAULTS = (
         replacement="",
         why="an empty row beside full ones: exponents out of range",
         tests=(CONTRAST, SYMMETRIC, "tests/losses/test_functional_inputs.py -k cpu"),
-        equivalent="One sweep both ways is made for cacr and repulsion only, whose rows all have as many keys. Elsewhere "
-        "the way back knows an empty row by its sum, and sets its top itself.",
+        equivalent="One sweep both ways is made for cacr and repulsion only, whose rows all have as many keys. "
+        "Elsewhere the way back knows an empty row by its sum, and sets its top itself.",
     ),
     Fault(
         "cpu-rows-of-the-next-pair",
