@@ -232,6 +232,15 @@ def test_labels(labels: str, ref_labels: str | None) -> None:
         tensors |= {"ref_embeddings": randn(9, 5, seed=1), "ref_labels": torch.tensor(LABELS[ref_labels])}
     compare("supervised", tensors, tau_pos=2.0, tau_neg=3.0)
     compare("supervised", tensors, reduction="none")
+    numbers: dict[int, int] = {}  # small ones for the same classes
+    small = {
+        n: torch.tensor([numbers.setdefault(x, len(numbers)) for x in tensors[n].tolist()])
+        for n in tensors
+        if "labels" in n
+    }
+    for backend in BACKENDS:
+        found, expected = (run("supervised", given, backend).parts.loss for given in (tensors, tensors | small))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @each_backend

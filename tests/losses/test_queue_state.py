@@ -260,6 +260,15 @@ def test_several_ranks_are_told_about_broadcast_buffers(monkeypatch: pytest.Monk
     filled(2)
 
 
+def test_keys_of_a_half_type_are_normalised_in_float32() -> None:
+    """Where a backend takes half types as they are, so do the keys that wait."""
+    loss_fn = CACRQueueLoss(queue_size=8, dim=D, normalize=True)
+    keys = 7.3 * torch.randn(3, D, generator=torch.Generator().manual_seed(0)).bfloat16()
+    loss_fn(keys, keys)
+    for found in (loss_fn.incoming[:3], loss_fn._normalized(keys)):
+        torch.testing.assert_close(found, normalize(keys.float(), dim=-1), rtol=1e-6, atol=1e-7)
+
+
 # ---- 5: transforms and replicas --------------------------------------------------------------------------------------
 def test_func_grad_leaves_nothing_in_the_module() -> None:
     loss_fn, twin = (CACRQueueLoss(queue_size=8, dim=D) for _ in range(2))

@@ -45,6 +45,29 @@ class Depth(TorchDispatchMode):
         return torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype), fakes)
 
 
+class Asked(TorchDispatchMode):
+    """Notes whether operators were asked for gradients: the last arguments of ``cacr``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == NAMESPACE:
+            self.found.append(args[-2:])
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_are_computed_where_they_can_be_asked_for() -> None:
+    z, tau = small_inputs("cacr")["views"].requires_grad_(), torch.tensor(1.0, requires_grad=True)
+    with Asked() as asked:
+        for mode in (torch.enable_grad(), torch.no_grad()):
+            with mode:
+                cacr_kernels.cacr_loss(z, backend="cpu")
+                cacr_kernels.cacr_loss(z.detach(), tau_neg=tau, backend="cpu")
+    assert asked.found == [(True, False), (False, True), (False, False), (False, False)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("backend", WITH_OPERATORS)
 @each_loss

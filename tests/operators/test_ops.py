@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import grad
+from torch.nn.functional import normalize as unit_rows
 
+from cacr_kernels import supervised_cacr_loss
 from cacr_kernels.backends.cuda import COMPILED
 from cacr_kernels.operators import cacr, contrast
 from cacr_kernels.operators.cacr import loss_and_parts
@@ -97,6 +99,55 @@ def test_numbers_outside_of_a_tensor(case: tuple[int, bool, bool, bool]) -> None
     *found, grad_numbers = operator("cacr_cpu")(*with_numbers(arguments))
     assert all(map(torch.equal, found, expected))
     assert grad_numbers.shape == (0,)
+
+
+@pytest.mark.parametrize("want_grad", [False, True])
+def test_a_negative_scale(want_grad: bool) -> None:
+    """exp(-s c) is larger than 1 then: beyond the range of 2^x unless the largest is known first."""
+    views = unit_rows(randn(2, 70, 8), dim=-1).float()
+    numbers = torch.tensor([1.0, 1.0, 1.0, 1.0, -60.0], dtype=torch.float64)
+    loss, _, grad_views, _ = operator("cacr_cpu")(views, numbers, 0, 0, 0, 0, 0, True, 0, False, want_grad, False)
+    exact = views.double().requires_grad_()
+    expected, _ = loss_and_parts(exact, numbers, CACROptions(0, 0, 0, 0, 0, True, 0, False))
+    assert_close([loss], [expected], torch.float32, 100.0)
+    if want_grad:
+        assert_close([grad_views], grad(expected, exact), torch.float32, 100.0)
+
+
+@pytest.mark.parametrize("asked", [(True, False), (False, True), (False, False)])
+def test_gradients_that_were_not_asked_for(asked: tuple[bool, bool]) -> None:
+    """Autograd wants them all the same: they are computed on the way back."""
+    views, numbers, *options, _, _ = cacr_arguments(CACR_ARGUMENTS[0], torch.float64, requires_grad=True)
+    loss, *_ = operator("cacr_cpu")(views, numbers, *options, *asked)
+    expected, _ = loss_and_parts(views, numbers, CACROptions(*options))
+    assert_close(grad(loss, (views, numbers)), grad(expected, (views, numbers)), torch.float64)
+
+
+def test_results_of_the_operator_stay_its_own() -> None:
+    """The gradient that it returned is not the one that autograd hands out, which users write to."""
+    views, numbers, *options = cacr_arguments(CACR_ARGUMENTS[0], torch.float64, requires_grad=True)
+    loss, _, grad_views, _ = operator("cacr_cpu")(views, numbers, *options)
+    before = grad_views.clone()
+    loss.backward()
+    assert torch.equal(views.grad, before)
+    views.grad.zero_()
+    assert torch.equal(grad_views, before)
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_ids_in_turn_but_for_the_last_key(detached: bool) -> None:
+    """Equal ids lie on diagonals where they are i modulo a period: of all keys."""
+    q, k, q_id = randn(9, 4), randn(23, 4, seed=1), torch.arange(9) % 5
+    k_id = torch.arange(23) % 5
+    k_id[-1] = 4  # for 2
+    for ids in (k_id, torch.arange(23) % 5):
+        found, expected = (
+            supervised_cacr_loss(
+                q, q_id, ref_embeddings=k.clone().requires_grad_(not detached), ref_labels=ids, backend=name
+            )
+            for name in ("cpu", "reference")
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @both_dtypes
@@ -320,6 +371,8 @@ def test_strided_and_expanded_arguments(backend: str) -> None:
     strided = [torch.stack([t, t.flip(-1)], -1)[..., 0] for t in (q, k, q_id, k_id, tau)]
     assert not any(t.is_contiguous() for t in strided)
     assert all(torch.equal(a, b) for a, b in zip(op(*strided, *rest), expected, strict=True))
+    spread = torch.stack([tau, tau + 1], -1)[:, 0]  # beside each temperature another number
+    assert all(torch.equal(a, b) for a, b in zip(op(q, k, q_id, k_id, spread, *rest), expected, strict=True))
     one = q[:, :1].expand_as(q)
     for a, b in zip(op(one, k, q_id, k_id, tau, *rest), op(one.contiguous(), k, q_id, k_id, tau, *rest), strict=True):
         assert torch.equal(a, b)

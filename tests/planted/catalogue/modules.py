@@ -97,6 +97,7 @@ FAULTS = (
         replacement='self._writable("incoming")[: keys.shape[0]] = keys',
         why="torch.func.grad over the module leaves a wrapper in it, or fails",
         tests=STATE,
+        equivalent="outside of the transforms, where it is written, torch copies what a wrapper holds",
     ),
     Fault(
         "modules-queue-in-half-precision",
@@ -104,7 +105,7 @@ FAULTS = (
         text="        keys = keys.to(arithmetic_dtype(keys))\n",
         replacement="",
         why="keys of half types are normalised in their own precision",
-        tests=(QUEUE, "tests/losses/test_modules.py"),
+        tests=STATE,
     ),
     Fault(
         "modules-normalises-not",

@@ -54,7 +54,7 @@ FAULTS = (
         text="return grad_views if ctx.owns_gradients and _is_last_of_one(g_loss) else",
         replacement="return grad_views if _is_last_of_one(g_loss) else",
         why="the registered operator hands out its own output as a gradient",
-        tests=(CACR, AUTOGRAD, "tests/operators/test_ops.py -k opcheck"),
+        tests="tests/operators/test_ops.py -k stay_its_own",
     ),
     Fault(
         "operators-temperatures-asked-for-later",
@@ -62,7 +62,7 @@ FAULTS = (
         text="if (need[0] and not ctx.wanted[0]) or (need[1] and not ctx.wanted[1]):  # not known",
         replacement="if need[0] and not ctx.wanted[0]:  # not known",
         why="gradients of temperatures that were not asked for in forward are 0",
-        tests=(AUTOGRAD, CACR),
+        tests="tests/operators/test_ops.py -k not_asked_for",
     ),
     Fault(
         "operators-gradients-of-parts",
