@@ -378,6 +378,15 @@ def test_strided_and_expanded_arguments(backend: str) -> None:
         assert torch.equal(a, b)
 
 
+def test_given_selves_of_every_block() -> None:
+    """More queries than one block of them holds."""
+    problem = Problem(
+        NOT_SELF, (1, 1, 1500, 41, 5), q_id=draws(1500, -2, 4), k_id=draws(41, -2, 4), q_self=draws(1500, -1, 41)
+    )
+    found, expected = (operator(f"contrast_{name}")(*problem.arguments()) for name in ("cpu", "torch"))
+    assert_close(found[:2], expected[:2], torch.float64)
+
+
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
 @problems
 @both_backends

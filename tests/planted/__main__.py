@@ -1,13 +1,15 @@
 """``python -m tests.planted`` (``make planted``): plants the faults of the catalogue and says who noticed.
 
-Results are kept in ``tests/planted/results.json`` and used again as long as the fault, its file and the tests named are
-what they were: an interrupted run goes on where it was, and what is committed says what the last run found. Exit
-status: 0 every fault was caught, 1 one was not, 2 the catalogue or the arguments cannot be used.
+Results are kept in ``tests/planted/results.json`` and used again as long as the fault and its file are what they were,
+and the test that noticed it is; of one that nobody noticed, as long as the tests named are. An interrupted run goes on
+where it was, and what is committed says what the last run found. Exit status: 0 every fault was caught, 1 one was not,
+2 the catalogue or the arguments cannot be used.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import datetime
 import hashlib
 import json
@@ -64,14 +66,29 @@ def sample(found: list[Fault], count: int, seed: int) -> list[Fault]:
     return [mixed[(seed * count + i) % len(mixed)] for i in range(min(count, len(mixed)))]
 
 
-def key(fault: Fault) -> str:
-    """A hash of the fault, the file it stands in and the tests that are named."""
-    digest = hashlib.sha256(repr(fault).encode())
+def key(fault: Fault, outcome: Outcome) -> str:
+    """A hash of the fault, the file it stands in, and the test that noticed it or else all that are named."""
+    digest = hashlib.sha256(repr(fault).encode() + (ROOT / fault.file).read_bytes())
+    if outcome.verdict == "caught" and "::" in outcome.by:
+        digest.update(source_of(outcome.by).encode())
+        return digest.hexdigest()
     named = (word.partition("::")[0] for run in fault.runs for word in shlex.split(run) if word.startswith("tests/"))
-    for path in (ROOT / name for name in (fault.file, *named)):
+    for path in (ROOT / name for name in named):
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def source_of(test: str) -> str:
+    """The lines of a test function, by the name that pytest gives it; none where it is gone."""
+    path, _, name = test.partition("::")
+    name = name.partition("[")[0].rpartition("::")[2]
+    try:
+        text = (ROOT / path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef) and node.name == name)
+    return next((ast.get_source_segment(text, node) or "" for node in functions), "")
 
 
 def read() -> dict[str, dict[str, Any]]:
@@ -85,8 +102,10 @@ def read() -> dict[str, dict[str, Any]]:
 
 def kept(fault: Fault, earlier: dict[str, dict[str, Any]]) -> Outcome | None:
     """The result of an earlier run of the same fault in the same code."""
-    found = earlier.get(fault.id)
-    return Outcome(**found["outcome"]) if found and found["key"] == key(fault) else None
+    if (found := earlier.get(fault.id)) is None:
+        return None
+    outcome = Outcome(**found["outcome"])
+    return outcome if found["key"] == key(fault, outcome) else None
 
 
 def keep(fault: Fault, outcome: Outcome) -> None:
@@ -94,7 +113,7 @@ def keep(fault: Fault, outcome: Outcome) -> None:
     if outcome.verdict == "error":
         return
     ids = [fault.id for fault in faults()]
-    found = read() | {fault.id: {"key": key(fault), "outcome": outcome._asdict()}}
+    found = read() | {fault.id: {"key": key(fault, outcome), "outcome": outcome._asdict()}}
     text = json.dumps({name: found[name] for name in ids if name in found}, indent=1)
     KEPT.write_text(text + "\n", encoding="utf-8")
 

@@ -552,6 +552,7 @@ FAULTS = (
         replacement="r.value = !finite_tau ?",
         why="a row whose weights are all 0 although it is not empty",
         tests=(BAD_NUMBERS, CONTRAST),
+        equivalent="sum_d is NaN then, 0 times infinity, and so is the value that is made of it",
     ),
     Fault(
         "cpu-infinite-temperature",
@@ -583,7 +584,7 @@ FAULTS = (
         text="? p.q_self[b.row0 + i] : -1",
         replacement="? p.q_self[i] : -1",
         why="the queries of every block have the selves of the first",
-        tests=CONTRAST,
+        tests="tests/operators/test_ops.py -k given_selves_of_every_block",
     ),
     Fault(
         "cpu-given-self-of-positives",
