@@ -45,8 +45,8 @@ LN2 = tl.constexpr(0.69314718055994530942)
 NEAR = tl.constexpr(0.125)  # positives closer than this part of |q|^2 + |k|^2 are recomputed as differences
 
 # Arguments that change with the batch, or with the number of views. Triton compiles a kernel anew where such a number
-# is 1 or is no multiple of 16 any more; an odd last batch must not, nor one view more. What wide loads depend on, D and
-# pointers, is not among them.
+# is 1 or is no multiple of 16 any more; an odd last batch must not, nor one view more. (One with fewer rows than a tile
+# does where larger ones are WHOLE.) What wide loads depend on, D and pointers, is not among them.
 COUNTS = ["N", "M", "B", "V", "P", "ROWS", "rows", "q_rows", "k_rows", "BOUNDS", "SPLITS", "FEATURE_BLOCKS"]
 COUNTS += ["PAIRS", "PARTS", "i_first", "j_first", "p_first"]
 
@@ -74,6 +74,7 @@ class Block(NamedTuple):
     unit: tl.tensor  # [SIZE]
     id: tl.tensor  # [SIZE] int32
     key: tl.tensor  # [SIZE] int32: positions among the keys; of a query that is none of them -1
+    counts: tl.tensor  # [SIZE]: whether there is such a row, and none of the tiles before had it
 
 
 class Softmax(NamedTuple):
@@ -95,41 +96,59 @@ def first_row_and_pair(rows, SIZE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, first, count, D, d0, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Features [d0, d0 + BLOCK_D) of rows [first, first + ROWS) of ``base`` [count, D]; zeros outside."""
+def start_of_tile(j0, count, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr):
+    """First row of the tile that has row ``j0``. With WHOLE the last tile ends with the rows: no load is masked."""
+    return min(j0, count - BLOCK_N) if WHOLE else j0
+
+
+@triton.jit
+def load_rows(base, first, count, D, d0, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr = False):
+    """Features [d0, d0 + BLOCK_D) of rows [first, first + ROWS) of ``base`` [count, D]; zeros outside.
+
+    With WHOLE nothing is outside, and D is BLOCK_D, so that places in a tile are constants of the code.
+    """
     r, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    tile = base + tl.cast(first, tl.int64) * D + d0
-    inside = (r[:, None] < count - first) & (d[None, :] < D - d0)
-    return tl.load(tile + r[:, None] * D + d[None, :], mask=inside, other=0.0)
+    if WHOLE:
+        return tl.load(base + tl.cast(first, tl.int64) * BLOCK_D + (r[:, None] * BLOCK_D + d[None, :]))
+    else:
+        tile = base + tl.cast(first, tl.int64) * D + d0
+        inside = (r[:, None] < count - first) & (d[None, :] < D - d0)
+        return tl.load(tile + r[:, None] * D + d[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def load_vector(base, first, count, SIZE: tl.constexpr, other):
-    """Entries [first, first + SIZE) of ``base`` [count]; ``other`` outside."""
+def load_vector(base, first, count, SIZE: tl.constexpr, other, WHOLE: tl.constexpr = False):
+    """Entries [first, first + SIZE) of ``base`` [count]; ``other`` outside, where with WHOLE nothing is."""
     i = tl.arange(0, SIZE)
-    return tl.load(base + tl.cast(first, tl.int64) + i, mask=i < count - first, other=other)
+    if WHOLE:
+        return tl.load(base + tl.cast(first, tl.int64) + i)
+    else:
+        return tl.load(base + tl.cast(first, tl.int64) + i, mask=i < count - first, other=other)
 
 
 @triton.jit
-def load_tile(matrix, first, d0, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_tile(matrix, first, d0, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr = False):
     """Features [d0, d0 + BLOCK_D) of rows [first, first + ROWS) of a matrix; zeros outside."""
-    return load_rows(matrix.base, first, matrix.count, matrix.D, d0, ROWS, BLOCK_D)
+    return load_rows(matrix.base, first, matrix.count, matrix.D, d0, ROWS, BLOCK_D, WHOLE)
 
 
 @triton.jit
 def load_block(
-    matrix, first, index, IDS: tl.constexpr, GIVEN_SELF: tl.constexpr = False, NORMALIZE: tl.constexpr = False
-):
+    matrix, first, index, IDS: tl.constexpr, GIVEN_SELF: tl.constexpr = False, NORMALIZE: tl.constexpr = False,
+    j0=0, WHOLE: tl.constexpr = False,
+):  # fmt: skip
     """The rows ``index`` [SIZE], from ``first`` on, without their features; the ids hold anything unless IDS.
 
-    Rows are the keys at their positions, queries with GIVEN_SELF those that are given.
+    Rows are the keys at their positions, queries with GIVEN_SELF those that are given. With WHOLE those before ``j0``
+    were in the tile before.
     """
     SIZE: tl.constexpr = index.shape[0]
-    norm = load_vector(matrix.norm, first, matrix.count, SIZE, 0.0)
-    unit = load_vector(matrix.unit, first, matrix.count, SIZE, 0.0) if NORMALIZE else norm
-    ids = load_vector(matrix.id, first, matrix.count, SIZE, 0) if IDS else index
-    key = load_vector(matrix.id + matrix.count, first, matrix.count, SIZE, -1) if GIVEN_SELF else index
-    return Block(matrix=matrix, first=first, index=index, norm=norm, unit=unit, id=ids, key=key)
+    norm = load_vector(matrix.norm, first, matrix.count, SIZE, 0.0, WHOLE)
+    unit = load_vector(matrix.unit, first, matrix.count, SIZE, 0.0, WHOLE) if NORMALIZE else norm
+    ids = load_vector(matrix.id, first, matrix.count, SIZE, 0, WHOLE) if IDS else index
+    key = load_vector(matrix.id + matrix.count, first, matrix.count, SIZE, -1, WHOLE) if GIVEN_SELF else index
+    counts = index >= j0 if WHOLE else index < matrix.count
+    return Block(matrix=matrix, first=first, index=index, norm=norm, unit=unit, id=ids, key=key, counts=counts)
 
 
 # ---- inner products and costs ----------------------------------------------------------------------------------------
@@ -252,11 +271,17 @@ def key_bias(norm, slope, SET: tl.constexpr, INNER_PRODUCT: tl.constexpr):
 
 
 @triton.jit
+def bias_of_none(softmax, WHOLE: tl.constexpr):
+    """The bias of columns that do not count. With WHOLE their S is that of a key: v has to stay below any largest v."""
+    return 2.0 * softmax.mask_bias if WHOLE else softmax.mask_bias
+
+
+@triton.jit
 def logits(S, c, slope, bias, softmax, x, y, SET: tl.constexpr, INNER_PRODUCT: tl.constexpr):
     """V of one softmax for blocks x and y, one of which are the queries.
 
-    ``slope`` is ``slope_of``, ``bias`` is the ``key_bias``, or ``mask_bias`` where there is no key; both broadcast to
-    the shape of S.
+    ``slope`` is ``slope_of``, ``bias`` is the ``key_bias``, or ``bias_of_none`` where there is no key; both broadcast
+    to the shape of S.
     """
     if SET == ALL or SET == OTHER or SET == OTHER_NOT_SELF or INNER_PRODUCT:
         v = slope * S - bias
