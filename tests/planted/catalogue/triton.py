@@ -205,8 +205,8 @@ FAULTS = (
     Fault(
         "triton-rows-twice",
         KERNELS + "tile.py",
-        text="index >= j0 if WHOLE",
-        replacement="index >= 0 if WHOLE",
+        text="block.index >= block.new_from if WHOLE",
+        replacement="block.index >= 0 if WHOLE",
         why="rows of the last two tiles count twice where their number is not a multiple of the tile's",
         tests=FLOAT64,
     ),
@@ -219,17 +219,9 @@ FAULTS = (
         tests=FLOAT64,
     ),
     Fault(
-        "triton-bias-of-a-key-that-does-not-count",
-        KERNELS + "tile.py",
-        text="return 2.0 * softmax.mask_bias if WHOLE",
-        replacement="return softmax.mask_bias if WHOLE",
-        why="an empty set of long rows has the keys that a tile reads for the second time",
-        tests="tests/triton/interpreted/test_operators.py -k whole_tile",
-    ),
-    Fault(
         "triton-query-twice",
         KERNELS + "gradient.py",
-        text="tl.where(along(queries.counts, AS_QUERY), base, 2.0 * softmax.mask_bias)",
+        text="tl.where(along(counting(queries, WHOLE), AS_QUERY), base, 2.0 * softmax.mask_bias)",
         replacement="base",
         why="gradients of keys: queries of the last two tiles count twice",
         tests=FLOAT64,
@@ -240,7 +232,7 @@ FAULTS = (
         text=" and rows >= self.block_n",
         replacement="",
         why="a tile of more rows than there are reads in front of the first",
-        tests=FLOAT64,
+        tests="tests/triton/test_specialisation.py",
     ),
     Fault(
         "triton-given-self",

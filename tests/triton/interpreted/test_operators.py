@@ -98,7 +98,7 @@ def test_whole_tiles(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("length", [1e4, 1e12])
 def test_long_rows_that_do_not_count_in_a_whole_tile(length: float) -> None:
-    """Where no key is in the set, none that a tile has for the second time may be: its similarity is as it is."""
+    """Where no key is in the set, none that a tile has for the second time is, however large the similarities."""
     q, k, *rest = WHOLE["whole tiles, nothing but empty sets"].arguments(torch.float32)
     value, lse, (_, sum_e, sum_ez) = FORWARD(length * q, length * k, *rest)
     assert not value.any()

@@ -24,7 +24,7 @@ from .tile import (
     Matrix,
     along,
     as_multiplied,
-    bias_of_none,
+    counting,
     key_bias,
     load_block,
     load_tile,
@@ -114,7 +114,7 @@ def base_of_queries(pointer, softmax, queries, AS_QUERY: tl.constexpr, WHOLE: tl
     """The base of a block of queries; where none counts it is so large that there is no weight."""
     base = coefficient(pointer, queries, AS_QUERY, WHOLE, 2.0 * softmax.mask_bias)
     if WHOLE and not AS_QUERY:
-        return tl.where(along(queries.counts, AS_QUERY), base, 2.0 * softmax.mask_bias)
+        return tl.where(along(counting(queries, WHOLE), AS_QUERY), base, 2.0 * softmax.mask_bias)
     else:
         return base
 
@@ -128,7 +128,7 @@ def tile_logits(
     """V of a tile. Keys that do not count are masked where they are columns; as rows they are not written."""
     bias = key_bias(y.norm if AS_QUERY else x.norm, softmax.slope, SET, INNER_PRODUCT)
     if AS_QUERY:
-        bias = tl.where(y.counts, bias, bias_of_none(softmax, WHOLE))
+        bias = tl.where(counting(y, WHOLE), bias, softmax.mask_bias)
     slope = slope_of(softmax.slope, y if AS_QUERY else x, not AS_QUERY, NORMALIZE)
     return logits(S, c, slope, along(bias, not AS_QUERY), softmax, x, y, SET, INNER_PRODUCT)
 

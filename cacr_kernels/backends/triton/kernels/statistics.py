@@ -16,7 +16,7 @@ from .tile import (
     NO_SET,
     SHARED_SET,
     Matrix,
-    bias_of_none,
+    counting,
     first_row_and_pair,
     key_bias,
     load_block,
@@ -117,8 +117,8 @@ def statistics_kernel(
             c = positive_cost(queries, keys, S, False, NORMALIZE)
         else:
             c = S  # not read
-        bias = key_bias(keys.norm, first.slope, FIRST_SET, INNER_PRODUCT)
-        bias = tl.where(keys.counts, bias, bias_of_none(first, WHOLE))
+        counts = counting(keys, WHOLE)
+        bias = tl.where(counts, key_bias(keys.norm, first.slope, FIRST_SET, INNER_PRODUCT), first.mask_bias)
         slope = slope_of(first.slope, keys, False, NORMALIZE)
         v = logits(S, c, slope, bias[None, :], first, queries, keys, FIRST_SET, INNER_PRODUCT)
         max0, shift = update_max(max0, v, first.mask_bias)
@@ -128,8 +128,7 @@ def statistics_kernel(
             max1 = max0
             sum_e1, sum_ez1 = add_tile(second.slope * z, second.slope * shift, sum_e1, sum_ez1)
         elif SECOND_SET != NO_SET:
-            bias = key_bias(keys.norm, second.slope, SECOND_SET, INNER_PRODUCT)
-            bias = tl.where(keys.counts, bias, bias_of_none(second, WHOLE))
+            bias = tl.where(counts, key_bias(keys.norm, second.slope, SECOND_SET, INNER_PRODUCT), second.mask_bias)
             slope = slope_of(second.slope, keys, False, NORMALIZE)
             v = logits(S, c, slope, bias[None, :], second, queries, keys, SECOND_SET, INNER_PRODUCT)
             max1, shift = update_max(max1, v, second.mask_bias)

@@ -11,6 +11,10 @@ For inner products (c = -2 S) the norms are left out. Among positives, whose cos
 and |q|^2 is not added. Means of c are taken from means of z: sum e z is accumulated, and divided by the slope once per
 row.
 
+**Keys for the second time.** With WHOLE the last tile begins in the one before, whose keys have the bias mask_bias
+there. Other than beyond the last key S is not 0, so v is not quite -mask_bias. But where such a key is in the set, it
+was there in the tile before, with a v that is larger by far.
+
 **Masked keys.** A key outside the set has v = -mask_bias, with a mask_bias so large that e is exactly 0 whatever else
 the key holds, and yet so small that e z, b z and v / slope stay finite. No other v may come that close to it: lengths
 that could are made NaN (``norm_in_range``), and |slope| stays within the bounds of ``softmax_of``. Two things change
@@ -74,7 +78,7 @@ class Block(NamedTuple):
     unit: tl.tensor  # [SIZE]
     id: tl.tensor  # [SIZE] int32
     key: tl.tensor  # [SIZE] int32: positions among the keys; of a query that is none of them -1
-    counts: tl.tensor  # [SIZE]: whether there is such a row, and none of the tiles before had it
+    new_from: tl.tensor  # with WHOLE: rows before this one were in the tile before
 
 
 class Softmax(NamedTuple):
@@ -147,8 +151,14 @@ def load_block(
     unit = load_vector(matrix.unit, first, matrix.count, SIZE, 0.0, WHOLE) if NORMALIZE else norm
     ids = load_vector(matrix.id, first, matrix.count, SIZE, 0, WHOLE) if IDS else index
     key = load_vector(matrix.id + matrix.count, first, matrix.count, SIZE, -1, WHOLE) if GIVEN_SELF else index
-    counts = index >= j0 if WHOLE else index < matrix.count
-    return Block(matrix=matrix, first=first, index=index, norm=norm, unit=unit, id=ids, key=key, counts=counts)
+    new_from = j0 if WHOLE else first
+    return Block(matrix=matrix, first=first, index=index, norm=norm, unit=unit, id=ids, key=key, new_from=new_from)
+
+
+@triton.jit
+def counting(block, WHOLE: tl.constexpr):
+    """Which rows of a tile there are, and were not in the tile before."""
+    return block.index >= block.new_from if WHOLE else block.index < block.matrix.count
 
 
 # ---- inner products and costs ----------------------------------------------------------------------------------------
@@ -271,17 +281,11 @@ def key_bias(norm, slope, SET: tl.constexpr, INNER_PRODUCT: tl.constexpr):
 
 
 @triton.jit
-def bias_of_none(softmax, WHOLE: tl.constexpr):
-    """The bias of columns that do not count. With WHOLE their S is that of a key: v has to stay below any largest v."""
-    return 2.0 * softmax.mask_bias if WHOLE else softmax.mask_bias
-
-
-@triton.jit
 def logits(S, c, slope, bias, softmax, x, y, SET: tl.constexpr, INNER_PRODUCT: tl.constexpr):
     """V of one softmax for blocks x and y, one of which are the queries.
 
-    ``slope`` is ``slope_of``, ``bias`` is the ``key_bias``, or ``bias_of_none`` where there is no key; both broadcast
-    to the shape of S.
+    ``slope`` is ``slope_of``, ``bias`` is the ``key_bias``, or ``mask_bias`` where there is no key; both broadcast to
+    the shape of S.
     """
     if SET == ALL or SET == OTHER or SET == OTHER_NOT_SELF or INNER_PRODUCT:
         v = slope * S - bias
