@@ -209,7 +209,7 @@ def kernels() -> dict[str, Any]:
 
 def compile_variant(variant: Variant, case: KernelCase, known: dict[str, Any]) -> Row:
     """With its entry of the launch table."""
-    from cacr_kernels.backends.triton.table import tile_of
+    from cacr_kernels.backends.triton.table import has_whole_tiles, tile_of
 
     device, dtype, D = device_of(case.device), case.dtype, case.D
     half = dtype in ("bf16", "fp16")
@@ -223,6 +223,10 @@ def compile_variant(variant: Variant, case: KernelCase, known: dict[str, Any]) -
         del constants["BLOCK_D"]
     else:
         constants = {"GIVEN_SELF": False, "CHUNKS": tile.constant_of_chunks(D)} | constants
+        if variant.kernel in ("statistics", "gradient"):  # of batches that are not tiny
+            precision: Any = "half" if half else dtype
+            pays = has_whole_tiles(device.family, variant.kernel, precision, constants["NORMALIZE"])
+            constants["WHOLE"] = pays and tile.is_whole(D, tile.block_n)
     key = str((constants, options))
     if key not in known:
         element = dtype if half or dtype == "fp64" else "fp32"

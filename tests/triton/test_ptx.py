@@ -71,6 +71,23 @@ def test_tiles_of_every_size(precision: str, D: int, target: Target) -> None:
     assert {"statistics_kernel", "detached_keys_kernel"} | gradients <= multiplied
 
 
+@pytest.mark.parametrize(("D", "normalize"), [(64, True), (128, False), (128, True)])
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+def test_tiles_without_masks(D: int, normalize: bool, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweeps over rows for more than one tile, the last of which begins in the one before; with masks as without."""
+    case = Case("cacr_loss", {"V": 2, "B": 139, "D": D}, TAUS | {"normalize": normalize})
+    pairs = importlib.import_module("cacr_kernels.backends.triton.pairs")
+    texts = []
+    for whole in (True, False):
+        if not whole:
+            monkeypatch.setattr(pairs, "has_whole_tiles", lambda *_: False)
+        with triton_ptx.running() as launches:
+            assert not wrong(compared(case, "bf16")), whole
+        texts.append({(launch.name, launch.ptx) for launch in launches})
+    changed = {"statistics_kernel", "gradient_kernel"} if normalize else {"statistics_kernel"}
+    assert {name for name, _ in texts[0] - texts[1]} == changed
+
+
 @pytest.mark.parametrize(
     ("case", "precision"),
     [(CASES[0], "tf32x3"), (CASES[3], "ieee"), (CASES[2], "fp64"), (WIDE, "bf16"), (NARROW, "fp16")],

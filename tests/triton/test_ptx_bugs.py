@@ -77,12 +77,7 @@ def found(patch: triton_ptx.Patch | None = None, case: Case = FUSED, schedule: S
 @pytest.mark.parametrize(
     ("function", "before", "after"),
     [
-        pytest.param(
-            "statistics_kernel",
-            "columns < M, key_bias(keys.norm, first",
-            "columns <= M, key_bias(keys.norm, first",
-            id="mask",
-        ),
+        pytest.param("counting", "else block.index < block", "else block.index <= block", id="mask"),
         pytest.param("load_rows", "r[:, None] < count - first", "r[:, None] < count - first + 1", id="mask of a load"),
         pytest.param("logits", "x.id[:, None] != y.id[None, :], v", "x.id[:, None] == x.id[:, None], v", id="diagonal"),
         pytest.param("load_rows", "tile + r[:, None] * D", "tile + r[:, None] * (D - 1)", id="stride"),

@@ -28,6 +28,11 @@ Variants = dict[str, set[str]]
 @pytest.fixture
 def variants(monkeypatch: pytest.MonkeyPatch) -> Variants:
     """What an A100 would compile for the launches inside: by kernel the keys under which Triton keeps the results."""
+    return recorded(monkeypatch, table.Processor("sm_80", 108), 80)
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, processor: table.Processor, architecture: int) -> Variants:
+    """What that processor would compile from now on."""
     found: Variants = defaultdict(set)
     binders: dict[Any, Any] = {}
 
@@ -42,8 +47,8 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> Variants:
         monkeypatch.setattr(module, "start", record)
     for name in ("pairs", *MODULES):
         module = importlib.import_module(f"cacr_kernels.backends.triton.{name}")
-        monkeypatch.setattr(module, "processor_of", lambda device: table.Processor("sm_80", 108), raising=False)
-    monkeypatch.setattr(driver, "_active", AbsentGpu(80))
+        monkeypatch.setattr(module, "processor_of", lambda device: processor, raising=False)
+    monkeypatch.setattr(driver, "_active", AbsentGpu(architecture))
     return found
 
 
@@ -79,6 +84,18 @@ def test_an_odd_last_batch_compiles_nothing(variants: Variants, dtype: torch.dty
     for batch in (511, 500, 497, 17, 2):
         run_losses(batch, 128, dtype)
         assert new(variants, before) == {}, batch
+
+
+def test_an_odd_last_batch_of_more_than_a_tile_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles without masks are another variant of two kernels, for as many rows as a tile has and for more."""
+    variants = recorded(monkeypatch, table.Processor("sm_90", 132), 90)
+    run_losses(512, 128, torch.bfloat16)
+    before = {kernel: set(keys) for kernel, keys in variants.items()}
+    for batch in (511, 500, 497, 128):
+        run_losses(batch, 128, torch.bfloat16)
+        assert new(variants, before) == {}, batch
+    run_losses(17, 128, torch.bfloat16)
+    assert set(new(variants, before)) == {"statistics_kernel", "gradient_kernel"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -169,7 +169,7 @@ def statistics_sweep(pairs: SetPairs, tile: Tile) -> Tensor:
     start(
         statistics_kernel, (blocks, split.number), *pairs.sides, partial_state, pairs.N, pairs.M, pairs.D, pairs.P,
         split.size, **pairs.constants(), CHUNKS=tile.constant_of_chunks(pairs.D), **tile.constants(False),
-        GIVEN_SELF=pairs.given_self,
+        GIVEN_SELF=pairs.given_self, WHOLE=pairs.whole("statistics", tile, pairs.M),
     )  # fmt: skip
     return partial_state
 
@@ -288,7 +288,7 @@ def _sweep(
     start(
         gradient_kernel, grid, *arrays, *coefficients, grads.partial, grads.moment, *sizes, **grads.role,
         **pairs.constants(), CANCELLING=pairs.cancelling, CHUNKS=tile.constant_of_chunks(D), **tile.constants(True),
-        GIVEN_SELF=pairs.given_self,
+        GIVEN_SELF=pairs.given_self, WHOLE=pairs.whole("gradient", tile, others),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...types import OTHER, POSITIVE_KINDS
 from ..precision import fp32_products
 from .launch import cdiv, recording
-from .table import Precision, Processor, Tile, processor_of, tile_of
+from .table import Precision, Processor, Tile, has_whole_tiles, processor_of, tile_of
 
 # Further key sets of a second softmax; kernels/tile.py.
 SHARED_SET = 5  # the set of the first softmax, with a temperature of the same sign
@@ -139,6 +139,11 @@ class SetPairs:
     def tile(self, kernel: str, two: bool = False) -> Tile:
         """Entry of the launch table for a kernel; ``two``: with a second accumulator, although there is one softmax."""
         return tile_of(self.processor.family, kernel, self.precision, self.D, two or self.S == 2)
+
+    def whole(self, kernel: str, tile: Tile, others: int) -> bool:
+        """Whether tiles of a loop over ``others`` rows are loaded without masks."""
+        pays = has_whole_tiles(self.processor.family, kernel, self.precision, self.normalize)
+        return pays and tile.is_whole(self.D, others)
 
     def constants(self) -> dict[str, Any]:
         """What all kernels that see similarities are compiled for."""

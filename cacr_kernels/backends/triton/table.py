@@ -51,6 +51,10 @@ class Tile(NamedTuple):
         """Of a launch: 1, or 2 for any larger number of them, of which the kernels ask no more."""
         return min(2, self.chunks(D))
 
+    def is_whole(self, D: int, rows: int) -> bool:
+        """Whether all of a tile of ``rows`` can lie in memory: no features are missing, and there are rows enough."""
+        return self.block_d == D and self.block_out in (0, D) and rows >= self.block_n
+
 
 class Processor(NamedTuple):
     """``family`` is a key of the table, ``cores`` about the number of programs that run at a time."""
@@ -202,6 +206,17 @@ BY_FAMILY = {"sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_100, "sm_120": SM_120}
 def has_blocks(precision: Precision) -> bool:
     """Whether there are entries for gradients by blocks."""
     return precision in BY_BLOCKS[False, "blocks"]
+
+
+def has_whole_tiles(family: str, kernel: str, precision: Precision, normalize: bool) -> bool:
+    """Whether a sweep is compiled anew for tiles that lie in memory as a whole, whose loads need no masks.
+
+    That pays where products are so fast that instructions bound a sweep. It costs another variant of a kernel, for
+    batches with fewer rows than a tile. Gradients of rows as they are, which also add up the coefficients, have more
+    instructions with it.
+    """
+    pays = (family, precision) == ("sm_90", "half") and (kernel == "statistics" or normalize)
+    return pays or family == "interpreter"
 
 
 def tile_of(family: str, kernel: str, precision: Precision, D: int, two: bool) -> Tile:

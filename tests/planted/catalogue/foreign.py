@@ -124,8 +124,8 @@ TRITON_FAULTS = (
     Foreign(
         "foreign-triton-column-without-a-query",
         TRITON + "kernels/gradient.py",
-        text="queries, AS_QUERY, 2.0 * first.mask_bias)",
-        replacement="queries, AS_QUERY)",
+        text="queries, AS_QUERY, WHOLE, 2.0 * softmax.mask_bias)",
+        replacement="queries, AS_QUERY, WHOLE)",
         why="inf times a coefficient of 0 at the end of a tile: supervised, 7 embeddings of length 10, gradient NaN",
         tests=OF_TRITON,
     ),

@@ -30,6 +30,17 @@ CHUNKS = Problem(((test_ops.SAME, 1.0), (test_ops.OTHER, -1.0)), (2, 2, 35, 41, 
                  cyclic(41, 3))  # fmt: skip
 WIDE = Problem(((test_ops.OTHER, -1.0),), (1, 1, 3, 5, 1031), q_id=(0, 1, 2), k_id=(0, 1, 2, 0, 1))
 MORE = {"chunks of features": CHUNKS, "1031 features": WIDE, "panels and tiles": PROBLEMS["panels and tiles"]}
+# All features of a tile, and rows for more than one, of which the last begins in the one before. Some sets are empty.
+WHOLE = {
+    "whole tiles": Problem(((test_ops.OTHER, -1.0),), (2, 2, 33, 45, 64), ((0, 1), (1, 0)), cyclic(33, 3),
+                           cyclic(45, 3)),
+    "whole tiles, empty sets": Problem(((test_ops.SAME, 2.0), (test_ops.OTHER, -1.0)), (1, 1, 33, 39, 32),
+                                       q_id=(*cyclic(30, 2), 7, 8, 9), k_id=(0,) * 20 + (1,) * 19),
+    "whole tiles, nothing but empty sets": Problem(((test_ops.OTHER, -1.0),), (1, 1, 32, 41, 64), q_id=(0,) * 32,
+                                                   k_id=(0,) * 41),
+    "whole tiles, one set twice": Problem(((test_ops.ALL, 1.0), (test_ops.ALL, -1.0)), (1, 1, 43, 35, 64),
+                                          normalize=True),
+}  # fmt: skip
 
 
 def check(problem: Problem, dtype: torch.dtype) -> None:
@@ -66,7 +77,7 @@ def assert_rounded_once(found: Tensor, true: Tensor, factor: float = 1.0) -> Non
     assert (found - true).abs().le(max(1.0, factor) * torch.finfo(torch.float16).eps * most).all()
 
 
-@pytest.mark.parametrize("problem", (SMALL | MORE).values(), ids=list(SMALL | MORE))
+@pytest.mark.parametrize("problem", (SMALL | MORE | WHOLE).values(), ids=list(SMALL | MORE | WHOLE))
 def test_float64(problem: Problem) -> None:
     check(problem, torch.float64)
 
@@ -76,6 +87,24 @@ def test_float64(problem: Problem) -> None:
                                   "zero temperature", "views, two softmaxes"])  # fmt: skip
 def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
     check(PROBLEMS[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("name", list(WHOLE))
+def test_whole_tiles(name: str, dtype: torch.dtype) -> None:
+    """Without a mask on any load: with it the sums are the same, but for their order."""
+    check(WHOLE[name], dtype)
+
+
+@pytest.mark.parametrize("length", [1e4, 1e12])
+def test_long_rows_that_do_not_count_in_a_whole_tile(length: float) -> None:
+    """Where no key is in the set, none that a tile has for the second time is, however large the similarities."""
+    q, k, *rest = WHOLE["whole tiles, nothing but empty sets"].arguments(torch.float32)
+    value, lse, (_, sum_e, sum_ez) = FORWARD(length * q, length * k, *rest)
+    assert not value.any()
+    assert lse.eq(-torch.inf).all()
+    assert not sum_e.any()
+    assert not sum_ez.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])

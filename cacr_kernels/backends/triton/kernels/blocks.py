@@ -130,14 +130,14 @@ def block_kernel(
     for j0 in range(begin, min(begin + split_size, WIDTH), BLOCK_N):
         columns = j_first + j0 + tl.arange(0, BLOCK_N)
         k_tile = load_tile(all_keys, j_first + j0, 0, BLOCK_N, BLOCK_D) if CHUNKS == 1 else j0
-        bare = Block(all_keys, j_first + j0, columns, columns, columns, columns, columns)
+        bare = Block(all_keys, j_first + j0, columns, columns, columns, columns, columns, columns)
         S = similarity(queries, q_tile, bare, k_tile, BLOCK_D, CHUNKS, PRECISION, acc_type)  # [BLOCK_M, BLOCK_N]
         keys = load_block(all_keys, j_first + j0, columns, IDS, False, NORMALIZE)  # not before: registers
         g, more0, more1 = cost_gradients(
             S, queries, keys, of_rows, first, second,
             Options(
                 True, FIRST_SET, SECOND_SET, CANCELLING, INNER_PRODUCT, NORMALIZE, WANT_TAU, PRECISION, CHUNKS,
-                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_D, GIVEN_SELF,
+                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_D, GIVEN_SELF, False,
             ),
         )  # fmt: skip
         moment0, moment1 = moment0 + more0, moment1 + more1

@@ -24,6 +24,7 @@ from .tile import (
     Matrix,
     along,
     as_multiplied,
+    counting,
     key_bias,
     load_block,
     load_tile,
@@ -35,6 +36,7 @@ from .tile import (
     similarity,
     slope_of,
     softmaxes_of,
+    start_of_tile,
     uses_cost,
 )
 from .unit import inverse_power, largest_unit
@@ -85,6 +87,7 @@ class Options(NamedTuple):
     BLOCK_D: tl.constexpr
     BLOCK_OUT: tl.constexpr
     GIVEN_SELF: tl.constexpr
+    WHOLE: tl.constexpr
 
 
 @triton.jit
@@ -99,21 +102,33 @@ def range_scale(bound, BOUNDS, acc_type: tl.constexpr):
 
 
 @triton.jit
-def coefficient(pointer, queries, AS_QUERY: tl.constexpr, other=0.0):
+def coefficient(pointer, queries, AS_QUERY: tl.constexpr, WHOLE: tl.constexpr, other=0.0):
     """One coefficient of a block of queries, along the rows of a tile or along its columns; ``other`` outside."""
     SIZE: tl.constexpr = queries.index.shape[0]
-    return along(load_vector(pointer, queries.first, queries.matrix.count, SIZE, other), AS_QUERY)
+    WHOLE_COLUMNS: tl.constexpr = WHOLE and not AS_QUERY
+    return along(load_vector(pointer, queries.first, queries.matrix.count, SIZE, other, WHOLE_COLUMNS), AS_QUERY)
+
+
+@triton.jit
+def base_of_queries(pointer, softmax, queries, AS_QUERY: tl.constexpr, WHOLE: tl.constexpr):
+    """The base of a block of queries; where none counts it is so large that there is no weight."""
+    base = coefficient(pointer, queries, AS_QUERY, WHOLE, 2.0 * softmax.mask_bias)
+    if WHOLE and not AS_QUERY:
+        return tl.where(along(counting(queries, WHOLE), AS_QUERY), base, 2.0 * softmax.mask_bias)
+    else:
+        return base
 
 
 @triton.jit
 def tile_logits(
     S, c, softmax, x, y,
     AS_QUERY: tl.constexpr, SET: tl.constexpr, INNER_PRODUCT: tl.constexpr, NORMALIZE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """V of a tile. Keys beyond the last one are masked where they are columns; as rows they are not written."""
+    """V of a tile. Keys that do not count are masked where they are columns; as rows they are not written."""
     bias = key_bias(y.norm if AS_QUERY else x.norm, softmax.slope, SET, INNER_PRODUCT)
     if AS_QUERY:
-        bias = tl.where(y.index < y.matrix.count, bias, softmax.mask_bias)
+        bias = tl.where(counting(y, WHOLE), bias, softmax.mask_bias)
     slope = slope_of(softmax.slope, y if AS_QUERY else x, not AS_QUERY, NORMALIZE)
     return logits(S, c, slope, along(bias, not AS_QUERY), softmax, x, y, SET, INNER_PRODUCT)
 
@@ -144,6 +159,7 @@ def cost_gradients(S, x, y, rows, first, second, options):
     SECOND_SET: tl.constexpr = options.SECOND_SET
     INNER_PRODUCT: tl.constexpr = options.INNER_PRODUCT
     NORMALIZE: tl.constexpr = options.NORMALIZE
+    WHOLE: tl.constexpr = options.WHOLE
     MOMENTS: tl.constexpr = options.WANT_TAU and AS_QUERY
     queries = x if AS_QUERY else y
     row0, row1, stride = rows.base, rows.base + rows.softmax_stride, rows.stride
@@ -154,35 +170,34 @@ def cost_gradients(S, x, y, rows, first, second, options):
         c = positive_cost(x, y, S, not AS_QUERY, NORMALIZE)
     else:
         c = S  # not read
-    v = tile_logits(S, c, first, x, y, AS_QUERY, FIRST_SET, INNER_PRODUCT, NORMALIZE)
-    # Beyond the last query there is no weight.
-    base = coefficient(row0 + BASE * stride, queries, AS_QUERY, 2.0 * first.mask_bias)
+    v = tile_logits(S, c, first, x, y, AS_QUERY, FIRST_SET, INNER_PRODUCT, NORMALIZE, WHOLE)
+    base = base_of_queries(row0 + BASE * stride, first, queries, AS_QUERY, WHOLE)
     z = v - base
     e = tl.exp2(z)
-    a = coefficient(row0 + A * stride, queries, AS_QUERY) * rows.scale
-    b = coefficient(row0 + B * stride, queries, AS_QUERY) * rows.scale
+    a = coefficient(row0 + A * stride, queries, AS_QUERY, WHOLE) * rows.scale
+    b = coefficient(row0 + B * stride, queries, AS_QUERY, WHOLE) * rows.scale
     g = e * (b * z + a)
     if MOMENTS:
-        mean = coefficient(row0 + MEAN_U * stride, queries, AS_QUERY)
+        mean = coefficient(row0 + MEAN_U * stride, queries, AS_QUERY, WHOLE)
         moment0 = squares(z, e, base, mean, 1.0 / first.slope)
     if SECOND_SET != NO_SET:
         if SECOND_SET == SHARED_SET:
             z = second.slope * z
             base, inverse = base * second.slope, 1.0 / (first.slope * second.slope)
         else:
-            v = tile_logits(S, c, second, x, y, AS_QUERY, SECOND_SET, INNER_PRODUCT, NORMALIZE)
-            base = coefficient(row1 + BASE * stride, queries, AS_QUERY, 2.0 * second.mask_bias)
+            v = tile_logits(S, c, second, x, y, AS_QUERY, SECOND_SET, INNER_PRODUCT, NORMALIZE, WHOLE)
+            base = base_of_queries(row1 + BASE * stride, second, queries, AS_QUERY, WHOLE)
             z, inverse = v - base, 1.0 / second.slope
         e1 = tl.exp2(z)
-        a = coefficient(row1 + A * stride, queries, AS_QUERY) * rows.scale
-        b = coefficient(row1 + B * stride, queries, AS_QUERY) * rows.scale
+        a = coefficient(row1 + A * stride, queries, AS_QUERY, WHOLE) * rows.scale
+        b = coefficient(row1 + B * stride, queries, AS_QUERY, WHOLE) * rows.scale
         if options.CANCELLING:
-            ratio = coefficient(row1 + RATIO * stride, queries, AS_QUERY)
+            ratio = coefficient(row1 + RATIO * stride, queries, AS_QUERY, WHOLE)
             g += a * (e1 - ratio * e) + b * (e1 * z)
         else:
             g += e1 * (b * z + a)
         if MOMENTS:
-            mean = coefficient(row1 + MEAN_U * stride, queries, AS_QUERY)
+            mean = coefficient(row1 + MEAN_U * stride, queries, AS_QUERY, WHOLE)
             moment1 = squares(z, e1, base, mean, inverse)
     return g, moment0, moment1
 
@@ -193,10 +208,13 @@ def sweep(sums, x, x_tile, other, rows, first, second, options):
     acc_type: tl.constexpr = x.norm.dtype
     NORMALIZE: tl.constexpr = options.NORMALIZE
     IDS: tl.constexpr = options.FIRST_SET != ALL or options.SECOND_SET > ALL
+    WHOLE: tl.constexpr = options.WHOLE
     for j0 in range(other.begin, other.end, options.BLOCK_N):
-        columns = j0 + tl.arange(0, options.BLOCK_N)
-        y_tile = load_tile(other.matrix, j0, other.d_out, options.BLOCK_N, options.BLOCK_OUT)  # [BLOCK_N, BLOCK_OUT]
-        y = load_block(other.matrix, j0, columns, IDS, options.GIVEN_SELF and not options.AS_QUERY, NORMALIZE)
+        first_row = start_of_tile(j0, other.matrix.count, options.BLOCK_N, WHOLE)
+        columns = first_row + tl.arange(0, options.BLOCK_N)
+        y_tile = load_tile(other.matrix, first_row, other.d_out, options.BLOCK_N, options.BLOCK_OUT, WHOLE)
+        GIVEN: tl.constexpr = options.GIVEN_SELF and not options.AS_QUERY
+        y = load_block(other.matrix, first_row, columns, IDS, GIVEN, NORMALIZE, j0, WHOLE)
         S = similarity(x, x_tile, y, y_tile, options.BLOCK_D, options.CHUNKS, options.PRECISION, acc_type)
         g, moment0, moment1 = cost_gradients(S, x, y, rows, first, second, options)
         if NORMALIZE:
@@ -253,6 +271,7 @@ def gradient_kernel(
     BLOCK_OUT: tl.constexpr,  # features of the gradient that a program writes; BLOCK_D if that is all of them
     NORMALIZE: tl.constexpr = False,  # rows are made unit rows; a part of grad along x is left out: unit.py
     GIVEN_SELF: tl.constexpr = False,  # the ids of the queries are [2, queries]: and which keys they are themselves
+    WHOLE: tl.constexpr = False,  # D = BLOCK_D and M >= BLOCK_N: tiles of y need no masks
 ):
     """Grid: blocks of x, views of x times splits of y, blocks of features."""
     acc_type: tl.constexpr = x_norm.dtype.element_ty
@@ -295,7 +314,7 @@ def gradient_kernel(
             second,
             Options(
                 QUERY, FIRST_SET, SECOND_SET, CANCELLING, INNER_PRODUCT, NORMALIZE, WANT_TAU, PRECISION, CHUNKS,
-                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_OUT, GIVEN_SELF,
+                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_OUT, GIVEN_SELF, WHOLE,
             ),
         )  # fmt: skip
         gy, g, lost = sums.gy, sums.g, sums.lost

@@ -16,6 +16,7 @@ from .tile import (
     NO_SET,
     SHARED_SET,
     Matrix,
+    counting,
     first_row_and_pair,
     key_bias,
     load_block,
@@ -26,6 +27,7 @@ from .tile import (
     similarity,
     slope_of,
     softmaxes_of,
+    start_of_tile,
     uses_cost,
 )
 
@@ -86,6 +88,7 @@ def statistics_kernel(
     BLOCK_D: tl.constexpr,
     NORMALIZE: tl.constexpr = False,  # rows of q and k are made unit rows
     GIVEN_SELF: tl.constexpr = False,  # q_id is [2, N]: ids, and which keys the queries are themselves
+    WHOLE: tl.constexpr = False,  # D = BLOCK_D and M >= BLOCK_N: tiles of keys need no masks
 ):
     """Grid: blocks of queries of every pair of sets, splits of the keys."""
     acc_type: tl.constexpr = q_norm.dtype.element_ty
@@ -104,16 +107,18 @@ def statistics_kernel(
     max0, sum_ez0, max1, sum_e1, sum_ez1 = sum_e0 - first.mask_bias, sum_e0, sum_e0 - second.mask_bias, sum_e0, sum_e0
     all_keys = Matrix(k_base, k_norm + y * M, k_unit + y * M if NORMALIZE else k_norm, k_id, M, D)
     for j0 in range(begin, min(begin + split_size, M), BLOCK_N):
-        columns = j0 + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(all_keys, j0, 0, BLOCK_N, BLOCK_D) if CHUNKS == 1 else j0  # [BLOCK_N, BLOCK_D]
-        keys = load_block(all_keys, j0, columns, IDS, False, NORMALIZE)
+        first_key = start_of_tile(j0, M, BLOCK_N, WHOLE)
+        columns = first_key + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(all_keys, first_key, 0, BLOCK_N, BLOCK_D, WHOLE) if CHUNKS == 1 else j0  # [BLOCK_N, BLOCK_D]
+        keys = load_block(all_keys, first_key, columns, IDS, False, NORMALIZE, j0, WHOLE)
         S = similarity(queries, q_tile, keys, k_tile, BLOCK_D, CHUNKS, PRECISION, acc_type)  # [BLOCK_M, BLOCK_N]
         S = of_unit_queries(S, queries, True, NORMALIZE)
         if uses_cost(FIRST_SET, INNER_PRODUCT) or uses_cost(SECOND_SET, INNER_PRODUCT):
             c = positive_cost(queries, keys, S, False, NORMALIZE)
         else:
             c = S  # not read
-        bias = tl.where(columns < M, key_bias(keys.norm, first.slope, FIRST_SET, INNER_PRODUCT), first.mask_bias)
+        counts = counting(keys, WHOLE)
+        bias = tl.where(counts, key_bias(keys.norm, first.slope, FIRST_SET, INNER_PRODUCT), first.mask_bias)
         slope = slope_of(first.slope, keys, False, NORMALIZE)
         v = logits(S, c, slope, bias[None, :], first, queries, keys, FIRST_SET, INNER_PRODUCT)
         max0, shift = update_max(max0, v, first.mask_bias)
@@ -123,7 +128,7 @@ def statistics_kernel(
             max1 = max0
             sum_e1, sum_ez1 = add_tile(second.slope * z, second.slope * shift, sum_e1, sum_ez1)
         elif SECOND_SET != NO_SET:
-            bias = tl.where(columns < M, key_bias(keys.norm, second.slope, SECOND_SET, INNER_PRODUCT), second.mask_bias)
+            bias = tl.where(counts, key_bias(keys.norm, second.slope, SECOND_SET, INNER_PRODUCT), second.mask_bias)
             slope = slope_of(second.slope, keys, False, NORMALIZE)
             v = logits(S, c, slope, bias[None, :], second, queries, keys, SECOND_SET, INNER_PRODUCT)
             max1, shift = update_max(max1, v, second.mask_bias)

@@ -11,6 +11,10 @@ For inner products (c = -2 S) the norms are left out. Among positives, whose cos
 and |q|^2 is not added. Means of c are taken from means of z: sum e z is accumulated, and divided by the slope once per
 row.
 
+**Keys for the second time.** With WHOLE the last tile begins in the one before, whose keys have the bias mask_bias
+there. Other than beyond the last key S is not 0, so v is not quite -mask_bias. But where such a key is in the set, it
+was there in the tile before, with a v that is larger by far.
+
 **Masked keys.** A key outside the set has v = -mask_bias, with a mask_bias so large that e is exactly 0 whatever else
 the key holds, and yet so small that e z, b z and v / slope stay finite. No other v may come that close to it: lengths
 that could are made NaN (``norm_in_range``), and |slope| stays within the bounds of ``softmax_of``. Two things change
@@ -45,8 +49,8 @@ LN2 = tl.constexpr(0.69314718055994530942)
 NEAR = tl.constexpr(0.125)  # positives closer than this part of |q|^2 + |k|^2 are recomputed as differences
 
 # Arguments that change with the batch, or with the number of views. Triton compiles a kernel anew where such a number
-# is 1 or is no multiple of 16 any more; an odd last batch must not, nor one view more. What wide loads depend on, D and
-# pointers, is not among them.
+# is 1 or is no multiple of 16 any more; an odd last batch must not, nor one view more. (One with fewer rows than a tile
+# does where larger ones are WHOLE.) What wide loads depend on, D and pointers, is not among them.
 COUNTS = ["N", "M", "B", "V", "P", "ROWS", "rows", "q_rows", "k_rows", "BOUNDS", "SPLITS", "FEATURE_BLOCKS"]
 COUNTS += ["PAIRS", "PARTS", "i_first", "j_first", "p_first"]
 
@@ -74,6 +78,7 @@ class Block(NamedTuple):
     unit: tl.tensor  # [SIZE]
     id: tl.tensor  # [SIZE] int32
     key: tl.tensor  # [SIZE] int32: positions among the keys; of a query that is none of them -1
+    new_from: tl.tensor  # with WHOLE: rows before this one were in the tile before
 
 
 class Softmax(NamedTuple):
@@ -95,41 +100,65 @@ def first_row_and_pair(rows, SIZE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, first, count, D, d0, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Features [d0, d0 + BLOCK_D) of rows [first, first + ROWS) of ``base`` [count, D]; zeros outside."""
+def start_of_tile(j0, count, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr):
+    """First row of the tile that has row ``j0``. With WHOLE the last tile ends with the rows: no load is masked."""
+    return min(j0, count - BLOCK_N) if WHOLE else j0
+
+
+@triton.jit
+def load_rows(base, first, count, D, d0, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr = False):
+    """Features [d0, d0 + BLOCK_D) of rows [first, first + ROWS) of ``base`` [count, D]; zeros outside.
+
+    With WHOLE nothing is outside, and D is BLOCK_D, so that places in a tile are constants of the code.
+    """
     r, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    tile = base + tl.cast(first, tl.int64) * D + d0
-    inside = (r[:, None] < count - first) & (d[None, :] < D - d0)
-    return tl.load(tile + r[:, None] * D + d[None, :], mask=inside, other=0.0)
+    if WHOLE:
+        return tl.load(base + tl.cast(first, tl.int64) * BLOCK_D + (r[:, None] * BLOCK_D + d[None, :]))
+    else:
+        tile = base + tl.cast(first, tl.int64) * D + d0
+        inside = (r[:, None] < count - first) & (d[None, :] < D - d0)
+        return tl.load(tile + r[:, None] * D + d[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def load_vector(base, first, count, SIZE: tl.constexpr, other):
-    """Entries [first, first + SIZE) of ``base`` [count]; ``other`` outside."""
+def load_vector(base, first, count, SIZE: tl.constexpr, other, WHOLE: tl.constexpr = False):
+    """Entries [first, first + SIZE) of ``base`` [count]; ``other`` outside, where with WHOLE nothing is."""
     i = tl.arange(0, SIZE)
-    return tl.load(base + tl.cast(first, tl.int64) + i, mask=i < count - first, other=other)
+    if WHOLE:
+        return tl.load(base + tl.cast(first, tl.int64) + i)
+    else:
+        return tl.load(base + tl.cast(first, tl.int64) + i, mask=i < count - first, other=other)
 
 
 @triton.jit
-def load_tile(matrix, first, d0, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_tile(matrix, first, d0, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr = False):
     """Features [d0, d0 + BLOCK_D) of rows [first, first + ROWS) of a matrix; zeros outside."""
-    return load_rows(matrix.base, first, matrix.count, matrix.D, d0, ROWS, BLOCK_D)
+    return load_rows(matrix.base, first, matrix.count, matrix.D, d0, ROWS, BLOCK_D, WHOLE)
 
 
 @triton.jit
 def load_block(
-    matrix, first, index, IDS: tl.constexpr, GIVEN_SELF: tl.constexpr = False, NORMALIZE: tl.constexpr = False
-):
+    matrix, first, index, IDS: tl.constexpr, GIVEN_SELF: tl.constexpr = False, NORMALIZE: tl.constexpr = False,
+    j0=0, WHOLE: tl.constexpr = False,
+):  # fmt: skip
     """The rows ``index`` [SIZE], from ``first`` on, without their features; the ids hold anything unless IDS.
 
-    Rows are the keys at their positions, queries with GIVEN_SELF those that are given.
+    Rows are the keys at their positions, queries with GIVEN_SELF those that are given. With WHOLE those before ``j0``
+    were in the tile before.
     """
     SIZE: tl.constexpr = index.shape[0]
-    norm = load_vector(matrix.norm, first, matrix.count, SIZE, 0.0)
-    unit = load_vector(matrix.unit, first, matrix.count, SIZE, 0.0) if NORMALIZE else norm
-    ids = load_vector(matrix.id, first, matrix.count, SIZE, 0) if IDS else index
-    key = load_vector(matrix.id + matrix.count, first, matrix.count, SIZE, -1) if GIVEN_SELF else index
-    return Block(matrix=matrix, first=first, index=index, norm=norm, unit=unit, id=ids, key=key)
+    norm = load_vector(matrix.norm, first, matrix.count, SIZE, 0.0, WHOLE)
+    unit = load_vector(matrix.unit, first, matrix.count, SIZE, 0.0, WHOLE) if NORMALIZE else norm
+    ids = load_vector(matrix.id, first, matrix.count, SIZE, 0, WHOLE) if IDS else index
+    key = load_vector(matrix.id + matrix.count, first, matrix.count, SIZE, -1, WHOLE) if GIVEN_SELF else index
+    new_from = j0 if WHOLE else first
+    return Block(matrix=matrix, first=first, index=index, norm=norm, unit=unit, id=ids, key=key, new_from=new_from)
+
+
+@triton.jit
+def counting(block, WHOLE: tl.constexpr):
+    """Which rows of a tile there are, and were not in the tile before."""
+    return block.index >= block.new_from if WHOLE else block.index < block.matrix.count
 
 
 # ---- inner products and costs ----------------------------------------------------------------------------------------
