@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 # What an argument is by its name, for every kernel: the element type of a pointer ("in" the embeddings', "acc" the
@@ -44,4 +47,18 @@ def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any], target: A
         if name in POINTERS or name in ALIGNED:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes)
-    return triton.compile(source, target=target, options=options | {"enable_fp_fusion": True})
+    with asked(target):
+        return triton.compile(source, target=target, options=options | {"enable_fp_fusion": True})
+
+
+@contextlib.contextmanager
+def asked(target: Any) -> Iterator[None]:
+    """Inside, kernels that ask for their processor (``tl.target_info``) are told this one."""
+    from triton.runtime import driver
+
+    before = driver._active
+    driver.set_active(SimpleNamespace(get_current_target=lambda: target))
+    try:
+        yield
+    finally:
+        driver._active = before

@@ -19,6 +19,7 @@ from benchmarks.gpu_check.child import Context
 from benchmarks.gpu_check.device_tests import FILES
 from benchmarks.gpu_check.lines import Lines, read, tally
 from benchmarks.gpu_check.steps import GPU, KERNELS, MINUTES, ONLY, STEPS
+from cacr_kernels.backends.triton import ops
 from tests.benchmarks.gpu_check_steps import fake
 
 pytestmark = pytest.mark.exhaustive  # no machine of a user changes it
@@ -372,6 +373,8 @@ def test_whole_check_without_a_gpu(tmp_path: Path) -> None:
 def test_smoke_in_the_interpreter(tmp_path: Path) -> None:
     """Every loss, on CPU tensors; other steps say that they need a GPU."""
     pytest.importorskip("triton")
+    if (reason := ops.about_numpy()) is not None:
+        pytest.skip(reason)
     status, steps = whole(tmp_path, "--only", "smoke", TRITON_INTERPRET="1")
     assert (steps["warm"]["status"], steps["smoke"]["status"]) == ("skipped", "done")
     results = [line for line in steps["smoke"]["lines"] if line["event"] == "result"]

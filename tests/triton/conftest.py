@@ -6,8 +6,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cacr_kernels.backends.triton import ops
+
 if TYPE_CHECKING:
     from .ptx_cases import Target
+
+
+@pytest.fixture
+def interpreter() -> None:
+    """For a test that runs kernels in Triton's interpreter, in this process or in another one."""
+    if ops.installed() and (reason := ops.about_numpy()) is not None:
+        pytest.skip(reason)
 
 
 @pytest.fixture(params=["sm_80", "sm_90"])

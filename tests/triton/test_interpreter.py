@@ -20,7 +20,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from cacr_kernels import cacr_loss
 from cacr_kernels.backends.table import TABLE, select
-from cacr_kernels.backends.triton import table
+from cacr_kernels.backends.triton import ops, table
 from cacr_kernels.operators.registry import operator
 
 TESTS = Path(__file__).parent
@@ -44,7 +44,7 @@ EXHAUSTIVE = ("tuning", "other vectors")
 @pytest.mark.parametrize(
     "suite", [pytest.param(name, marks=pytest.mark.exhaustive) if name in EXHAUSTIVE else name for name in SUITES]
 )
-def test_in_the_interpreter(suite: str) -> None:
+def test_in_the_interpreter(suite: str, interpreter: None) -> None:
     file, *selection = SUITES[suite]
     quiet = ["-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning:triton.runtime.interpreter"]
     command = [sys.executable, "-m", "pytest", str(TESTS / file), *selection, *quiet]
@@ -59,6 +59,7 @@ def test_in_the_interpreter(suite: str) -> None:
 def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """One sentence for every reason."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(ops, "about_numpy", lambda: None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     why = next(backend.why_not for backend in TABLE if backend.name == "triton")
     assert "TRITON_INTERPRET=1" in str(why(cpu))
@@ -80,6 +81,19 @@ def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert select("auto", cpu) != "triton"  # an interpreter is for tests
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert "not installed" in str(why(cuda))
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "runs"),
+    [("3.6.0", "2.5.5", False), ("3.6.0", "2.3.9", True), ("3.7.1+git1a2b", "2.5.5", True), ("3.10.0", "2.10", True)],
+)
+def test_numpy_of_an_old_interpreter(triton: str, numpy: str, runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(ops, "installed", lambda: True)
+    monkeypatch.setattr(ops, "triton_version", lambda: triton)
+    monkeypatch.setattr("numpy.__version__", numpy)
+    reason = ops.why_not(torch.device("cpu"))
+    assert reason == (None if runs else "the interpreter of Triton 3.6.0 needs NumPy < 2.4, and there is 2.5.5")
 
 
 def test_import_without_triton() -> None:

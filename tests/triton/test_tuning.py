@@ -492,7 +492,9 @@ def test_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert json.loads(capsys.readouterr().out)["autotune"] == {"on": True, "cache": str(tmp_path), "error": None}
 
 
-def test_nonsense_is_reported_and_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nonsense_is_reported_and_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, interpreter: None
+) -> None:
     """The report says so; a loss that uses Triton raises."""
     monkeypatch.setenv("CACR_AUTOTUNE", "maybe")
     monkeypatch.delitem(sys.modules, tuning.__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -79,6 +80,11 @@ def on_device_of_first(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(x, *args)
 
     return wrapped
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers of a version: (3, 7, 1) of "3.7.1+git1a2b"."""
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
 def cdiv(a: int, b: int) -> int:

@@ -43,12 +43,21 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
+@constant_while_compiling
+def about_numpy() -> str | None:
+    """Why the interpreter cannot run: an old one makes numbers of arrays, which NumPy refuses since 2.4."""
+    found, numpy = triton_version(), str(importlib.import_module("numpy").__version__)
+    if launching.release(found) >= (3, 7) or launching.release(numpy) < (2, 4):
+        return None
+    return f"the interpreter of Triton {found} needs NumPy < 2.4, and there is {numpy}"
+
+
 def why_not(device: torch.device | None) -> str | None:
     """Why the Triton kernels cannot run on that device, if they cannot."""
     if not installed():
         return "Triton is not installed (pip install triton; it comes with torch for CUDA)"
     if interpreted():
-        return any_device(device)
+        return any_device(device) or about_numpy()
     if device is not None and device.type != "cuda":
         how = "; CPU tensors need its interpreter: TRITON_INTERPRET=1 in the environment of Python"
         return f"Triton compiles for GPUs, not for {device.type} tensors{how if device.type == 'cpu' else ''}"

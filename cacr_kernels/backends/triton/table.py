@@ -167,11 +167,12 @@ SM_90: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (False, "statistics", "half"): _row(
         (128, 64, 64, 8, 2, 0), (64, 128, 128, 4, 2, 0), (128, 128, 64, 8, 2, 0), (128, 128, 64, 8, 2, 0)
     ),
+    (False, "statistics", "fp64"): _row(*[(64, 64, 32, 8, 2, 0)] * 4),
     (False, "gradient", "half"): _row((64, 32, 64, 4, 2, 64), *[(128, 64, 128, 8, 2, 128)] * 3),
     (False, "blocks", "half"): _row(*[(128, 128, 64, 8, 2, 0)] * 4),
     (False, "gradient", "ieee"): _row(*[(32, 16, 32, 8, 3, 64)] * 4),
     (False, "detached_keys", "fp64"): _row(*[(64, 16, 32, 4, 2, 32)] * 4),
-    (True, "detached_keys", "ieee"): _row((32, 32, 64, 8, 2, 64), *[(32, 32, 32, 8, 1, 64)] * 3),
+    (True, "detached_keys", "ieee"): _row((32, 32, 64, 8, 1, 64), *[(32, 32, 32, 8, 1, 64)] * 3),
     (True, "detached_keys", "fp64"): _row(*[(64, 16, 32, 4, 2, 32)] * 4),
 }
 SM_100: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {

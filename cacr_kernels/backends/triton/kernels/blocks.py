@@ -28,6 +28,7 @@ from .tile import (
     load_tile,
     load_vector,
     multiply,
+    show_copies,
     similarity,
     softmaxes_of,
 )
@@ -219,6 +220,7 @@ def product_kernel(
                 w = tl.trans(
                     tl.load(of_pair + tl.cast(j0, tl.int64) * WIDTH + tile_row + j[:, None] * WIDTH + i[None, :])
                 )
+            show_copies(y_tile.dtype, PRECISION)
             acc = multiply(w, y_tile, acc, PRECISION)
         if not (NORMALIZE or INNER_PRODUCT):
             for part in range(tl.where(here, PARTS, 0)):

@@ -24,6 +24,7 @@ from .tile import (
     multiply,
     multiply_in_pieces,
     of_unit_queries,
+    show_copies,
     similarity,
     slope_of,
     softmax_of,
@@ -118,6 +119,8 @@ def detached_keys_kernel(
         sum_ez = (sum_ez + shift * sum_e) * rescale + tl.sum(ez, 1)
         sum_e = sum_e * rescale + tl.sum(e, 1)
         if WANT_MEAN:
+            if CHUNKS > 1:  # else the similarities were made of the same tile
+                show_copies(k_tile.dtype, PRECISION)
             factor = (keys.unit * scale)[None, :] if NORMALIZE else scale
             if MOMENTS:  # the two sums nearly cancel in the gradient
                 spread = (spread + shift[:, None] * mean) * rescale[:, None]

@@ -33,6 +33,7 @@ from .tile import (
     multiply,
     of_unit_queries,
     positive_cost,
+    show_copies,
     similarity,
     slope_of,
     softmaxes_of,
@@ -223,6 +224,8 @@ def sweep(sums, x, x_tile, other, rows, first, second, options):
         else:
             g = as_multiplied(g, y_tile)  # x sum g - sum g y: of near rows hardly anything stays
             total, lost = add_exactly(sums.g, sums.lost, tl.sum(g, 1))
+        if options.CHUNKS > 1:  # else the similarities were made of the same tile
+            show_copies(y_tile.dtype, options.PRECISION)
         gy = multiply(g, y_tile, sums.gy, options.PRECISION)
         sums = Sums(gy, total, lost, sums.moment0 + moment0, sums.moment1 + moment1)
     return sums

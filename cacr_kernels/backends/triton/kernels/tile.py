@@ -37,6 +37,7 @@ import triton
 import triton.language as tl
 
 from .... import types
+from ..launch import release
 
 # The key set of a softmax: one of the kinds of cacr_kernels::contrast, or a set that only these kernels know.
 ALL, SAME, OTHER, SAME_NOT_SELF, OTHER_NOT_SELF = (
@@ -47,6 +48,9 @@ NO_SET = tl.constexpr(-1)  # there is no second softmax
 LOG2E = tl.constexpr(1.4426950408889634074)
 LN2 = tl.constexpr(0.69314718055994530942)
 NEAR = tl.constexpr(0.125)  # positives closer than this part of |q|^2 + |k|^2 are recomputed as differences
+
+# Triton before 3.7.1 forgets a fence (``show_copies``). Its interpreter needs none, and knows no PTX.
+FORGOTTEN = tl.constexpr(release(triton.__version__) < (3, 7, 1) and not triton.knobs.runtime.interpret)
 
 # Arguments that change with the batch, or with the number of views. Triton compiles a kernel anew where such a number
 # is 1 or is no multiple of 16 any more; an odd last batch must not, nor one view more. (One with fewer rows than a tile
@@ -173,12 +177,28 @@ def factor(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def show_copies(dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """Lets the products that follow see the tiles that a loop has copied to shared memory.
+
+    Those of sm_90 and sm_100 read it by a way of their own, the async proxy, and what ``cp.async`` wrote is sure to be
+    seen there only behind a fence: https://github.com/triton-lang/triton/pull/9610. Products of other processors, of
+    float64 and without tensor cores take the ordinary way.
+    """
+    if FORGOTTEN:
+        on_cores: tl.constexpr = dtype != tl.float64 and (dtype != tl.float32 or PRECISION != "ieee")
+        if on_cores and tl.target_info.cuda_capability_geq(9) and not tl.target_info.cuda_capability_geq(12):
+            fence: tl.constexpr = "fence.proxy.async.shared::cta; mov.b32 $0, 0;"
+            tl.inline_asm_elementwise(fence, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def similarity(
     x, x_tile, y, y_tile, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr, acc_type: tl.constexpr
 ):
     """S of two blocks, from their tiles if CHUNKS is 1 (they hold all features), else in chunks from memory."""
     if CHUNKS == 1:
         x_part, y_part = factor(x_tile, PRECISION), factor(y_tile, PRECISION)
+        show_copies(y_part.dtype, PRECISION)
         S = tl.dot(x_part, tl.trans(y_part), input_precision=PRECISION, out_dtype=acc_type)
     else:
         ROWS: tl.constexpr = x.index.shape[0]
@@ -187,6 +207,7 @@ def similarity(
         for d0 in range(0, x.matrix.D, BLOCK_D):
             x_part = factor(load_tile(x.matrix, x.first, d0, ROWS, BLOCK_D), PRECISION)
             y_part = factor(load_tile(y.matrix, y.first, d0, COLUMNS, BLOCK_D), PRECISION)
+            show_copies(y_part.dtype, PRECISION)
             S = tl.dot(x_part, tl.trans(y_part), S, input_precision=PRECISION, out_dtype=acc_type)
     return S
 
