@@ -113,7 +113,7 @@ def second_order(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 
     def gradient(q: Tensor, k: Tensor, tau: Tensor, gv: Tensor, gl: Tensor) -> tuple[Tensor, ...]:
         (_, lse), pull = vjp(lambda q, k, tau: plain_contrast(q, q if symmetric else k, tau, spec), q, k, tau)
-        return tuple(pull((gv.to(lse.dtype), torch.where(lse == -torch.inf, 0.0, gl.to(lse.dtype)))))
+        return tuple(pull((gv.to(lse.dtype), gl.to(lse.dtype))))
 
     outputs, pull = vjp(gradient, q, k, tau, grad_value, grad_lse)
     wanted = [g.to(o.dtype) if w else torch.zeros_like(o) for o, g, w in zip(outputs, grads, ctx.want, strict=True)]

@@ -378,6 +378,22 @@ def test_strided_and_expanded_arguments(backend: str) -> None:
         assert torch.equal(a, b)
 
 
+@both_backends
+def test_second_derivatives_of_an_empty_set(backend: str) -> None:
+    """They are 0 whatever flows into its lse, -inf."""
+    q, k, tau = randn(1, 3, 4).requires_grad_(), randn(1, 5, 4, seed=1), torch.ones(1, dtype=torch.float64)
+    ids = torch.tensor([7, 0, 1], dtype=torch.int32), torch.tensor([0, 1, 1, 0, 0], dtype=torch.int32)
+    _, lse, _ = operator(f"contrast_{backend}")(q, k, *ids, tau, [SAME], [0], [0], False, False, None, False)
+    incoming = randn(1, 1, 3, seed=2).requires_grad_()
+    (first,) = grad(lse, q, incoming, create_graph=True)
+    second = grad(first.square().sum(), (q, incoming))
+    assert not first[0, 0].any()
+    assert not second[0][0, 0].any()
+    assert second[0].isfinite().all()
+    assert second[1][0, 0, 0] == 0
+    assert second[1][0, 0, 1:].all()
+
+
 def test_given_selves_of_every_block() -> None:
     """More queries than one block of them holds."""
     problem = Problem(

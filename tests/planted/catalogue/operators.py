@@ -113,14 +113,6 @@ FAULTS = (
         tests="tests/operators/test_autocast.py",
     ),
     Fault(
-        "operators-empty-sets-of-second-order",
-        OPERATORS + "contrast.py",
-        text="torch.where(lse == -torch.inf, 0.0, gl.to(lse.dtype))",
-        replacement="gl.to(lse.dtype)",
-        why="second derivatives of empty sets are NaN",
-        tests=(CONTRAST, AUTOGRAD, "tests/operators/"),
-    ),
-    Fault(
         "operators-half-keys",
         OPERATORS + "contrast.py",
         text="spec, value, row_state, want, on = backward\n        q, k = on.features(q, k)",
