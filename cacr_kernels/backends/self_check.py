@@ -48,7 +48,8 @@ SIMILARITIES = 1 << 20  # of the problem: ten arrays of them in float64 are 80 M
 OPERATIONS = 1e10  # of the problem: five products of all similarities
 FEATURES = 1 << 22  # of its queries and of its keys: 32 MiB in float64
 VIEWS = 3
-ROWS, RANDOM_FEATURES = 131, (100, 160)  # of problems of random rows; the second for half types: kernels of their own
+ROWS = 131  # of problems of random rows
+FEATURES_OF_RANDOM, OF_HALF_TYPES = (100,), (128, 160)  # half types: whole tiles; coefficients in blocks
 FACTOR, EPSILONS = 2.0, 8.0  # the promise: so many times the yardstick, and so many eps
 TWICE = 2.0
 TAU = 1.5
@@ -225,7 +226,7 @@ def check(subject: Subject, rows: list[Tensor]) -> str | None:
     The rows of the user may hide a fault: zeros, a single instance, NaN. Random ones come first.
     """
     with torch.autograd.set_detect_anomaly(False):  # NaN in the user's data is no anomaly of the check
-        for features in RANDOM_FEATURES if subject.dtype.itemsize == 2 else RANDOM_FEATURES[:1]:
+        for features in OF_HALF_TYPES if subject.dtype.itemsize == 2 else FEATURES_OF_RANDOM:
             if (wrong := _check(subject, [], features)) is not None:
                 return wrong
         return _check(subject, rows) if rows else None

@@ -28,8 +28,8 @@ FAULTS = (
     Fault(
         "selfcheck-few-features-alone",
         CHECK,
-        text="in RANDOM_FEATURES if subject.dtype.itemsize == 2 else RANDOM_FEATURES[:1]:",
-        replacement="in RANDOM_FEATURES[:1]:",
+        text="in OF_HALF_TYPES if subject.dtype.itemsize == 2 else FEATURES_OF_RANDOM:",
+        replacement="in FEATURES_OF_RANDOM:",
         why="half types of many features have kernels that compiled code would take unchecked",
         tests=f"{TESTS} -k many_features",
     ),
