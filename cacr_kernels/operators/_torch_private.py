@@ -13,11 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import Function
 
 __all__ = [
-    "FunctionalTensorMode",  # the mode in which torch.compile asks an operator what it consists of
     "all_reduce",
     "arrived",
     "backward_keeps_graph",
@@ -33,7 +32,6 @@ __all__ = [
     "is_traced",
     "let_inductor_keep",
     "needs_functorch",
-    "operators_stay_whole",
     "plain_apply",
     "positional",
     "reduce_scatter",
@@ -147,13 +145,6 @@ def plain_apply(function: type[Function]) -> Any:
 def destroy(library: torch.library.Library) -> None:
     """Takes back all that was registered through a library."""
     library._destroy()
-
-
-def operators_stay_whole() -> bool:
-    """Whether ``torch.export`` wants the Triton operators as they are, and not the kernels they consist of."""
-    from torch.export._trace import custom_triton_ops_decomposition_disabled
-
-    return bool(custom_triton_ops_decomposition_disabled())
 
 
 def constant_while_compiling(function: F) -> F:

@@ -76,26 +76,6 @@ def implement(name: str, kernel: Callable[..., Any], keys: str | tuple[str, ...]
     torch.library.impl(qualified, keys, kernel, lib=_libraries[qualified])
 
 
-def implement_traceable(name: str, kernel: Callable[..., Any], consists_of: Callable[..., Any]) -> None:
-    """Lets an operator be computed by ``kernel`` on CPU and CUDA tensors; ``consists_of`` is what a compiler traces.
-
-    ``consists_of`` returns ``NotImplemented`` where the operator is to stay whole. This is ``torch.library.triton_op``
-    without its wrapper, which adds 40 us to a call. Exported programs keep the operator.
-    """
-
-    def decompose(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        if not _torch_private.operators_stay_whole():
-            with mode:
-                result = consists_of(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        return mode.__torch_dispatch__(op, types, args, kwargs)
-
-    implement(name, kernel, ("CPU", "CUDA"))
-    qualified, mode = f"{NAMESPACE}::{name}", _torch_private.FunctionalTensorMode
-    torch.library.register_torch_dispatch(qualified, mode, decompose, lib=_libraries[qualified])
-
-
 class Target(NamedTuple):
     """Where operators run: a backend with the operators that it has, and how it reads features.
 

@@ -102,10 +102,13 @@ def test_numbers_outside_of_a_tensor(case: tuple[int, bool, bool, bool]) -> None
 
 
 @pytest.mark.parametrize("want_grad", [False, True])
-def test_a_negative_scale(want_grad: bool) -> None:
+@pytest.mark.parametrize("scale", [-60.0, -12.0, -6.0])
+def test_a_negative_scale(scale: float, want_grad: bool) -> None:
     """exp(-s c) is larger than 1 then: beyond the range of 2^x unless the largest is known first."""
     views = unit_rows(randn(2, 70, 8), dim=-1).float()
-    numbers = torch.tensor([1.0, 1.0, 1.0, 1.0, -60.0], dtype=torch.float64)
+    views[:, ::2] = views[:, :1]  # and some opposite, so that costs are 0 to 4
+    views[:, 1] = -views[:, 0]
+    numbers = torch.tensor([1.0, 1.0, 1.0, 1.0, scale], dtype=torch.float64)
     loss, _, grad_views, _ = operator("cacr_cpu")(views, numbers, 0, 0, 0, 0, 0, True, 0, False, want_grad, False)
     exact = views.double().requires_grad_()
     expected, _ = loss_and_parts(exact, numbers, CACROptions(0, 0, 0, 0, 0, True, 0, False))
@@ -137,10 +140,10 @@ def test_results_of_the_operator_stay_its_own() -> None:
 @pytest.mark.parametrize("detached", [False, True])
 def test_ids_in_turn_but_for_the_last_key(detached: bool) -> None:
     """Equal ids lie on diagonals where they are i modulo a period: of all keys."""
-    q, k, q_id = randn(9, 4), randn(23, 4, seed=1), torch.arange(9) % 5
-    k_id = torch.arange(23) % 5
+    q, k, q_id = randn(90, 4), randn(203, 4, seed=1), torch.arange(90) % 40  # a period longer than any vector
+    k_id = torch.arange(203) % 40
     k_id[-1] = 4  # for 2
-    for ids in (k_id, torch.arange(23) % 5):
+    for ids in (k_id, torch.arange(203) % 40):
         found, expected = (
             supervised_cacr_loss(
                 q, q_id, ref_embeddings=k.clone().requires_grad_(not detached), ref_labels=ids, backend=name

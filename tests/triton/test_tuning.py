@@ -296,11 +296,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "recording", lambda device: launch.recording(torch.device("cuda")))
 
 
-def tracing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_tracing", SimpleNamespace(get=lambda: True))
-
-
-@pytest.mark.parametrize("circumstance", [deterministic, capture, tracing])
+@pytest.mark.parametrize("circumstance", [deterministic, capture])
 def test_nothing_is_timed(
     circumstance: Callable[[pytest.MonkeyPatch], None], timer: Timer, tmp_path: Path, forget: Callable[[], None]
 ) -> None:

@@ -1,4 +1,4 @@
-"""How kernels are launched: on the right device, or as part of a graph that is being traced."""
+"""How kernels are launched: on the right device."""
 
 from __future__ import annotations
 
@@ -12,35 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_tracing = contextvars.ContextVar("tracing", default=False)
-_counted: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("counted", default=None)
 _launched: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("launched", default=None)
 
 
-@contextlib.contextmanager
-def tracing() -> Iterator[None]:
-    """Inside, kernels are recorded in the graph that is being traced (``torch.library.wrap_triton``)."""
-    token = _tracing.set(True)
-    try:
-        yield
-    finally:
-        _tracing.reset(token)
-
-
-@contextlib.contextmanager
-def counting() -> Iterator[list[Any]]:
-    """The kernels that would be launched inside; none is."""
-    kernels: list[Any] = []
-    token = _counted.set(kernels)
-    try:
-        yield kernels
-    finally:
-        _counted.reset(token)
-
-
 def recording(device: torch.device) -> bool:
-    """Whether launches become part of a graph that is being traced or captured."""
-    return _tracing.get() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    """Whether launches become part of a graph that is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @contextlib.contextmanager
@@ -58,12 +35,6 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> N
     """One launch, on the current stream of the current device; nothing for an empty grid."""
     if 0 in grid:
         return
-    if (counted := _counted.get()) is not None:
-        counted.append(kernel)
-        return
-    if _tracing.get():
-        torch.library.wrap_triton(kernel)[grid](*args, **constants)
-        return
     compiled = kernel[grid](*args, **constants, enable_fp_fusion=True)  # from Triton 3.10 on not the default
     if (kernels := _launched.get()) is not None:
         kernels.append(compiled)
@@ -74,7 +45,7 @@ def on_device_of_first(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapped(x: Tensor, *args: Any) -> Any:
-        if x.device.type == "cpu" or _tracing.get():
+        if x.device.type == "cpu":
             return function(x, *args)
         with torch.cuda.device(x.device):
             return function(x, *args)

@@ -1,6 +1,7 @@
 """Registers the kernels for the operators of the package, and says what the table of backends has to know of them.
 
-``torch.compile`` sees the kernels themselves (``torch.library.wrap_triton``) instead of an opaque operator.
+For ``torch.compile`` an operator is a whole. Inductor copies the source of the kernels that it is shown, without the
+named tuples that these use (2.11 to 2.14): that code does not compile.
 """
 
 from __future__ import annotations
@@ -16,13 +17,11 @@ from typing import Any
 
 import torch
 
-from ...operators.registry import constant_while_compiling, implement_traceable
+from ...operators.registry import constant_while_compiling, implement
 from ..entry import Backend, about_gpu, any_device
 from ..precision import fp32_products
-from . import launch as launching
-from . import table
+from .launch import release
 
-MOST_TRACED = 40  # launches of a graph: a compiler takes a tenth of a second for each
 _LAUNCHERS = {  # by operator: the module, which imports Triton, and the function that launches
     "cacr": ("cacr", "cacr"),
     "contrast": ("contrast", "contrast"),
@@ -47,7 +46,7 @@ def interpreted() -> bool:
 def about_numpy() -> str | None:
     """Why the interpreter cannot run: an old one makes numbers of arrays, which NumPy refuses since 2.4."""
     found, numpy = triton_version(), str(importlib.import_module("numpy").__version__)
-    if launching.release(found) >= (3, 7) or launching.release(numpy) < (2, 4):
+    if release(found) >= (3, 7) or release(numpy) < (2, 4):
         return None
     return f"the interpreter of Triton {found} needs NumPy < 2.4, and there is {numpy}"
 
@@ -77,15 +76,7 @@ def _implement(name: str) -> None:
             loaded.append(getattr(importlib.import_module(f"{__package__}.{module}"), function))
         return loaded[0](*arguments)
 
-    def kernels(*arguments: Any) -> Any:
-        if table.processor_of(arguments[0].device).family == "interpreter":
-            return NotImplemented
-        with launching.tracing():
-            with launching.counting() as counted:
-                launch(*arguments)
-            return launch(*arguments) if len(counted) <= MOST_TRACED else NotImplemented
-
-    implement_traceable(f"{name}_triton", launch, kernels)
+    implement(f"{name}_triton", launch, ("CPU", "CUDA"))
 
 
 def triton_version() -> str:

@@ -182,7 +182,7 @@ class SetPairs:
 def view_table(index: tuple[int, ...], device: torch.device) -> Tensor:
     """Views by pair [P] int32, made on the device: a copy from the host would wait for it.
 
-    Kept for the next call on the same stream, unless it belongs to a graph that is being traced or captured. Another
+    Kept for the next call on the same stream, unless it belongs to a graph that is being captured. Another
     stream makes its own: it could read this one before it is written.
     """
     if recording(device):

@@ -174,7 +174,7 @@ FAULTS = (
         text="if (want[0] and not known[0]) or (want[1] and not known[1]):",
         replacement="if want[0] and not known[0]:",
         why="queue: the temperature's gradient is asked for later",
-        tests=(DETACHED_KEYS, AUTOGRAD),
+        tests=DETACHED_KEYS,
     ),
     Fault(
         "operators-empty-sets-of-detached-keys",

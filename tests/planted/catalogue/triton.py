@@ -419,14 +419,6 @@ FAULTS = (
         tests=BLOCKS + " -k long",
     ),
     Fault(
-        "triton-many-blocks-in-a-graph",
-        HOST + "ops.py",
-        text="if len(counted) <= MOST_TRACED else NotImplemented",
-        replacement="",
-        why="many features: a large batch takes minutes to compile",
-        tests="tests/triton/test_interpreter.py -k many_blocks",
-    ),
-    Fault(
         "triton-views-are-constants",
         "cacr_kernels/backends/triton/kernels/tile.py",
         text='"B", "V", "P", "ROWS"',
