@@ -155,6 +155,15 @@ def test_gradients(dtype: torch.dtype, problem: Problem, want: tuple[bool, bool]
     assert_close(mine, true, dtype, max(10.0, problem.tau**2))
 
 
+def test_a_temperature_alone_that_is_asked_for_later() -> None:
+    arguments = PROBLEMS["all"].arguments()
+    found, expected = [], []
+    for of, into, rest in ((of_operator, found, ((False, False),)), (plain, expected, ())):
+        tau = arguments[4].clone().requires_grad_()
+        into += grad(mixture(*of(arguments[0], tau, arguments, *rest)), tau)
+    assert_close(found, expected)
+
+
 @problems
 def test_registered_autograd(problem: Problem) -> None:
     """The operator itself: the same formula, first and second order."""
