@@ -113,9 +113,10 @@ def cpu_isas() -> dict[str, list[str]]:
     asked = os.environ.get("CACR_CPU_ISAS", "").replace(",", " ").split() or list(ISAS)
     if unknown := set(asked) - set(ISAS):
         raise ExecError(f"CACR_CPU_ISAS must name instruction sets of {', '.join(ISAS)}, got {', '.join(unknown)}")
-    if set(asked) & set(NEW_INSTRUCTIONS):
-        asked.append("avx512")  # has their kernels for float64
-    known = {isa: flags for isa, flags in ISAS.items() if isa == "portable" or (isa in asked and compiles(isa))}
+    wanted = {"portable", *asked}
+    if wanted & set(NEW_INSTRUCTIONS):
+        wanted.add("avx512")  # has their kernels for float64
+    known = {isa: flags for isa, flags in ISAS.items() if isa in wanted and compiles(isa)}
     if "CACR_CPU_ISAS" in os.environ and (left := set(asked) - set(known)):
         raise ExecError(f"CACR_CPU_ISAS={' '.join(asked)}: the compiler does not know {', '.join(sorted(left))}")
     return known

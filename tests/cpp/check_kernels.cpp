@@ -18,6 +18,7 @@ namespace cacr {
   extern const Kernels<double> kernels_double; \
   }
 DECLARE(CANDIDATE)
+DECLARE(FLOAT64_OF)
 DECLARE(portable)
 template <>
 const Kernels<float>& kernels<float>() {

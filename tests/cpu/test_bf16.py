@@ -100,7 +100,6 @@ def both(z: Tensor, **options: object) -> tuple[Tensor, Tensor]:
 
 
 @needs_library
-@pytest.mark.exhaustive
 def test_older_instruction_sets_leave_them_out() -> None:
     code = """
 from cacr_kernels.backends import cpu, library

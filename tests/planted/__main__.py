@@ -1,9 +1,9 @@
 """``python -m tests.planted`` (``make planted``): plants the faults of the catalogue and says who noticed.
 
 Results are kept in ``tests/planted/results.json`` and used again as long as the fault and its file are what they were,
-and the test that noticed it is; of one that nobody noticed, as long as the tests named are. An interrupted run goes on
-where it was, and what is committed says what the last run found. Exit status: 0 every fault was caught, 1 one was not,
-2 the catalogue or the arguments cannot be used.
+and so is the test that noticed it, with the helpers in its file, or, where nobody noticed, all tests that are named. An
+interrupted run goes on where it was, and what is committed says what the last run found. Exit status: 0 every fault
+was caught, 1 one was not, 2 the catalogue or the arguments cannot be used.
 """
 
 from __future__ import annotations
@@ -80,15 +80,20 @@ def key(fault: Fault, outcome: Outcome) -> str:
 
 
 def source_of(test: str) -> str:
-    """The lines of a test function, by the name that pytest gives it; none where it is gone."""
+    """Its file without the other tests, by the name that pytest gives it; nothing where the file is gone."""
     path, _, name = test.partition("::")
     name = name.partition("[")[0].rpartition("::")[2]
     try:
         text = (ROOT / path).read_text(encoding="utf-8")
     except FileNotFoundError:
         return ""
-    functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef) and node.name == name)
-    return next((ast.get_source_segment(text, node) or "" for node in functions), "")
+    lines, found = text.splitlines(), []
+    for node in ast.parse(text).body:  # what is no test counts: tables, helpers, fixtures
+        is_test = isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        if not is_test or node.name == name:
+            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
+            found += lines[first - 1 : node.end_lineno]
+    return "\n".join(found)
 
 
 def read() -> dict[str, dict[str, Any]]:

@@ -41,7 +41,7 @@ class Workspace(NamedTuple):
     block: Tensor  # [pairs, height, width]
     row_sums: Tensor  # [splits, pairs, height]
     column_sums: Tensor  # [tiles of rows, pairs, width]
-    scale: Tensor  # [1]
+    scale: Tensor  # [2]
 
 
 class Side(NamedTuple):
@@ -130,7 +130,7 @@ def workspace(pairs: SetPairs, largest: Block, splits: int, tiles: int) -> Works
     one, sums = largest.pairs, not (pairs.normalize or pairs.inner_product)
     row_sums = pairs.empty(splits * one * largest.height if sums else 0)
     column_sums = pairs.empty(tiles * one * largest.width if sums else 0)
-    return Workspace(pairs.q.new_empty(one * largest.height * largest.width), row_sums, column_sums, pairs.empty(1))
+    return Workspace(pairs.q.new_empty(one * largest.height * largest.width), row_sums, column_sums, pairs.empty(2))
 
 
 def fill(pairs: SetPairs, tile: Tile, block: Block, space: Workspace, rows: Tensor, moment: Tensor, split: int) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from cacr_kernels import cacr_loss
 from cacr_kernels.backends.triton import pairs
 from cacr_kernels.backends.triton.launch import cdiv
 from cacr_kernels.operators.cacr import loss_and_parts
@@ -124,6 +125,20 @@ def test_lengths_of_float16_that_are_far_apart(monkeypatch: pytest.MonkeyPatch) 
     """Coefficients share the range of float16: of lengths 1e5 apart they keep its own precision."""
     monkeypatch.setitem(LENGTHS, torch.float16, (1e3, 1e-2, 1e-2))
     check(PROBLEMS["inner product"], torch.float16)
+
+
+@pytest.mark.parametrize("size", [120.0, 4e4])
+@pytest.mark.parametrize("features", [64, 160])
+def test_long_rows_of_float16(features: int, size: float) -> None:
+    """Their factors are small: what makes up for that does not meet the coefficients of rows that do not count."""
+    g = torch.Generator().manual_seed(0)
+    z = (size * torch.randn(2, 33, features, generator=g).sign()).half().requires_grad_()
+    exact = z.detach().double().requires_grad_()
+    for name, x in (("triton", z), ("reference", exact)):
+        (cacr_loss(x, tau_neg=0.4, normalize=True, backend=name) * 3e4).backward()
+    assert z.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(z.grad.double(), exact.grad, rtol=0, atol=2e-3 * exact.grad.abs().max().item() + 1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])

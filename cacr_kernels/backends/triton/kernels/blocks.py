@@ -42,7 +42,7 @@ def scale_kernel(
     q_unit,  # [q_rows] factors that make unit rows, with NORMALIZE; else None
     k_unit,  # [k_rows]
     # result
-    scale,  # [1]: takes what blocks hold into the range of float16
+    scale,  # [2]: takes dL/dc into the range of float16, and with NORMALIZE the factors of unit rows to about 1
     # sizes
     BOUNDS,
     q_rows,
@@ -52,12 +52,11 @@ def scale_kernel(
 ):
     """Grid: one program."""
     acc_type: tl.constexpr = scale.dtype.element_ty
-    found = range_scale(bound, BOUNDS, acc_type)
+    tl.store(scale, range_scale(bound, BOUNDS, acc_type))
     if NORMALIZE:
         nothing = tl.zeros((BLOCK,), dtype=acc_type)
-        found *= inverse_power(largest_unit(q_unit, 0, q_rows, q_rows, nothing))
-        found *= inverse_power(largest_unit(k_unit, 0, k_rows, k_rows, nothing))
-    tl.store(scale, found)
+        of_queries = inverse_power(largest_unit(q_unit, 0, q_rows, q_rows, nothing))
+        tl.store(scale + 1, of_queries * inverse_power(largest_unit(k_unit, 0, k_rows, k_rows, nothing)))
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -76,7 +75,7 @@ def block_kernel(
     k_view,  # [P]
     # what their rows receive
     coefficients,  # [5, softmaxes, P, N], of coefficients_kernel
-    scale,  # [1], of scale_kernel; read of float16 only
+    scale,  # [2], of scale_kernel; read of float16 only
     # results
     block,  # [PAIRS, HEIGHT, WIDTH] in the type of the embeddings
     row_sums,  # [splits, PAIRS, HEIGHT] of what the block holds; with NORMALIZE or INNER_PRODUCT not written
@@ -122,7 +121,9 @@ def block_kernel(
     first, second = softmaxes_of(tau, SECOND_SET, acc_type)
     SOFTMAXES: tl.constexpr = 1 if SECOND_SET == NO_SET else 2
     one = tl.cast(P, tl.int64) * N  # rows of one softmax
-    factor = tl.load(scale) if q.dtype.element_ty == tl.float16 else 1.0
+    SCALED: tl.constexpr = q.dtype.element_ty == tl.float16
+    factor = tl.load(scale) if SCALED else 1.0
+    q_factors = queries.unit * tl.load(scale + 1) if SCALED and NORMALIZE else queries.unit
     of_rows = RowCoefficients(coefficients + pair * tl.cast(N, tl.int64), one, SOFTMAXES * one, factor)
     row_sum = tl.zeros((BLOCK_M,), dtype=acc_type)
     moment0, moment1 = row_sum, row_sum
@@ -143,7 +144,7 @@ def block_kernel(
         )  # fmt: skip
         moment0, moment1 = moment0 + more0, moment1 + more1
         if NORMALIZE:
-            g *= queries.unit[:, None] * keys.unit[None, :]
+            g *= q_factors[:, None] * keys.unit[None, :]
         rounded = g.to(block.dtype.element_ty)
         i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
         tl.store(here + j0 + i[:, None] * WIDTH + j[None, :], rounded)
@@ -173,7 +174,7 @@ def product_kernel(
     y_view,  # [P]
     block,  # [PAIRS, HEIGHT, WIDTH], of block_kernel
     sums,  # [PARTS, PAIRS, rows of x in the block], of block_kernel
-    scale,  # [1]
+    scale,  # [2]
     # result, in the type of the arithmetic
     grad,  # [views of x, N, D]: what the block gives is added
     # sizes
@@ -236,6 +237,8 @@ def product_kernel(
         total = 2.0 * (tile * total_g[:, None] - acc)
     if x.dtype.element_ty == tl.float16:
         total = total / tl.load(scale)
+        if NORMALIZE:
+            total = total / tl.load(scale + 1)
     d = d_out + tl.arange(0, BLOCK_OUT)
     inside = (i[:, None] < tl.where(meets > 0, N - i0, 0)) & (d[None, :] < D)
     out = grad + (view * N + i0) * D + i[:, None] * D + d[None, :]

@@ -60,6 +60,7 @@ class OtherSide(NamedTuple):
     begin: tl.tensor
     end: tl.tensor
     d_out: tl.tensor  # first of the features that the program writes
+    unit_scale: tl.tensor  # float16, with NORMALIZE: takes the factors of its rows to about 1
 
 
 class RowCoefficients(NamedTuple):
@@ -220,7 +221,7 @@ def sweep(sums, x, x_tile, other, rows, first, second, options):
         g, moment0, moment1 = cost_gradients(S, x, y, rows, first, second, options)
         if NORMALIZE:
             total, lost = sums.g, sums.lost  # x sum g points along x, of which nothing stays
-            g *= y.unit[None, :]
+            g *= (y.unit * other.unit_scale)[None, :]  # not in a and b, for which it may be too large
         else:
             g = as_multiplied(g, y_tile)  # x sum g - sum g y: of near rows hardly anything stays
             total, lost = add_exactly(sums.g, sums.lost, tl.sum(g, 1))
@@ -294,7 +295,9 @@ def gradient_kernel(
         for p in range(P):
             last = tl.where(tl.load(x_view + p) == view, end, begin)
             most = largest_unit(y_unit + tl.load(y_view + p).to(tl.int64) * M, begin, last, M, most)
-        scale *= inverse_power(most)
+        unit_scale = inverse_power(most)
+    else:
+        unit_scale = 1.0
     SOFTMAXES: tl.constexpr = 1 if SECOND_SET == NO_SET else 2
     queries = tl.cast(N if QUERY else M, tl.int64)
     one = P * queries  # rows of one softmax
@@ -311,7 +314,7 @@ def gradient_kernel(
             Sums(gy, g, lost, nothing, nothing),
             block,
             x_tile,
-            OtherSide(other, begin, tl.where(here == view, end, begin), d_out),
+            OtherSide(other, begin, tl.where(here == view, end, begin), d_out, unit_scale),
             coefficients_of_pair,
             first,
             second,
@@ -334,7 +337,7 @@ def gradient_kernel(
         tile = load_tile(own, i0, d_out, BLOCK_M, BLOCK_OUT).to(acc_type)
         total = 2.0 * (tile * g[:, None] - gy)
     if x.dtype.element_ty == tl.float16:
-        total = total / scale
+        total = total / (scale * unit_scale)
     out = grad + ((split * (tl.num_programs(1) // SPLITS) + view) * N + i0) * D
     r = tl.arange(0, BLOCK_M)
     tl.store(out + r[:, None] * D + d[None, :], total, mask=(r[:, None] < N - i0) & (d[None, :] < D))

@@ -27,8 +27,8 @@ whichever operand comes first and whatever the chunks; three TF32 products do no
 which that of the first is subtracted, is relative to the very same base.
 
 **The size of mask_bias.** In float32, whose numbers end at 2^128, it is 2^100 min(|slope|, 1), so that
-mask_bias / |slope| and b z with b < 2^26 are finite; v ends at a quarter of it, which leaves lengths of up to 2^7 to
-the largest slope. In float64 there is room.
+mask_bias / |slope| and b z with b < 2^26 are finite, also of rows that do not count, whose z goes down to -3 mask_bias.
+v ends at a quarter of it, which leaves lengths of up to 2^7 to the largest slope. In float64 there is room.
 """
 
 from typing import NamedTuple
@@ -50,7 +50,7 @@ LN2 = tl.constexpr(0.69314718055994530942)
 NEAR = tl.constexpr(0.125)  # positives closer than this part of |q|^2 + |k|^2 are recomputed as differences
 
 # Triton before 3.7.1 forgets a fence (``show_copies``). Its interpreter needs none, and knows no PTX.
-FORGOTTEN = tl.constexpr(release(triton.__version__) < (3, 7, 1) and not triton.knobs.runtime.interpret)
+FENCE_MISSING = tl.constexpr(release(triton.__version__) < (3, 7, 1) and not triton.knobs.runtime.interpret)
 
 # Arguments that change with the batch, or with the number of views. Triton compiles a kernel anew where such a number
 # is 1 or is no multiple of 16 any more; an odd last batch must not, nor one view more. (One with fewer rows than a tile
@@ -182,9 +182,10 @@ def show_copies(dtype: tl.constexpr, PRECISION: tl.constexpr):
 
     Those of sm_90 and sm_100 read it by a way of their own, the async proxy, and what ``cp.async`` wrote is sure to be
     seen there only behind a fence: https://github.com/triton-lang/triton/pull/9610. Products of other processors, of
-    float64 and without tensor cores take the ordinary way.
+    float64 and without tensor cores take the ordinary way. The GPU of the active driver is asked, not one that is
+    compiled for ahead of time.
     """
-    if FORGOTTEN:
+    if FENCE_MISSING:
         on_cores: tl.constexpr = dtype != tl.float64 and (dtype != tl.float32 or PRECISION != "ieee")
         if on_cores and tl.target_info.cuda_capability_geq(9) and not tl.target_info.cuda_capability_geq(12):
             fence: tl.constexpr = "fence.proxy.async.shared::cta; mov.b32 $0, 0;"
