@@ -93,8 +93,8 @@ FAULTS = (
     Fault(
         "triton-scale-of-float16",
         KERNELS + "gradient.py",
-        text="total = total / (scale * unit_scale)",
-        replacement="total = total * (scale * unit_scale)",
+        text="total = total / (unit_scale if NORMALIZE else scale)",
+        replacement="total = total * (unit_scale if NORMALIZE else scale)",
         why="gradients of float16 are scaled twice",
         tests="tests/triton/interpreted/test_operators.py -k dtypes",
     ),
@@ -285,8 +285,8 @@ FAULTS = (
     Fault(
         "triton-range-of-factors",
         KERNELS + "gradient.py",
-        text="        unit_scale = inverse_power(most)\n",
-        replacement="        unit_scale = inverse_power(most) * 0 + 1.0\n",
+        text="        unit_scale = scale * inverse_power(most)\n",
+        replacement="        unit_scale = scale * 1.0\n",
         why="short rows take coefficients of float16 out of their range",
         tests=NORMALIZE + " -k float16",
     ),
@@ -413,8 +413,9 @@ FAULTS = (
     Fault(
         "triton-scale-of-rows-that-do-not-count",
         "cacr_kernels/backends/triton/kernels/blocks.py",
-        text="    factor = tl.load(scale) if SCALED else 1.0\n"
-        "    q_factors = queries.unit * tl.load(scale + 1) if SCALED and NORMALIZE else queries.unit\n",
+        text="    factor = tl.load(scale) if SCALED and not NORMALIZE else 1.0\n"
+        "    q_factors = queries.unit * tl.load(scale + 1) * tl.load(scale) if SCALED and NORMALIZE "
+        "else queries.unit\n",
         replacement="    factor = 1.0\n"
         "    if SCALED:\n"
         "        factor = tl.load(scale) * (tl.load(scale + 1) if NORMALIZE else 1.0)\n"

@@ -122,8 +122,8 @@ def block_kernel(
     SOFTMAXES: tl.constexpr = 1 if SECOND_SET == NO_SET else 2
     one = tl.cast(P, tl.int64) * N  # rows of one softmax
     SCALED: tl.constexpr = q.dtype.element_ty == tl.float16
-    factor = tl.load(scale) if SCALED else 1.0
-    q_factors = queries.unit * tl.load(scale + 1) if SCALED and NORMALIZE else queries.unit
+    factor = tl.load(scale) if SCALED and not NORMALIZE else 1.0
+    q_factors = queries.unit * tl.load(scale + 1) * tl.load(scale) if SCALED and NORMALIZE else queries.unit
     of_rows = RowCoefficients(coefficients + pair * tl.cast(N, tl.int64), one, SOFTMAXES * one, factor)
     row_sum = tl.zeros((BLOCK_M,), dtype=acc_type)
     moment0, moment1 = row_sum, row_sum

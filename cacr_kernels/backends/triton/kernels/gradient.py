@@ -60,7 +60,7 @@ class OtherSide(NamedTuple):
     begin: tl.tensor
     end: tl.tensor
     d_out: tl.tensor  # first of the features that the program writes
-    unit_scale: tl.tensor  # float16, with NORMALIZE: takes the factors of its rows to about 1
+    unit_scale: tl.tensor  # float16, with NORMALIZE: takes the factors of its rows, and dL/dc, into its range
 
 
 class RowCoefficients(NamedTuple):
@@ -295,7 +295,7 @@ def gradient_kernel(
         for p in range(P):
             last = tl.where(tl.load(x_view + p) == view, end, begin)
             most = largest_unit(y_unit + tl.load(y_view + p).to(tl.int64) * M, begin, last, M, most)
-        unit_scale = inverse_power(most)
+        unit_scale = scale * inverse_power(most)
     else:
         unit_scale = 1.0
     SOFTMAXES: tl.constexpr = 1 if SECOND_SET == NO_SET else 2
@@ -306,7 +306,7 @@ def gradient_kernel(
     gy, g, lost = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=acc_type), nothing, nothing
     for p in range(P):
         here, there = tl.load(x_view + p).to(tl.int64), tl.load(y_view + p).to(tl.int64)
-        coefficients_of_pair = RowCoefficients(coefficients + p * queries, one, stride, scale)
+        coefficients_of_pair = RowCoefficients(coefficients + p * queries, one, stride, 1.0 if NORMALIZE else scale)
         y_factors = y_unit + there * M if NORMALIZE else y_norm
         other = Matrix(y + there * M * D, y_norm + there * M, y_factors, y_id, M, D)
         # A view walks over nothing in a pair of sets that it takes no part in.
@@ -337,7 +337,7 @@ def gradient_kernel(
         tile = load_tile(own, i0, d_out, BLOCK_M, BLOCK_OUT).to(acc_type)
         total = 2.0 * (tile * g[:, None] - gy)
     if x.dtype.element_ty == tl.float16:
-        total = total / (scale * unit_scale)
+        total = total / (unit_scale if NORMALIZE else scale)
     out = grad + ((split * (tl.num_programs(1) // SPLITS) + view) * N + i0) * D
     r = tl.arange(0, BLOCK_M)
     tl.store(out + r[:, None] * D + d[None, :], total, mask=(r[:, None] < N - i0) & (d[None, :] < D))
