@@ -13,7 +13,7 @@ row.
 
 **Keys for the second time.** With WHOLE the last tile begins in the one before, whose keys have the bias mask_bias
 there. Other than beyond the last key S is not 0, so v is not quite -mask_bias. But where such a key is in the set, it
-was there in the tile before, with a v that is larger by far.
+was there in the tile before, of this program or of that of the split before, with a v that is larger by far.
 
 **Masked keys.** A key outside the set has v = -mask_bias, with a mask_bias so large that e is exactly 0 whatever else
 the key holds, and yet so small that e z, b z and v / slope stay finite. No other v may come that close to it: lengths
