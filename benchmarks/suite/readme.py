@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.host import quantile
 
 from . import results
-from .cases import BROADCASTING, COMPILED, EAGER
-from .goals import GOALS
+from .cases import (
+    BROADCASTING,
+    COMPILED,
+    EAGER,
+    NTXENT,
+    BenchmarkCase,
+    cacr,
+    queue,
+    raw,
+    supervised,
+)  # fmt: skip
+from .goals import THREADS
 from .machine import ROOT
 from .results import SINGLE, TIMED, problem_label, where
+from .rows import MODULES
 from .tables import milliseconds
 
 README = ROOT / "README.md"
@@ -25,6 +37,19 @@ BLOCK = re.compile(
 NO_RESULTS = "none"
 PICTURES = ("sweep.png", "speedup.png")
 COLUMNS = {EAGER: "PyTorch, matmul form", COMPILED: "`torch.compile` of it", BROADCASTING: "published formulation"}
+OTHER_LOSSES = {
+    NTXENT: "NT-Xent, matmul form",
+    "ntxent lightly": "NT-Xent, lightly",
+    "ntxent pml": "NT-Xent, metric-learning",
+    "supcon pml": "SupCon, metric-learning",
+}
+# What is shown of all that a full run measures: functions beside other formulations, modules beside other losses.
+FUNCTIONS = (
+    *(cacr(V, B, D) for V, B, D in ((5, 128, 128), (2, 512, 128), (2, 2048, 128), (2, 16384, 128), (2, 2048, 512))),
+    queue(2, 128, 128, 65536),
+    cacr(2, 1024, 128, pairing="pooled"),
+)
+CALLED = (*(raw(cacr(2, B, D)) for B, D in ((32, 64), (128, 128), (2048, 128))), raw(supervised(1024, 128, 100)))
 
 
 def committed() -> list[str]:
@@ -38,7 +63,7 @@ def render(name: str, root: Path = ROOT) -> str:
     """The block for a results file, markers included."""
     rows = results.read(root / name)["rows"]
     pictures = [picture for picture in PICTURES if (root / name).with_name(picture).exists()]
-    lines = [BEGIN.format(name=name), "", *_table(rows), "", *_caption(rows), ""]
+    lines = [BEGIN.format(name=name), "", *_table(rows), *_modules(rows), "", *_caption(rows), ""]
     if pictures:
         text = "Time against the batch size" if pictures[0] == "sweep.png" else "Time over ours"
         lines += [f"![{text}]({Path(name).with_name(pictures[0]).as_posix()})", ""]
@@ -46,26 +71,40 @@ def render(name: str, root: Path = ROOT) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """Functions on unit rows beside other formulations of the same loss."""
+    keys = [BenchmarkCase(problem, threads=THREADS).key for problem in FUNCTIONS]
+    lines = list(_lines(rows, keys, COLUMNS, "loss and gradients, float32"))
+    if not lines:
+        raise ValueError("no case of README.md was measured beside the eager form (two threads, float32)")
+    return lines
+
+
+def _modules(rows: list[dict[str, Any]]) -> list[str]:
+    """Modules, which normalise, beside those of other losses."""
+    keys = [BenchmarkCase(problem, threads=THREADS, module=True).key for problem in CALLED]
+    lines = list(_lines(rows, keys, OTHER_LOSSES, "module call and gradients"))
+    return ["", *lines] if lines else []
+
+
+def _lines(rows: list[dict[str, Any]], keys: list[str], columns: dict[str, str], title: str) -> Iterator[str]:
     found = {(row["case"], row["row"]): row for row in rows if row["status"] == TIMED}
     ours = {row["case"]: row for row in found.values() if row["ours"]}
-    shown = [case for case in dict.fromkeys(goal.case for goal in GOALS) if (case, EAGER) in found and case in ours]
-    if not shown:
-        raise ValueError("no case that a goal is set for was measured beside the eager form (two threads, float32)")
-    lines = [
-        "| loss and gradients, float32 | cacr_kernels | of the FMA peak | " + " | ".join(COLUMNS.values()) + " |",
-        "|---|" + "---:|" * (2 + len(COLUMNS)),
-    ]
-    for case in shown:
-        others = [found.get((case, name)) for name in COLUMNS]
-        cells = [f"{milliseconds(ours[case]['p50_ms'])} ms", f"{100 * ours[case]['fraction']:.0f} %"]
+    shown = [key for key in keys if key in ours and any((key, name) in found for name in columns)]
+    if shown:
+        yield f"| {title} | cacr_kernels | of the FMA peak | " + " | ".join(columns.values()) + " |"
+        yield "|---|" + "---:|" * (2 + len(columns))
+    for key in shown:
+        others = [found.get((key, name)) for name in columns]
+        cells = [f"{milliseconds(ours[key]['p50_ms'])} ms", f"{100 * ours[key]['fraction']:.0f} %"]
         cells += ["" if other is None else _factor(other["ratio"]) for other in others]
-        lines.append(f"| {_name(ours[case])} | " + " | ".join(cells) + " |")
-    return lines
+        yield f"| {_name(ours[key])} | " + " | ".join(cells) + " |"
 
 
 def _name(row: dict[str, Any]) -> str:
     name, *options = problem_label(row).split(", ")
     function, *sizes = name.split(" ")
+    if row["module"]:
+        function, options = MODULES[function], [o for o in options if o != "normalize=True"]
     return ", ".join([f"`{function}`", *(size.replace("=", " = ") for size in sizes), *options])
 
 

@@ -243,7 +243,8 @@ def _normalized(loss: Loss, case: BenchmarkCase) -> Loss:
 def _compiled(case: BenchmarkCase) -> Loss:
     function = getattr(eager, case.problem.loss)
     # A code object of its own: the compiler's cache and its limit of shapes per function belong to the code object.
-    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    code, defaults = function.__code__.replace(), function.__defaults__
+    own = types.FunctionType(code, function.__globals__, function.__name__, defaults)
     own.__kwdefaults__ = function.__kwdefaults__
     loss = partial(own, **_without_normalize(case))
     if case.problem.options.get("normalize"):

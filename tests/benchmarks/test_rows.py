@@ -67,6 +67,15 @@ def test_other_reductions_are_checked_as_the_mean_is(reduction: str, module: boo
     assert all(row["p50_ms"] > 0 for row in found if row["row"] == "torch")
 
 
+@pytest.mark.parametrize("problem", [cases.supervised(29, 9, 4), cases.supervised(29, 9, 4, 41), *RAW])
+def test_what_is_compiled_is_the_eager_form(problem: testing.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    case = BenchmarkCase(problem, dtype="float64")
+    inputs = case.inputs()
+    for found, eager_one in zip(*(row_named(name).step(case, inputs)() for name in ("compiled", "eager")), strict=True):
+        assert torch.equal(found, eager_one)
+
+
 def test_a_reference_set_gets_no_gradient() -> None:
     case = BenchmarkCase(cases.supervised(29, 9, 4, 41))
     assert case.flop == 2 * 2.0 * 29 * 41 * 9  # one product beside the similarities, which are not symmetric

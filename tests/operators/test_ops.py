@@ -116,6 +116,18 @@ def test_a_negative_scale(scale: float, want_grad: bool) -> None:
         assert_close([grad_views], grad(expected, exact), torch.float32, 100.0)
 
 
+def test_a_negative_scale_at_the_largest_exponents() -> None:
+    """tau_neg c and (tau_neg + s) c are 44 both, and all keys far: exp(-s c) of their mean is 2^127, its log is not."""
+    first = unit_rows(randn(1, 8) + 0.02 * randn(70, 8), dim=-1)
+    views = torch.stack([first, -first.flip(0)]).float()
+    numbers = torch.tensor([1.0, 11.0, 1.0, 1.0, -22.0], dtype=torch.float64)
+    loss, _, grad_views, _ = operator("cacr_cpu")(views, numbers, 0, 0, 0, 0, 0, True, 0, False, True, False)
+    exact = views.double().requires_grad_()
+    expected, _ = loss_and_parts(exact, numbers, CACROptions(0, 0, 0, 0, 0, True, 0, False))
+    assert_close([loss], [expected], torch.float32, 100.0)
+    assert_close([grad_views], grad(expected, exact), torch.float32, 100.0)
+
+
 @pytest.mark.parametrize("asked", [(True, False), (False, True), (False, False)])
 def test_gradients_that_were_not_asked_for(asked: tuple[bool, bool]) -> None:
     """Autograd wants them all the same: they are computed on the way back."""

@@ -1,8 +1,8 @@
 """``python -m tests.planted`` (``make planted``): plants the faults of the catalogue and says who noticed.
 
 Results are kept in ``tests/planted/results.json`` and used again as long as the fault and its file are what they were,
-and so is the test that noticed it, with the helpers in its file, or, where nobody noticed, all tests that are named. An
-interrupted run goes on where it was, and what is committed says what the last run found. Exit status: 0 every fault
+and so is the test that noticed it, with the helpers in its file, or, where nobody noticed, all tests that are named.
+Otherwise the test that noticed it before runs first. An interrupted run goes on where it was, and what is committed says what the last run found. Exit status: 0 every fault
 was caught, 1 one was not, 2 the catalogue or the arguments cannot be used.
 """
 
@@ -40,6 +40,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sample", type=int, metavar="N", help="only N, others at every --seed")
     parser.add_argument("--seed", type=int, default=datetime.date.today().toordinal(), help="default: the date")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds of a run of tests (%(default)g)")
+    parser.add_argument("--first", metavar="ARGUMENTS", help="of pytest, for tests that run before those of the faults")
     parser.add_argument("--again", action="store_true", help="do not use kept results")
     return parser.parse_args(given)
 
@@ -113,6 +114,12 @@ def kept(fault: Fault, earlier: dict[str, dict[str, Any]]) -> Outcome | None:
     return outcome if found["key"] == key(fault, outcome) else None
 
 
+def noticed(fault: Fault, earlier: dict[str, dict[str, Any]]) -> str:
+    """Arguments of pytest for the test that noticed the fault in an earlier run, if one did."""
+    by: str = earlier.get(fault.id, {}).get("outcome", {}).get("by", "")
+    return shlex.quote(by) if "::" in by else ""
+
+
 def keep(fault: Fault, outcome: Outcome) -> None:
     """Adds a result to those kept, but no error; faults that are no longer in the catalogue are dropped."""
     if outcome.verdict == "error":
@@ -137,7 +144,7 @@ def run(found: list[Fault], options: argparse.Namespace, console: Console) -> Re
             if scratch is None:
                 console.print("[dim]copying and compiling the tree")
                 scratch = Scratch(SCRATCH, options.limit)
-            outcome = scratch.plant(fault)
+            outcome = scratch.plant(fault, options.first or noticed(fault, known))
             text = f"{outcome.seconds:.0f} s"
         assert outcome is not None
         if not earlier:

@@ -116,13 +116,16 @@ class Scratch:
         status = self.warm.run(self.tree, command, self.limit, environment)
         return status, self.warm.output.read_text(encoding="utf-8", errors="replace")
 
-    def plant(self, fault: Fault) -> Outcome:
-        """Applies a fault, runs its tests, takes it back; the test that noticed has to pass then."""
+    def plant(self, fault: Fault, guess: str = "") -> Outcome:
+        """Applies a fault, runs its tests, takes it back; the test that noticed has to pass then.
+
+        ``guess``: tests that may notice it at once. The others run only if these do not.
+        """
         path, begin = self.tree / fault.file, time.monotonic()
         before, times = path.read_text(encoding="utf-8"), path.stat()
         path.write_text(fault.apply(before), encoding="utf-8")
         try:
-            outcome = self._test(fault)
+            outcome = self._test(fault, guess)
         finally:
             path.write_text(before, encoding="utf-8")
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -139,11 +142,13 @@ class Scratch:
             self.passing.add(outcome.by)
         return outcome
 
-    def _test(self, fault: Fault) -> Outcome:
+    def _test(self, fault: Fault, guess: str) -> Outcome:
         if fault.file.startswith(NATIVE):
             status, output = self.compile()
             if status != 0:
                 return Outcome("error", said=f"does not compile: {first(COMPILER, output)}")
+        if guess and (outcome := judge(*self.pytest(*shlex.split(guess), exhaustive="1"))).verdict == "caught":
+            return outcome
         return self.test(fault.runs)
 
 
