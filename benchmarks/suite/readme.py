@@ -15,6 +15,7 @@ from .cases import (
     COMPILED,
     EAGER,
     NTXENT,
+    PRODUCTS,
     BenchmarkCase,
     cacr,
     queue,
@@ -36,7 +37,12 @@ BLOCK = re.compile(
 )
 NO_RESULTS = "none"
 PICTURES = ("sweep.png", "speedup.png")
-COLUMNS = {EAGER: "PyTorch, matmul form", COMPILED: "`torch.compile` of it", BROADCASTING: "published formulation"}
+COLUMNS = {
+    EAGER: "PyTorch, matmul form",
+    COMPILED: "`torch.compile` of it",
+    BROADCASTING: "published formulation",
+    PRODUCTS: "four `torch.mm` alone",
+}
 OTHER_LOSSES = {
     NTXENT: "NT-Xent, matmul form",
     "ntxent lightly": "NT-Xent, lightly",

@@ -2,8 +2,9 @@
 
 Results are kept in ``tests/planted/results.json`` and used again as long as the fault and its file are what they were,
 and so is the test that noticed it, with the helpers in its file, or, where nobody noticed, all tests that are named.
-Otherwise the test that noticed it before runs first. An interrupted run goes on where it was, and what is committed says what the last run found. Exit status: 0 every fault
-was caught, 1 one was not, 2 the catalogue or the arguments cannot be used.
+Otherwise the test that noticed it before runs first. An interrupted run goes on where it was, and what is committed
+says what the last run found. Exit status: 0 every fault was caught, 1 one was not, 2 the catalogue or the arguments
+cannot be used.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import ast
 import datetime
 import hashlib
+import importlib.util
 import json
 import shlex
 import signal
@@ -19,13 +21,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from .catalogue import faults, layers
 from .fault import ROOT, Fault
-from .scratch import Outcome, Scratch
+from .scratch import ON_FAKE_CUDA, Outcome, Scratch
 
 SCRATCH = ROOT / "build" / "planted"
 KEPT = ROOT / "tests" / "planted" / "results.json"
@@ -53,12 +56,21 @@ def chosen(options: argparse.Namespace) -> list[Fault]:
     if options.only:
         found = [fault for fault in found if fault.layer in options.only]
     if options.sample is not None:
-        found = sample(found, options.sample, options.seed)
+        found = sample([fault for fault in found if can_run(fault)], options.sample, options.seed)
     if not found or set(options.id) - {fault.id for fault in found}:
         raise ValueError("no such fault")
     for fault in found:
         fault.apply((ROOT / fault.file).read_text(encoding="utf-8"))  # now, not after hours
     return found
+
+
+def can_run(fault: Fault) -> bool:
+    """Whether this Python has what the tests of a fault need: torch for CUDA, or the libraries of the integrations."""
+    if any(word.startswith(ON_FAKE_CUDA) for run in fault.runs for word in shlex.split(run)):
+        return torch.version.cuda is not None
+    if any("tests/integrations" in run for run in fault.runs):
+        return all(importlib.util.find_spec(name) for name in ("lightly", "lightning", "sentence_transformers"))
+    return True
 
 
 def sample(found: list[Fault], count: int, seed: int) -> list[Fault]:
@@ -132,12 +144,12 @@ def keep(fault: Fault, outcome: Outcome) -> None:
 
 def run(found: list[Fault], options: argparse.Namespace, console: Console) -> Results:
     """Plants one after the other, with a line for each."""
-    known = {} if options.again else read()
+    known = read()
     scratch = None
     results: Results = []
     width = max(len(fault.id) for fault in found)
     for i, fault in enumerate(found, 1):
-        outcome = kept(fault, known)
+        outcome = None if options.again else kept(fault, known)
         if earlier := outcome is not None:
             text = "kept"
         else:
