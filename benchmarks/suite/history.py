@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from . import readme, results
+from .cases import INPUTS
 from .machine import ROOT
 from .peak import FMA
 from .results import TIMED, problem_label, where
@@ -61,11 +62,11 @@ def _share(row: dict[str, Any]) -> float | None:
 
 
 def series(found: list[tuple[str, dict[str, Any]]]) -> dict[tuple[str, str], list[Point]]:
-    """Points by problem and by machine; a problem with its dtype, mode and threads."""
+    """Points by problem, of unit rows, and by machine; a problem with its dtype, mode and threads."""
     lines: dict[tuple[str, str], list[Point]] = defaultdict(list)
     for title, data in found:
         for row in data["rows"]:
-            if (share := _share(row)) is not None:
+            if (share := _share(row)) is not None and row["inputs"] in (None, INPUTS["unit"]):
                 special = [row["dtype"]] if row["dtype"] != "float32" else []
                 special += [row["mode"]] if row["mode"] == "loss" else []
                 problem = ", ".join([problem_label(row), *special, where(row)])

@@ -174,7 +174,8 @@ def test_the_history_joins_runs_of_one_machine(tmp_path: Path) -> None:
     def run(name: str, date: str, share: float, **other: Any) -> str:
         row = results.record(TINY, row_named("torch"), True, ENVIRONMENT, fraction=share, peak_source=history.FMA)
         about = ENVIRONMENT | {"date": date, "commit": f"{name}0123456789"}
-        results.write(tmp_path / name, [row | about | other], about, "quick")
+        clustered = {"inputs": cases.INPUTS["clustered"], "fraction": 0.1}  # is another problem than that of unit rows
+        results.write(tmp_path / name, [row | about | other, row | about | other | clustered], about, "quick")
         return f"{name}/results.json"
 
     names = [

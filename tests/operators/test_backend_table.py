@@ -130,3 +130,13 @@ def test_half_types_as_they_are(toy: None, monkeypatch: pytest.MonkeyPatch) -> N
         dtypes.clear()
         run("queue", tensors, "toy")
         assert set(dtypes) == {dtype}
+
+
+def test_half_types_beside_float32(toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half queries with a float32 queue, and the reverse: nothing of float32 is rounded."""
+    monkeypatch.setattr(table, "TABLE", (*table.TABLE[:-1], TOY._replace(half_types=True)))
+    for half in (("queries", "keys"), ("queue",)):
+        tensors = {name: t.bfloat16() if name in half else t.float() for name, t in small_inputs("queue").items()}
+        dtypes.clear()
+        run("queue", tensors, "toy")
+        assert set(dtypes) == {torch.float32}

@@ -150,7 +150,7 @@ FAULTS = (
         text="halves = dtype in (torch.float16, torch.bfloat16) and all(t.dtype == dtype for t in tensors)",
         replacement="halves = dtype in (torch.float16, torch.bfloat16)",
         why="half queries with float32 references: those are rounded",
-        tests=("tests/triton/interpreted", "tests/cuda/test_losses.py"),
+        tests="tests/operators/test_backend_table.py",
     ),
     Fault(
         "losses-normalised-queue",
