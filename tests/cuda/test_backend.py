@@ -89,6 +89,15 @@ def test_library_for_other_devices(monkeypatch):
         backends.check("cuda", torch.device("cuda:1"))
 
 
+def test_the_current_device_is_asked(monkeypatch):
+    """Where none is named."""
+    with_library(monkeypatch, is_available=True, get_device_capability=(8, 0), current_device=1)
+    asked = with_answers(monkeypatch, "", "no kernel image")
+    for device in (None, torch.device("cuda")):
+        assert "cuda:1: no kernel image" in backend_cuda.why_not(device)
+    assert asked == [1]
+
+
 def test_probe_is_a_constant_of_compiled_code(monkeypatch):
     with_library(monkeypatch)
     with_answers(monkeypatch, "too old")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -264,6 +265,26 @@ def test_a_late_top(emulation):
     exact = given[0].double(), k.double(), *given[2:]
     value, expected = emulation.contrast(*given)[0], blocks.contrast(*exact)[0]
     torch.testing.assert_close(value, expected, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", [1.0, 1.3, 1.7])  # an octave, as scales are powers of two
+def test_float16_has_room_for_a_near_key(emulation, size):
+    """Beside far keys with 85 % of the weight its coefficient is 13 times what any of theirs can be."""
+    count, share = 20000, 0.85
+    tau = -0.5 * (math.log(count) - math.log(share / (1 - share)))  # of cost 2
+    q, k = torch.eye(4)[:1], torch.eye(4)[[0] + [1] * count]
+    taus, incoming = torch.tensor([tau], dtype=torch.float64), torch.full((1, 1, 1), size, dtype=torch.float64)
+    rest = None, None, taus, [ALL], [0], [0], False, False, None, False
+
+    def gradients(forward, backward, dtype):
+        given = q[None].to(dtype), k[None].to(dtype), *rest
+        value, _, row_state = forward(*given)
+        return backward(*given, value, row_state, incoming, -incoming / tau, True, True, True)[:2]
+
+    found = gradients(emulation.contrast, emulation.contrast_backward, torch.float16)
+    expected = gradients(blocks.contrast, blocks.contrast_backward, torch.float64)
+    for x, y in zip(found, expected, strict=True):
+        assert (x.double() - y).abs().max() <= 3e-3 * y.abs().max()
 
 
 def test_strided_inputs(emulation):

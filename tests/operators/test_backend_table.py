@@ -109,6 +109,15 @@ def test_it_is_the_fastest(toy: None) -> None:
     assert functional.backend_for("cacr_loss", [z]) == "toy"
 
 
+def test_what_runs_for_tests_only_has_to_be_named(toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Triton does on a CPU, in its interpreter."""
+    monkeypatch.setattr(table, "TABLE", (*table.TABLE[:-1], TOY._replace(tests_only_on=("cpu",))))
+    z = small_inputs("cacr")["views"]
+    assert functional.backend_for("cacr_loss", [z]) != "toy"
+    cacr_kernels.cacr_loss(z, backend="toy")
+    assert calls == ["contrast"]
+
+
 def test_auto_goes_by_size(toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss whose size does not suit it goes to another backend with kernels, if there is one."""
     z = small_inputs("cacr")["views"]

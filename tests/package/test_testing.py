@@ -259,3 +259,26 @@ def test_finds_half_gradients_that_were_rounded_before_they_were_scaled(
     monkeypatch.setattr(functional, "cacr_loss", lambda **kw: right(**kw | {"views": EarlyCast.apply(kw["views"])}))
     wrong = {result.quantity for result in testing.compare(ODD, "torch", dtype) if not result.ok}
     assert wrong == {"gradient of views"}
+
+
+def test_rows_that_are_mixed_up_are_found(monkeypatch: pytest.MonkeyPatch):
+    """Losses per query: the gradients that flow into them differ, so that those of two queries cannot change places."""
+    case = testing.Case("cacr_loss", {"V": 2, "B": 6, "D": 3}, {"tau_pos": 1.0, "tau_neg": 2.0, "reduction": "none"})
+    assert all(result.ok for result in testing.compare(case, "torch", torch.float64))
+    right = functional.cacr_loss
+
+    class Turned(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad.roll(1, -1)
+
+    def wrong(*args, **kw):
+        loss = right(*args, **kw)
+        return Turned.apply(loss) if kw["backend"] == "torch" else loss
+
+    monkeypatch.setattr(functional, "cacr_loss", wrong)
+    assert not all(result.ok for result in testing.compare(case, "torch", torch.float64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -120,7 +121,7 @@ def test_reference_passes_gradcheck(check: verify.Gradcheck):
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("how", ["wrong", "raises"])
 def test_failed_gradcheck_exits_1_and_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, how: str
 ):
     def gradcheck(*args, **kw):
         if how == "raises":
@@ -129,10 +130,56 @@ def test_failed_gradcheck_exits_1_and_is_named(
 
     monkeypatch.setattr(verify, "gradchecks", lambda: [verify.Gradcheck("this one", "cacr_loss", {})])
     monkeypatch.setattr(torch.autograd, "gradcheck", gradcheck)
-    assert verify.main(["--backend", "torch"]) == 1
+    assert verify.main(["--backend", "torch", "--json", str(tmp_path / "report.json")]) == 1
     out = capsys.readouterr().out
     assert "FAILED torch gradcheck: this one" in out
     assert ("kernel on fire" in out) is (how == "raises")
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["ok"] is False
+    assert [found["ok"] for found in report["gradcheck"]] == [False]
+    assert all(found["ok"] for found in report["checks"])
+
+
+def test_the_table_names_the_worst_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
+        "cacr_loss": [testing.Result("loss", 7e-9, 1e-9, 8e-9), testing.Result("gradient", 1e-9, 1e-9, 8e-9)],
+        "supervised_cacr_loss": [testing.Result("loss", 0.0, 0.0, 8e-9), testing.Result("gradient", 3e-9, 1e-9, 2e-9)],
+    }
+    monkeypatch.setattr(verify, "results_of", lambda case, *_: found[case.loss])
+    row = verify.check_group("torch", "float64", "all", FEW, "cpu", lambda: None)
+    assert row[3:6] == (4, 1, "gradient")
+    assert (row.case, row.error) == (FEW[1].name, 3e-9)
+    found["cacr_loss"][0] = testing.Result("loss", math.nan, 1e-9, 8e-9)
+    assert verify.check_group("torch", "float64", "all", FEW, "cpu", lambda: None).case == FEW[0].name
+
+
+@pytest.mark.usefixtures("few")
+def test_the_device_is_that_which_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def compare(case: testing.Case, backend: str, dtype: torch.dtype, device: str = "nowhere") -> list[testing.Result]:
+        seen.append(device)
+        return [testing.Result("loss", 0.0, 0.0, 1.0)]
+
+    monkeypatch.setattr(testing, "compare", compare)
+    assert verify.main(["--backend", "torch", "--device", "cpu:0"]) == 0
+    assert set(seen) == {"cpu:0"}
+
+
+@pytest.mark.parametrize("check", verify.gradchecks(), ids=lambda check: check.label)
+def test_gradchecks_use_the_device_and_the_backend(check: verify.Gradcheck, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [tensor for group in check.tensors("meta") for tensor in group.values()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    used, right = [], getattr(functional, check.loss)
+
+    def loss(*args, **kw):
+        used.append(kw["backend"])
+        return right(*args, **kw).detach()
+
+    monkeypatch.setattr(functional, check.loss, loss)
+    with contextlib.suppress(ValueError):  # what was detached has no gradient to check
+        check.run("torch", "cpu")
+    assert set(used) == {"torch"}
 
 
 class _Terminal(io.StringIO):

@@ -3,8 +3,8 @@
 Results are kept in ``tests/planted/results.json`` and used again as long as the fault and its file are what they were,
 and so is the test that noticed it, with the helpers in its file, or, where nobody noticed, all tests that are named.
 Otherwise the test that noticed it before runs first. An interrupted run goes on where it was, and what is committed
-says what the last run found. Exit status: 0 every fault was caught, 1 one was not, 2 the catalogue or the arguments
-cannot be used.
+says what the last run found; what a sample finds is not kept. Exit status: 0 every fault was caught, 2 the catalogue
+or the arguments cannot be used, 3 a fault was not caught, 4 the tests of a fault say nothing.
 """
 
 from __future__ import annotations
@@ -32,6 +32,14 @@ from .scratch import ON_FAKE_CUDA, Outcome, Scratch
 
 SCRATCH = ROOT / "build" / "planted"
 KEPT = ROOT / "tests" / "planted" / "results.json"
+LIBRARIES = (
+    "accelerate",
+    "datasets",
+    "lightly",
+    "lightning",
+    "pytorch_metric_learning",
+    "sentence_transformers",
+)  # of tests/integrations
 Results = list[tuple[Fault, Outcome]]
 
 
@@ -43,8 +51,10 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sample", type=int, metavar="N", help="only N, others at every --seed")
     parser.add_argument("--seed", type=int, default=datetime.date.today().toordinal(), help="default: the date")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds of a run of tests (%(default)g)")
-    parser.add_argument("--first", metavar="ARGUMENTS", help="of pytest, for tests that run before those of the faults")
-    parser.add_argument("--again", action="store_true", help="do not use kept results")
+    parser.add_argument(
+        "--first", metavar="ARGUMENTS", help="of pytest, to run some of the tests of the faults before all of them"
+    )
+    parser.add_argument("--again", action="store_true", help="plant again what has a result that is kept")
     return parser.parse_args(given)
 
 
@@ -55,8 +65,10 @@ def chosen(options: argparse.Namespace) -> list[Fault]:
         found = [fault for fault in found if fault.id in options.id]
     if options.only:
         found = [fault for fault in found if fault.layer in options.only]
+    if not options.id:
+        found = [fault for fault in found if can_run(fault)]
     if options.sample is not None:
-        found = sample([fault for fault in found if can_run(fault)], options.sample, options.seed)
+        found = sample(found, options.sample, options.seed)
     if not found or set(options.id) - {fault.id for fault in found}:
         raise ValueError("no such fault")
     for fault in found:
@@ -66,10 +78,11 @@ def chosen(options: argparse.Namespace) -> list[Fault]:
 
 def can_run(fault: Fault) -> bool:
     """Whether this Python has what the tests of a fault need: torch for CUDA, or the libraries of the integrations."""
-    if any(word.startswith(ON_FAKE_CUDA) for run in fault.runs for word in shlex.split(run)):
+    words = [word for run in fault.runs for word in shlex.split(run)]
+    if any(word.startswith(ON_FAKE_CUDA) for word in words):
         return torch.version.cuda is not None
-    if any("tests/integrations" in run for run in fault.runs):
-        return all(importlib.util.find_spec(name) for name in ("lightly", "lightning", "sentence_transformers"))
+    if any(word.startswith("tests/integrations") for word in words):
+        return all(importlib.util.find_spec(name) for name in LIBRARIES)
     return True
 
 
@@ -159,7 +172,7 @@ def run(found: list[Fault], options: argparse.Namespace, console: Console) -> Re
             outcome = scratch.plant(fault, options.first or noticed(fault, known))
             text = f"{outcome.seconds:.0f} s"
         assert outcome is not None
-        if not earlier:
+        if not earlier and options.sample is None:
             keep(fault, outcome)
         style = "green" if outcome.caught else "bold red"
         about = (
@@ -199,9 +212,11 @@ def main(given: Sequence[str] | None = None) -> int:
         print(f"planted: {error}", file=sys.stderr)
         return 2
     print_summary(results, console)
+    if left_out := [fault.id for fault in faults() if not can_run(fault)]:
+        console.print(f"{len(left_out)} need torch for CUDA or other libraries: not in this run unless named")
     if any(outcome.verdict == "error" for _, outcome in results):
-        return 2
-    return 0 if all(outcome.caught for _, outcome in results) else 1
+        return 4
+    return 0 if all(outcome.caught for _, outcome in results) else 3
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +46,13 @@ class Outcome(NamedTuple):
     def caught(self) -> bool:
         """Whether somebody noticed."""
         return self.verdict in ("caught", "time-out")
+
+
+class Run(NamedTuple):
+    """Arguments of pytest; ``exhaustive``: "1" for all tests, "0" for those of ``make test``."""
+
+    arguments: tuple[str, ...]
+    exhaustive: str
 
 
 class Scratch:
@@ -91,20 +98,25 @@ class Scratch:
         """Makes the CPU library, as far as something has changed, in half the time of what is shipped."""
         return self.run("setup.py", "build_ext", "--inplace", limit=BUILD_LIMIT, CACR_BUILD_CUDA="0", CXXFLAGS="-O1")
 
-    def test(self, runs: Sequence[str]) -> Outcome:
-        """The verdict of pytest up to the first failure: of those of ``make test`` in all runs, then of all."""
-        outcome = Outcome("error", said="no test was chosen")
+    def test(self, runs: Sequence[str]) -> tuple[Outcome, Run]:
+        """The verdict of pytest up to the first failure, and where that was.
+
+        Of the tests of ``make test`` in all runs, then of all tests.
+        """
+        outcome, where = Outcome("error", said="no test was chosen"), Run((), "0")
         for exhaustive in "01":
             for run in runs:
-                status, output = self.pytest(*shlex.split(run), exhaustive=exhaustive)
+                where = Run(tuple(shlex.split(run)), exhaustive)
+                status, output = self.pytest(where)
                 if status != 5:  # none of them is one of ``make test``
                     outcome = judge(status, output)
                     if outcome.verdict != "NOT CAUGHT":
-                        return outcome
-        return outcome
+                        return outcome, where
+        return outcome, where
 
-    def pytest(self, *arguments: str, exhaustive: str) -> tuple[int | None, str]:
-        """Status and output of pytest, with ``exhaustive`` "1" of all tests."""
+    def pytest(self, run: Run) -> tuple[int | None, str]:
+        """Status and output of pytest."""
+        arguments, exhaustive = run
         command = ["-x", "-q", "-p", "no:cacheprovider", *arguments]
         environment = {"CACR_TEST_ALL": exhaustive}
         if any("interpreted" in word for word in arguments):  # which Triton has to know when it is imported
@@ -117,39 +129,66 @@ class Scratch:
         return status, self.warm.output.read_text(encoding="utf-8", errors="replace")
 
     def plant(self, fault: Fault, guess: str = "") -> Outcome:
-        """Applies a fault, runs its tests, takes it back; the test that noticed has to pass then.
+        """Tries the tests of a fault with it; what noticed has to pass without it.
 
-        ``guess``: tests that may notice it at once. The others run only if these do not.
+        ``guess``: some of them that may notice it at once. The others run only if these do not.
         """
-        path, begin = self.tree / fault.file, time.monotonic()
+        begin = time.monotonic()
+        outcome = self._plant(fault, guess)
+        return outcome._replace(seconds=round(time.monotonic() - begin, 1))
+
+    def _plant(self, fault: Fault, guess: str) -> Outcome:
+        guessed = False
+        with self.applied(fault) as refused:
+            if refused:
+                return Outcome("error", said=f"does not compile: {refused}")
+            where = Run(tuple(shlex.split(guess)), "1")
+            if guess:
+                outcome = judge(*self.pytest(where))
+                guessed = outcome.verdict == "caught" and covers(fault, outcome.by)
+            if not guessed:
+                outcome, where = self.test(fault.runs)
+        if outcome.verdict != "caught" or self.passes(outcome, where):
+            return outcome
+        if guessed:  # that test says nothing, the others may
+            return self._plant(fault, "")
+        return outcome._replace(verdict="error", said="fails without the fault, too")
+
+    @contextlib.contextmanager
+    def applied(self, fault: Fault) -> Iterator[str]:
+        """The tree with a fault, compiled; gives what the compiler says against it."""
+        path = self.tree / fault.file
         before, times = path.read_text(encoding="utf-8"), path.stat()
         path.write_text(fault.apply(before), encoding="utf-8")
         try:
-            outcome = self._test(fault, guess)
+            status, output = self.compile() if fault.file.startswith(NATIVE) else (0, "")
+            yield first(COMPILER, output) if status != 0 else ""
         finally:
             path.write_text(before, encoding="utf-8")
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
             if fault.file.startswith(NATIVE):
                 copy_compiled(self.clean, self.tree)
             shutil.rmtree(self.tree / ".hypothesis", ignore_errors=True)  # examples that failed belong to this fault
-        outcome = outcome._replace(seconds=round(time.monotonic() - begin, 1))
-        if outcome.verdict == "caught" and "::" in outcome.by and outcome.by not in self.passing:
-            status, _ = self.pytest(outcome.by, exhaustive="1")
-            if status == 4:  # not found: its parameters had their names from the fault
-                status, _ = self.pytest(outcome.by.partition("[")[0], exhaustive="1")
-            if status != 0:
-                return outcome._replace(verdict="error", said="fails without the fault, too")
-            self.passing.add(outcome.by)
-        return outcome
 
-    def _test(self, fault: Fault, guess: str) -> Outcome:
-        if fault.file.startswith(NATIVE):
-            status, output = self.compile()
+    def passes(self, outcome: Outcome, where: Run) -> bool:
+        """Whether the test that noticed passes in this tree; where that is a module or the process, its whole run."""
+        if "::" not in outcome.by:
+            return self.pytest(where)[0] in (0, 5)
+        if outcome.by not in self.passing:
+            status, _ = self.pytest(Run((outcome.by,), "1"))
+            if status == 4:  # not found: its parameters had their names from the fault
+                status, _ = self.pytest(Run((outcome.by.partition("[")[0],), "1"))
             if status != 0:
-                return Outcome("error", said=f"does not compile: {first(COMPILER, output)}")
-        if guess and (outcome := judge(*self.pytest(*shlex.split(guess), exhaustive="1"))).verdict == "caught":
-            return outcome
-        return self.test(fault.runs)
+                return False
+            self.passing.add(outcome.by)
+        return True
+
+
+def covers(fault: Fault, test: str) -> bool:
+    """Whether a test, or a module, lies in what a fault names: its files and folders."""
+    path = test.partition("::")[0]
+    words = [word.partition("::")[0].rstrip("/") for run in fault.runs for word in shlex.split(run)]
+    return any(path == word or path.startswith(word + "/") for word in words)
 
 
 def judge(status: int | None, output: str) -> Outcome:

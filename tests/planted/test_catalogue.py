@@ -1,16 +1,20 @@
-"""The catalogue fits the code: without running anything."""
+"""The catalogue fits the code, and what a run of it concludes: without planting anything."""
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 
-from .__main__ import sample
+from .__main__ import can_run, sample
 from .catalogue import faults, layers
 from .fault import ROOT, Fault
-from .scratch import judge
+from .scratch import Run, Scratch, covers, judge
 
 CATALOGUE = faults()
 
@@ -73,3 +77,63 @@ def test_a_text_has_to_be_where_it_should_be() -> None:
 )
 def test_verdicts(status: int | None, output: str, expected: tuple[str, str, str]) -> None:
     assert judge(status, output)[:3] == expected
+
+
+# ---- which tests run, and what they prove ----------------------------------------------------------------------------
+FAULTY = Fault("toy-fault", "toy.py", "good", "bad", "", ("tests/a.py", "tests/folder"))
+Says = Callable[[str, bool], tuple[int, str]]
+
+
+class Toy(Scratch):
+    """A tree of one file; ``says`` is pytest: what it is asked to run, and whether the fault is there."""
+
+    def __init__(self, folder: Path, says: Says) -> None:
+        self.tree, self.passing, self.says = folder, set(), says
+        self.ran: list[str] = []
+        (folder / "toy.py").write_text("good", encoding="utf-8")
+
+    def pytest(self, run: Run) -> tuple[int | None, str]:
+        self.ran.append(run.arguments[0])
+        return self.says(run.arguments[0], (self.tree / "toy.py").read_text(encoding="utf-8") == "bad")
+
+
+def failed(test: str) -> tuple[int, str]:
+    return 1, f"FAILED {test} - it said"
+
+
+def test_the_test_that_noticed_before_runs_first(tmp_path: Path) -> None:
+    toy = Toy(tmp_path, lambda asked, faulty: failed(asked) if faulty else (0, ""))
+    assert toy.plant(FAULTY, "tests/folder/b.py::c")[:2] == ("caught", "tests/folder/b.py::c")
+    assert toy.ran == ["tests/folder/b.py::c"] * 2  # with the fault and without
+
+
+def test_a_test_that_the_fault_does_not_name_proves_nothing(tmp_path: Path) -> None:
+    toy = Toy(tmp_path, lambda asked, faulty: failed(asked) if faulty and "elsewhere" in asked else (0, ""))
+    assert toy.plant(FAULTY, "tests/elsewhere.py::c").verdict == "NOT CAUGHT"
+    assert not covers(FAULTY, "tests/a.py.old::c")
+
+
+def test_a_guess_that_fails_in_any_case_is_passed_over(tmp_path: Path) -> None:
+    def says(asked: str, faulty: bool) -> tuple[int, str]:
+        if asked == "tests/a.py::broken":
+            return failed(asked)
+        return failed("tests/folder/b.py::c") if faulty else (0, "")
+
+    assert Toy(tmp_path, says).plant(FAULTY, "tests/a.py::broken")[:2] == ("caught", "tests/folder/b.py::c")
+
+
+@pytest.mark.parametrize("answer", [(2, "ERROR tests/a.py - ModuleNotFoundError"), (-9, ""), failed("tests/a.py::b")])
+def test_what_fails_without_the_fault_proves_nothing(tmp_path: Path, answer: tuple[int, str]) -> None:
+    outcome = Toy(tmp_path, lambda asked, faulty: answer).plant(FAULTY)
+    assert (outcome.verdict, outcome.said) == ("error", "fails without the fault, too")
+    assert (tmp_path / "toy.py").read_text(encoding="utf-8") == "good"
+
+
+def test_faults_that_this_python_cannot_plant_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu, integrated = (FAULTY._replace(tests=tests) for tests in ("tests/device/test_gpu.py", "tests/integrations"))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "datasets" else name)
+    assert [can_run(fault) for fault in (FAULTY, on_gpu, integrated)] == [True, False, False]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert all(map(can_run, (FAULTY, on_gpu, integrated)))
