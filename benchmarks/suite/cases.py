@@ -269,7 +269,10 @@ def full(threads: int, device: str) -> list[BenchmarkCase]:
         replace(base, problem=raw(supervised(1024, 128, 100)), module=True, only=("supcon pml",)),
         *table(threads, device),
     ]
-    return list({case.key: case for case in reversed(cases)}.values())[::-1]  # the first of a key has the most rows
+    found: dict[str, BenchmarkCase] = {}
+    for case in cases:
+        found.setdefault(case.key, case)  # with the rows that are asked for above, not those of the table alone
+    return list(found.values())
 
 
 def distributed(threads: int, device: str) -> list[BenchmarkCase]:

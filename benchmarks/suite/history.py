@@ -95,7 +95,7 @@ def draw(found: list[tuple[str, dict[str, Any]]], path: Path = PICTURE) -> int:
     axes.set_xlim(-0.5, max(0.5, len(titles) - 0.5))
     axes.set_ylim(0, 100)
     axes.set_ylabel("% of the FMA peak of the machine", fontsize=9)
-    axes.set_title("cacr_kernels over its committed results", fontsize=10, loc="left")
+    axes.set_title("Functions on unit rows, over committed results", fontsize=10, loc="left")
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=7.5, loc="outside right upper")

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from benchmarks.host import quantile
 
 from . import results
 from .cases import (
@@ -39,23 +36,27 @@ BLOCK = re.compile(
 NO_RESULTS = "none"
 PICTURES = ("sweep.png", "speedup.png")
 COLUMNS = {
-    EAGER: "PyTorch, matmul form",
-    COMPILED: "`torch.compile` of it",
-    BROADCASTING: "published formulation",
-    PRODUCTS: "four `torch.mm` alone",
+    EAGER: "eager PyTorch",
+    COMPILED: "compiled by torch",
+    BROADCASTING: "published form",
+    PRODUCTS: "bare `torch.mm`",
 }
 OTHER_LOSSES = {
-    NTXENT: "NT-Xent, matmul form",
+    NTXENT: "NT-Xent, eager PyTorch",
     "ntxent lightly": "NT-Xent, lightly",
-    "ntxent pml": "NT-Xent, metric-learning",
-    "supcon pml": "SupCon, metric-learning",
+    "ntxent pml": "NT-Xent, pytorch-metric-learning",
+    "supcon pml": "SupCon, pytorch-metric-learning",
 }
 # What is shown of all that a full run measures: functions beside other formulations, modules beside other losses.
 FUNCTIONS = (
-    *(cacr(V, B, 128) for V, B in ((5, 128), (2, 512), (2, 2048), (2, 16384))),
+    *(cacr(*shape) for shape in ((5, 128, 128), (2, 2048, 128), (2, 2048, 512))),
     queue(2, 128, 128, 65536),
+    queue(2, 128, 128, 1024),
 )
-CALLED = (*(raw(cacr(2, B, D)) for B, D in ((32, 64), (128, 128), (2048, 128))), raw(supervised(1024, 128, 100)))
+CALLED = (raw(cacr(2, 32, 64)), raw(cacr(2, 2048, 128)), raw(supervised(1024, 128, 100)))
+POOLED = raw(cacr(2, 2048, 128, pairing="pooled"))  # with the pairs of NT-Xent
+FEW = 5  # rounds; cells of fewer are marked
+SAME_BUT_BF16 = {"amx": "avx512", "avx512_bf16": "avx512"}  # what a set computes float32 with
 
 
 def committed() -> list[str]:
@@ -81,14 +82,14 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     keys = [BenchmarkCase(problem, threads=THREADS).key for problem in FUNCTIONS]
     lines = list(_lines(rows, keys, COLUMNS, "loss and gradients, float32"))
     if not lines:
-        raise ValueError("no case of README.md was measured beside the eager form (two threads, float32)")
+        raise ValueError("no case of README.md was measured beside another form (two threads, float32)")
     return lines
 
 
 def _modules(rows: list[dict[str, Any]]) -> list[str]:
     """Modules, which normalise, beside those of other losses."""
     keys = [BenchmarkCase(problem, threads=THREADS, module=True).key for problem in CALLED]
-    lines = list(_lines(rows, keys, OTHER_LOSSES, "module call and gradients"))
+    lines = list(_lines(rows, keys, OTHER_LOSSES, "module call on raw rows, and gradients, float32"))
     return ["", *lines] if lines else []
 
 
@@ -101,8 +102,9 @@ def _lines(rows: list[dict[str, Any]], keys: list[str], columns: dict[str, str],
         yield "|---|" + "---:|" * (2 + len(columns))
     for key in shown:
         others = [found.get((key, name)) for name in columns]
-        cells = [f"{milliseconds(ours[key]['p50_ms'])} ms", f"{100 * ours[key]['fraction']:.0f} %"]
-        cells += ["" if other is None else _factor(other["ratio"]) for other in others]
+        share = 100 * ours[key]["fraction"]
+        cells = [f"{milliseconds(ours[key]['p50_ms'])} ms", f"{share:.0f} %" if share >= 1 else "< 1 %"]
+        cells += ["" if other is None else _factor(other) for other in others]
         yield f"| {_name(ours[key])} | " + " | ".join(cells) + " |"
 
 
@@ -114,26 +116,31 @@ def _name(row: dict[str, Any]) -> str:
     return ", ".join([f"`{function}`", *(size.replace("=", " = ") for size in sizes), *options])
 
 
-def _factor(value: float) -> str:
-    return f"{value:.1f} ×" if value < 10 else f"{value:.0f} ×"
+def _factor(row: dict[str, Any]) -> str:
+    value, few = row["ratio"], "" if row["rounds"] >= FEW else " *"
+    return f"{value:.1f} ×{few}" if value < 10 else f"{value:.0f} ×{few}"
 
 
-def _caption(rows: list[dict[str, Any]]) -> list[str]:
-    first = next(row for row in rows if row["status"] == TIMED and row["ours"])
-    peak = quantile(
-        [row["peak_gflops"] for row in rows if row["status"] == TIMED and row["case"] == first["case"]], 0.5
-    )
-    text = (
-        "Other columns are multiples of our time. Medians of interleaved rounds, by "
-        f"`python -m benchmarks` on {first['machine']} ({first['cores']} cores, {where(first)}, {peak:.0f} GFLOP/s), "
-        f"{first['isa']} kernels, torch {first['torch']}, commit {first['commit']}, {first['date'][:10]}."
+def _caption(rows: list[dict[str, Any]]) -> Iterator[str]:
+    timed = {row["case"]: row for row in rows if row["status"] == TIMED and row["ours"]}
+    first = next(iter(timed.values()))
+    rounds = f"2 × took twice our time. Medians of rounds in turns (* of fewer than {FEW}),"
+    yield f"{rounds} `python -m benchmarks --suite full`, on"
+    yield (
+        f"{first['machine']}, {first['cores']} cores, {where(first)}, {first['peak_gflops']:.0f} GFLOP/s, "
+        f"{SAME_BUT_BF16.get(first['isa'], first['isa'])}, torch {first['torch']}, "
+        f"commit {first['commit']}, {first['date'][:10]}."
     )
     memory = [row for row in rows if row["ours"] and row["memory_mib"] is not None and row["status"] in (TIMED, SINGLE)]
     if memory:
         largest = max(memory, key=lambda row: row["B"])
-        text += f" Memory above the inputs, gradients included: {largest['memory_mib']:.0f} MiB for {_name(largest)}."
-    whole = re.sub(r"`[^`]*`| = ", lambda found: found[0].replace(" ", "\0"), text)  # no line ends in these
-    return [line.replace("\0", " ") for line in textwrap.wrap(whole, 120, break_on_hyphens=False)]
+        yield f"Memory above the inputs, gradients included: {largest['memory_mib']:.0f} MiB for {_name(largest)}."
+    few, many = (timed.get(BenchmarkCase(p, threads=THREADS, module=True).key) for p in (CALLED[1], POOLED))
+    if few and many:
+        yield (
+            'NT-Xent and SupCon have four times the pairs of `CACRLoss`; with as many, `pairing="pooled"`, it takes '
+            f"{many['p50_ms'] / few['p50_ms']:.1f} × as long (B = 2048)."
+        )
 
 
 def shown(text: str) -> str | None:

@@ -143,6 +143,8 @@ def test_goals_are_those_promised_and_every_one_is_measured(monkeypatch: pytest.
     monkeypatch.setattr(rows, "available_bytes", lambda device: 2**40)
     assert len(goals.GOALS) == 32 + 5 + 4 + 38
     by_case = {name: {case.key: case for case in cases.SUITES[name](2, "cpu")} for name in ("goals", "full")}
+    called = BenchmarkCase(cases.raw(cases.cacr(2, 2048, 128)), threads=2, module=True)
+    assert set(cases.MODULES) <= set(by_case["full"][called.key].only)  # it is in the table, too, with fewer rows
     for_orientation = set(by_case["goals"]) - {goal.case for goal in goals.GOALS}
     assert len(for_orientation) == 2
     assert all("bfloat16" in case or "supervised" in case for case in for_orientation)
@@ -237,15 +239,18 @@ def test_readme_is_written_from_results_and_disagrees_once_they_change(
     case = BenchmarkCase(cases.cacr(2, 2048, 128), threads=2)
     ours = next(row for row in measured if row["ours"] and row["status"] == results.TIMED)
     found = [
-        ours | {"case": case.key, "V": 2, "B": 2048, "p50_ms": 12.34, "fraction": 0.876, "memory_mib": 8.4},
+        ours | {"case": case.key, "V": 2, "B": 2048, "p50_ms": 12.34, "fraction": 0.876, "memory_mib": 8.4, "rounds": 9},
         *(ours | {"case": case.key, "row": row, "ours": False, "family": BASELINE, "ratio": ratio, "memory_mib": 99.0}
           for row, ratio in (("eager", 3.21), ("broadcasting", 321.0))),
     ]  # fmt: skip
+    found[1] |= {"rounds": 9}
+    found[2] |= {"rounds": 4}
     called = BenchmarkCase(cases.raw(case.problem), threads=2, module=True)
     raw = {"case": called.key, "module": True, "options": found[0]["options"] + " normalize=True"}
     found += [
         found[0] | raw | {"p50_ms": 13.0, "fraction": 0.8, "memory_mib": None},
         found[1] | raw | {"row": "ntxent lightly", "ratio": 7.3},
+        found[0] | raw | {"case": BenchmarkCase(readme.POOLED, threads=2, module=True).key, "p50_ms": 39.0},
     ]
     results.write(tmp_path / "results" / "here", found, ENVIRONMENT, "goals")
     plots.draw(tmp_path / "results" / "here", found)
@@ -257,9 +262,10 @@ def test_readme_is_written_from_results_and_disagrees_once_they_change(
     text = page.read_text(encoding="utf-8")
     assert name == readme.shown(text) == "results/here/results.json"
     assert text == f"before\n{readme.render(name, tmp_path)}\nafter\n"
-    assert "| `cacr_loss`, V = 2, B = 2048, D = 128 | 12.3 ms | 88 % | 3.2 × |  | 321 × |" in text
+    assert "| `cacr_loss`, V = 2, B = 2048, D = 128 | 12.3 ms | 88 % | 3.2 × |  | 321 × * |  |" in text
     assert "| `CACRLoss`, V = 2, B = 2048, D = 128 | 13.0 ms | 80 % |  | 7.3 × |  |  |" in text
     assert "8 MiB for" in text
+    assert 'with as many, `pairing="pooled"`, it takes 3.0 × as long' in text
     assert "(results/here/speedup.png)" in text
     results.write(file.parent, [found[0] | {"p50_ms": 99.0}, *found[1:]], ENVIRONMENT, "goals")
     assert readme.render(name, tmp_path) not in text

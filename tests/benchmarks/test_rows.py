@@ -159,7 +159,7 @@ def test_rows_on_a_gpu_carry_the_predicted_time(monkeypatch: pytest.MonkeyPatch)
     raw = predicted.on("NVIDIA H200", BenchmarkCase(cases.raw(case.problem), dtype="bfloat16"), "triton")
     report = codegen.load(codegen.OUT / "codegen.json")
     gpu = next(gpu for gpu in predict.GPUS if gpu.name == "H200")
-    for time, normalize in ((found, False), (raw, True)):  # kernels of their own, neither of which must be the slower
+    for time, normalize in ((found, False), (raw, True)):  # kernels of their own, either may be the slower
         whole = predict.predict(report, "triton", predict.Problem(2, 65536, 128, "bf16", normalize), gpu)
         assert whole is not None
         assert time == 1e3 * whole.seconds
