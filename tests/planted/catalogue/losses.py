@@ -246,7 +246,7 @@ FAULTS = (
         text="if device.type in backend.tests_only_on or backend.why_not(device) is not None:",
         replacement="if backend.why_not(device) is not None:",
         why="auto takes Triton's interpreter",
-        tests="tests/triton/test_interpreter.py -k why",
+        tests="tests/operators/test_backend_table.py",
     ),
     Fault(
         "losses-positive-temperature",
