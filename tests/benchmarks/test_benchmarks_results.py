@@ -239,10 +239,11 @@ def test_readme_is_written_from_results_and_disagrees_once_they_change(
     case = BenchmarkCase(cases.cacr(2, 2048, 128), threads=2)
     ours = next(row for row in measured if row["ours"] and row["status"] == results.TIMED)
     found = [
-        ours | {"case": case.key, "V": 2, "B": 2048, "p50_ms": 12.34, "fraction": 0.876, "memory_mib": 8.4, "rounds": 9},
+        ours | {"case": case.key, "V": 2, "B": 2048, "p50_ms": 12.34, "fraction": 0.876, "memory_mib": 8.4},
         *(ours | {"case": case.key, "row": row, "ours": False, "family": BASELINE, "ratio": ratio, "memory_mib": 99.0}
           for row, ratio in (("eager", 3.21), ("broadcasting", 321.0))),
     ]  # fmt: skip
+    found[0] |= {"rounds": 9}
     found[1] |= {"rounds": 9}
     found[2] |= {"rounds": 4}
     called = BenchmarkCase(cases.raw(case.problem), threads=2, module=True)

@@ -67,9 +67,9 @@ def test_rounding_to_a_half_type_costs_nothing(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", testing.HALF)
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", [-2, -1, 1, 2])
 def test_a_neighbour_of_the_rounded_value_is_an_error(dtype: torch.dtype, steps: int):
-    exact = torch.tensor([0.7, -0.7, 3.1], dtype=torch.float64)
+    exact = torch.tensor([0.7, -0.7, 3.1, 0.3, 11.3], dtype=torch.float64)
     beside = (exact.to(dtype).view(torch.int16) + steps).view(dtype)
     step = (beside.double() - exact).abs()
     found = testing.distance(beside, exact)

@@ -153,17 +153,21 @@ def test_the_table_names_the_worst_check(monkeypatch: pytest.MonkeyPatch) -> Non
     assert verify.check_group("torch", "float64", "all", FEW, "cpu", lambda: None).case == FEW[0].name
 
 
-@pytest.mark.usefixtures("few")
-def test_the_device_is_that_which_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+@pytest.mark.parametrize("quick", [False, True])
+def test_what_is_compared_is_what_was_asked_for(few: None, monkeypatch: pytest.MonkeyPatch, quick: bool) -> None:
+    devices, dtypes, suites = set(), set(), []
 
     def compare(case: testing.Case, backend: str, dtype: torch.dtype, device: str = "nowhere") -> list[testing.Result]:
-        seen.append(device)
+        devices.add(device)
+        dtypes.add(dtype)
         return [testing.Result("loss", 0.0, 0.0, 1.0)]
 
     monkeypatch.setattr(testing, "compare", compare)
-    assert verify.main(["--backend", "torch", "--device", "cpu:0"]) == 0
-    assert set(seen) == {"cpu:0"}
+    monkeypatch.setattr(testing, "cases", lambda quick=False: suites.append(quick) or FEW)
+    assert verify.main(["--backend", "torch", "--device", "cpu:0", *(["--quick"] if quick else [])]) == 0
+    assert devices == {"cpu:0"}
+    assert dtypes == set(verify.DTYPES.values())
+    assert suites == [quick]
 
 
 @pytest.mark.parametrize("check", verify.gradchecks(), ids=lambda check: check.label)
