@@ -53,12 +53,12 @@ def test_views(vector, reduction):
     close(torch.autograd.grad(loss, z)[0], a["grad_attraction"] + a["grad_repulsion"])
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"cost": "rbf"}], ids=str)
 @pytest.mark.parametrize("vector", load_vectors("views"), ids=vector_id)
-def test_entropies(vector, reduction):
-    z, options = vector.arrays["views"], {k: vector.meta[k] for k in ("tau_pos", "tau_neg")}
+def test_entropies(vector, options):
+    z, temperatures = vector.arrays["views"], {k: vector.meta[k] for k in ("tau_pos", "tau_neg")}
     found, expected = (
-        cacr_kernels.cacr_loss(z, **options, backend=backend, reduction=reduction, return_parts=True)
+        cacr_kernels.cacr_loss(z, **temperatures, **options, backend=backend, return_parts=True)
         for backend in ("cuda", "reference")
     )
     close(found.attraction_entropy, expected.attraction_entropy)
