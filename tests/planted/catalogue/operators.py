@@ -198,7 +198,7 @@ FAULTS = (
         text="total_cost[at] = total_cost[at] * shrink + (e * cost).sum(-1)",
         replacement="total_cost[at] = total_cost[at] + (e * cost).sum(-1)",
         why="backend torch: the mean cost of more keys than a block holds",
-        tests=(CONTRAST, "tests/operators/", "tests/losses"),
+        tests="tests/operators/test_small_blocks.py",
     ),
     Fault(
         "operators-sum-of-a-block-of-keys",
@@ -206,7 +206,7 @@ FAULTS = (
         text="total[at] = total[at] * shrink + e.sum(-1)",
         replacement="total[at] = total[at] + e.sum(-1)",
         why="backend torch: the lse of more keys than a block holds",
-        tests=(CONTRAST, "tests/operators/", "tests/losses"),
+        tests="tests/operators/test_small_blocks.py",
     ),
     Fault(
         "operators-rows-of-a-block",
@@ -214,7 +214,7 @@ FAULTS = (
         text="i = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=same.device)",
         replacement="i = torch.arange(rows.stop - rows.start, device=same.device)",
         why="backend torch: queries of a later block are their own positives",
-        tests=(CONTRAST, "tests/operators/", "tests/losses"),
+        tests="tests/operators/test_small_blocks.py",
     ),
     Fault(
         "operators-close-positives",
