@@ -158,13 +158,10 @@ def test_wide_kernels() -> None:
     assert " 0 failures" in builder.check("wide", [wide, shipped("portable")], "few")  # minutes less than all shapes
 
 
-SANITIZERS = "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
-
-
 @pytest.mark.exhaustive
 def test_sanitizers(tmp_path: Path) -> None:
     """Tails, masks and padding of both vector widths under the address and undefined-behaviour sanitizers."""
-    builder = Builder("sanitized", *SANITIZERS)
+    builder = Builder("sanitized", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     half = builder.kernels("half", ["-DCACR_VECTOR_BYTES=32", *lowered()])
     portable = builder.kernels("portable", setup_script()["ISAS"]["portable"])
     assert " 0 failures" in builder.check("half", [half, portable], source="tests/cpp/sanitized.cpp")
@@ -173,10 +170,11 @@ def test_sanitizers(tmp_path: Path) -> None:
 @pytest.mark.exhaustive
 def test_fewer_threads_than_asked() -> None:
     """A workspace of 256 KiB, so that few of 64 threads fit: what they write under the address sanitizer."""
-    builder = Builder("small workspace", *SANITIZERS, "-DCACR_HAVE_PORTABLE", f"-DCACR_WORKSPACE_BYTES={1 << 18}")
+    sanitizers = "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
+    builder = Builder("small workspace", *sanitizers, "-DCACR_HAVE_PORTABLE", f"-DCACR_WORKSPACE_BYTES={1 << 18}")
     sources = [*sorted((ROOT / "csrc/cpu/planner").glob("*.cpp")), ROOT / "tests/cpp/sanitized_planner.cpp"]
     objects = [builder.compile(str(source.relative_to(ROOT)), source.stem) for source in sources]
-    objects.append(Builder("sanitized", *SANITIZERS).kernels("portable", setup_script()["ISAS"]["portable"]))
+    objects.append(Builder("sanitized", *sanitizers).kernels("portable", setup_script()["ISAS"]["portable"]))
     program = BUILD / "small workspace" / "planner"
     with locked(program):
         run(*builder.command, *map(str, objects), "-pthread", "-o", str(program))

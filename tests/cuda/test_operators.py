@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -270,8 +269,8 @@ def test_a_late_top(emulation):
 @pytest.mark.parametrize("size", [1.0, 1.3, 1.7])  # an octave, as scales are powers of two
 def test_float16_has_room_for_a_near_key(emulation, size):
     """Beside far keys with 85 % of the weight its coefficient is 13 times what any of theirs can be."""
-    count, share = 20000, 0.85
-    tau = -0.5 * (math.log(count) - math.log(share / (1 - share)))  # of cost 2
+    count, odds = 20000, torch.tensor(0.85 / (1 - 0.85))
+    tau = -0.5 * (count / odds).log().item()  # of cost 2
     q, k = torch.eye(4)[:1], torch.eye(4)[[0] + [1] * count]
     taus, incoming = torch.tensor([tau], dtype=torch.float64), torch.full((1, 1, 1), size, dtype=torch.float64)
     rest = None, None, taus, [ALL], [0], [0], False, False, None, False
