@@ -231,6 +231,18 @@ def test_list_of_mixed_dtypes(first: torch.dtype, second: torch.dtype, backend: 
 
 
 @each_backend
+def test_the_widest_of_three_dtypes_counts(backend: str) -> None:
+    """Wherever it stands."""
+    z = unit(3, 7, 5)
+    order = [torch.float16, torch.float64, torch.float32]
+    for dtypes in (order[i:] + order[:i] for i in range(3)):
+        views = [v.to(device_of(backend), dtype) for v, dtype in zip(z, dtypes, strict=True)]
+        loss, truth = LOSSES["cacr"](views, backend=backend), LOSSES["cacr"]([v.double() for v in views])
+        assert loss.dtype == torch.float64
+        torch.testing.assert_close(loss, truth, rtol=0, atol=1e-10)
+
+
+@each_backend
 @each_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_inputs_are_computed_in_float32(loss: str, dtype: torch.dtype, backend: str) -> None:
