@@ -267,6 +267,30 @@ def test_measure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- when nothing is timed -------------------------------------------------------------------------------------------
+def test_the_median_of_a_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One slow call of many decides nothing."""
+    times = {"median": 2.0, "mean": 7.0, "min": 1.0, "max": 30.0}
+    monkeypatch.setattr("triton.testing.do_bench", lambda call, return_mode="mean", **other: times[return_mode])
+    assert tuning.measure(lambda: None, torch.device("cuda")) == 2.0
+
+
+def test_choices_are_those_of_these_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A changed source of any kernel makes the choices on the disk those of another version."""
+    versions = tuning._versions
+    kernel = tmp_path / "kernels" / "gradient.py"
+    kernel.parent.mkdir()
+    monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.py"))
+    found = []
+    for text in ("one", "another", "one"):
+        kernel.write_text(text, encoding="utf-8")
+        versions.cache_clear()
+        found.append(versions())
+    versions.cache_clear()
+    assert found[0] == found[2]
+    assert found[0] != found[1]
+    assert found[0] | {"source": ""} == found[1] | {"source": ""}
+
+
 def test_off_unless_asked_for(timer: Timer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tuning, "ON", tuning.asked())
     assert tuning.run(make(), "statistics", sweep) == ENTRY
