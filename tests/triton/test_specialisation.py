@@ -121,6 +121,12 @@ def test_few_features_compile_the_same_kernels(variants: Variants) -> None:
         assert new(variants, before) == {}, dim
 
 
+def test_classes_hold_their_largest_number_of_features() -> None:
+    """Tiles are chosen, and autotuned, by class."""
+    for least, most, found in ((1, 64, 64), (65, 128, 128), (129, 256, 256), (257, 1 << 20, 512)):
+        assert table.class_of(least) == table.class_of(most) == found
+
+
 def test_features_in_chunks_compile_the_same_kernels(variants: Variants) -> None:
     """However many chunks there are."""
     run_losses(97, 260, torch.bfloat16)

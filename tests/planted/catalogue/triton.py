@@ -200,7 +200,7 @@ FAULTS = (
         text="(c for c in CLASSES if c >= D)",
         replacement="(c for c in CLASSES if c > D)",
         why="64 features take the tiles of 128",
-        tests=("tests/triton/test_interpreter.py", "tests/triton/test_codegen.py"),
+        tests="tests/triton/test_specialisation.py",
     ),
     Fault(
         "triton-rows-twice",
