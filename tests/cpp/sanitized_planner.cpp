@@ -1,5 +1,5 @@
-// The operators of the CPU under the address sanitizer, with a workspace that 64 threads do not fit into: fewer run, and own
-// more rows each. The last one writes to the end of the memory that was asked for. Compared with one thread.
+// The operators of the CPU under the address sanitizer, with a workspace that 64 threads do not fit into: fewer run,
+// and own more rows each. The last one writes to the end of the memory that was asked for. Compared with one thread.
 #include <cmath>
 #include <cstdio>
 #include <vector>
