@@ -1,5 +1,6 @@
-// The operators of the CPU under the address sanitizer, with a workspace that 64 threads do not fit into: fewer run,
-// and own more rows each. The last one writes to the end of the memory that was asked for. Compared with one thread.
+// The operator `contrast` of the CPU under the address sanitizer, with a workspace that 64 threads do not fit into:
+// fewer run, and own more rows each. The last one writes to the end of the memory that was asked for. Compared with one
+// thread.
 #include <cmath>
 #include <cstdio>
 #include <vector>
@@ -36,7 +37,7 @@ std::vector<T> gradients(int64_t N, int64_t M, int64_t D, bool want_dq, bool wan
   p.q_views = p.k_views = 1, p.N = N, p.M = M, p.D = D;
   p.pairs = kPairs, p.q_index = p.k_index = view.data();
   p.softmaxes = 1, p.kind[0] = kAll, p.tau[0] = -1.5;
-  std::vector<double> rows[8];
+  std::vector<double> rows[5];
   for (auto& row : rows) row.assign(kPairs * N, 0.0);
   std::vector<double> ones(kPairs * N, 1.0), zeros(kPairs * N, 0.0);
   const RowState<double> state{rows[2].data(), rows[3].data(), rows[4].data()};

@@ -267,18 +267,11 @@ def test_rows_that_are_mixed_up_are_found(monkeypatch: pytest.MonkeyPatch):
     assert all(result.ok for result in testing.compare(case, "torch", torch.float64))
     right = functional.cacr_loss
 
-    class Turned(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, loss):
-            return loss.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad.roll(1, -1)
-
     def wrong(*args, **kw):
-        loss = right(*args, **kw)
-        return Turned.apply(loss) if kw["backend"] == "torch" else loss
+        loss = right(*args, **kw).clone()
+        if kw["backend"] == "torch":
+            loss.register_hook(lambda grad: grad.roll(1, -1))
+        return loss
 
     monkeypatch.setattr(functional, "cacr_loss", wrong)
     assert not all(result.ok for result in testing.compare(case, "torch", torch.float64))

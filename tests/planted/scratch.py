@@ -35,7 +35,7 @@ ENVIRONMENT = {
 
 
 class Outcome(NamedTuple):
-    """``caught``, ``time-out`` (a fault that hangs is caught, too), ``NOT CAUGHT`` or ``error``; by which test."""
+    """``caught``, ``time-out`` (hanging with the fault alone is caught, too), ``NOT CAUGHT``, ``error``; by which test."""
 
     verdict: str
     by: str = ""
@@ -148,11 +148,11 @@ class Scratch:
                 guessed = outcome.verdict == "caught" and covers(fault, outcome.by)
             if not guessed:
                 outcome, where = self.test(fault.runs)
-        if outcome.verdict != "caught" or self.passes(outcome, where):
+        if not outcome.caught or self.passes(outcome, where):
             return outcome
         if guessed:  # that test says nothing, the others may
             return self._plant(fault, "")
-        return outcome._replace(verdict="error", said="fails without the fault, too")
+        return outcome._replace(verdict="error", said="fails, or takes too long, without the fault, too")
 
     @contextlib.contextmanager
     def applied(self, fault: Fault) -> Iterator[str]:

@@ -257,40 +257,18 @@ def test_one_of_many_threads_times(timer: Timer, monkeypatch: pytest.MonkeyPatch
 
 
 def test_measure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton times on a GPU; in the interpreter it is one call."""
+    """Triton times on a GPU, where the median counts, whatever one slow call took. In the interpreter it is one call."""
     calls: list[Any] = []
     assert tuning.measure(lambda: calls.append(1), torch.device("cpu")) >= 0
     assert calls == [1]
-    monkeypatch.setattr(importlib.import_module("triton.testing"), "do_bench", lambda call, return_mode: (call(), 3)[1])
+    times = {"median": 3.0, "mean": 7.0}
+    do_bench = lambda call, return_mode="mean": (call(), times[return_mode])[1]  # noqa: E731
+    monkeypatch.setattr(importlib.import_module("triton.testing"), "do_bench", do_bench)
     assert tuning.measure(lambda: calls.append(2), torch.device("cuda")) == 3.0
     assert calls == [1, 2]
 
 
 # ---- when nothing is timed -------------------------------------------------------------------------------------------
-def test_the_median_of_a_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One slow call of many decides nothing."""
-    times = {"median": 2.0, "mean": 7.0, "min": 1.0, "max": 30.0}
-    monkeypatch.setattr("triton.testing.do_bench", lambda call, return_mode="mean", **other: times[return_mode])
-    assert tuning.measure(lambda: None, torch.device("cuda")) == 2.0
-
-
-def test_choices_are_those_of_these_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A changed source of any kernel makes the choices on the disk those of another version."""
-    versions = tuning._versions
-    kernel = tmp_path / "kernels" / "gradient.py"
-    kernel.parent.mkdir()
-    monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.py"))
-    found = []
-    for text in ("one", "another", "one"):
-        kernel.write_text(text, encoding="utf-8")
-        versions.cache_clear()
-        found.append(versions())
-    versions.cache_clear()
-    assert found[0] == found[2]
-    assert found[0] != found[1]
-    assert found[0] | {"source": ""} == found[1] | {"source": ""}
-
-
 def test_off_unless_asked_for(timer: Timer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tuning, "ON", tuning.asked())
     assert tuning.run(make(), "statistics", sweep) == ENTRY
@@ -350,6 +328,23 @@ def test_a_later_process_reads(timer: Timer, forget: Callable[[], None]) -> None
     forget()
     assert tuning.run(make(), "statistics", sweep) == fast
     assert timer.timed == []
+
+
+def test_choices_are_those_of_these_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A changed source of any kernel makes the choices on the disk those of another version."""
+    versions = tuning._versions
+    kernel = tmp_path / "kernels" / "gradient.py"
+    kernel.parent.mkdir()
+    monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.py"))
+    found = []
+    for text in ("one", "another", "one"):
+        kernel.write_text(text, encoding="utf-8")
+        versions.cache_clear()
+        found.append(versions())
+    versions.cache_clear()
+    assert found[0] == found[2]
+    assert found[0] != found[1]
+    assert found[0] | {"source": ""} == found[1] | {"source": ""}
 
 
 @pytest.mark.parametrize("versions", [{"triton": "9.9"}, {"source": "another"}, {"cacr_kernels": "9.9"}])
