@@ -35,7 +35,7 @@ ENVIRONMENT = {
 
 
 class Outcome(NamedTuple):
-    """``caught``, ``time-out`` (hanging with the fault alone is caught, too), ``NOT CAUGHT``, ``error``; by which test."""
+    """``caught``, ``time-out`` (what only hangs with the fault is caught), ``NOT CAUGHT``, ``error``; by which test."""
 
     verdict: str
     by: str = ""

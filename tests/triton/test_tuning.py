@@ -257,7 +257,7 @@ def test_one_of_many_threads_times(timer: Timer, monkeypatch: pytest.MonkeyPatch
 
 
 def test_measure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton times on a GPU, where the median counts, whatever one slow call took. In the interpreter it is one call."""
+    """Triton times on a GPU, where the median counts, whatever one call took. In the interpreter it is one call."""
     calls: list[Any] = []
     assert tuning.measure(lambda: calls.append(1), torch.device("cpu")) >= 0
     assert calls == [1]
