@@ -7,9 +7,11 @@ left are vectors of one entry per query. ``reference.py`` states what is compute
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +22,9 @@ from .operators.detached_keys import detached_keys
 from .operators.registry import Target
 from .operators.repulsion import as_contrast, repulsion
 from .reference import (
-    Statistics,
     entropy_of,
-    mean_entropy,
     no_term,
     rows_of_pairs,
-    statistics,
     unit_norms,
     view_pairs,
 )
@@ -39,6 +38,7 @@ from .types import (
     WHOLE_SETS,
     ContrastSpec,
     Cost,
+    Entropy,
     KeySets,
     Numbers,
     Pairing,
@@ -65,14 +65,28 @@ def instance_ids(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, dtype=torch.int32, device=device)
 
 
-def attraction(cost: Tensor, logit: Tensor) -> Statistics:
-    """Softmax over the other views: cost and logit [V, U, B] with u != v, rows [V, B].
+class Attraction(NamedTuple):
+    """The mean cost of the positives of a query, and their weights; no set is empty."""
+
+    value: Tensor  # [V, B], or [B]
+    weights: Tensor  # [V, U, B], or [U, B]
+
+    def entropy(self) -> Tensor:
+        """That of the weights, averaged over the queries."""
+        rows: Tensor = torch.special.entr(self.weights.detach())
+        return rows.sum(-2).clamp(min=0.0).mean()
+
+
+def attraction(cost: Tensor, logit: Tensor) -> Attraction:
+    """Softmax over the other views: cost and logit [V, U, B], of which u = v are not read where V > 1.
 
     A single view of queries meets its single key.
     """
-    others = ~torch.eye(cost.shape[0], dtype=torch.bool, device=cost.device)
-    others = torch.ones_like(others) if cost.shape[0] == 1 else others
-    return statistics(logit.transpose(1, 2), cost.transpose(1, 2), others[:, None, :])
+    if cost.shape[0] > 1:
+        itself = torch.eye(cost.shape[0], dtype=torch.bool, device=cost.device)[:, :, None]
+        cost, logit = cost.masked_fill(itself, 0.0), logit.masked_fill(itself, -math.inf)
+    weights = logit.softmax(1)
+    return Attraction((weights * cost).sum(1), weights)
 
 
 def cacr(
@@ -89,13 +103,15 @@ def cacr(
     """``reference.cacr``, with the repulsion from one call of ``contrast``; ``on.normalize``: of raw rows."""
     tau_pos, tau_neg, alpha, beta, attracts, repels = numbers
     num_views, batch, dim = views.shape
-    zero = views.new_zeros(())
-    pulled, entropy_pulled = no_term(views), zero
+    entropy_pulled: Entropy
     if attracts:
         c = aligned_cost(views, views, on.normalize, on)
         attracted = attraction(c, tau_pos * c)
-        pulled, entropy_pulled = alpha * attracted.value, mean_entropy(attracted)
+        pulled, entropy_pulled = alpha * attracted.value, attracted.entropy
+    else:
+        pulled, entropy_pulled = no_term(views), views.new_zeros(())
     if not repels or (batch == 1 and keys is None):  # no negatives
+        zero = views.new_zeros(())
         return Terms(pulled, zero if cost == "rbf" else no_term(views), entropy_pulled, zero)
     taus = [-tau_neg, -(tau_neg + rbf_scale)] if cost == "rbf" else [-tau_neg]
     if keys is not None:
@@ -118,8 +134,7 @@ def cacr(
         repulsion = beta * log_mean.mean()
     else:
         repulsion = -beta * rows_of_pairs(value[0], num_views, pairing)
-    entropy = entropy_of(value[0], lse[0], -tau_neg)
-    return Terms(pulled, repulsion, entropy_pulled, entropy)
+    return Terms(pulled, repulsion, entropy_pulled, partial(entropy_of, value[0], lse[0], -tau_neg))
 
 
 def cacr_of_ranks(on: Target, views: Tensor, keys: Callable[[], Tensor], numbers: Numbers, pairing: Pairing) -> Terms:
@@ -131,7 +146,7 @@ def cacr_of_ranks(on: Target, views: Tensor, keys: Callable[[], Tensor], numbers
     c = aligned_cost(views, views, on.normalize, on)
     attracted = attraction(c, tau_pos * c)
     value, entropy = repulsion(on, views, keys(), vector([-tau_neg], views.device), pairing)
-    return Terms(alpha * attracted.value, -beta * value, mean_entropy(attracted), entropy)
+    return Terms(alpha * attracted.value, -beta * value, attracted.entropy, entropy)
 
 
 def queue(
@@ -153,18 +168,16 @@ def queue(
     """
     tau_pos, tau_neg, alpha, beta, attracts, repels = numbers
     num_views, batch, _ = queries.shape
-    pulled, entropy_pulled = no_term(queries), queries.new_zeros(())
+    entropy_pulled: Entropy
     if attracts:
         c = aligned_cost(queries, keys.detach(), on.normalize, on)
         attracted = attraction(c, (tau_pos * c).detach())
-        pulled, entropy_pulled = alpha * attracted.value, mean_entropy(attracted)
-    value = no_term(queries)
-    if not repels:
-        return Terms(pulled, value, entropy_pulled, queries.new_zeros(()))
-
-    lse = torch.full_like(value, -torch.inf)
+        pulled, entropy_pulled = alpha * attracted.value, attracted.entropy
+    else:
+        pulled, entropy_pulled = no_term(queries), queries.new_zeros(())
+    found: list[tuple[Tensor, Tensor]] = []  # value and lse of each softmax
     every = list(range(num_views))
-    if queue.shape[0]:
+    if repels and queue.shape[0]:
         ids: tuple[Tensor | None, Tensor | None] = None, None
         if valid is not None:
             k_id = (torch.arange(queue.shape[0], dtype=torch.int64, device=queue.device) < valid).to(torch.int32)
@@ -173,27 +186,33 @@ def queue(
         flags: dict[str, Any] = {"detach_weights": weight_grad != "full", "normalize": on.normalize}
         spec = ContrastSpec(*ids, [kind], every, [0] * num_views, **flags)
         (value,), (lse,) = detached_keys(on, queries, queue[None], vector([-tau_neg], queries.device), spec)
-    every_query = None if isinstance(in_batch, bool) else in_batch()
-    if every_query is not None or (in_batch and batch > 1):
+        found.append((value, lse))
+    every_query = None if isinstance(in_batch, bool) or not repels else in_batch()
+    if every_query is not None or (repels and in_batch and batch > 1):
         detached, tau = weight_grad == "none", vector([-tau_neg], queries.device)
         instances = instance_ids(batch, queries.device)
         among = None if every_query is None else instance_ids(every_query.shape[1], queries.device)
         spec = ContrastSpec(instances, among, [OTHER], every, every, detach_weights=detached, normalize=on.normalize)
-        (batch_value,), (batch_lse,) = contrast(on, queries, every_query, tau.detach() if detached else tau, spec)
-        batch_lse = batch_lse.detach() if detached else batch_lse
-        if queue.shape[0] and valid is not None:  # the queue may be empty
-            some = lse != -torch.inf
-            merged = merge(value, torch.where(some, lse, batch_lse), batch_value, batch_lse)
-            value, lse = (torch.where(some, x, y) for x, y in zip(merged, (batch_value, batch_lse), strict=True))
-        else:
-            value, lse = merge(value, lse, batch_value, batch_lse) if queue.shape[0] else (batch_value, batch_lse)
-    return Terms(pulled, -beta * value, entropy_pulled, entropy_of(value, lse, -tau_neg))
+        (value,), (lse,) = contrast(on, queries, every_query, tau.detach() if detached else tau, spec)
+        found.append((value, lse.detach() if detached else lse))
+    if not found:
+        return Terms(pulled, no_term(queries), entropy_pulled, queries.new_zeros(()))
+    value = found[0][0] if len(found) == 1 else merged(*found)
+    return Terms(pulled, -beta * value, entropy_pulled, partial(entropy_of_union, found, value, -tau_neg))
 
 
-def merge(value_a: Tensor, lse_a: Tensor, value_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Statistics of the union of two disjoint non-empty sets (``reference.py``, Merge)."""
-    lse = torch.logaddexp(lse_a, lse_b)
-    return (lse_a - lse).exp() * value_a + (lse_b - lse).exp() * value_b, lse
+def merged(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean cost of the union of two disjoint sets, of each its value and lse (``reference.py``, Merge).
+
+    The first may be empty: its value is 0, and the second has all the weight.
+    """
+    (value, lse), (other, other_lse) = first, second
+    return value + (other_lse - lse).sigmoid() * (other - value)
+
+
+def entropy_of_union(found: list[tuple[Tensor, Tensor]], value: Tensor, tau: Temperature) -> Tensor:
+    """``entropy_of`` the softmax over disjoint sets with the mean cost ``value``."""
+    return entropy_of(value, functools.reduce(torch.logaddexp, (lse.detach() for _, lse in found)), tau)
 
 
 def momentum(
@@ -215,19 +234,19 @@ def momentum(
     batch = queries.shape[1]
     positives = slice(key_offset, key_offset + batch)
     positive = keys[positives]
-    c_pos = aligned_cost(queries, positive[None], on.normalize, on)[:, 0].mT  # [B, V]
-    attracted = statistics((c_pos / temperature).detach(), c_pos, torch.ones_like(c_pos, dtype=torch.bool))
-    p = attracted.weights.mT  # [V, B]
+    c_pos = aligned_cost(queries, positive[None], on.normalize, on)[:, 0]  # [V, B]
+    p = (c_pos / temperature).detach().softmax(0)
+    attracted = Attraction((p * c_pos).sum(0), p)
     tau = -0.5 / temperature
     taus, index = vector([tau], queries.device), (list(range(queries.shape[0])), [0] * queries.shape[0])
     if cost == "rbf":
         spec = ContrastSpec(None, None, [ALL], *index, inner_product=True, normalize=on.normalize)
         (value,), (lse,) = detached_keys(on, queries, keys[None], taus, spec, detach_value=True)
-        entropy = entropy_of(value, lse, tau)
+        entropy = partial(entropy_of, value, lse, tau)
         if on.normalize and keys.shape[0] == 1:  # the positive is the only key: rounded alike, both terms cancel
             inner_product = temperature * lse
         elif on.normalize:
-            inner_product = (unit_norms(queries) + unit_norms(positive) - c_pos.mT) / 2
+            inner_product = (unit_norms(queries) + unit_norms(positive) - c_pos) / 2
         else:
             inner_product = (queries * positive).sum(-1)
         rows = -2 * (p * inner_product).sum(0), 2 * temperature * (p * lse).sum(0)
@@ -236,13 +255,13 @@ def momentum(
         flags: dict[str, Any] = {"inner_product": on.normalize, "detach_weights": True, "normalize": on.normalize}
         spec = ContrastSpec(ids[positives], ids, [OTHER], *index, **flags)
         (value,), (lse,) = detached_keys(on, queries, keys[None], taus, spec)
-        entropy = entropy_of(value, lse, tau)
+        entropy = partial(entropy_of, value, lse, tau)
         if on.normalize:
             missing = 1 - unit_norms(keys).to(lse.dtype)  # of a weight of about exp(0)
             norms = unit_norms(queries) + 1 - (missing.sum() - missing[positives]) * (-lse).exp()
             value = torch.where(lse == -torch.inf, value, value + norms)
         rows = attracted.value / 2, -(p * value).sum(0) / 2
-    return Terms(*rows, mean_entropy(attracted), entropy)
+    return Terms(*rows, attracted.entropy, entropy)
 
 
 def supervised(
@@ -285,11 +304,17 @@ def supervised(
     value, lse = value[:, 0], lse[:, 0]
     nonempty = ranks.total((lse != -torch.inf).sum(-1)).clamp(min=1).to(value.dtype)
     factor = value.shape[1] * ranks.size / nonempty
-    rows, entropies = [no_term(embeddings)] * 2, [embeddings.new_zeros(())] * 2
-    for i, s in enumerate(asked):
-        rows[s] = weights[s] * value[i] * factor[i]
-        entropies[s] = entropy_of(value[i], lse[i], taus[s])
+    rows = [no_term(embeddings)] * 2
+    entropies: list[Entropy] = [embeddings.new_zeros(())] * 2
+    for i, (s, counted) in enumerate(zip(asked, (value * factor[:, None]).unbind(), strict=True)):
+        rows[s] = weights[s] * counted
+        entropies[s] = partial(entropy_of_softmax, i, value, lse, taus[s])
     return Terms(*rows, *entropies)
+
+
+def entropy_of_softmax(s: int, value: Tensor, lse: Tensor, tau: Temperature) -> Tensor:
+    """``entropy_of`` one of two softmaxes: value and lse [S, N]."""
+    return entropy_of(value[s], lse[s], tau)
 
 
 def rows_in_sets(

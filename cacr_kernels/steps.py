@@ -190,5 +190,5 @@ def reduce(
         loss = loss.sum() if reduction == "sum" else loss
     if not return_parts:
         return loss.to(dtype)
-    parts = attraction.detach(), repulsion.detach(), terms.attraction_entropy, terms.repulsion_entropy
+    parts = attraction.detach(), repulsion.detach(), *terms.entropies()
     return CACRParts(loss.to(dtype), *(part.to(dtype) for part in parts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -192,18 +192,27 @@ class CACRParts(NamedTuple):
     repulsion_entropy: Tensor
 
 
+Entropy: TypeAlias = Tensor | Callable[[], Tensor]
+
+
 class Terms(NamedTuple):
     """What an implementation of a loss hands back before it is reduced.
 
     ``attraction`` and ``repulsion`` hold one value per query (alpha and beta applied), scaled so that their *mean* is
     the mean-reduced term; ``repulsion`` is 0-dimensional where only the mean exists (``cacr_loss`` with
-    ``cost="rbf"``). Both are differentiable. The entropies are 0-dimensional and detached.
+    ``cost="rbf"``). Both are differentiable. The entropies are 0-dimensional and detached; or they are functions that
+    give them, as most callers do not ask.
     """
 
     attraction: Tensor
     repulsion: Tensor
-    attraction_entropy: Tensor
-    repulsion_entropy: Tensor
+    attraction_entropy: Entropy
+    repulsion_entropy: Entropy
+
+    def entropies(self) -> tuple[Tensor, Tensor]:
+        """Both of them, computed now where they are not yet."""
+        a, r = self[2:]
+        return a if isinstance(a, Tensor) else a(), r if isinstance(r, Tensor) else r()
 
 
 class Ranks(NamedTuple):

@@ -97,7 +97,7 @@ def cacr_weights(
         z = z.to(arithmetic_dtype(z))
         z = unit_rows(z) if normalize else z
         c = aligned_cost(z, z)
-        positive = attraction(c, tau_pos * c).weights
+        positive = attraction(c, tau_pos * c).weights.transpose(1, 2)
         pairs = [] if pooled else view_pairs(num_views, pairing)
         if pooled:
             flat = z.reshape(num_views * batch, dim)

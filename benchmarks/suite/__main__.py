@@ -68,6 +68,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--threshold", type=positive(float), default=None, help="margin of --compare (1.05 in turns, 1.1 for two runs)")
     add("--count", action="store_true", help="instructions of each row by perf or callgrind; nothing is timed")
+    add("--profile", action="store_true", help="where the time of our CPU kernels goes, by perf; nothing is compared")
     add("--load", type=Path, metavar="RESULTS.json", help="measure nothing, show and compare these results")
     add(
         "--readme", action="store_true", help="with --load: write the section of README.md (or page) from these results"
@@ -195,6 +196,27 @@ def count(options: argparse.Namespace, cases: list[BenchmarkCase], console: Cons
     return 0
 
 
+def profile(options: argparse.Namespace, cases: list[BenchmarkCase], console: Console) -> int:
+    """Profiles what ``"auto"`` takes; the exit status: 1 where perf is missing."""
+    from . import machine, profile, tables
+    from .peak import Peaks
+
+    if reason := profile.why_not():
+        console.print(reason, soft_wrap=True)
+        return 1
+    environment = machine.environment(options.device)
+    tables.print_environment(console, environment)
+    peaks, seconds = Peaks(), options.seconds or SECONDS[options.suite]
+    found = [profile.profile(case, seconds, peaks) for case in cases if case.timed]
+    profile.show(console, found)
+    out = (options.out or Path(LATEST)) / "profile.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    data = {"environment": environment, "rows": [p.to_json() for p in found]}
+    out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    console.print(f"written: {out}", soft_wrap=True)
+    return 0
+
+
 def take_turns(options: argparse.Namespace, cases: list[BenchmarkCase], console: Console) -> int:
     """Compares with another checkout, round by round; the exit status."""
     from . import machine, tables, verdict, versus
@@ -229,6 +251,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
             return take_turns(options, cases, console)
         if options.count:
             return count(options, cases, console)
+        if options.profile:
+            return profile(options, cases, console)
         try:
             data = measure(options, cases, console)
         except RedGateError as error:

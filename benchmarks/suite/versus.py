@@ -75,10 +75,10 @@ class CallError(RuntimeError):
 
 
 class Worker:
-    """One process of ``worker.py``, which waits without spinning while it is not its turn."""
+    """One process of ``worker.py``, which, if ``passive``, waits without spinning while it is not its turn."""
 
-    def __init__(self, folder: Path) -> None:
-        environment = os.environ | {"PYTHONPATH": str(folder), "OMP_WAIT_POLICY": "passive"}
+    def __init__(self, folder: Path, passive: bool = True) -> None:
+        environment = os.environ | {"PYTHONPATH": str(folder)} | ({"OMP_WAIT_POLICY": "passive"} if passive else {})
         self._process = subprocess.Popen(
             [sys.executable, str(WORKER)], cwd=folder, env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -87,6 +87,11 @@ class Worker:
         if not package.is_relative_to(folder):
             self.close()
             raise NoCheckoutError(f"the process for {folder} found {package}")
+
+    @property
+    def pid(self) -> int:
+        """The process, and the thread that calls."""
+        return self._process.pid
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

@@ -132,9 +132,9 @@ def inside_vmap() -> bool:
     return bool(levels) and any(str(level.key()).endswith("Vmap") for level in levels)
 
 
-def needs_functorch(x: Tensor, y: Tensor | None) -> bool:
+def needs_functorch(*tensors: Tensor | None) -> bool:
     """Whether ``Function.apply`` has to look for transforms of torch.func, for a call with these tensors."""
-    return transforms_are_active() or _is_wrapped(x) or (y is not None and _is_wrapped(y))
+    return transforms_are_active() or any(x is not None and _is_wrapped(x) for x in tensors)
 
 
 def plain_apply(function: type[Function]) -> Any:

@@ -16,7 +16,18 @@ from torch import Tensor
 from ..reference import of_raw_rows, unit_rows
 from ..types import widest_dtype
 from . import _torch_private
-from .registry import SingleProblem, Target, declare, differentiate, opaque, operator, own_precision, tracing, vjp
+from .registry import (
+    SingleProblem,
+    Target,
+    apply_of,
+    declare,
+    differentiate,
+    opaque,
+    operator,
+    own_precision,
+    tracing,
+    vjp,
+)
 
 DIFFERENCES = 1 << 20  # that live at once: 8 MiB in float64
 FEW_VIEWS = 4  # up to which every pair of views once is faster than all at once
@@ -127,7 +138,11 @@ def pulled(
     """Gradients of q and k, as far as they are needed; differentiable."""
     if by is None:
         return gradients(*tensors, grad, normalize, need_q, need_k)
-    grads = AlignedGradient.apply(*tensors, grad, (normalize, need_q, need_k), by)  # type: ignore[no-untyped-call]
+    arguments = *tensors, grad, (normalize, need_q, need_k), by
+    if torch.is_grad_enabled():
+        grads = apply_of(AlignedGradient, *tensors, grad)(*arguments)
+    else:  # nobody differentiates the gradient
+        grads = AlignedGradient.forward(*arguments)
     return grads[0] if need_q else None, grads[1] if need_k else None
 
 
@@ -215,5 +230,5 @@ def aligned_cost(q: Tensor, k: Tensor, normalize: bool = False, on: Target | Non
     if tracing():  # which cannot record a Function
         return costs(q, keys, normalize)
     by = on.backend if on is not None and "aligned" in on.operators else None
-    cost: Tensor = AlignedCost.apply(q, keys, normalize, by)  # type: ignore[no-untyped-call]
+    cost: Tensor = apply_of(AlignedCost, q, keys)(q, keys, normalize, by)
     return cost

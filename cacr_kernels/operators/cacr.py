@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import reference
 from ..types import COSTS, PAIRINGS, CACROptions, Numbers, arithmetic_dtype
 from . import _torch_private
-from .registry import SingleProblem, Target, declare, differentiate, opaque, own_precision, place, traced, vjp
+from .registry import SingleProblem, Target, apply_of, declare, differentiate, opaque, own_precision, place, traced, vjp
 
 SCHEMA = (
     "(Tensor views, Tensor? numbers, float tau_pos, float tau_neg, float alpha, float beta, int pairing, bool rbf,"
@@ -52,7 +52,7 @@ def loss_and_parts(views: Tensor, numbers: Tensor | None, options: CACROptions) 
         rbf_scale=rbf_scale,
     )
     attraction, repulsion = terms.attraction.mean(), terms.repulsion.mean()
-    parts = torch.stack([attraction, repulsion, terms.attraction_entropy, terms.repulsion_entropy])
+    parts = torch.stack([attraction, repulsion, *terms.entropies()])
     return attraction + repulsion, parts
 
 
@@ -236,7 +236,5 @@ def cacr(
         views = views.to(arithmetic_dtype(views))
         loss, parts, _, _ = where.operator("cacr")(views, numbers, *options, True, numbers is not None)
         return loss, parts
-    plain = not _torch_private.needs_functorch(views, numbers)
-    apply = _torch_private.plain_apply(CACRFunction) if plain else CACRFunction.apply
-    loss, parts, _, _ = apply(views, numbers, options, wanted, on)
+    loss, parts, _, _ = apply_of(CACRFunction, views, numbers)(views, numbers, options, wanted, on)
     return loss, parts

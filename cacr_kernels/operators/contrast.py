@@ -14,7 +14,7 @@ from torch import Tensor
 from ..reference import pairwise_cost, statistics, unit_rows
 from ..types import ALL, OTHER, OTHER_NOT_SELF, SAME_NOT_SELF, ContrastSpec, arithmetic_dtype
 from . import _torch_private
-from .registry import SingleProblem, Target, declare, differentiate, opaque, own_precision, place, traced, vjp
+from .registry import SingleProblem, Target, apply_of, declare, differentiate, opaque, own_precision, place, traced, vjp
 
 ARGUMENTS = (
     "Tensor q, Tensor? k, Tensor? q_id, Tensor? k_id, Tensor tau, int[] kinds, int[] q_index, int[] k_index,"
@@ -150,8 +150,13 @@ def gradients(ctx: Any, grad_value: Tensor, grad_lse: Tensor, want: tuple[bool, 
     q, k, q_id, k_id, q_self, tau, value, row_state = ctx.saved_tensors
     # The statistics are passed as constants: the second derivative recomputes them from q, k and tau.
     spec = ctx.spec._replace(q_id=q_id, k_id=k_id, q_self=q_self)
-    backward = Backward(spec, value.detach(), row_state.detach(), want, ctx.on)
-    grads = ContrastGradient.apply(q, k, tau, grad_value, grad_lse, backward)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled():
+        backward = Backward(spec, value.detach(), row_state.detach(), want, ctx.on)
+        of = apply_of(ContrastGradient, q, k, tau, grad_value, grad_lse)
+        grads = of(q, k, tau, grad_value, grad_lse, backward)
+    else:  # nobody differentiates the gradient
+        backward = Backward(spec, value, row_state, want, ctx.on)
+        grads = ContrastGradient.forward(q, k, tau, grad_value, grad_lse, backward)
     return tuple(g if w else None for g, w in zip(grads, want, strict=True))
 
 
@@ -250,5 +255,5 @@ def contrast(on: Target, q: Tensor, k: Tensor | None, tau: Tensor, spec: Contras
     if (where := traced(on)) is not None:
         value, lse, _ = where.operator("contrast")(*unpack(q, k, tau, spec))
         return value, lse
-    value, lse, _ = ContrastFunction.apply(q, k, tau, spec, on)  # type: ignore[no-untyped-call]
+    value, lse, _ = apply_of(ContrastFunction, q, k, tau)(q, k, tau, spec, on)
     return value, lse

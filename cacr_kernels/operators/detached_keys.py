@@ -20,6 +20,7 @@ from .contrast import contrast, plain_contrast
 from .registry import (
     SingleProblem,
     Target,
+    apply_of,
     declare,
     differentiate,
     implement,
@@ -166,13 +167,13 @@ def gradients(ctx: Any, grad_value: Tensor | None, grad_lse: Tensor | None, want
         features = on.features(q.detach(), k.detach())
         arguments = unpack(features[0], features[1], tau.detach(), constant, detach_value)
         found = on.operator("detached_keys")(*arguments, *want)
-    found = tuple(t.detach() for t in found)
     if torch.is_grad_enabled():
-        backward = Backward(spec, detach_value, found, want)
-        grads = DetachedKeysGradient.apply(q, k, tau, grad_value, grad_lse, backward)  # type: ignore[no-untyped-call]
+        backward = Backward(spec, detach_value, tuple(t.detach() for t in found), want)
+        of = apply_of(DetachedKeysGradient, q, k, tau, grad_value, grad_lse)
+        grads = of(q, k, tau, grad_value, grad_lse, backward)
     else:  # nobody differentiates the gradient
-        arguments = unpack(q, k, tau, spec, detach_value)
-        grads = operator("detached_keys_backward")(*arguments, *found, grad_value, grad_lse, *want)
+        backward = Backward(spec, detach_value, tuple(found), want)
+        grads = DetachedKeysGradient.forward(q, k, tau, grad_value, grad_lse, backward)
     return tuple(g if w else None for g, w in zip(grads, want, strict=True))
 
 
@@ -307,5 +308,5 @@ def one_sweep(q: Tensor, k: Tensor, tau: Tensor, spec: ContrastSpec, call: Call)
         want = True, not spec.detach_weights
         value, lse, _, _ = where.operator("detached_keys")(*unpack(q, k, tau, spec, call.detach_value), *want)
         return value, lse
-    value, lse, _, _ = DetachedKeysFunction.apply(q, k, tau, spec, call)  # type: ignore[no-untyped-call]
+    value, lse, _, _ = apply_of(DetachedKeysFunction, q, k, tau)(q, k, tau, spec, call)
     return value, lse

@@ -137,6 +137,11 @@ class SingleProblem(Function):
         )
 
 
+def apply_of(function: type[SingleProblem], *tensors: Tensor | None) -> Any:
+    """``function.apply`` for these tensors, which looks for transforms of torch.func only where there are any."""
+    return function.apply if _torch_private.needs_functorch(*tensors) else _torch_private.plain_apply(function)
+
+
 def opaque(function: F) -> F:
     """``torch.compile`` takes calls of ``function`` whole and traces below them.
 

@@ -21,6 +21,7 @@ from .contrast import plain_contrast, unpack
 from .registry import (
     SingleProblem,
     Target,
+    apply_of,
     declare,
     differentiate,
     in_graphs,
@@ -247,5 +248,5 @@ def one_sweep(views: Tensor, keys: Tensor, tau: Tensor, call: Call) -> tuple[Ten
         views, keys = views.to(arithmetic_dtype(views)), keys.to(arithmetic_dtype(keys))
         value, entropy, *_ = where.operator("repulsion")(views, keys, tau, *call.options, True, True, True)
         return value, entropy
-    value, entropy, *_ = RepulsionFunction.apply(views, keys, tau, call)  # type: ignore[no-untyped-call]
+    value, entropy, *_ = apply_of(RepulsionFunction, views, keys, tau)(views, keys, tau, call)
     return value, entropy

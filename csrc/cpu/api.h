@@ -110,13 +110,23 @@ struct Statistics {
 
 // What one softmax over keys without a gradient yields, and the means that its gradient w.r.t. a query is made of.
 // Null: not wanted (variance and spread: both or none).
-template <class T>
-struct DetachedStatistics {
-  double* value;     // [pairs][N]
-  double* lse;       // [pairs][N]
-  double* variance;  // [pairs][N]
+template <class Number, class T>
+struct DetachedRows {
+  Number* value;     // [pairs][N]
+  Number* lse;       // [pairs][N]
+  Number* variance;  // [pairs][N]
   T* mean;           // [pairs][N][D] sum_j w_j k_j
   T* spread;         // [pairs][N][D] sum_j w_j (c_ij - F_i) k_j
+};
+template <class T>
+using DetachedStatistics = DetachedRows<double, T>;
+
+// What flows back into the rows of `detached_keys`, [pairs][N], with what its forward found.
+template <class T>
+struct DetachedBackward {
+  DetachedRows<const double, const T> found;
+  const double *grad_value, *grad_lse;
+  bool detach_weights, detach_value;  // the value, or the lse, is all that carries a gradient; else both
 };
 
 // The gradients of `contrast`, overwritten; null: not wanted. dq and dk are the same memory, with the sum of both,
@@ -177,6 +187,11 @@ void contrast_backward(const Contrast<T>& problem, const BackwardRows& rows, con
 // gradients alike.
 template <class T>
 void detached_keys(const Contrast<T>& problem, const DetachedStatistics<T>& out, const Parallel& parallel);
+
+// Its gradients: dq [q_views][N][D] is overwritten, null: not wanted; dtau [1] likewise.
+template <class T>
+void detached_keys_backward(const Contrast<T>& problem, const DetachedBackward<T>& rows, T* dq, double* dtau,
+                            const Parallel& parallel);
 
 // Bytes that one call may use beside packed copies of its inputs and outputs, whatever M and the number of threads.
 // Tests compile with fewer, so that small problems come to the bound.

@@ -337,6 +337,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detached_keys_cpu(const Tensor& q, co
   });
 }
 
+// One implementation for all backends whose tensors are here.
+std::tuple<Tensor, Tensor> detached_keys_backward(const Tensor& q, const Tensor& k, std::optional<Tensor> q_id,
+                                                  std::optional<Tensor> k_id, const Tensor& tau,
+                                                  std::vector<int64_t> kinds, std::vector<int64_t> q_index,
+                                                  std::vector<int64_t> k_index, bool inner_product, bool detach_weights,
+                                                  bool detach_value, bool normalize, const Tensor& any_value,
+                                                  const Tensor& any_lse, const Tensor& any_means,
+                                                  const Tensor& any_variance, const Tensor& any_grad_value,
+                                                  const Tensor& any_grad_lse, bool want_q, bool want_tau) {
+  const std::optional<Tensor> keys(k), q_self;
+  const ContrastArguments a{q, keys, q_id, k_id, tau, kinds, q_index, k_index, inner_product, q_self};
+  const ContrastTensors tensors(a);
+  const Tensor value = packed(any_value), lse = packed(any_lse), means = packed(any_means),
+               variance = packed(any_variance), grad_value = packed(any_grad_value), grad_lse = packed(any_grad_lse);
+  return with_dtype(q, [&](auto zero) {
+    using T = decltype(zero);
+    const cacr::Contrast<T> p = contrast_problem<T>(a, tensors, normalize, false);
+    Tensor dq = empty_cpu<T>(gradient_sizes(q, want_q)), dtau = empty_cpu<double>({want_tau ? 1 : 0});
+    const int64_t rows = p.pairs * p.N;
+    const bool moments = (want_q || want_tau) && !detach_weights && !detach_value;
+    for (const Tensor& x : {value, lse, grad_value, grad_lse})
+      STD_TORCH_CHECK(x.numel() == rows, "cacr_kernels: [1, P, N] expected");
+    STD_TORCH_CHECK(means.numel() == (want_q ? (1 + moments) * rows * p.D : means.numel()) &&
+                        variance.numel() == (moments ? rows : variance.numel()),
+                    "cacr_kernels: means [1 or 2, P, N, D] and a variance [1, P, N] expected");
+    cacr::DetachedBackward<T> given{};
+    given.found.value = input<double>(value), given.found.lse = input<double>(lse);
+    given.grad_value = input<double>(grad_value), given.grad_lse = input<double>(grad_lse);
+    given.detach_weights = detach_weights, given.detach_value = detach_value;
+    if (moments) given.found.variance = input<double>(variance);
+    if (want_q) given.found.mean = input<T>(means);
+    if (want_q && moments) given.found.spread = given.found.mean + rows * p.D;
+    SignalCheck signals;
+    cacr::detached_keys_backward<T>(p, given, want_q ? output<T>(dq) : nullptr,
+                                    want_tau ? output<double>(dtau) : nullptr, torch_threads(signals));
+    return std::make_tuple(dq, dtau);
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cacr_kernels, CPU, m) {
@@ -354,6 +393,7 @@ STABLE_TORCH_LIBRARY_IMPL(cacr_kernels, CPU, m) {
   m.impl("contrast_backward_cpu_bf16", TORCH_BOX(&contrast_backward_cpu<true>));
   m.impl("detached_keys_cpu", TORCH_BOX(&detached_keys_cpu<false>));
   m.impl("detached_keys_cpu_bf16", TORCH_BOX(&detached_keys_cpu<true>));
+  m.impl("detached_keys_backward", TORCH_BOX(&detached_keys_backward));
 }
 
 // functions: the members of Python, in their order.

@@ -155,6 +155,21 @@ def test_gradients(dtype: torch.dtype, problem: Problem, want: tuple[bool, bool]
     assert_close(mine, true, dtype, max(10.0, problem.tau**2))
 
 
+@pytest.mark.parametrize("want", [(True, True), (True, False), (False, True)], ids=str)
+@problems
+@both_dtypes
+def test_backward_in_python_and_in_cpp(dtype: torch.dtype, problem: Problem, want: tuple[bool, bool]) -> None:
+    """Two implementations: on the CPU the compiled library has one, on other devices it is PyTorch operations."""
+    arguments = problem.arguments(dtype)
+    found = OP(*arguments, *want)
+    incoming = randn(*found[0].shape, seed=5), randn(*found[1].shape, seed=6)
+    given = *arguments, *found, *incoming, *want
+    expected = detached_keys.backward(*given)
+    actual = BACKWARD(*given)
+    assert [x.dtype for x in actual] == [x.dtype for x in expected]
+    assert_close(actual, expected, dtype, max(1.0, abs(problem.tau)))
+
+
 def test_a_temperature_alone_that_is_asked_for_later() -> None:
     arguments = PROBLEMS["all"].arguments()
     found, expected = [], []

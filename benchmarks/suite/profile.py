@@ -1,0 +1,181 @@
+"""Where the time of our CPU kernels goes: ``python -m benchmarks --profile``, by samples of ``perf record``.
+
+A process of ``worker.py`` repeats a call; perf looks at where its threads are, 2,000 times a second. The thread that
+calls is always somewhere, so the number of its samples stands for the time, and what the others lack of it they waited.
+Nothing here needs rights to count events: samples are those of the clock.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from .cases import GRADIENTS, BenchmarkCase
+from .goals import GOALS
+from .machine import ROOT
+from .peak import Peaks
+from .versus import Worker
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HERTZ = 1999  # no multiple of what a timer of the system may have
+PRODUCTS, SOFTMAX, ROWS, POSITIVES = "products", "softmax", "rows", "positives"
+OURS, WAITING, FRAMEWORK = "planner", "waiting", "Python and torch"
+PARTS = (PRODUCTS, SOFTMAX, ROWS, POSITIVES, OURS, WAITING, FRAMEWORK)
+
+# The functions of csrc/cpu/kernels by the names they begin with; the first that fits.
+FUNCTIONS = (
+    (PRODUCTS, "similarity_panel|similarity_tiles|query_gradient|key_gradient|multiply_|accumulate_keys|add_keys"),
+    (SOFTMAX, "add_statistics|accumulate_statistics|tile_gradient|finish_|move_means|merge_rows|find_top|weigh_tile"),
+    (SOFTMAX, "meet_tile|set_given|for_parts|round_block|turn|symmetric_|add_moments|start_rows|write_variance"),
+    (ROWS, "pack|squared_norm|to_raw_rows|reduce|add_query_gradients|subtract_key|add_gradients|transpose|load_norms"),
+    (POSITIVES, "Aligned|aligned|positives|meet_|replace_|for_blocks"),
+)  # fmt: skip
+
+
+class Sample(NamedTuple):
+    """Where a thread was when perf looked."""
+
+    thread: int
+    symbol: str
+    library: str
+
+
+class Profile(NamedTuple):
+    """Seconds of a call, what share of the time of its threads each part took, and the peak beside it in FLOP/s."""
+
+    case: BenchmarkCase
+    seconds: float
+    shares: dict[str, float]
+    peak: float = 0.0
+    reason: str = ""
+
+    @property
+    def of_peak(self) -> float:
+        """The share of the peak that the call makes."""
+        return self.case.flop / self.seconds / self.peak
+
+    @property
+    def of_peak_in_products(self) -> float | None:
+        """The same while its threads are in products: what a call would make that has nothing else to do."""
+        return self.of_peak / self.shares[PRODUCTS] if self.shares[PRODUCTS] else None
+
+    def to_json(self) -> dict[str, Any]:
+        """What a file keeps of it."""
+        found = {"case": self.case.key, "reason": self.reason, "goal": goal_of(self.case)}
+        if self.reason:
+            return found
+        speeds = {"ms": 1e3 * self.seconds, "of_peak": self.of_peak, "of_peak_in_products": self.of_peak_in_products}
+        return found | speeds | {"peak_gflops": self.peak / 1e9, "shares": self.shares}
+
+
+def why_not(which: Callable[[str], str | None] = shutil.which) -> str | None:
+    """Why there is nothing to profile with."""
+    return None if which("perf") else "--profile needs perf (the package linux-tools or linux-perf of your system)"
+
+
+def part_of(sample: Sample) -> str:
+    """The part of a call that a sample belongs to."""
+    if "libgomp" in sample.library or "libomp" in sample.library or "libiomp" in sample.library:
+        return WAITING
+    if "_C_cpu" not in sample.library:
+        return FRAMEWORK
+    name = re.sub(r"^(?:\w+ )*cacr::(?:\w+::)?", "", sample.symbol)
+    return next((part for part, names in FUNCTIONS if re.match(names, name)), OURS)
+
+
+def read_samples(text: str) -> list[Sample]:
+    """What ``perf script -F tid,ip,sym,dso`` prints."""
+    found = re.findall(r"^\s*(\d+)\s+[0-9a-f]+ (.*) \(([^()]*(?:\([^()]*\))?)\)$", text, re.MULTILINE)
+    return [Sample(int(thread), symbol, library) for thread, symbol, library in found]
+
+
+def shares_of(samples: Iterable[Sample], caller: int, threads: int) -> dict[str, float]:
+    """Share of the time of all threads that each part took; where a thread has no sample, it slept."""
+    samples = list(samples)
+    whole = threads * sum(sample.thread == caller for sample in samples)
+    if not whole:
+        raise ValueError("perf saw nothing of the calling thread")
+    counted = Counter(part_of(sample) for sample in samples)
+    shares = {part: counted[part] / whole for part in PARTS}
+    shares[WAITING] += max(0.0, 1 - sum(shares.values()))
+    return shares
+
+
+def profile(case: BenchmarkCase, seconds: float, peaks: Peaks) -> Profile:
+    """Calls the case for so many seconds in a process of its own."""
+    peaks.see(case.arithmetic, case.threads, case.device)
+    with tempfile.TemporaryDirectory(prefix="cacr-profile-") as name, closing(Worker(ROOT, passive=False)) as worker:
+        file, data = Path(name, "inputs.pt"), Path(name, "perf.data")
+        torch.save(case.inputs(), file)
+        first = worker.ask(
+            load=str(file), loss=case.problem.loss, options=case.problem.options, module=case.module,
+            gradients=case.mode == GRADIENTS, threads=case.threads,
+        )  # fmt: skip
+        if "error" in first:
+            return Profile(case, 0.0, {}, reason=str(first["error"]))
+        calls = max(1, round(0.25 / worker.ask(calls=3)["seconds"]))
+        once = worker.ask(calls=calls)["seconds"]
+        calls = max(3, round(seconds / once))
+        command = ["perf", "record", "-q", "-F", str(HERTZ), "-o", str(data), "-p", str(worker.pid)]
+        perf = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        answer: dict[str, Any] = {}
+        calling = threading.Thread(target=lambda: answer.update(worker.ask(calls=calls)))
+        calling.start()
+        calling.join()
+        perf.terminate()
+        _, complaint = perf.communicate()
+        if not data.exists():
+            return Profile(case, 0.0, {}, reason=(complaint.strip() or "perf wrote nothing").splitlines()[-1])
+        script = ["perf", "script", "-i", str(data), "-F", "tid,ip,sym,dso"]
+        samples = read_samples(subprocess.run(script, capture_output=True, text=True, check=True).stdout)
+    peaks.see(case.arithmetic, case.threads, case.device)
+    peak = peaks.highest(case.arithmetic, case.threads, case.device)
+    shares = shares_of(samples, worker.pid, case.threads)
+    return Profile(case, answer["seconds"], shares, 1e9 * peak.gflops)
+
+
+def goal_of(case: BenchmarkCase) -> float | None:
+    """The share of the peak that the goals ask of a case, in percent."""
+    wanted = (goal.required for goal in GOALS if goal.case == case.key and goal.row is None and goal.unit == "%")
+    return max(wanted, default=None)
+
+
+def show(console: Console, found: Sequence[Profile]) -> None:
+    """Prints a row for each case."""
+    console.print("[bold]Where the time of a call goes, in percent of the time of its threads", soft_wrap=True)
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("case", overflow="fold")
+    for heading in ("ms", "goal", "of peak", "in products", *PARTS):
+        table.add_column(heading, justify="right")
+    for p in found:
+        if p.reason:
+            table.add_row(escape(p.case.key), escape(p.reason))
+            continue
+        goal, alone = goal_of(p.case), p.of_peak_in_products
+        speeds = f"{100 * p.of_peak:.0f}", "–" if alone is None else f"{100 * alone:.0f}"
+        shares = (f"{100 * p.shares[part]:.0f}" for part in PARTS)
+        table.add_row(
+            escape(p.case.key), f"{1e3 * p.seconds:.3g}", "–" if goal is None else f"{goal:.0f}", *speeds, *shares
+        )
+    console.print(table)
+    console.print(
+        "[dim]In products: the share of the peak while threads are in products, which a call would make that has "
+        "nothing else to do. Softmax: statistics and coefficients; rows: lengths, copies, sums; positives: costs of "
+        "pairs of views by differences; planner: the rest of our library; waiting: for another thread, or for the "
+        "core.[/dim]",
+        soft_wrap=True,
+    )
