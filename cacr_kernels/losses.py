@@ -19,7 +19,7 @@ from torch import Tensor
 from .operators.aligned import aligned_cost
 from .operators.contrast import contrast
 from .operators.detached_keys import detached_keys
-from .operators.registry import Target
+from .operators.registry import Target, has_values
 from .operators.repulsion import as_contrast, repulsion
 from .reference import (
     entropy_of,
@@ -340,6 +340,14 @@ def rows_in_sets(
     return [queries & (meets > 0), keys & (met_by > 0)]
 
 
+def are_small(labels: Tensor) -> bool:
+    """Whether int64 labels are what most are, 0, 1, ...; larger ones may share the slots of the kernels' filters."""
+    if labels.numel() == 0:
+        return True
+    low, high = labels.aminmax()
+    return bool(low.item() >= 0 and high.item() < 2**16)
+
+
 def compact_ids(
     labels: Tensor, ref_labels: Tensor | None, ignore_index: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -347,6 +355,10 @@ def compact_ids(
 
     Those of embeddings to ignore are negative and all different.
     """
+    given = [labels] if ref_labels is None else [labels, ref_labels]
+    if ignore_index is None and all(has_values(x) and are_small(x) for x in given):
+        ids, *others = (x.to(torch.int32) for x in given)
+        return ids, others[0] if others else None
     both = labels if ref_labels is None else torch.cat([labels, ref_labels])
     # Not torch.unique: its size depends on the data, which synchronises, and torch 2.10 cannot trace it in torch.func.
     ordered, where = both.sort()

@@ -1,6 +1,6 @@
 """Where the time of our CPU kernels goes: ``python -m benchmarks --profile``, by samples of ``perf record``.
 
-A process of ``worker.py`` repeats a call; perf looks at where its threads are, 2,000 times a second. The thread that
+A process of ``worker.py`` repeats a call; perf looks at where its threads are, 500 times a second. The thread that
 calls is always somewhere, so the number of its samples stands for the time, and what the others lack of it they waited.
 Nothing here needs rights to count events: samples are those of the clock.
 """
@@ -22,18 +22,19 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from .cases import GRADIENTS, BenchmarkCase
+from .cases import GRADIENTS, LOSS, BenchmarkCase
 from .goals import GOALS
 from .machine import ROOT
 from .peak import Peaks
+from .results import problem_label
 from .versus import Worker
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-HERTZ = 1999  # no multiple of what a timer of the system may have
+HERTZ = 499  # no multiple of what a timer of the system may have; at 2,000 the calls themselves took longer
 PRODUCTS, SOFTMAX, ROWS, POSITIVES = "products", "softmax", "rows", "positives"
-OURS, WAITING, FRAMEWORK = "planner", "waiting", "Python and torch"
+OURS, WAITING, FRAMEWORK = "planner", "waiting", "Python, torch"
 PARTS = (PRODUCTS, SOFTMAX, ROWS, POSITIVES, OURS, WAITING, FRAMEWORK)
 
 # The functions of csrc/cpu/kernels by the names they begin with; the first that fits.
@@ -130,6 +131,7 @@ def profile(case: BenchmarkCase, seconds: float, peaks: Peaks) -> Profile:
         calls = max(1, round(0.25 / worker.ask(calls=3)["seconds"]))
         once = worker.ask(calls=calls)["seconds"]
         calls = max(3, round(seconds / once))
+        alone: float = worker.ask(calls=calls)["seconds"]
         command = ["perf", "record", "-q", "-F", str(HERTZ), "-o", str(data), "-p", str(worker.pid)]
         perf = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         answer: dict[str, Any] = {}
@@ -145,7 +147,7 @@ def profile(case: BenchmarkCase, seconds: float, peaks: Peaks) -> Profile:
     peaks.see(case.arithmetic, case.threads, case.device)
     peak = peaks.highest(case.arithmetic, case.threads, case.device)
     shares = shares_of(samples, worker.pid, case.threads)
-    return Profile(case, answer["seconds"], shares, 1e9 * peak.gflops)
+    return Profile(case, alone, shares, 1e9 * peak.gflops)
 
 
 def goal_of(case: BenchmarkCase) -> float | None:
@@ -154,22 +156,30 @@ def goal_of(case: BenchmarkCase) -> float | None:
     return max(wanted, default=None)
 
 
+def name_of(case: BenchmarkCase) -> str:
+    """The case for people, in one line of a narrow table."""
+    options = " ".join(f"{k}={v}" for k, v in case.problem.options.items() if k != "normalize")
+    fields = dict.fromkeys("VBDKMC") | case.problem.shape | {"loss": case.problem.loss, "options": options}
+    more = [case.dtype] * (case.dtype != "float32") + ["loss only"] * (case.mode == LOSS)
+    return ", ".join([problem_label(fields), *more])
+
+
 def show(console: Console, found: Sequence[Profile]) -> None:
     """Prints a row for each case."""
     console.print("[bold]Where the time of a call goes, in percent of the time of its threads", soft_wrap=True)
-    table = Table(show_edge=False, pad_edge=False)
-    table.add_column("case", overflow="fold")
+    table = Table(show_edge=False, pad_edge=False, padding=(0, 1))
+    table.add_column("case")
     for heading in ("ms", "goal", "of peak", "in products", *PARTS):
         table.add_column(heading, justify="right")
     for p in found:
         if p.reason:
-            table.add_row(escape(p.case.key), escape(p.reason))
+            table.add_row(escape(name_of(p.case)), escape(p.reason))
             continue
         goal, alone = goal_of(p.case), p.of_peak_in_products
         speeds = f"{100 * p.of_peak:.0f}", "–" if alone is None else f"{100 * alone:.0f}"
         shares = (f"{100 * p.shares[part]:.0f}" for part in PARTS)
         table.add_row(
-            escape(p.case.key), f"{1e3 * p.seconds:.3g}", "–" if goal is None else f"{goal:.0f}", *speeds, *shares
+            escape(name_of(p.case)), f"{1e3 * p.seconds:.3g}", "–" if goal is None else f"{goal:.0f}", *speeds, *shares
         )
     console.print(table)
     console.print(

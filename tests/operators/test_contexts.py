@@ -90,11 +90,14 @@ def test_everything_in_inference_mode(dtype: torch.dtype) -> None:
             assert function(**cast(small_inputs(loss), dtype)).isfinite()
 
 
-def test_ids_are_equal_where_labels_are() -> None:
+@pytest.mark.parametrize(
+    "values", [(-(2**63), -1, 0, 5, 2**63 - 1), (0, 1, 2, 5, 2**16 - 1), (0, 5, 2**32, 2**32 + 5, 2**33)], ids=str
+)
+def test_ids_are_equal_where_labels_are(values: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
-    values = torch.tensor([-(2**63), -1, 0, 5, 2**63 - 1])
-    for n, m in ((1, 0), (1, 1), (13, 0), (13, 29)):
-        labels, ref = (values[torch.randint(5, (count,), generator=generator)] for count in (n, m))
+    known = torch.tensor(values)
+    for n, m in ((1, 0), (1, 1), (13, 0), (13, 29), (0, 3)):
+        labels, ref = (known[torch.randint(5, (count,), generator=generator)] for count in (n, m))
         ids, ref_ids = compact_ids(labels, ref if m else None)
         both = torch.cat([labels, ref])
         found = ids if ref_ids is None else torch.cat([ids, ref_ids])

@@ -1,4 +1,4 @@
-// Memory of one call.
+// Memory of one call, and what is kept of it for the next.
 #pragma once
 
 #include <algorithm>
@@ -6,11 +6,63 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "../../common/out_of_memory.h"
 
 namespace cacr {
+
+// Chunks of finished calls, kept for the next ones of the same thread: memory fresh from the system costs a page fault
+// for each 4 KiB, which on two threads is a tenth to a third of a call with 256 to 2048 rows (benchmarks/NOTES.md).
+// Under ASan nothing is kept, so that it sees what is read too late.
+class KeptChunks {
+ public:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t kMost = 0;
+#else
+  static constexpr size_t kMost = size_t(32) << 20;
+#endif
+
+  static KeptChunks& of_this_thread() {
+    thread_local KeptChunks kept;
+    return kept;
+  }
+
+  // At least so many bytes, aligned to a line of the cache; `bytes` becomes how many there are.
+  void* take(size_t& bytes) {
+    auto best = free_.end();
+    for (auto it = free_.begin(); it != free_.end(); ++it)
+      if (it->bytes >= bytes && it->bytes / 2 <= bytes && (best == free_.end() || it->bytes < best->bytes)) best = it;
+    if (best == free_.end()) return std::aligned_alloc(64, bytes);
+    const Chunk found = *best;
+    free_.erase(best), kept_ -= found.bytes;
+    bytes = found.bytes;
+    return found.data;
+  }
+
+  // Forgets the oldest where it would be too much.
+  void give(void* data, size_t bytes) noexcept {
+    try {
+      free_.push_back({data, bytes}), kept_ += bytes;
+    } catch (const std::bad_alloc&) {
+      std::free(data);
+    }
+    while (kept_ > kMost) std::free(free_.front().data), kept_ -= free_.front().bytes, free_.erase(free_.begin());
+  }
+
+  ~KeptChunks() {
+    for (const Chunk& chunk : free_) std::free(chunk.data);
+  }
+
+ private:
+  struct Chunk {
+    void* data;
+    size_t bytes;
+  };
+  std::vector<Chunk> free_;
+  size_t kept_ = 0;
+};
 
 // Aligned memory that lives as long as one call, cut from chunks: a small problem allocates once.
 class Workspace {
@@ -35,16 +87,17 @@ class Workspace {
   static constexpr size_t kChunk = size_t(96) << 10;
 
   void* chunk(size_t bytes) {
-    void* p = std::aligned_alloc(64, bytes);
+    void* p = KeptChunks::of_this_thread().take(bytes);
     if (!p) throw OutOfMemory(bytes);
-    chunks_.emplace_back(p);
+    chunks_.emplace_back(p, GiveBack{bytes});
     return p;
   }
 
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
+  struct GiveBack {
+    size_t bytes;
+    void operator()(void* p) const { KeptChunks::of_this_thread().give(p, bytes); }
   };
-  std::vector<std::unique_ptr<void, Free>> chunks_;
+  std::vector<std::unique_ptr<void, GiveBack>> chunks_;
   char* at_ = nullptr;
   size_t left_ = 0;
 };

@@ -314,6 +314,22 @@ FAULTS = (
         tests=(ALIGNED, CACR),
     ),
     Fault(
+        "cpu-memory-is-not-kept",
+        PLANNER + "memory.h",
+        text="static constexpr size_t kMost = size_t(32) << 20;",
+        replacement="static constexpr size_t kMost = 0;",
+        why="work memory comes from the system in each call, a page fault for each 4 KiB",
+        tests="tests/cpu/test_cpu_kernels.py -k memory_is_kept",
+    ),
+    Fault(
+        "cpu-kept-memory-that-is-too-small",
+        PLANNER + "memory.h",
+        text="if (it->bytes >= bytes && ",
+        replacement="if (it->bytes >= bytes / 2 && ",
+        why="work memory of another call is taken that is too small",
+        tests="tests/cpu/test_cpu_kernels.py -k kept",
+    ),
+    Fault(
         "cpu-detached-backward-empty-rows",
         PLANNER + "detached_keys.cpp",
         text="g_value = has_keys(at) ? rows.grad_value[at] : 0,",

@@ -121,6 +121,14 @@ FAULTS = (
         tests=(LOSSES, INPUTS),
     ),
     Fault(
+        "losses-labels-that-wrap",
+        PACKAGE + "losses.py",
+        text="low.item() >= 0 and high.item() < 2**16",
+        replacement="low.item() >= 0",
+        why="labels that are equal modulo 2^32 are one class",
+        tests="tests/operators/test_contexts.py",
+    ),
+    Fault(
         "losses-neighbouring-labels",
         PACKAGE + "losses.py",
         text="rank = (ordered != ordered.roll(1)).cumsum(",
