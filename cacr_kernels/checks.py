@@ -158,6 +158,17 @@ def warn_once(message: str, kind: str | None = None) -> None:
     warnings.warn(f"cacr_kernels: {message}", UserWarning, stacklevel=line_of_user())
 
 
+def keys_without_gradient(loss: str, keys: object) -> None:
+    """Warns once of keys that require a gradient, which the loss gives to queries alone."""
+    rows = keys if isinstance(keys, Sequence) and not isinstance(keys, str) else (keys,)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in rows):
+        warn_once(
+            f"the keys of {loss} get no gradient, but these require one: pass keys.detach(), or take CACRLoss if their "
+            "encoder is to learn",
+            kind=f"keys of {loss}",
+        )
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The losses choose their own precision, also inside ``torch.autocast``."""
     if _autocast_available(device.type) and torch.is_autocast_enabled(device.type):

@@ -179,7 +179,7 @@ class CACRQueueLoss(_Loss[Result]):
     ``broadcast_buffers=False`` to ``DistributedDataParallel``, or the queue of rank 0 replaces the others at every
     forward. (Its successor ``forward_sync_buffers=False`` copies the buffers of
     rank 0 once, when wrapping: load a rank's checkpoint after that.) The replicas of ``nn.DataParallel`` cannot fill
-    the queue.
+    the queue. Keys get no gradient; those that require one are warned about once.
 
     The formula::
 
@@ -286,6 +286,7 @@ class CACRQueueLoss(_Loss[Result]):
         ``update_queue``: whether a queue that the module keeps takes these keys; by default in training mode with
         gradients enabled. Never inside a backward, where a checkpoint computes a forward again.
         """
+        checks.keys_without_gradient("CACRQueueLoss", keys)
         if update_queue is not None:
             checks.flag("update_queue", update_queue)
         if self.dim is None:
@@ -530,12 +531,7 @@ class CACRMomentumLoss(_Loss[Result]):
 
     def forward(self, queries: Tensor | Sequence[Tensor], keys: Tensor, *, key_offset: int = 0) -> Result:
         """The loss of queries [V, B, D] or [B, D] with the keys [M, D]: of all ranks, or to be gathered."""
-        if isinstance(keys, Tensor) and keys.requires_grad and torch.is_grad_enabled():
-            checks.warn_once(
-                "the keys of CACRMomentumLoss get no gradient, but these require one: pass keys.detach(), or take "
-                "CACRLoss if their encoder is to learn",
-                kind="keys",
-            )
+        checks.keys_without_gradient("CACRMomentumLoss", keys)
         loss: Result = functional.cacr_momentum_loss(queries, keys, key_offset=key_offset, **self.options())
         return loss
 

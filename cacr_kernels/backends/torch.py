@@ -7,7 +7,7 @@ temperatures: float64, or float32 on a device that has none (MPS).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,33 +26,67 @@ REFINE_BELOW = 0.5  # positives closer than this share of |q|^2 + |k|^2 are reco
 
 
 class Block(NamedTuple):
-    """Queries [rows] and keys [keys] of the pair of views ``pair``."""
+    """Queries [rows] and keys [keys] of some pairs of views."""
 
-    pair: int
+    pairs: slice
     rows: slice
     keys: slice
 
 
-def blocks(pairs: int, n: int, m: int) -> Iterator[Block]:
-    """All blocks, key blocks innermost."""
+def blocks(spec: ContrastSpec, q: Tensor, k: Tensor) -> Iterator[Block]:
+    """All blocks, key blocks innermost. Small pairs are taken together: of V views there are V^2 of them.
+
+    Not on a GPU, where views are to be chosen without waiting for it, and gradients added up in a fixed order.
+    """
+    pairs, n, m = len(spec.q_index), q.shape[1], k.shape[1]
     keys = max(1, min(m, BLOCK))
     rows = max(1, min(n, BLOCK // keys))
-    for pair in range(pairs):
+    largest = max(1, n * m, max(n, m) * q.shape[2])
+    together = max(1, BLOCK // largest) if q.device.type == "cpu" else 1
+    for p in range(0, pairs, together):
         for i in range(0, n, rows):
             for j in range(0, m, keys):
-                yield Block(pair, slice(i, min(n, i + rows)), slice(j, min(m, j + keys)))
+                some = slice(p, min(pairs, p + together))
+                yield Block(some, slice(i, min(n, i + rows)), slice(j, min(m, j + keys)))
+
+
+def rows_of(x: Tensor, views: Sequence[int], some: slice) -> Tensor:
+    """Rows of some views of ``x`` [V, N, D], as [len(views), rows, D]."""
+    if len(views) == 1:
+        return x[views[0], some][None]
+    return x.index_select(0, torch.tensor(views, dtype=torch.int64, device=x.device))[:, some]
+
+
+def add_rows(x: Tensor | None, views: Sequence[int], some: slice, rows: Tensor) -> None:
+    """Adds ``rows`` to what ``rows_of`` takes, if there is something; a view may be there several times."""
+    if x is None:
+        return
+    if len(views) == 1:
+        x[views[0], some] += rows[0]
+    else:
+        x[:, some].index_add_(0, torch.tensor(views, dtype=torch.int64, device=x.device), rows)
 
 
 def block_cost(q: Tensor, k: Tensor, inner_product: bool, positives: Tensor | None) -> Tensor:
-    """Costs [rows, keys]; those of close ``positives`` are taken from differences, which do not cancel."""
+    """Costs [.., rows, keys]; those of close ``positives`` are taken from differences, which do not cancel."""
     if inner_product:
-        return -2 * (q @ k.mT)
-    norms = q.square().sum(-1)[:, None] + k.square().sum(-1)
-    c = norms - 2 * (q @ k.mT)
+        return -2 * times(q, k.mT)
+    norms = sums_of_squares(q, k)
+    c = norms - 2 * times(q, k.mT)
     if positives is None:
         return c
     close = positives & ~(c > REFINE_BELOW * norms)
     return (close_by_index if q.device.type == "cpu" else close_by_mask)(c, q, k, close)
+
+
+def sums_of_squares(q: Tensor, k: Tensor) -> Tensor:
+    """|q|^2 + |k|^2, [.., rows, keys]."""
+    return q.square().sum(-1)[..., :, None] + k.square().sum(-1)[..., None, :]
+
+
+def times(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``; of one pair of views by the product of matrices, which is that of many libraries."""
+    return (a[0] @ b[0])[None] if a.dim() == 3 and a.shape[0] == 1 else a @ b
 
 
 def close_by_mask(c: Tensor, q: Tensor, k: Tensor, close: Tensor) -> Tensor:
@@ -62,19 +96,25 @@ def close_by_mask(c: Tensor, q: Tensor, k: Tensor, close: Tensor) -> Tensor:
 
 def close_by_index(c: Tensor, q: Tensor, k: Tensor, close: Tensor) -> Tensor:
     """The same, of the ``close`` alone and in place."""
-    i, j = close.nonzero(as_tuple=True)
-    step = max(1, BLOCK // q.shape[1])
-    for s in range(0, i.numel(), step):
-        ii, jj = i[s : s + step], j[s : s + step]
-        c[ii, jj] = (q[ii] - k[jj]).square().sum(-1)
+    for *p, i, j in _in_steps(close, q.shape[-1]):
+        at, at_q, at_k = (*p, i, j), (*p, i), (*p, j)
+        c[at] = (q[at_q] - k[at_k]).square().sum(-1)
     return c
+
+
+def _in_steps(mask: Tensor, features: int) -> Iterator[tuple[Tensor, ...]]:
+    """Where the mask is set, a bounded number of places at a time."""
+    where = mask.nonzero(as_tuple=True)
+    step = max(1, BLOCK // features)
+    for s in range(0, where[0].numel(), step):
+        yield tuple(x[s : s + step] for x in where)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` with the sum in pieces: a BLAS may make it one running sum, which loses digits as it grows."""
-    total = a[:, :PIECE] @ b[:PIECE]
-    for i in range(PIECE, b.shape[0], PIECE):
-        total += a[:, i : i + PIECE] @ b[i : i + PIECE]
+    total = times(a[..., :PIECE], b[..., :PIECE, :])
+    for i in range(PIECE, b.shape[-2], PIECE):
+        total += times(a[..., i : i + PIECE], b[..., i : i + PIECE, :])
     return total
 
 
@@ -94,18 +134,29 @@ def separate_softmax(spec: ContrastSpec, grad_value: Tensor, grad_lse: Tensor, t
     return s if len(most) == 1 or bool(most[1 - s] < 0.5 * most[s]) else None
 
 
-def add_differences(
-    grad_c: Tensor, close: Tensor, q: Tensor, k: Tensor, to: tuple[Tensor | None, Tensor | None]
-) -> None:
-    """Adds ``2 g_ij (q_i - k_j)`` of the ``close`` pairs to the gradients of q and, with the other sign, of k."""
-    i, j = close.nonzero(as_tuple=True)
-    step = max(1, BLOCK // q.shape[1])
-    for s in range(0, i.numel(), step):
-        ii, jj = i[s : s + step], j[s : s + step]
-        rows = (q[ii] - k[jj]).mul_(2 * grad_c[ii, jj][:, None])
-        for grad, index, sign in zip(to, (ii, jj), (1, -1), strict=True):
-            if grad is not None:
-                grad.index_add_(0, index, rows, alpha=sign)
+def of_differences(grad_c: Tensor, close: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``2 g_ij (q_i - k_j)`` of the ``close`` pairs gives to q [pairs, rows, D] and, negative, to k."""
+    to = torch.zeros_like(q), torch.zeros_like(k)
+    for p, i, j in _in_steps(close, q.shape[-1]):
+        rows = (q[p, i] - k[p, j]).mul_(2 * grad_c[p, i, j][:, None])
+        for grad, index, sign in zip(to, (i, j), (1, -1), strict=True):
+            grad.flatten(0, 1).index_add_(0, p * grad.shape[1] + index, rows, alpha=sign)
+    return to
+
+
+def weights_of(logit: Tensor, mask: Tensor | None, top: Tensor, total: Tensor) -> Tensor:
+    """The weights that the forward gave: exp(logit - top) / total, 0 outside of a set and where it is empty."""
+    top, total = top[..., None], total[..., None]
+    empty = total == 0
+    shift = torch.where(empty, 0.0, top).to(logit.dtype)
+    w = (logit - shift).exp_() * torch.where(empty, 0.0, 1 / total).to(logit.dtype)
+    return w if mask is None else w.masked_fill_(~mask, 0.0)
+
+
+def of_products(grad_c: Tensor, x: Tensor, y: Tensor, inner_product: bool) -> Tensor:
+    """2 (x_i sum_j g_ij - sum_j g_ij y_j), without the first for inner products."""
+    of_row = 0.0 if inner_product else grad_c.sum(-1)[..., None] * x
+    return 2 * (of_row - product(grad_c, y))
 
 
 def _costs(q: Tensor, k: Tensor, spec: ContrastSpec, masks: list[Tensor | None]) -> Tensor:
@@ -128,18 +179,18 @@ def contrast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     top = q.new_full(shape, -torch.inf)
     total, total_cost = tau.new_zeros(shape), tau.new_zeros(shape)
     taus = tau.to(q.dtype)
-    for pair, rows, keys in blocks(len(spec.q_index), q.shape[1], k.shape[1]):
+    for pairs, rows, keys in blocks(spec, q, k):
         masks = [members(kind, spec, rows, keys) for kind in spec.kinds]
-        c = _costs(q[spec.q_index[pair], rows], k[spec.k_index[pair], keys], spec, masks)
+        c = _costs(rows_of(q, spec.q_index[pairs], rows), rows_of(k, spec.k_index[pairs], keys), spec, masks)
         for s, mask in enumerate(masks):
-            at = (s, pair, rows)
+            at = (s, pairs, rows)
             cost = c if mask is None else c.masked_fill(~mask, 0.0)
             logit = taus[s] * cost
             if mask is not None:
                 logit = logit.masked_fill_(~mask, -torch.inf)
             new_top = torch.maximum(top[at], logit.amax(-1))
             base = torch.where(new_top == -torch.inf, 0.0, new_top)
-            e = logit.sub_(base[:, None]).exp_()
+            e = logit.sub_(base[..., None]).exp_()
             shrink = (top[at] - base).to(tau.dtype).exp()
             total[at] = total[at] * shrink + e.sum(-1)
             total_cost[at] = total_cost[at] * shrink + (e * cost).sum(-1)
@@ -190,42 +241,36 @@ def gradients_of_rows(
     if cancelling:
         constants = torch.stack([constants.sum(0), constants[1]])
     separate = separate_softmax(spec, grad_value, grad_lse, tau)
-    for pair, rows, keys in blocks(len(spec.q_index), q.shape[1], k.shape[1]):
-        x, y = spec.q_index[pair], spec.k_index[pair]
+    for pairs, rows, keys in blocks(spec, q, k):
+        of_q, of_k = (spec.q_index[pairs], rows), (spec.k_index[pairs], keys)
+        x, y = rows_of(q, *of_q), rows_of(k, *of_k)  # [pairs, rows, D], [pairs, keys, D]
+        sides = (grad_q if want_q else None, *of_q), (grad_k if want_k else None, *of_k)
         masks = [members(kind, spec, rows, keys) for kind in spec.kinds]
-        c = _costs(q[x, rows], k[y, keys], spec, masks)
+        c = _costs(x, y, spec, masks)
         grad_c = first = torch.zeros_like(c)
         for s, mask in enumerate(masks):
-            at = (s, pair, rows)
+            at = (s, pairs, rows)
             cost = c if mask is None else c.masked_fill(~mask, 0.0)
-            total = row_state[1][at][:, None]
-            empty = total == 0
-            shift = torch.where(empty, 0.0, row_state[0][at][:, None]).to(q.dtype)
-            w = (tau[s].to(q.dtype) * cost - shift).exp_() * torch.where(empty, 0.0, 1 / total).to(q.dtype)
-            if mask is not None:
-                w = w.masked_fill_(~mask, 0.0)
-            centred = cost - value[at][:, None].to(q.dtype)
-            g_value = grad_value[at][:, None].to(q.dtype)
+            w = weights_of(tau[s].to(q.dtype) * cost, mask, row_state[0][at], row_state[1][at])
+            centred = cost - value[at][..., None].to(q.dtype)
+            g_value = grad_value[at][..., None].to(q.dtype)
             share = w - first if cancelling and s else w
-            part = share * constants[at][:, None].to(q.dtype) + w * (g_value * taus[s] * centred)
+            part = share * constants[at][..., None].to(q.dtype) + w * (g_value * taus[s] * centred)
             if s == separate and mask is not None:
-                norms = q[x, rows].square().sum(-1)[:, None] + k[y, keys].square().sum(-1)
-                close = mask & ~(c > REFINE_BELOW * norms)
-                to = grad_q[x, rows] if want_q else None, grad_k[y, keys] if want_k else None
-                add_differences(part, close, q[x, rows], k[y, keys], to)
+                close = mask & ~(c > REFINE_BELOW * sums_of_squares(x, y))
+                for to, found in zip(sides, of_differences(part, close, x, y), strict=True):
+                    add_rows(*to, found)
                 part = part.masked_fill_(close, 0.0)
             grad_c = grad_c + part
             first = w
             if want_tau and not detach_weights:
-                g_lse = grad_lse[at][:, None].to(q.dtype)
+                g_lse = grad_lse[at][..., None].to(q.dtype)
                 moment = w * (g_value * centred.square() + g_lse * cost)
                 grad_tau[s] += moment.sum(dtype=grad_tau.dtype)
         if want_q:
-            of_row = 0.0 if inner_product else grad_c.sum(1)[:, None] * q[x, rows]
-            grad_q[x, rows] += 2 * (of_row - product(grad_c, k[y, keys]))
+            add_rows(*sides[0], of_products(grad_c, x, y, inner_product))
         if want_k:
-            of_row = 0.0 if inner_product else grad_c.sum(0)[:, None] * k[y, keys]
-            grad_k[y, keys] += 2 * (of_row - product(grad_c.mT, q[x, rows]))
+            add_rows(*sides[1], of_products(grad_c.mT, y, x, inner_product))
     return grad_q, q.new_empty(0) if grad_k is grad_q else grad_k, grad_tau
 
 

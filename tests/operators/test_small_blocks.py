@@ -9,12 +9,13 @@ import torch
 
 from cacr_kernels import supervised_cacr_loss
 from cacr_kernels.backends import torch as blocks
+from cacr_kernels.types import OTHER, ContrastSpec
 from tests.agreement import assert_agree, each_loss, run, small_inputs
 
 
-@pytest.fixture(params=[1, 7, 30])
+@pytest.fixture(params=[1, 7, 30, 90])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The costs of a block: parts of the keys of one query, and a few queries with all of their keys."""
+    """The costs of a block: parts of the keys of one query, a few queries with all keys, some pairs of views."""
     monkeypatch.setattr(blocks, "BLOCK", request.param)
 
 
@@ -30,6 +31,17 @@ def test_losses(loss: str, reduction: str, block: None) -> None:
 def test_options_of_views(options: dict[str, Any], block: None) -> None:
     tensors = small_inputs("cacr")
     assert_agree(run("cacr", tensors, "torch", **options), run("cacr", tensors, "reference", **options), 1e-10)
+
+
+def test_small_pairs_of_views_are_taken_together() -> None:
+    """Of V views there are V^2 pairs: of these 2,016, each of 16 x 16 costs, as many as have gradients in a block."""
+    index = [x for x in range(64) for _ in range(x)], [y for x in range(64) for y in range(x)]
+    spec = ContrastSpec(None, None, [OTHER], *index)
+    z = torch.empty(64, 16, 128)
+    found = list(blocks.blocks(spec, z, z))
+    assert len(found) == 2
+    assert [i for part in found for i in range(2016)[part.pairs]] == list(range(2016))
+    assert len(list(blocks.blocks(spec, z.to("meta"), z.to("meta")))) == 2016  # a device must not be waited for
 
 
 def test_an_embedding_is_not_its_own_positive(block: None) -> None:
