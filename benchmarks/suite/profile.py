@@ -1,5 +1,7 @@
 """Where the time of our CPU kernels goes: ``python -m benchmarks --profile``, by samples of ``perf record``.
 
+``python -m benchmarks.suite.profile RESULTS/profile.json`` prints a table of the cases that have a goal, as Markdown.
+
 A process of ``worker.py`` repeats a call; perf looks at where its threads are, 500 times a second. The thread that
 calls is always somewhere, so the number of its samples stands for the time, and what the others lack of it they waited.
 Nothing here needs rights to count events: samples are those of the clock.
@@ -7,9 +9,11 @@ Nothing here needs rights to count events: samples are those of the clock.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from collections import Counter
@@ -76,7 +80,8 @@ class Profile(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """What a file keeps of it."""
-        found = {"case": self.case.key, "reason": self.reason, "goal": goal_of(self.case)}
+        named = {"case": self.case.key, "name": name_of(self.case)}
+        found = named | {"reason": self.reason, "goal": goal_of(self.case)}
         if self.reason:
             return found
         speeds = {"ms": 1e3 * self.seconds, "of_peak": self.of_peak, "of_peak_in_products": self.of_peak_in_products}
@@ -160,7 +165,8 @@ def name_of(case: BenchmarkCase) -> str:
     """The case for people, in one line of a narrow table."""
     options = " ".join(f"{k}={v}" for k, v in case.problem.options.items() if k != "normalize")
     fields = dict.fromkeys("VBDKMC") | case.problem.shape | {"loss": case.problem.loss, "options": options}
-    more = [case.dtype] * (case.dtype != "float32") + ["loss only"] * (case.mode == LOSS)
+    more = ["raw rows"] * bool(case.problem.options.get("normalize")) + [case.dtype] * (case.dtype != "float32")
+    more += ["loss only"] * (case.mode == LOSS)
     return ", ".join([problem_label(fields), *more])
 
 
@@ -189,3 +195,39 @@ def show(console: Console, found: Sequence[Profile]) -> None:
         "core.[/dim]",
         soft_wrap=True,
     )
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """What a file holds of the cases whose goal is a share of the peak, in percent; small parts are one column."""
+    headings = (
+        "case",
+        "goal",
+        "reached",
+        "in products",
+        "products",
+        "softmax",
+        "rows and the rest",
+        "waiting",
+        FRAMEWORK,
+    )
+    lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
+    for row in rows:
+        if row["goal"] is None or row["reason"]:
+            continue
+        shares = row["shares"]
+        rest = sum(shares[part] for part in (ROWS, POSITIVES, OURS))
+        figures = row["of_peak"], row["of_peak_in_products"], shares[PRODUCTS], shares[SOFTMAX], rest
+        figures += shares[WAITING], shares[FRAMEWORK]
+        cells = [row["name"], f"{row['goal']:.0f}", *(f"{100 * x:.0f}" for x in figures)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the table of a file."""
+    (file,) = sys.argv[1:] if arguments is None else arguments
+    print(markdown(json.loads(Path(file).read_text(encoding="utf-8"))["rows"]))
+
+
+if __name__ == "__main__":
+    main()

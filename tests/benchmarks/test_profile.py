@@ -127,3 +127,22 @@ def test_a_call_that_fails_is_a_row_with_its_reason(capsys: pytest.CaptureFixtur
     profile.show(Console(width=200), [found])
     assert "TypeError" in capsys.readouterr().out
     assert found.to_json()["reason"] == found.reason
+
+
+def test_the_table_of_the_notes_is_that_of_the_committed_file() -> None:
+    """benchmarks/NOTES.md shows what the module prints of it."""
+    results = Path(profile.__file__).parents[1] / "results" / "xeon-avx512" / "profile.json"
+    rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
+    table = profile.markdown(rows)
+    assert table in Path(profile.__file__).parents[1].joinpath("NOTES.md").read_text(encoding="utf-8")
+    assert len(table.splitlines()) == 2 + sum(row["goal"] is not None for row in rows)
+    assert profile.markdown([{"goal": 80, "reason": "failed"}]).count("\n") == 1
+
+
+def test_the_module_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "profile.json"
+    shares = dict.fromkeys(profile.PARTS, 0.0) | {PRODUCTS: 0.75, ROWS: 0.05, WAITING: 0.2}
+    row = {"name": "a loss", "goal": 80.0, "reason": "", "of_peak": 0.6, "of_peak_in_products": 0.8, "shares": shares}
+    file.write_text(json.dumps({"rows": [row]}), encoding="utf-8")
+    profile.main([str(file)])
+    assert "| a loss | 80 | 60 | 80 | 75 | 0 | 5 | 20 | 0 |" in capsys.readouterr().out
