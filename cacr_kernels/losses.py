@@ -114,16 +114,16 @@ def cacr(
         zero = views.new_zeros(())
         return Terms(pulled, zero if cost == "rbf" else no_term(views), entropy_pulled, zero)
     taus = [-tau_neg, -(tau_neg + rbf_scale)] if cost == "rbf" else [-tau_neg]
+    kinds = [OTHER] * len(taus)
     if keys is not None:
-        q, keys, spec = as_contrast(views, keys, pairing, on.normalize)
+        q, keys, spec = as_contrast(views, keys, pairing, on.normalize, kinds)
     elif pairing == "pooled":
         q, q_id = views.reshape(1, num_views * batch, dim), instance_ids(batch, views.device).repeat(num_views)
-        spec = ContrastSpec(q_id, None, [OTHER], [0], [0], normalize=on.normalize)
+        spec = ContrastSpec(q_id, None, kinds, [0], [0], normalize=on.normalize)
     else:
         pairs = view_pairs(num_views, pairing)
         index = [x for x, _ in pairs], [y for _, y in pairs]
-        q, spec = views, ContrastSpec(instance_ids(batch, views.device), None, [OTHER], *index, normalize=on.normalize)
-    spec = spec._replace(kinds=[OTHER] * len(taus))
+        q, spec = views, ContrastSpec(instance_ids(batch, views.device), None, kinds, *index, normalize=on.normalize)
     value, lse = contrast(on, q, keys, vector(taus, views.device), spec)
     if pairing == "pooled":  # all queries are of one mean
         value, lse = value.flatten(1)[:, None], lse.flatten(1)[:, None]

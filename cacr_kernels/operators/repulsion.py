@@ -63,8 +63,10 @@ class Call(NamedTuple):
 
 
 # ---- by the definition -----------------------------------------------------------------------------------------------
-def as_contrast(views: Tensor, keys: Tensor, pairing: Pairing, normalize: bool) -> tuple[Tensor, Tensor, ContrastSpec]:
-    """Queries, keys and sets of the operator ``contrast``, whose values [1, P, B] are those of the queries.
+def as_contrast(
+    views: Tensor, keys: Tensor, pairing: Pairing, normalize: bool, kinds: Sequence[int] = (OTHER,)
+) -> tuple[Tensor, Tensor, ContrastSpec]:
+    """Queries, keys and sets of the operator ``contrast``, whose values [S, P, B] are those of the queries.
 
     Pooled: every view of the queries meets the rows of all views of the keys, as if they were one.
     """
@@ -77,7 +79,7 @@ def as_contrast(views: Tensor, keys: Tensor, pairing: Pairing, normalize: bool) 
         pairs = view_pairs(num_views, pairing)
         index = [x for x, _ in pairs], [y for _, y in pairs]
         q_id, k_id = ids[:batch], ids
-    return views, keys, ContrastSpec(q_id, k_id, [OTHER], *index, normalize=normalize)
+    return views, keys, ContrastSpec(q_id, k_id, list(kinds), *index, normalize=normalize)
 
 
 def with_views(grads: tuple[Tensor, ...], keys: Tensor) -> tuple[Tensor, ...]:
