@@ -194,10 +194,13 @@ def test_tiles_of_blocks_fill_them() -> None:
     for family, two, D in itertools.product(
         ("sm_80", "sm_90", "sm_100", "sm_120", "cdna3"), (False, True), (129, 1031)
     ):
-        fill, product = (table.tile_of(family, kernel, "half", D, two) for kernel in ("blocks", "products"))
-        sizes = fill.block_m, fill.block_n, product.block_m, product.block_n
-        assert all(blocks.SIDE % size == 0 and max(sizes) % size == 0 for size in sizes)
-        assert blocks.SPAN % fill.block_n == 0
+        *fills, product = (
+            table.tile_of(family, kernel, "half", D, two) for kernel in ("blocks", "triangles", "products")
+        )
+        for fill in fills:
+            sizes = fill.block_m, fill.block_n, product.block_m, product.block_n
+            assert all(blocks.SIDE % size == 0 and max(sizes) % size == 0 for size in sizes)
+            assert blocks.SPAN % fill.block_n == 0
 
 
 @pytest.mark.exhaustive

@@ -132,6 +132,27 @@ def test_several_blocks(precision: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert [launch.name for launch in launches].count("block_kernel") == 4
 
 
+@pytest.mark.parametrize(("precision", "normalize"), [("bf16", True), ("fp16", False)])
+def test_triangles_of_blocks(precision: str, normalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pooled views: the block below the diagonal is not filled, and those on it are multiplied once."""
+    monkeypatch.setattr(importlib.import_module("cacr_kernels.backends.triton.blocks"), "SIDE", 128)
+    options = TAUS | {"normalize": normalize, "pairing": "pooled"}
+    case = Case("cacr_loss", {"V": 2, "B": 70, "D": 131}, options, learnable=False)
+    with triton_ptx.running() as launches:
+        assert not wrong(compared(case, precision))
+    names = [launch.name for launch in launches]
+    assert (names.count("block_kernel"), names.count("product_kernel")) == (3, 4)
+
+
+def test_triangles_of_two_softmaxes() -> None:
+    """One block of labelled rows, some of them near."""
+    case = Case("supervised_cacr_loss", {"B": 131, "D": 67, "C": 5}, TAUS, data="near-equal", learnable=False)
+    with triton_ptx.running() as launches:
+        assert not wrong(compared(case, "bf16"))
+    names = [launch.name for launch in launches]
+    assert (names.count("block_kernel"), names.count("product_kernel")) == (1, 1)
+
+
 @pytest.mark.parametrize("D", [64, 70])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_near_rows_far_from_the_origin(precision: str, D: int) -> None:

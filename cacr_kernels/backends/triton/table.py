@@ -5,7 +5,7 @@ compiles for sm_80, sm_90, sm_100, sm_120 and gfx942 without spilling registers,
 smallest member of its family, and among those the larger tile was taken, as it reads less from memory per similarity.
 The NVIDIA families share the entries where tiles that fit their registers are the same (each has some of its own, most
 of them sm_100, whose products leave their sums in a memory of their own), and what the smallest sm_80 has in shared
-memory is enough. AMD's differ in the number of warps.
+memory is enough. AMD's differ in the number of warps, and in a tile.
 """
 
 from __future__ import annotations
@@ -145,10 +145,13 @@ TWO_SOFTMAXES: dict[str, dict[Precision, tuple[Tile, ...]]] = {
     },
 }
 
-# Gradients by blocks (blocks.py): coefficients, without and with a second softmax or moments, and products with them.
+# Gradients by blocks (blocks.py): coefficients, without and with a second softmax or moments, those of both roles, and
+# products with them.
 BY_BLOCKS: dict[tuple[bool, str], dict[Precision, tuple[Tile, ...]]] = {
     (False, "blocks"): {"half": _row(*[(128, 64, 64, 8, 2, 0)] * 4)},
     (True, "blocks"): {"half": _row(*[(128, 32, 64, 8, 2, 0)] * 4)},
+    (False, "triangles"): {"half": _row(*[(128, 64, 64, 8, 2, 0)] * 4)},
+    (True, "triangles"): {"half": _row(*[(128, 32, 64, 8, 2, 0)] * 4)},
     (False, "products"): {"half": _row(*[(128, 64, 128, 8, 3, 128)] * 4)},
     (True, "products"): {"half": _row(*[(128, 64, 128, 8, 3, 128)] * 4)},
 }
@@ -170,6 +173,8 @@ SM_90: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (False, "statistics", "fp64"): _row(*[(64, 64, 32, 8, 2, 0)] * 4),
     (False, "gradient", "half"): _row((64, 32, 64, 4, 2, 64), *[(128, 64, 128, 8, 2, 128)] * 3),
     (False, "blocks", "half"): _row(*[(128, 128, 64, 8, 2, 0)] * 4),
+    (False, "triangles", "half"): _row(*[(128, 64, 128, 8, 2, 0)] * 4),
+    (True, "triangles", "half"): _row(*[(64, 64, 64, 8, 2, 0)] * 4),
     (False, "gradient", "ieee"): _row(*[(32, 16, 32, 8, 3, 64)] * 4),
     (False, "detached_keys", "fp64"): _row(*[(64, 16, 32, 4, 2, 32)] * 4),
     (True, "detached_keys", "ieee"): _row((32, 32, 64, 8, 1, 64), *[(32, 32, 32, 8, 1, 64)] * 3),
@@ -177,6 +182,8 @@ SM_90: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
 }
 SM_100: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (True, "blocks", "half"): _row(*[(128, 32, 64, 8, 1, 0)] * 4),
+    (False, "triangles", "half"): _row(*[(64, 64, 64, 8, 2, 0)] * 4),
+    (True, "triangles", "half"): _row(*[(64, 32, 64, 8, 2, 0)] * 4),
     (False, "gradient", "half"): _row(
         (128, 32, 64, 8, 2, 64), (64, 16, 128, 4, 2, 128), (64, 32, 64, 4, 2, 128), (64, 32, 64, 4, 2, 128)
     ),
@@ -201,7 +208,10 @@ SM_120: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
     (True, "detached_keys", "half"): _row(*[(64, 32, 32, 4, 2, 64)] * 4),
     (True, "detached_keys", "fp64"): _row(*[(32, 16, 32, 4, 2, 32)] * 4),
 }
-BY_FAMILY = {"sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_100, "sm_120": SM_120}
+CDNA: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
+    (False, "triangles", "half"): _row(*[(128, 64, 32, 8, 2, 0)] * 4),
+}
+BY_FAMILY = {"sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_100, "sm_120": SM_120, "cdna3": CDNA, "cdna": CDNA}
 
 
 def has_blocks(precision: Precision) -> bool:
@@ -225,13 +235,13 @@ def tile_of(family: str, kernel: str, precision: Precision, D: int, two: bool) -
     if family == "interpreter":
         entry = Tile(32, 32, 64, 4, 2, 64)
     else:
-        rows = BY_BLOCKS[two, kernel][precision] if kernel in ("blocks", "products") else ONE_SOFTMAX[kernel][precision]
+        rows = BY_BLOCKS[two, kernel][precision] if (two, kernel) in BY_BLOCKS else ONE_SOFTMAX[kernel][precision]
         if two:
             rows = TWO_SOFTMAXES.get(kernel, {}).get(precision, rows)
         rows = BY_FAMILY.get(family, {}).get((two, kernel, precision), rows)
         entry = rows[CLASSES.index(class_of(D))]
         if family in ("cdna3", "cdna"):  # its waves take 32 rows each, and without a second product 32 columns of them
-            columns = entry.block_n // 32 if kernel in ("statistics", "blocks", "products") else 1
+            columns = entry.block_n // 32 if kernel in ("statistics", "blocks", "triangles", "products") else 1
             entry = entry._replace(num_warps=max(1, min(8, entry.block_m // 32 * columns)))
     features = max(LEAST_FEATURES, power_of_two(D))
     return entry._replace(block_d=min(entry.block_d, features), block_out=min(entry.block_out, features))

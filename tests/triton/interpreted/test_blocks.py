@@ -15,13 +15,13 @@ import torch
 from cacr_kernels.backends.triton import blocks, pairs, table
 from cacr_kernels.cases import Case
 from cacr_kernels.operators.registry import operator
-from cacr_kernels.types import ALL, OTHER, SAME, SAME_NOT_SELF
+from cacr_kernels.types import ALL, OTHER, OTHER_NOT_SELF, SAME, SAME_NOT_SELF
 from tests.agreement import assert_within_budget
-from tests.operators.test_ops import Problem, cyclic, randn
+from tests.operators.test_ops import Problem, cyclic, gradients, plain, randn
 
+from .test_normalize import arithmetic, assert_gradient, contrast_of_unit_rows, raw
 from .test_normalize import check as check_of_raw_rows
-from .test_normalize import raw
-from .test_operators import check
+from .test_operators import assert_gradients, check
 
 FORWARD, BACKWARD = operator("contrast_triton"), operator("contrast_backward_triton")
 D = 70  # more than a program of gradient_kernel writes there, which is 64
@@ -148,6 +148,130 @@ def test_lengths_of_float16_that_are_far_apart(lengths: tuple[float, float]) -> 
         assert (found - true).abs().max() <= 2 * torch.finfo(torch.float16).eps * true.abs().max()
 
 
+# ---- one set, whose rows are queries and keys ------------------------------------------------------------------------
+ONE_SET = {
+    "one softmax": Problem(((OTHER, -3.0),), (1, 1, 107, 107, D), q_id=cyclic(107, 5)),
+    "two softmaxes": Problem(((SAME_NOT_SELF, 1.0), (OTHER, -1.0)), (1, 1, 107, 107, D), q_id=cyclic(107, 4)),
+    "one set twice": Problem(((OTHER, 2.0), (OTHER, 1.0)), (1, 1, 75, 75, D), q_id=cyclic(75, 6)),
+    "empty sets": Problem(((SAME_NOT_SELF, 1.0), (OTHER_NOT_SELF, -1.0)), (1, 1, 75, 75, D),
+                          q_id=(*cyclic(40, 3), *range(10, 33), *(-1,) * 12)),
+    "nothing but empty sets": Problem(((OTHER, -1.0),), (1, 1, 71, 71, D), q_id=(0,) * 71),
+    "inner product": Problem(((ALL, -2.0),), (1, 1, 75, 75, D), inner=True),
+    "weights that are constants": Problem(((ALL, -2.0),), (1, 1, 75, 75, D), detach=True),
+    "features of two chunks": Problem(((OTHER, -2.0),), (1, 1, 71, 71, 131), q_id=cyclic(71, 3)),
+}  # fmt: skip
+CONSTANT = (
+    Case("cacr_loss", {"V": 2, "B": 53, "D": D}, UNIT | {"pairing": "pooled"}, learnable=False),
+    Case("cacr_loss", {"V": 3, "B": 33, "D": D}, TAUS | {"pairing": "pooled"}, learnable=False),
+    Case("cacr_loss", {"V": 2, "B": 35, "D": D}, UNIT | {"pairing": "pooled", "cost": "rbf"}),
+    Case("supervised_cacr_loss", {"B": 97, "D": D, "C": 5}, TAUS, data="near-equal", learnable=False),
+    Case("supervised_cacr_loss", {"B": 75, "D": D, "C": 41}, UNIT, learnable=False),
+)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that blocks are filled and multiplied with. A block has four tiles."""
+    found: list[str] = []
+    start = blocks.start
+
+    def record(kernel: Any, *rest: Any, **constants: Any) -> None:
+        found.append(kernel.fn.__name__)
+        start(kernel, *rest, **constants)
+
+    monkeypatch.setattr(blocks, "SIDE", 64)
+    monkeypatch.setattr(blocks, "start", record)
+    return found
+
+
+def of_one_set(problem: Problem, dtype: torch.dtype, normalize: bool = False, want_tau: bool = False) -> Any:
+    """The arguments, what flows in, and the gradients of rows in both roles and, if wanted, of the temperatures."""
+    q, _, ids, _, tau, *rest = problem.arguments(dtype)
+    q = raw(*q.shape, dtype, 0) if normalize else q
+    given = q, None, ids, None, tau, *rest[:-1], normalize
+    value, lse, row_state = FORWARD(*given)
+    incoming = randn(*value.shape, seed=5), randn(*lse.shape, seed=6)
+    return given, incoming, BACKWARD(*given, value, row_state, *incoming, True, False, want_tau)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["float64", "float16"])
+@pytest.mark.parametrize("name", ONE_SET)
+def test_rows_in_both_roles(name: str, dtype: torch.dtype, filled: list[blocks.Block], launched: list[str]) -> None:
+    """Of four blocks the one below the diagonal is not filled, and those on it are multiplied once."""
+    (q, _, ids, _, tau, *rest), _, (found, _, _) = of_one_set(ONE_SET[name], dtype)
+    z = q.double().requires_grad_()
+    (true,) = gradients(plain((z, z, ids, ids, tau, *rest)), (z,))
+    nothing = torch.zeros(0, dtype=torch.float64)  # in the place of the temperatures
+    assert_gradients([found, nothing], [true, nothing], dtype, max(1.0, *(t**2 for _, t in ONE_SET[name].sets)) / 10)
+    assert [(block.i, block.j) for block in filled] == [(0, 0), (0, 64), (64, 64)]
+    products = [1, 2, 1]
+    expected = [kernel for count in products for kernel in ("block_kernel", *["product_kernel"] * count)]
+    assert [kernel for kernel in launched if kernel != "scale_kernel"] == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=["float64", "float32", "float16"])
+@pytest.mark.parametrize("name", ["one softmax", "two softmaxes", "empty sets"])
+def test_raw_rows_in_both_roles(name: str, dtype: torch.dtype, filled: list[blocks.Block], launched: list[str]) -> None:
+    """Of lengths 0.1 to 10, and zeros."""
+    given, incoming, (found, _, _) = of_one_set(ONE_SET[name], dtype, normalize=True)
+    eager, true = (
+        contrast_of_unit_rows(ONE_SET[name], given, incoming, t)[2][0] for t in (arithmetic(dtype), torch.float64)
+    )
+    assert_gradient(found, eager, true, dtype)
+    assert len(filled) == 3
+
+
+@pytest.mark.parametrize("case", CONSTANT, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_both_roles_within_the_promise(
+    case: Case, dtype: torch.dtype, filled: list[blocks.Block], launched: list[str]
+) -> None:
+    assert_within_budget(case, "triton", dtype, draws=1)
+    assert filled
+    assert all(block.i <= block.j for block in filled)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("sizes", [(16, 64), (64, 16), (32, 32)])
+def test_tiles_of_both_roles(
+    sizes: tuple[int, int], normalize: bool, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one block, of tiles that are higher or wider; each is filled for itself or as a mirror image."""
+    monkeypatch.setattr(blocks, "SIDE", 128)
+    tile = pairs.SetPairs.tile
+    made = lambda *given: tile(*given)._replace(block_m=sizes[0], block_n=sizes[1])  # noqa: E731
+    monkeypatch.setattr(pairs.SetPairs, "tile", lambda self, name, two=False: (
+        made if name == "triangles" else tile)(self, name, two))  # fmt: skip
+    _, _, (found, _, _) = of_one_set(ONE_SET["one softmax"], torch.float64, normalize)
+    assert launched == ["block_kernel", "product_kernel"]
+    monkeypatch.setattr(blocks, "of_both_roles", lambda *_: False)
+    _, _, (true, _, _) = of_one_set(ONE_SET["one softmax"], torch.float64, normalize)
+    assert launched[2:] == ["block_kernel", "product_kernel", "product_kernel"]
+    assert (found - true).abs().max() <= 1e-14 * true.abs().max()
+
+
+def test_moments_belong_to_queries(filled: list[blocks.Block], launched: list[str]) -> None:
+    """With the gradient of a temperature all blocks are filled, for both roles apart; the result is the same."""
+    _, _, (alone, _, _) = of_one_set(ONE_SET["two softmaxes"], torch.float64)
+    assert len(filled) == 3
+    _, _, (found, _, of_tau) = of_one_set(ONE_SET["two softmaxes"], torch.float64, want_tau=True)
+    assert [(block.i, block.j) for block in filled[3:]] == [(0, 0), (0, 64), (64, 0), (64, 64)]
+    assert of_tau.ne(0).all()
+    assert (found - alone).abs().max() <= 1e-14 * alone.abs().max()
+
+
+def test_both_roles_of_one_set_alone() -> None:
+    """Not of keys that are other rows, of several pairs of sets, or of queries that are given as keys."""
+    sets = pairs_of(5, 5, 1, D)
+    assert not blocks.of_both_roles(sets, False)
+    one = dataclasses.replace(sets, keys_are_queries=True)
+    assert blocks.of_both_roles(one, False)
+    assert not blocks.of_both_roles(one, True)
+    assert not blocks.of_both_roles(dataclasses.replace(one, given_self=True), False)
+    assert not blocks.of_both_roles(dataclasses.replace(pairs_of(5, 5, 2, D), keys_are_queries=True), False)
+    assert not blocks.of_both_roles(dataclasses.replace(one, q=one.q.expand(2, 5, D)), False)
+
+
 # ---- which blocks ----------------------------------------------------------------------------------------------------
 def plan(N: int, M: int, P: int, D: int = D) -> list[blocks.Block]:
     """All blocks of P pairs of sets, for tiles of 128."""
@@ -188,6 +312,18 @@ def test_blocks_meet_every_pair_once_in_a_bounded_workspace(
         assert block.width - columns < 128
         seen += rows * columns * min(block.pairs, P - block.p)
     assert seen == N * M * P
+
+
+@pytest.mark.parametrize("N", [1, 300, 8193, 20000])
+def test_triangles_meet_every_pair_once(N: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are squares but for the last column of them, none is below the diagonal."""
+    monkeypatch.setattr(blocks, "SIDE", 8192)
+    sizes = {}
+    for block in blocks.blocks(pairs_of(N, N, 1, D), 128, True):
+        sizes[block.i, block.j] = min(block.height, N - block.i) * min(block.width, N - block.j)
+        assert block.i < block.j or block.height == block.width
+    assert all(i <= j for i, j in sizes)
+    assert sum(n if i == j else 2 * n for (i, j), n in sizes.items()) == N * N
 
 
 def test_blocks_are_long_where_one_side_is_short(monkeypatch: pytest.MonkeyPatch) -> None:

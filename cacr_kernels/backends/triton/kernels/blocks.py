@@ -10,6 +10,11 @@ With NORMALIZE the block holds g_ij r_i r_j, which serves both sides: sum_j g_ij
 of a row with k_j, and likewise for a column.
 
 A block is padded with zeros to whole tiles. So its loads need no masks, which would have to be known to be aligned.
+
+With BOTH_ROLES the queries are the keys, and a block holds g_ij + g_ji: what row i receives as a query and as a key.
+In a block on the diagonal no tile is formed below it. Those that lie right of it are written at their transposed place,
+too, and their column sums are parts of the sums of the rows there. Rows that do not exist are no keys there: the keys
+and queries that they meet in tiles right of the diagonal do not exist either, and they are written nowhere.
 """
 
 import triton
@@ -59,6 +64,13 @@ def scale_kernel(
         tl.store(scale + 1, of_queries * inverse_power(largest_unit(k_unit, 0, k_rows, k_rows, nothing)))
 
 
+@triton.jit
+def sums_of_tile(column_sums, tile_row, p, HEIGHT, WIDTH, BLOCK_M: tl.constexpr):
+    """Where the column sums of a tile of rows lie."""
+    pairs = tl.num_programs(0) // (HEIGHT // BLOCK_M)
+    return column_sums + (tl.cast(tile_row // BLOCK_M, tl.int64) * pairs + p) * WIDTH
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def block_kernel(
     # embeddings, and what is known of them
@@ -105,6 +117,7 @@ def block_kernel(
     BLOCK_D: tl.constexpr,
     NORMALIZE: tl.constexpr = False,  # rows are made unit rows
     GIVEN_SELF: tl.constexpr = False,  # q_id is [2, N]: ids, and which keys the queries are themselves
+    BOTH_ROLES: tl.constexpr = False,  # one pair of sets, whose queries are the keys
 ):
     """Grid: tiles of rows of every pair of sets, splits of the columns."""
     acc_type: tl.constexpr = q_norm.dtype.element_ty
@@ -129,7 +142,18 @@ def block_kernel(
     moment0, moment1 = row_sum, row_sum
     here = block + (tl.cast(p, tl.int64) * HEIGHT + tile_row) * WIDTH
     begin = tl.program_id(1) * split_size
-    for j0 in range(begin, min(begin + split_size, WIDTH), BLOCK_N):
+    end = min(begin + split_size, WIDTH)
+    right = WIDTH  # first column of the tiles that have a mirror image
+    if BOTH_ROLES and i_first == j_first:
+        right = tile_row + BLOCK_M
+        formed_from = min(tile_row // BLOCK_N * BLOCK_N, end)
+        if SUMS:
+            nothing = tl.zeros((BLOCK_N,), dtype=acc_type)
+            for j0 in range(begin, formed_from, BLOCK_N):
+                of_tile = sums_of_tile(column_sums, tile_row, p, HEIGHT, WIDTH, BLOCK_M)
+                tl.store(of_tile + j0 + tl.arange(0, BLOCK_N), nothing)
+        begin = max(begin, formed_from)
+    for j0 in range(begin, end, BLOCK_N):
         columns = j_first + j0 + tl.arange(0, BLOCK_N)
         k_tile = load_tile(all_keys, j_first + j0, 0, BLOCK_N, BLOCK_D) if CHUNKS == 1 else j0
         bare = Block(all_keys, j_first + j0, columns, columns, columns, columns, columns, columns)
@@ -142,17 +166,32 @@ def block_kernel(
                 BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_D, GIVEN_SELF, False,
             ),
         )  # fmt: skip
+        if BOTH_ROLES:
+            of_keys, _, _ = cost_gradients(
+                S, queries, keys, of_rows, first, second,
+                Options(
+                    False, FIRST_SET, SECOND_SET, CANCELLING, INNER_PRODUCT, NORMALIZE, False, PRECISION, CHUNKS,
+                    BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_D, False, False,
+                ),
+            )  # fmt: skip
+            g += of_keys
         moment0, moment1 = moment0 + more0, moment1 + more1
         if NORMALIZE:
             g *= q_factors[:, None] * keys.unit[None, :]
         rounded = g.to(block.dtype.element_ty)
         i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
         tl.store(here + j0 + i[:, None] * WIDTH + j[None, :], rounded)
+        if BOTH_ROLES and j0 >= right:
+            image = block + tl.cast(j0, tl.int64) * WIDTH + tile_row
+            tl.store(image + j[None, :] * WIDTH + i[:, None], rounded)
         if SUMS:
             wide = rounded.to(acc_type)
             row_sum += tl.sum(wide, 1)
-            of_tile = (tl.cast(tile_row // BLOCK_M, tl.int64) * (tl.num_programs(0) // (HEIGHT // BLOCK_M)) + p) * WIDTH
-            tl.store(column_sums + of_tile + j0 + j, tl.sum(wide, 0))
+            of_tile = sums_of_tile(column_sums, tile_row, p, HEIGHT, WIDTH, BLOCK_M)
+            column_sum = tl.sum(wide, 0)
+            if BOTH_ROLES:
+                column_sum = tl.where((i_first != j_first) | (j0 >= right), column_sum, 0.0)
+            tl.store(of_tile + j0 + j, column_sum)
     if SUMS:
         pairs = tl.num_programs(0) // (HEIGHT // BLOCK_M)
         of_split = (tl.cast(tl.program_id(1), tl.int64) * pairs + p) * HEIGHT + tile_row
