@@ -2,7 +2,8 @@
 
     a launch     the longest of: clocks of its units for its similarities; bytes from L2; bytes from memory
     the loss     the sum over its launches, and LAUNCH for each; BARRIER for each barrier of a cooperative launch
-    the share    the 3U that the loss needs (U = 2 P B^2 D) over that time, of the peak of what multiplies
+    the share    the 3U that the loss needs (U = 2 P B^2 D; pooled 2U, U = 2 (V B)^2 D, as its similarities are
+                 symmetric) over that time, of the peak of what multiplies
 
 The launches of the Triton kernels are those that ``backends/triton`` makes for a GPU, recorded on tensors without data,
 each with the row of the report (``python -m benchmarks.codegen``) that counts its main loop. Those of the CUDA kernels
@@ -61,28 +62,31 @@ GPUS = (
 
 
 class Problem(NamedTuple):
-    """``cacr_loss`` of V views of B instances with D features, pairs of views in one order, raw or unit rows."""
+    """``cacr_loss`` of V views of B instances with D features, raw or unit rows.
+
+    Pairs of views in one order, or all views pooled.
+    """
 
     V: int
     B: int
     D: int
     dtype: str  # bf16, fp16, or what multiplies float32: tf32, tf32x3, ieee; fp64
     normalize: bool = True
+    pairing: str = "unordered"  # or "pooled"
 
     @property
-    def pairs(self) -> int:
-        """How many pairs of views there are."""
-        return self.V * (self.V - 1) // 2
+    def pooled(self) -> bool:
+        return self.pairing == "pooled"
 
     @property
     def similarities(self) -> float:
-        """Those of all pairs, each once."""
-        return float(self.pairs) * self.B * self.B
+        """Those of all pairs of views, each once; pooled: those of all rows with all rows."""
+        return (self.V**2 if self.pooled else self.V * (self.V - 1) / 2) * self.B**2
 
     @property
     def flop(self) -> float:
-        """What the loss needs, 3U."""
-        return 3 * 2.0 * self.similarities * self.D
+        """What the loss needs."""
+        return (2 if self.pooled else 3) * 2.0 * self.similarities * self.D
 
     @property
     def itemsize(self) -> int:
@@ -216,12 +220,14 @@ def triton_launches(problem: Problem, gpu: Gpu) -> Whole | None:
         tensors = {id(x): x for x in args if isinstance(x, torch.Tensor)}
         moved = float(sum(x.numel() * x.element_size() for x in tensors.values()))
         for variant in variants:
-            wanted = {"NORMALIZE": False, "INNER_PRODUCT": False, "GIVEN_SELF": False} | variant.constants
+            flags = dict.fromkeys(("NORMALIZE", "INNER_PRODUCT", "GIVEN_SELF", "BOTH_ROLES"), False)
+            wanted = flags | variant.constants
             if functions[variant.kernel] is kernel and all(constants.get(k, v) == v for k, v in wanted.items()):
                 case = KernelCase("triton", variant.name, gpu.code, problem.dtype, problem.D)
                 products, programs = variant.multiplied(problem.dtype), math.prod(grid)
                 if "HEIGHT" in kernel.arg_names:
-                    moved, similarities = of_block(dict(zip(kernel.arg_names, args, strict=False)), grid, constants)
+                    given = dict(zip(kernel.arg_names, args, strict=False))
+                    moved, similarities, programs = of_block(given, grid, constants)
                 else:
                     similarities = problem.similarities
                 found.append(Launch(moved, Sweep(case, products, similarities, programs)))
@@ -230,7 +236,7 @@ def triton_launches(problem: Problem, gpu: Gpu) -> Whole | None:
 
     processor = Processor(gpu.device.family, gpu.device.cores)
     with _replaced(start=record, processor_of=lambda device: processor, fp32_products=lambda: problem.dtype):
-        flags = PAIRINGS.index("unordered"), False, 2.0, problem.normalize, True, False
+        flags = PAIRINGS.index(problem.pairing), False, 2.0, problem.normalize, True, False
         whole: Any = cacr.cacr
         whole.__wrapped__(views, None, 1.0, 2.0, 1.0, 1.0, *flags)
     if any(launch.sweep and launch.sweep.case.kernel.startswith("product") for launch in found):
@@ -238,15 +244,23 @@ def triton_launches(problem: Problem, gpu: Gpu) -> Whole | None:
     return Whole(found, len(found), LAUNCH * len(found))
 
 
-def of_block(given: dict[str, Any], grid: tuple[int, ...], constants: dict[str, Any]) -> tuple[float, float]:
-    """Bytes that a launch of the kernels of blocks moves at least, and the similarities it sees."""
+def of_block(given: dict[str, Any], grid: tuple[int, ...], constants: dict[str, Any]) -> tuple[float, float, int]:
+    """Bytes that a launch of the kernels of blocks moves at least, the similarities it sees, programs that see some."""
     height, width, D = (given[name] for name in ("HEIGHT", "WIDTH", "D"))
     pairs = given["PAIRS"] if "PAIRS" in given else grid[0] * constants["BLOCK_M"] // height
     size = given["block"].element_size()
     moved = size * pairs * (height * width + D * (height + width))
     if "grad" in given:  # read, and written
         moved += 2 * given["grad"].element_size() * pairs * D * (height if constants["QUERY"] else width)
-    return float(moved), float(pairs * height * width)
+    if constants.get("BOTH_ROLES") and given["i_first"] == given["j_first"]:
+        return float(moved), *triangle(height, given["split_size"], constants["BLOCK_M"], constants["BLOCK_N"])
+    return float(moved), float(pairs * height * width), math.prod(grid)
+
+
+def triangle(side: int, split: int, block_m: int, block_n: int) -> tuple[float, int]:
+    """Similarities of a square that are not below its diagonal, in whole tiles, and the programs that form them."""
+    first = [i // block_n * block_n for i in range(0, side, block_m)]  # columns of the first tile of each row of tiles
+    return float(sum(block_m * (side - j) for j in first)), sum(-(-side // split) - j // split for j in first)
 
 
 @contextlib.contextmanager

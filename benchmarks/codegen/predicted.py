@@ -20,9 +20,11 @@ SHAPES = (
     (5, 1024, 128), (5, 1024, 768),
 )  # fmt: skip
 DTYPES = ("bf16", "tf32", "ieee")
+POOLED = tuple((2, B, D) for D in (512, 768) for B in (2048, 8192, 32768))  # in bf16
 GOAL_GPU, GOALS = "H200", {128: 6.5, 768: 38.0}  # milliseconds at V = 2, B = 65536, bf16
 SHOWN = ((128, "bf16"), (768, "bf16"), (128, "ieee"))  # of the page, at V = 2, B = 65536
-FIELDS = ("backend", "gpu", "V", "B", "D", "dtype", "predicted_ms", "share_of_peak", "limit", "launches", "code_of")
+FIELDS = ("backend", "gpu", "V", "B", "D", "dtype", "pairing", "predicted_ms", "share_of_peak", "limit", "launches",
+          "code_of")  # fmt: skip
 LARGE = (2, 65536)
 BOUNDS = {"tensor": "tensor cores", "issue": "issue of instructions", "L2": "L2", "fp32": "arithmetic units"}
 
@@ -38,22 +40,27 @@ class Line(NamedTuple):
     @property
     def cells(self) -> tuple[object, ...]:
         """In the order of ``FIELDS``; ``code_of``: the processor whose code was counted, where not its own."""
-        V, B, D, dtype, _ = self.problem
+        V, B, D, dtype, _, pairing = self.problem
         milliseconds = f"{1e3 * self.found.seconds:.4g}"
         about = self.found.limit, self.found.launches, "A100" if self.found.stand_in else ""
-        return self.backend, self.gpu.name, V, B, D, dtype, milliseconds, f"{self.found.share:.3f}", *about
+        sizes = self.backend, self.gpu.name, V, B, D, dtype, pairing
+        return *sizes, milliseconds, f"{self.found.share:.3f}", *about
 
 
 def lines(rows: Rows) -> Iterator[Line]:
     """All of the table that the report has counts for."""
-    for V, B, D in SHAPES:
-        for dtype in DTYPES:
-            for gpu in GPUS:
-                for backend in BACKENDS:
-                    problem = Problem(V, B, D, dtype)
-                    found = predict(rows, backend, problem, gpu)
-                    if found is not None:
-                        yield Line(backend, gpu, problem, found)
+    for problem in problems():
+        for gpu in GPUS:
+            for backend in BACKENDS:
+                found = predict(rows, backend, problem, gpu)
+                if found is not None:
+                    yield Line(backend, gpu, problem, found)
+
+
+def problems() -> Iterator[Problem]:
+    """Pairs of views, then views that are pooled."""
+    yield from (Problem(*shape, dtype) for shape in SHAPES for dtype in DTYPES)
+    yield from (Problem(*shape, "bf16", pairing="pooled") for shape in POOLED)
 
 
 def text(rows: Rows) -> str:

@@ -25,16 +25,21 @@ class Variant(NamedTuple):
     sizes: tuple[int, ...] = SIZES
 
     @property
-    def exponentials(self) -> int:
+    def softmaxes(self) -> int:
         if self.kernel == "products":
             return 0
         return 1 if self.constants["SECOND_SET"] == NO_SET else 2
 
     @property
+    def exponentials(self) -> int:
+        """Those of a similarity: of every softmax, and in both roles that its rows have."""
+        return self.softmaxes * (2 if self.kernel == "triangles" else 1)
+
+    @property
     def two(self) -> bool:
         """Which part of the launch table it takes."""
         moments = self.kernel == "blocks" and self.constants["WANT_TAU"]
-        return self.exponentials == 2 or moments or self.constants.get("MOMENTS", False)
+        return self.softmaxes == 2 or moments or self.constants.get("MOMENTS", False)
 
     def multiplied(self, dtype: str) -> int:
         """The products, one for each piece of coefficients: two of half types where two sums nearly cancel."""
@@ -50,8 +55,9 @@ def variants() -> tuple[Variant, ...]:
     queries = {"QUERY": True, "CANCELLING": False, "WANT_TAU": False}
     tau, cancelling, mean = {"WANT_TAU": True}, {"CANCELLING": True}, {"WANT_MEAN": True, "MOMENTS": False}
     full, raw = mean | {"MOMENTS": True}, {"NORMALIZE": True}
-    plain, wide, more = {"CANCELLING": False, "WANT_TAU": False}, (256, 512), (128, 256, 512)
+    plain, wide, more = {"CANCELLING": False, "WANT_TAU": False, "BOTH_ROLES": False}, (256, 512), (128, 256, 512)
     of_queries, of_keys = "product with a block, queries", "product with a block, keys"
+    both = plain | {"BOTH_ROLES": True}
     return (
         Variant("statistics", "statistics", one, 0),
         Variant("statistics, two softmaxes", "statistics", two, 0),
@@ -81,6 +87,10 @@ def variants() -> tuple[Variant, ...]:
         Variant("block of coefficients, temperature", "blocks", one | plain | tau, 0, wide),
         Variant("block of coefficients, two softmaxes", "blocks", two | plain | tau, 0, more),
         Variant("block of coefficients, rbf", "blocks", rbf | cancelling | tau, 0, more),
+        Variant("triangles of coefficients", "triangles", one | both, 0, wide),
+        Variant("triangles of coefficients, raw rows", "triangles", one | both | raw, 0, wide),
+        Variant("triangles of coefficients, two softmaxes", "triangles", two | both, 0, more),
+        Variant("triangles of coefficients, rbf", "triangles", rbf | both | cancelling, 0, more),
         Variant(of_queries, "products", {"QUERY": True}, 1, wide),
         Variant(of_keys, "products", {"QUERY": False}, 1, wide),
         Variant(f"{of_queries}, raw rows", "products", {"QUERY": True} | raw, 1, wide),
@@ -164,8 +174,8 @@ def launched(variant: Variant, device: Device, dtype: str, D: int) -> bool:
 
     precision = "half" if dtype in PIECES else dtype
     by_blocks = table.has_blocks(precision)  # type: ignore[arg-type]
-    wide = table.tile_of(device.family, "gradient", precision, D, variant.exponentials == 2).block_out < D  # type: ignore[arg-type]
-    if variant.kernel in ("blocks", "products"):
+    wide = table.tile_of(device.family, "gradient", precision, D, variant.softmaxes == 2).block_out < D  # type: ignore[arg-type]
+    if variant.kernel in ("blocks", "triangles", "products"):
         return by_blocks and wide
     return variant.kernel != "gradient" or not (by_blocks and wide)
 
@@ -204,7 +214,8 @@ def kernels() -> dict[str, Any]:
     for name in names:
         found |= vars(import_module(f"cacr_kernels.backends.triton.kernels.{name}"))
     of_table = {key: found[f"{key}_kernel"] for key in ("statistics", "gradient", "detached_keys")}
-    return found | of_table | {"blocks": found["block_kernel"], "products": found["product_kernel"]}
+    of_blocks = {"blocks": "block_kernel", "triangles": "block_kernel", "products": "product_kernel"}
+    return found | of_table | {key: found[name] for key, name in of_blocks.items()}
 
 
 def compile_variant(variant: Variant, case: KernelCase, known: dict[str, Any]) -> Row:
@@ -214,7 +225,7 @@ def compile_variant(variant: Variant, case: KernelCase, known: dict[str, Any]) -
     device, dtype, D = device_of(case.device), case.dtype, case.D
     half = dtype in ("bf16", "fp16")
     tile = tile_of(device.family, variant.kernel, "half" if half else dtype, D, variant.two)  # type: ignore[arg-type]
-    writes, bare = variant.kernel not in ("statistics", "blocks"), variant.kernel == "products"
+    writes, bare = variant.kernel not in ("statistics", "blocks", "triangles"), variant.kernel == "products"
     constants = tile.constants(writes)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     product = dtype if dtype in ("tf32", "tf32x3") else "ieee"

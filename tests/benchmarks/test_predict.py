@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="needs Triton")
 from benchmarks.codegen import predict, predicted, report
 from benchmarks.codegen.predict import GPUS, Gpu, Launch, Problem, Sweep, Whole
 from benchmarks.codegen.rows import KernelCase, Row
+from cacr_kernels.backends.triton.table import tile_of
 
 pytestmark = pytest.mark.exhaustive  # no machine of a user changes it
 
@@ -82,6 +83,36 @@ def test_blocks_are_what_their_launches_see() -> None:
     block = 2 * (8192**2 + 256 * 2 * 8192)
     assert [moved for moved, _ in sweeps[1:3]] == [block, block + 2 * 4 * 256 * 8192]
     assert [sweep.programs for _, sweep in sweeps[1:4]] == [64 * 16, 64 * 2, 64 * 2]
+
+
+def test_triangles_see_half_of_the_similarities() -> None:
+    """Of 9000 pooled rows three of four blocks, five products in two roles each, and in blocks on the diagonal half."""
+    whole = predict.triton_launches(Problem(2, 4500, 256, "bf16", pairing="pooled"), H200)
+    assert whole is not None
+    sweeps = [launch.sweep for launch in whole.launches if launch.sweep]
+    assert sweeps[0].similarities == 9000**2
+    names = [sweep.case.kernel.split(",")[0] for sweep in sweeps[1:]]
+    block, product = "triangles of coefficients", "product with a block"
+    assert names == [block, product, block, product, product, block, product]
+    tile = tile_of("sm_90", "triangles", "half", 256, False)
+    on_diagonal = [predict.triangle(side, 512, tile.block_m, tile.block_n)[0] for side in (8192, 896)]
+    seen = [on_diagonal[0], 8192**2, *[8192 * 896] * 3, on_diagonal[1], 896**2]
+    assert [sweep.similarities for sweep in sweeps[1:]] == seen
+    assert 0.5 < on_diagonal[0] / 8192**2 < 0.51
+
+
+def test_the_tiles_and_programs_of_a_triangle() -> None:
+    """Counted one by one."""
+    for side, split, m, n in ((1024, 256, 128, 64), (1024, 512, 64, 128), (896, 512, 128, 128)):
+        tiles = [(i, j) for i in range(0, side, m) for j in range(0, side, n) if j + n > i]
+        programs = {(i, j // split) for i, j in tiles}
+        assert predict.triangle(side, split, m, n) == (len(tiles) * m * n, len(programs))
+
+
+def test_pooled_rows_need_two_units() -> None:
+    """As in ``benchmarks/suite``: similarities are symmetric."""
+    assert Problem(3, 100, 64, "bf16", pairing="pooled").flop == 2 * 2 * 300**2 * 64
+    assert Problem(3, 100, 64, "bf16").flop == 3 * 2 * 3 * 100**2 * 64
 
 
 def test_counts_of_more_features_follow_from_two_rows() -> None:
