@@ -85,7 +85,7 @@ class Problem(NamedTuple):
 
     @property
     def flop(self) -> float:
-        """What the loss needs."""
+        """What the loss needs: 3U, pooled 2U."""
         return (2 if self.pooled else 3) * 2.0 * self.similarities * self.D
 
     @property
