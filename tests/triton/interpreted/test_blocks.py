@@ -326,6 +326,17 @@ def test_triangles_meet_every_pair_once(N: int, monkeypatch: pytest.MonkeyPatch)
     assert sum(n if i == j else 2 * n for (i, j), n in sizes.items()) == N * N
 
 
+@pytest.mark.parametrize("N", [3000, 4096, 8192])
+def test_triangles_have_programs_for_the_whole_processor(N: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two for each core that have tiles to form."""
+    monkeypatch.setattr(blocks, "SIDE", 8192)
+    monkeypatch.setattr(pairs, "processor_of", lambda device: table.Processor("sm_90", 132))
+    tile = table.tile_of("sm_90", "triangles", "half", 512, False)
+    sets = pairs_of(N, N, 1, 512)
+    side, split = plan(N, N, 1)[0].height, blocks.split_size(sets, tile, 128, True)
+    assert sum(-(-side // split) - i // split for i in range(0, side, tile.block_m)) >= 2 * 132
+
+
 def test_blocks_are_long_where_one_side_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few queries against the keys of many processes: few launches, each with work for the whole processor."""
     monkeypatch.setattr(blocks, "SIDE", 8192)
