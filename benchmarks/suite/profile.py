@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
@@ -36,6 +35,7 @@ from .versus import Worker
 if TYPE_CHECKING:
     from rich.console import Console
 
+FEW = 0.2  # share of the samples
 HERTZ = 499  # no multiple of what a timer of the system may have; at 2,000 the calls themselves took longer
 PRODUCTS, SOFTMAX, ROWS, POSITIVES = "products", "softmax", "rows", "positives"
 OURS, WAITING, FRAMEWORK = "planner", "waiting", "Python, torch"
@@ -43,11 +43,12 @@ PARTS = (PRODUCTS, SOFTMAX, ROWS, POSITIVES, OURS, WAITING, FRAMEWORK)
 
 # The functions of csrc/cpu/kernels by the names they begin with; the first that fits.
 FUNCTIONS = (
-    (PRODUCTS, "similarity_panel|similarity_tiles|query_gradient|key_gradient|multiply_|accumulate_keys|add_keys"),
-    (SOFTMAX, "add_statistics|accumulate_statistics|tile_gradient|finish_|move_means|merge_rows|find_top|weigh_tile"),
-    (SOFTMAX, "meet_tile|set_given|for_parts|round_block|turn|symmetric_|add_moments|start_rows|write_variance"),
-    (ROWS, "pack|squared_norm|to_raw_rows|reduce|add_query_gradients|subtract_key|add_gradients|transpose|load_norms"),
-    (POSITIVES, "Aligned|aligned|positives|meet_|replace_|for_blocks"),
+    (PRODUCTS, "similarity_panel|similarity_tiles|query_gradient|key_gradient|multiply_|compute_similarities"),
+    (SOFTMAX, "add_statistics|accumulate_|add_keys|tile_gradient|finish_|move_means|merge_rows|find_top|weigh_tile"),
+    (SOFTMAX, "meet_tile|set_given|for_parts|turn$|symmetric_|add_moments|PanelState|detached_keys_merge"),
+    (SOFTMAX, "round_|start_rows|write_variance|gradient_tile|add_sums|with_flags"),
+    (ROWS, "pack|turn_|squared_norm|to_raw_rows|reduce|add_query_gradients|subtract_key|add_gradients|start_panel"),
+    (POSITIVES, "Aligned|RowPair|aligned|positives|meet_|replace_|for_blocks"),
 )  # fmt: skip
 
 
@@ -75,8 +76,12 @@ class Profile(NamedTuple):
 
     @property
     def of_peak_in_products(self) -> float | None:
-        """The same while its threads are in products: what a call would make that has nothing else to do."""
-        return self.of_peak / self.shares[PRODUCTS] if self.shares[PRODUCTS] else None
+        """The same while its threads are in products: what a call would make that has nothing else to do.
+
+        None of products in other arithmetic than that of the peak, nor where they are too few to tell.
+        """
+        known = self.case.arithmetic == self.case.torch_dtype and self.shares[PRODUCTS] > FEW
+        return self.of_peak / self.shares[PRODUCTS] if known else None
 
     def to_json(self) -> dict[str, Any]:
         """What a file keeps of it."""
@@ -93,13 +98,22 @@ def why_not(which: Callable[[str], str | None] = shutil.which) -> str | None:
     return None if which("perf") else "--profile needs perf (the package linux-tools or linux-perf of your system)"
 
 
+def bare_name(symbol: str) -> str:
+    """A function of ours without its type, namespaces, template arguments and parameters; of a class with the class."""
+    text = symbol.replace("(anonymous namespace)", "anonymous")
+    while (shorter := re.sub(r"<[^<>]*>", "", text)) != text:
+        text = shorter
+    text = (text.split("(")[0].split() or [""])[-1]
+    return re.sub(r"^cacr::(?:(?:portable|avx\w*|amx|neon|anonymous)::)*", "", text)
+
+
 def part_of(sample: Sample) -> str:
     """The part of a call that a sample belongs to."""
     if "libgomp" in sample.library or "libomp" in sample.library or "libiomp" in sample.library:
         return WAITING
     if "_C_cpu" not in sample.library:
         return FRAMEWORK
-    name = re.sub(r"^(?:\w+ )*cacr::(?:\w+::)?", "", sample.symbol)
+    name = bare_name(sample.symbol)
     return next((part for part, names in FUNCTIONS if re.match(names, name)), OURS)
 
 
@@ -113,8 +127,6 @@ def shares_of(samples: Iterable[Sample], caller: int, threads: int) -> dict[str,
     """Share of the time of all threads that each part took; where a thread has no sample, it slept."""
     samples = list(samples)
     whole = threads * sum(sample.thread == caller for sample in samples)
-    if not whole:
-        raise ValueError("perf saw nothing of the calling thread")
     counted = Counter(part_of(sample) for sample in samples)
     shares = {part: counted[part] / whole for part in PARTS}
     shares[WAITING] += max(0.0, 1 - sum(shares.values()))
@@ -136,23 +148,25 @@ def profile(case: BenchmarkCase, seconds: float, peaks: Peaks) -> Profile:
         calls = max(1, round(0.25 / worker.ask(calls=3)["seconds"]))
         once = worker.ask(calls=calls)["seconds"]
         calls = max(3, round(seconds / once))
-        alone: float = worker.ask(calls=calls)["seconds"]
         command = ["perf", "record", "-q", "-F", str(HERTZ), "-o", str(data), "-p", str(worker.pid)]
         perf = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        answer: dict[str, Any] = {}
-        calling = threading.Thread(target=lambda: answer.update(worker.ask(calls=calls)))
-        calling.start()
-        calling.join()
+        answer = worker.ask(calls=calls)
         perf.terminate()
         _, complaint = perf.communicate()
-        if not data.exists():
-            return Profile(case, 0.0, {}, reason=(complaint.strip() or "perf wrote nothing").splitlines()[-1])
+        if "error" in answer or not data.exists():
+            reason = answer.get("error") or (complaint.strip() or "perf wrote nothing").splitlines()[-1]
+            return Profile(case, 0.0, {}, reason=str(reason))
         script = ["perf", "script", "-i", str(data), "-F", "tid,ip,sym,dso"]
-        samples = read_samples(subprocess.run(script, capture_output=True, text=True, check=True).stdout)
+        done = subprocess.run(script, capture_output=True, text=True, check=False)
+        samples = read_samples(done.stdout)
+        if not any(sample.thread == worker.pid for sample in samples):
+            return Profile(
+                case, 0.0, {}, reason=(done.stderr.strip() or "perf saw nothing of the call").splitlines()[-1]
+            )
     peaks.see(case.arithmetic, case.threads, case.device)
     peak = peaks.highest(case.arithmetic, case.threads, case.device)
     shares = shares_of(samples, worker.pid, case.threads)
-    return Profile(case, alone, shares, 1e9 * peak.gflops)
+    return Profile(case, answer["seconds"], shares, 1e9 * peak.gflops)
 
 
 def goal_of(case: BenchmarkCase) -> float | None:

@@ -21,6 +21,8 @@ from ..types import POSITIVE_KINDS, ContrastSpec
 from .entry import Backend, any_device
 
 BLOCK = 1 << 21  # costs in a block: 8 MiB each in float32, about ten such arrays live at once
+TOGETHER = 1 << 17  # costs and features of small pairs in a block: more of them leave the caches
+FEWEST = 16  # pairs that are worth it
 PIECE = 256  # terms of a sum that is left to BLAS
 REFINE_BELOW = 0.5  # positives closer than this share of |q|^2 + |k|^2 are recomputed as differences
 
@@ -42,7 +44,8 @@ def blocks(spec: ContrastSpec, q: Tensor, k: Tensor) -> Iterator[Block]:
     keys = max(1, min(m, BLOCK))
     rows = max(1, min(n, BLOCK // keys))
     largest = max(1, n * m, max(n, m) * q.shape[2])
-    together = max(1, BLOCK // largest) if q.device.type == "cpu" else 1
+    together = min(BLOCK, TOGETHER) // largest
+    together = together if together >= FEWEST and q.device.type == "cpu" else 1
     for p in range(0, pairs, together):
         for i in range(0, n, rows):
             for j in range(0, m, keys):

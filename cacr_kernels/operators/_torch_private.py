@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import Function
+from torch.fx.experimental import proxy_tensor
 
 __all__ = [
     "all_reduce",
@@ -34,6 +35,7 @@ __all__ = [
     "needs_functorch",
     "plain_apply",
     "positional",
+    "proxies_are_active",
     "reduce_scatter",
     "start_all_gather",
     "transforms_are_active",
@@ -64,6 +66,9 @@ is_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_b
 # The transforms of torch.func that are running, or None. Without it the Functions themselves refuse vmap.
 _interpreters: Callable[[], Any] = getattr(torch._C._functorch, "get_interpreter_stack", lambda: None)
 
+
+# The mode in which make_fx runs what it records, or None.
+_proxy_mode: Callable[[], Any] = getattr(proxy_tensor, "get_proxy_mode", lambda: None)
 
 _graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
@@ -124,6 +129,11 @@ def below_autograd() -> contextlib.AbstractContextManager[Any]:
     below: contextlib.AbstractContextManager[Any]
     below = contextlib.nullcontext() if torch.compiler.is_dynamo_compiling() else _BelowAutograd()
     return below
+
+
+def proxies_are_active() -> bool:
+    """Whether ``make_fx`` records what is called, with tensors that have values and may not be asked for them."""
+    return _proxy_mode() is not None
 
 
 def inside_vmap() -> bool:

@@ -139,10 +139,7 @@ def pulled(
     if by is None:
         return gradients(*tensors, grad, normalize, need_q, need_k)
     arguments = *tensors, grad, (normalize, need_q, need_k), by
-    if torch.is_grad_enabled():
-        grads = apply_of(AlignedGradient, *tensors, grad)(*arguments)
-    else:  # nobody differentiates the gradient
-        grads = AlignedGradient.forward(*arguments)
+    grads = apply_of(AlignedGradient, *tensors, grad)(*arguments)
     return grads[0] if need_q else None, grads[1] if need_k else None
 
 

@@ -150,13 +150,9 @@ def gradients(ctx: Any, grad_value: Tensor, grad_lse: Tensor, want: tuple[bool, 
     q, k, q_id, k_id, q_self, tau, value, row_state = ctx.saved_tensors
     # The statistics are passed as constants: the second derivative recomputes them from q, k and tau.
     spec = ctx.spec._replace(q_id=q_id, k_id=k_id, q_self=q_self)
-    if torch.is_grad_enabled():
-        backward = Backward(spec, value.detach(), row_state.detach(), want, ctx.on)
-        of = apply_of(ContrastGradient, q, k, tau, grad_value, grad_lse)
-        grads = of(q, k, tau, grad_value, grad_lse, backward)
-    else:  # nobody differentiates the gradient
-        backward = Backward(spec, value, row_state, want, ctx.on)
-        grads = ContrastGradient.forward(q, k, tau, grad_value, grad_lse, backward)
+    backward = Backward(spec, value.detach(), row_state.detach(), want, ctx.on)
+    of = apply_of(ContrastGradient, q, k, tau, grad_value, grad_lse)
+    grads = of(q, k, tau, grad_value, grad_lse, backward)
     return tuple(g if w else None for g, w in zip(grads, want, strict=True))
 
 

@@ -167,13 +167,9 @@ def gradients(ctx: Any, grad_value: Tensor | None, grad_lse: Tensor | None, want
         features = on.features(q.detach(), k.detach())
         arguments = unpack(features[0], features[1], tau.detach(), constant, detach_value)
         found = on.operator("detached_keys")(*arguments, *want)
-    if torch.is_grad_enabled():
-        backward = Backward(spec, detach_value, tuple(t.detach() for t in found), want)
-        of = apply_of(DetachedKeysGradient, q, k, tau, grad_value, grad_lse)
-        grads = of(q, k, tau, grad_value, grad_lse, backward)
-    else:  # nobody differentiates the gradient
-        backward = Backward(spec, detach_value, tuple(found), want)
-        grads = DetachedKeysGradient.forward(q, k, tau, grad_value, grad_lse, backward)
+    backward = Backward(spec, detach_value, tuple(t.detach() for t in found), want)
+    of = apply_of(DetachedKeysGradient, q, k, tau, grad_value, grad_lse)
+    grads = of(q, k, tau, grad_value, grad_lse, backward)
     return tuple(g if w else None for g, w in zip(grads, want, strict=True))
 
 

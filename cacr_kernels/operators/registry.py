@@ -218,6 +218,7 @@ def place(grads: tuple[Tensor | None, ...], at: tuple[int, ...], count: int) -> 
 def has_values(x: Tensor) -> bool:
     """Whether Python may look at the values of a tensor: not while something is traced, nor on another device."""
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    tracing = tracing or _torch_private.proxies_are_active()
     return not tracing and x.device.type == "cpu" and type(x) is Tensor and not _torch_private.inside_vmap()
 
 

@@ -358,7 +358,10 @@ std::tuple<Tensor, Tensor> detached_keys_backward(const Tensor& q, const Tensor&
     const int64_t rows = p.pairs * p.N;
     const bool moments = (want_q || want_tau) && !detach_weights && !detach_value;
     for (const Tensor& x : {value, lse, grad_value, grad_lse})
-      STD_TORCH_CHECK(x.numel() == rows, "cacr_kernels: [1, P, N] expected");
+      STD_TORCH_CHECK(x.numel() == rows && x.scalar_type() == ScalarType::Double,
+                      "cacr_kernels: [1, P, N] of float64 expected");
+    STD_TORCH_CHECK(means.scalar_type() == q.scalar_type() && variance.scalar_type() == ScalarType::Double,
+                    "cacr_kernels: means of the dtype of q and a variance of float64 expected");
     STD_TORCH_CHECK(means.numel() == (want_q ? (1 + moments) * rows * p.D : means.numel()) &&
                         variance.numel() == (moments ? rows : variance.numel()),
                     "cacr_kernels: means [1 or 2, P, N, D] and a variance [1, P, N] expected");

@@ -97,6 +97,30 @@ def test_keys_that_require_grad_are_said_once(monkeypatch: pytest.MonkeyPatch) -
         CACRMomentumLoss()(q, k)
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_keys_of_a_queue_that_require_grad_are_said_once(listed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_warned", set())
+    loss, q, k = CACRQueueLoss(), randn(2, 7, 5).requires_grad_(), randn(2, 7, 5, seed=1)
+    queue = randn(3, 5, seed=2)
+
+    def keys() -> Any:
+        return list(k) if listed else k
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(q, keys(), queue)
+        k.requires_grad_()
+        with torch.no_grad():
+            loss(q, keys(), queue)
+        cacr_queue_loss(q, keys(), queue)
+    with pytest.warns(UserWarning, match=r"keys of CACRQueueLoss get no gradient, .*detach\(\), or take CACRLoss"):
+        loss(q, keys(), queue).backward()
+    assert k.grad is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CACRQueueLoss(queue_size=4, dim=5)(q, keys())
+
+
 # ---- axes ------------------------------------------------------------------------------------------------------------
 def test_stacked_views_are_refused_with_the_way_out() -> None:
     for refused in (lambda: cacr_loss(randn(14, 5)), lambda: CACRLoss()(randn(14, 5))):

@@ -503,6 +503,27 @@ def test_forward_mode_is_refused(loss: Loss, backend: str) -> None:
         loss.call(*map(forward_ad.make_dual, inputs, tangents), backend=backend)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@both_backends
+@named([PLAIN, *ROWS, *COMPOSED])
+def test_forward_mode_of_a_gradient(loss: Loss, backend: str) -> None:
+    """A gradient is linear in what flows in: its derivative is right or refused, and never without a tangent."""
+
+    def derivative(backend: str) -> tuple[Tensor, ...]:
+        inputs = loss.inputs()
+        value = loss.call(*inputs, backend=backend)
+        tangent = torch.linspace(1, 2, value.numel(), dtype=value.dtype).view_as(value)
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        return torch.func.jvp(lambda v: grad(value, inputs, v, **options), (torch.ones_like(value),), (tangent,))[1]
+
+    try:
+        found = derivative(backend)
+    except ValueError as error:
+        assert "no forward-mode derivatives" in str(error)  # noqa: PT017
+    else:
+        torch.testing.assert_close(found, derivative("reference"))
+
+
 @both_backends
 def test_jacobians_are_refused(backend: str) -> None:
     inputs = [t.detach() for t in PLAIN.inputs()]

@@ -105,6 +105,17 @@ def test_ids_are_equal_where_labels_are(values: tuple[int, ...]) -> None:
         assert torch.equal(found[:, None] == found, both[:, None] == both)
 
 
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_labels_are_not_looked_at_while_make_fx_records(mode: str, backend: str) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    z, labels = torch.randn(12, 4), torch.arange(12) % 3
+    graph = make_fx(lambda z, labels: supervised_cacr_loss(z, labels, backend=backend), tracing_mode=mode)(z, labels)
+    others = labels.flip(0) * 5
+    torch.testing.assert_close(graph(z, others), supervised_cacr_loss(z, others, backend="reference"))
+
+
 def test_unsigned_labels_beyond_int64_are_compared_with_their_like_only() -> None:
     z = torch.randn(3, 4)
     large = torch.tensor([2**64 - 1, 1, 1], dtype=torch.uint64)

@@ -71,6 +71,11 @@ def test_keys_that_get_no_gradient(said: list[warnings.WarningMessage]) -> None:
     check(said, "get no gradient")
 
 
+def test_keys_of_a_queue_that_get_no_gradient(said: list[warnings.WarningMessage]) -> None:
+    CACRQueueLoss(queue_size=5, dim=4)(torch.randn(3, 4), torch.randn(3, 4, requires_grad=True))
+    check(said, "get no gradient")
+
+
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "cacr_weights"])  # which asks for no backend
 def test_only_plain_pytorch(name: str, said: list[warnings.WarningMessage], monkeypatch: pytest.MonkeyPatch) -> None:
     checks._warned.add("axis order")

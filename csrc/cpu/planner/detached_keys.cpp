@@ -40,7 +40,7 @@ struct DetachedGradient {
       std::fill(dq + (v * p.N + row0) * p.D, dq + (v * p.N + row1) * p.D, T(0));
       PackParams<T> t{};
       t.x = p.q + v * p.q_view_stride, t.row_stride = p.q_row_stride, t.D = p.D, t.rows = p.N;
-      t.row0 = row0, t.row1 = row1, t.r = r + v * p.N;
+      t.row0 = row0, t.row1 = row1, t.r = r ? r + v * p.N : nullptr;
       if (r) kernels.pack(t);
     }
     for (int64_t pair = 0; pair < p.pairs; pair++)

@@ -220,11 +220,11 @@ struct Engine {
   // do so less often. Else small ones keep more of the strip there. Measured (benchmarks/NOTES.md) in float32.
   Blocking blocking() const {
     if (bf16) return blocking_of(kBf16Rows, kBf16Keys);
-    const int64_t few = kernels.panel < 32 ? kFewKeys : kFewKeys / 2;  // the wider the vectors, the sooner it shows
-    const bool large = sizeof(T) == 4 && p.M * padded(p.D) >= few;
+    const int64_t from = kernels.panel < 32 ? kLargeKeys : kLargeKeys / 2;  // the wider the vectors, the sooner
+    const bool large = sizeof(T) == 4 && p.M * padded(p.D) >= from;
     return large ? blocking_of(192, 216) : blocking_of(96, 144);
   }
-  static constexpr int64_t kFewKeys = int64_t(1) << 19, kBf16Rows = 192, kBf16Keys = 256;
+  static constexpr int64_t kLargeKeys = int64_t(1) << 19, kBf16Rows = 192, kBf16Keys = 256;
 
   Blocking blocking_of(int64_t rows, int64_t keys) const {
     const int64_t most = std::max<int64_t>(kernels.panel, (p.N + kernels.panel - 1) / kernels.panel * kernels.panel);

@@ -11,14 +11,22 @@
 
 #include "../../common/out_of_memory.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#define CACR_ASAN
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define CACR_ASAN
+#endif
+#endif
+
 namespace cacr {
 
 // Chunks of finished calls, kept for the next ones of the same thread: memory fresh from the system costs a page fault
-// for each 4 KiB, which on two threads is a tenth to a third of a call with 256 to 2048 rows (benchmarks/NOTES.md).
-// Under ASan nothing is kept, so that it sees what is read too late.
+// for each 4 KiB, which is up to 6 % of a call (benchmarks/NOTES.md). Under ASan nothing is kept, so that it sees what is
+// read too late.
 class KeptChunks {
  public:
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(CACR_ASAN)
   static constexpr size_t kMost = 0;
 #else
   static constexpr size_t kMost = size_t(32) << 20;
@@ -43,6 +51,7 @@ class KeptChunks {
 
   // Forgets the oldest where it would be too much.
   void give(void* data, size_t bytes) noexcept {
+    if (bytes > kMost) return std::free(data);
     try {
       free_.push_back({data, bytes}), kept_ += bytes;
     } catch (const std::bad_alloc&) {

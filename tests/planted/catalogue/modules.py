@@ -11,6 +11,22 @@ WARNINGS = "tests/package/test_warnings.py"
 
 FAULTS = (
     Fault(
+        "modules-keys-of-the-queue-that-would-learn",
+        FILE,
+        text='        checks.keys_without_gradient("CACRQueueLoss", keys)\n',
+        replacement="",
+        why="nothing is said of keys that require a gradient and get none",
+        tests=(WARNINGS, "tests/losses/test_one_direction.py"),
+    ),
+    Fault(
+        "modules-listed-keys-that-would-learn",
+        "cacr_kernels/checks.py",
+        text="rows = keys if isinstance(keys, Sequence) and not isinstance(keys, str) else (keys,)",
+        replacement="rows = (keys,)",
+        why="nothing is said of a list of keys that require a gradient",
+        tests="tests/losses/test_one_direction.py",
+    ),
+    Fault(
         "modules-newest-keys",
         FILE,
         text="keys = keys[-self.queue_size :]",

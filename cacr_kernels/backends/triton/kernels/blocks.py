@@ -144,15 +144,17 @@ def block_kernel(
     begin = tl.program_id(1) * split_size
     end = min(begin + split_size, WIDTH)
     right = WIDTH  # first column of the tiles that have a mirror image
-    if BOTH_ROLES and i_first == j_first:
-        right = tile_row + BLOCK_M
-        formed_from = min(tile_row // BLOCK_N * BLOCK_N, end)
-        if SUMS:
-            nothing = tl.zeros((BLOCK_N,), dtype=acc_type)
-            for j0 in range(begin, formed_from, BLOCK_N):
-                of_tile = sums_of_tile(column_sums, tile_row, p, HEIGHT, WIDTH, BLOCK_M)
-                tl.store(of_tile + j0 + tl.arange(0, BLOCK_N), nothing)
-        begin = max(begin, formed_from)
+    # Not `BOTH_ROLES and i_first == j_first`, which Triton 3.6 cannot compile where BOTH_ROLES is False.
+    if BOTH_ROLES:  # noqa: SIM102
+        if i_first == j_first:
+            right = tile_row + BLOCK_M
+            formed_from = min(tile_row // BLOCK_N * BLOCK_N, end)
+            if SUMS:
+                nothing = tl.zeros((BLOCK_N,), dtype=acc_type)
+                for j0 in range(begin, formed_from, BLOCK_N):
+                    of_tile = sums_of_tile(column_sums, tile_row, p, HEIGHT, WIDTH, BLOCK_M)
+                    tl.store(of_tile + j0 + tl.arange(0, BLOCK_N), nothing)
+            begin = max(begin, formed_from)
     for j0 in range(begin, end, BLOCK_N):
         columns = j_first + j0 + tl.arange(0, BLOCK_N)
         k_tile = load_tile(all_keys, j_first + j0, 0, BLOCK_N, BLOCK_D) if CHUNKS == 1 else j0
@@ -181,9 +183,10 @@ def block_kernel(
         rounded = g.to(block.dtype.element_ty)
         i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
         tl.store(here + j0 + i[:, None] * WIDTH + j[None, :], rounded)
-        if BOTH_ROLES and j0 >= right:
-            image = block + tl.cast(j0, tl.int64) * WIDTH + tile_row
-            tl.store(image + j[None, :] * WIDTH + i[:, None], rounded)
+        if BOTH_ROLES:  # noqa: SIM102
+            if j0 >= right:
+                image = block + tl.cast(j0, tl.int64) * WIDTH + tile_row
+                tl.store(image + j[None, :] * WIDTH + i[:, None], rounded)
         if SUMS:
             wide = rounded.to(acc_type)
             row_sum += tl.sum(wide, 1)
