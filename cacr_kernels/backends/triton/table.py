@@ -15,7 +15,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from .launch import power_of_two
+from .launch import power_of_two, release
+from .ops import installed, triton_version
 
 Precision = Literal["half", "tf32", "tf32x3", "ieee", "fp64"]
 CLASSES = (64, 128, 256, 512)  # of D; each serves all D up to it, the last one also larger ones, in chunks
@@ -214,6 +215,23 @@ CDNA: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
 BY_FAMILY = {"sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_100, "sm_120": SM_120, "cdna3": CDNA, "cdna": CDNA}
 
 
+# Entries of one family, where Triton before 3.7 spills with those above. Those of half types take as many instructions
+# there, those of float64 2 % more. One still spills 16 bytes: full gradients of raw rows in float64.
+SM_90_BEFORE_3_7: dict[tuple[bool, str, Precision], tuple[Tile, ...]] = {
+    (False, "gradient", "half"): _row((64, 32, 64, 4, 2, 64), *[(128, 32, 128, 8, 2, 128)] * 3),
+    (False, "detached_keys", "fp64"): _row(*[(64, 16, 32, 4, 1, 32)] * 4),
+    (True, "detached_keys", "fp64"): _row(*[(64, 16, 32, 4, 1, 32)] * 4),
+}
+
+
+@functools.cache
+def of_family(family: str) -> dict[tuple[bool, str, Precision], tuple[Tile, ...]]:
+    """The entries of a family of its own, for the Triton that is installed."""
+    own = BY_FAMILY.get(family, {})
+    old = family == "sm_90" and installed() and release(triton_version()) < (3, 7)
+    return own | SM_90_BEFORE_3_7 if old else own
+
+
 def has_blocks(precision: Precision) -> bool:
     """Whether there are entries for gradients by blocks."""
     return precision in BY_BLOCKS[False, "blocks"]
@@ -238,7 +256,7 @@ def tile_of(family: str, kernel: str, precision: Precision, D: int, two: bool) -
         rows = BY_BLOCKS[two, kernel][precision] if (two, kernel) in BY_BLOCKS else ONE_SOFTMAX[kernel][precision]
         if two:
             rows = TWO_SOFTMAXES.get(kernel, {}).get(precision, rows)
-        rows = BY_FAMILY.get(family, {}).get((two, kernel, precision), rows)
+        rows = of_family(family).get((two, kernel, precision), rows)
         entry = rows[CLASSES.index(class_of(D))]
         if family in ("cdna3", "cdna"):  # its waves take 32 rows each, and without a second product 32 columns of them
             columns = entry.block_n // 32 if kernel in ("statistics", "blocks", "triangles", "products") else 1

@@ -19,6 +19,14 @@ BLOCKS = "tests/triton/interpreted/test_blocks.py"
 
 FAULTS = (
     Fault(
+        "triton-tiles-of-an-old-triton",
+        "cacr_kernels/backends/triton/table.py",
+        text="return own | SM_90_BEFORE_3_7 if old else own",
+        replacement="return own",
+        why="Triton 3.6 compiles tiles that it spills",
+        tests="tests/triton/test_codegen.py -k old_triton",
+    ),
+    Fault(
         "triton-moved-top",
         KERNELS + "statistics.py",
         text="sum_ez = (sum_ez + shift * sum_e) * rescale + tl.sum(e * z, 1)",
