@@ -75,9 +75,7 @@ void detached_keys_backward(const Contrast<T>& p, const DetachedBackward<T>& row
   if (!dq) return;
   const double work = double(p.pairs * p.N) * double(p.D);  // a thread is worth its start from about 20 us on
   const int64_t n = std::max<int64_t>(1, std::min<double>({double(parallel.threads), work / 1e5, double(p.N)}));
-  parallel_for(parallel, n, [&](int64_t i) {
-    gradient.run(kernels<T>(), share(p.N, i, n), share(p.N, i + 1, n));
-  });
+  parallel_for(parallel, n, [&](int64_t i) { gradient.run(kernels<T>(), share(p.N, i, n), share(p.N, i + 1, n)); });
 }
 
 template void detached_keys(const Contrast<float>&, const DetachedStatistics<float>&, const Parallel&);

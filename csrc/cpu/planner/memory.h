@@ -22,8 +22,8 @@
 namespace cacr {
 
 // Chunks of finished calls, kept for the next ones of the same thread: memory fresh from the system costs a page fault
-// for each 4 KiB, which is up to 6 % of a call (benchmarks/NOTES.md). Under ASan nothing is kept, so that it sees what is
-// read too late.
+// for each 4 KiB, which is up to 6 % of a call (benchmarks/NOTES.md). Under ASan nothing is kept, so that it sees what
+// is read too late.
 class KeptChunks {
  public:
 #if defined(CACR_ASAN)
