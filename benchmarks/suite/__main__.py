@@ -245,7 +245,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     else:
         cases = select(options)
         if options.list or not cases:
-            console.print("\n".join(case.key for case in cases) or f"no case has {options.filter!r}", markup=False)
+            print("\n".join(case.key for case in cases) or f"no case has {options.filter!r}")
             return 0 if cases else 1
         if in_turns:
             return take_turns(options, cases, console)

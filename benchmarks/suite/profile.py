@@ -161,7 +161,10 @@ def profile(case: BenchmarkCase, seconds: float, peaks: Peaks) -> Profile:
         samples = read_samples(done.stdout)
         if not any(sample.thread == worker.pid for sample in samples):
             return Profile(
-                case, 0.0, {}, reason=(done.stderr.strip() or "perf saw nothing of the call").splitlines()[-1]
+                case,
+                0.0,
+                {},
+                reason=(done.stderr.strip() or "perf saw nothing of the call: try more --seconds").splitlines()[-1],
             )
     peaks.see(case.arithmetic, case.threads, case.device)
     peak = peaks.highest(case.arithmetic, case.threads, case.device)
@@ -186,7 +189,11 @@ def name_of(case: BenchmarkCase) -> str:
 
 def show(console: Console, found: Sequence[Profile]) -> None:
     """Prints a row for each case."""
-    console.print("[bold]Where the time of a call goes, in percent of the time of its threads", soft_wrap=True)
+    console.print(
+        "[bold]Where the time of a call goes, in percent of the time of its threads, and how fast it is, in percent of "
+        "the FMA peak",
+        soft_wrap=True,
+    )
     table = Table(show_edge=False, pad_edge=False, padding=(0, 1))
     table.add_column("case")
     for heading in ("ms", "goal", "of peak", "in products", *PARTS):
@@ -203,10 +210,9 @@ def show(console: Console, found: Sequence[Profile]) -> None:
         )
     console.print(table)
     console.print(
-        "[dim]In products: the share of the peak while threads are in products, which a call would make that has "
-        "nothing else to do. Softmax: statistics and coefficients; rows: lengths, copies, sums; positives: costs of "
-        "pairs of views by differences; planner: the rest of our library; waiting: for another thread, or for the "
-        "core.[/dim]",
+        "[dim]In products: the speed while threads are in products, a bound for the whole call. Softmax: statistics "
+        "and coefficients; rows: lengths, copies, sums; positives: costs of pairs of views by differences; planner: the "
+        "rest of our library; waiting: for another thread, or for the core.[/dim]",
         soft_wrap=True,
     )
 
