@@ -211,8 +211,8 @@ def show(console: Console, found: Sequence[Profile]) -> None:
     console.print(table)
     console.print(
         "[dim]In products: the speed while threads are in products, a bound for the whole call. Softmax: statistics "
-        "and coefficients; rows: lengths, copies, sums; positives: costs of pairs of views by differences; planner: the "
-        "rest of our library; waiting: for another thread, or for the core.[/dim]",
+        "and coefficients; rows: lengths, copies, sums; positives: costs of pairs of views by differences; planner: "
+        "the rest of our library; waiting: for another thread, or for the core.[/dim]",
         soft_wrap=True,
     )
 

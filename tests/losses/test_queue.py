@@ -94,6 +94,17 @@ def test_keys_enter_at_the_next_forward() -> None:
     assert torch.equal(in_queue(loss_fn), last_keys([k for _, k in batches(2)], 8))
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+def test_a_key_of_the_own_view_is_not_read(backend: str, bad: float) -> None:
+    """With two views query 0 meets key 1: what is wrong with key 0 does not reach it."""
+    q, k, queue = torch.randn(2, 4, 3), torch.randn(2, 4, 3), torch.randn(5, 3)
+    k[0, 1] = bad
+    rows = cacr_queue_loss(q, k, queue, reduction="none", backend=backend)
+    assert rows[0].isfinite().all()
+    assert not rows[1, 1].isfinite()
+
+
 def test_a_step_copies_no_queue() -> None:
     """In memory of its own the ring is written in place; a graph that is not done keeps the old rows."""
     loss_fn = filled(4)
