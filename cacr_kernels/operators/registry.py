@@ -138,8 +138,13 @@ class SingleProblem(Function):
 
 
 def apply_of(function: type[SingleProblem], *tensors: Tensor | None) -> Any:
-    """``function.apply`` for these tensors, which looks for transforms of torch.func only where there are any."""
-    return function.apply if _torch_private.needs_functorch(*tensors) else _torch_private.plain_apply(function)
+    """``function.apply`` for these tensors, which looks for transforms of torch.func only where there are any.
+
+    Dynamo, which traces a Function in a backward (compiled autograd), takes it as it is.
+    """
+    if torch.compiler.is_dynamo_compiling() or _torch_private.needs_functorch(*tensors):
+        return function.apply
+    return _torch_private.plain_apply(function)
 
 
 def opaque(function: F) -> F:

@@ -203,8 +203,8 @@ FAULTS = (
     Fault(
         "operators-always-plain-apply",
         OPERATORS + "registry.py",
-        text="return function.apply if _torch_private.needs_functorch(*tensors) else",
-        replacement="return function.apply if False else",
+        text="if torch.compiler.is_dynamo_compiling() or _torch_private.needs_functorch(*tensors):",
+        replacement="if torch.compiler.is_dynamo_compiling():",
         why="transforms of torch.func are not looked for",
         tests="tests/operators/test_autograd.py",
     ),
